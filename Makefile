@@ -1,0 +1,44 @@
+# `make generate`: text from the embedded model. `make test`: every check. Each sets up .venv by itself, once.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: generate test sanitize format clean
+
+generate: $(VENV)/.runtime
+	$(BIN)/fastgpt2 generate $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+
+# The kernels' tests as on a GPU, compiled by Triton's front end and executed with checks of every access, on the CPU.
+# Optional: the sanitizer is young software.
+sanitize: $(VENV)/.dev
+	@$(BIN)/python -c 'import ttsem' 2>/dev/null || { echo "make sanitize: needs ttsem: $(BIN)/pip install --ignore-requires-python ttsem"; exit 1; }
+	$(BIN)/python -m ttsem.sanitize pytest tests/kernels -k "not compile and not opcheck"
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The stamps are redone when what they install has changed. What serves `make test` serves `make generate` too.
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(VENV)/.runtime $@
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fastgpt2 needs Python 3.10 or newer, and $(PYTHON) is %s; name another: make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

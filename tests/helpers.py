@@ -1,0 +1,83 @@
+"""What several test files share: random models, and the error budget that every result is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgpt2 import GPT2, GPT2Config
+
+TINY = GPT2Config(
+    vocab_size=61,
+    context_length=24,
+    hidden_size=32,
+    num_layers=3,
+    num_heads=4,
+    residual_dropout=0.0,
+    embedding_dropout=0.0,
+    attention_dropout=0.0,
+)
+
+
+def redraw(model: torch.nn.Module, seed: int, std: float = 0.3) -> None:
+    """Random values for every parameter, so that no bias is 0 and no LayerNorm weight is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * std + (1.0 if parameter.dim() == 1 else 0.0))
+
+
+def random_model(seed: int, **changes: object) -> GPT2:
+    """A tiny model in eval mode, all its parameters random."""
+    model = GPT2(TINY.replace(**changes))
+    redraw(model, seed)
+    return model.eval()
+
+
+def random_ids(seed: int, *shape: int, vocab_size: int = TINY.vocab_size) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_within_budget(
+    got: Tensor, plain: Tensor, exact: Tensor, what: str = "result", *, dtype: torch.dtype | None = None
+) -> None:
+    """error(got) <= 2 x (error(plain) + eps x max|exact|), errors against `exact`, the same in float64.
+
+    `plain` is the plain PyTorch expression in the dtype under test, eps that dtype's (`dtype`, or else plain's).
+    """
+    error, plain_error = (_largest(t, exact, what) for t in (got, plain))
+    _hold(error, plain_error, exact, dtype or plain.dtype, what)
+
+
+def assert_rms_within_budget(got: Tensor, plain: Sequence[Tensor], exact: Tensor, what: str = "result") -> None:
+    """The same budget for root-mean-square errors, which many roundings in a row make far steadier than the largest.
+
+    Several plain expressions (transformers has more than one attention): the worst of them counts.
+    """
+    error, *plain_errors = (_rms(t, exact, what) for t in (got, *plain))
+    _hold(error, max(plain_errors), exact, plain[0].dtype, what)
+
+
+def _largest(got: Tensor, exact: Tensor, what: str) -> float:
+    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    return (got.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def _rms(got: Tensor, exact: Tensor, what: str) -> float:
+    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    return (got.double() - exact).square().mean().sqrt().item() if exact.numel() else 0.0
+
+
+def _hold(error: float, plain_error: float, exact: Tensor, dtype: torch.dtype, what: str) -> None:
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    limit = 2 * (plain_error + torch.finfo(dtype).eps * scale)
+    assert error <= limit, f"{what}: error {error:.3e} over the budget {limit:.3e} (plain PyTorch: {plain_error:.3e})"
+
+
+def assert_close(got: Tensor, exact: Tensor, what: str = "result", tolerance: float = 1e-9) -> None:
+    """max|got - exact| <= tolerance x max|exact|, for float64 (1e-13 where what is exact is 0)."""
+    error, scale = _largest(got, exact, what), exact.abs().max().item() if exact.numel() else 0.0
+    assert error <= tolerance * scale + 1e-13, f"{what}: error {error:.3e} at a scale of {scale:.3e}"
