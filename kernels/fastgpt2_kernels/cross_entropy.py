@@ -1,0 +1,503 @@
+"""Softmax cross-entropy over rows of logits: loss, log-sum-exp and gradient in one kernel.
+
+For a row x of V logits with target t, class weights w, smoothing e and z-loss z (Szegedy et al. 2016; PaLM,
+Chowdhery et al. 2022), with lse = log sum_j exp(x_j) and W = sum_j w_j:
+
+    loss   = (1 - e) w_t (lse - x_t) + e/V (W lse - sum_j w_j x_j) + z lse^2
+    grad_j = dloss * (softmax(x)_j [(1 - e) w_t + e W / V + 2 z lse] - (1 - e) w_t [j = t] - e/V w_j)
+
+The log-sum-exp is online (Milakov and Gimelshein 2018), in float32. Saved for backward are the logits and, of each
+row, the maximum and the log-sum-exp above it, from which the gradient takes one more pass. Fused, forward and backward
+are one launch: the gradient's pass follows the forward's in the same program, last block first, while the row still
+lies in the L2 cache.
+
+Rows need no alignment: a row is a short masked head up to the first 16-byte boundary, whole blocks without a mask
+(128-bit accesses), and a masked tail. A target that is neither ignored nor in [0, V) is never used as an index: its
+row's loss and gradient are NaN.
+
+Dimension key: N = B * T rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2_kernels import launch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Rows begin anywhere; what comes before the first 16-byte boundary is at most 15 bytes.
+HEAD = tl.constexpr(16)
+
+
+@triton.jit
+def _online_softmax_step(
+    x_ptr, w_ptr, offs, mask, m, sum_p, sum_x, sum_px,
+    HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Take the logits at x_ptr + offs into the running maximum m, the sum of exp(x - m), and the sums asked for."""
+    if HAS_MASK:
+        x = tl.load(x_ptr + offs, mask=mask, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+    else:
+        x = tl.load(x_ptr + offs, eviction_policy="evict_last").to(tl.float32)
+    m_new = tl.maximum(m, tl.max(x, 0))
+    # A row may begin with blocks of -inf: subtract 0 then, as -inf - (-inf) is NaN.
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2((m - m_safe) * LOG2_E)
+    p = tl.exp2((x - m_safe) * LOG2_E)
+    if HAS_ENTROPY:
+        # sum p (x - max), so that nothing large cancels; moving the maximum moves every term by the same amount.
+        moved = tl.where(sum_p > 0, m - m_safe, 0.0)
+        sum_px = alpha * (sum_px + moved * sum_p) + tl.sum(p * tl.where(p > 0, x - m_safe, 0.0), 0)
+    sum_p = sum_p * alpha + tl.sum(p, 0)
+    if HAS_SUM:
+        if HAS_WEIGHT:
+            x = x * (tl.load(w_ptr + offs, mask=mask, other=0.0) if HAS_MASK else tl.load(w_ptr + offs)).to(tl.float32)
+        sum_x += tl.sum(tl.where(mask, x, 0.0) if HAS_MASK else x, 0)
+    return m_new, sum_p, sum_x, sum_px
+
+
+@triton.jit
+def _gradient_step(
+    x_ptr, grad_ptr, w_ptr, offs, mask, target, m, inv_sum, target_factor, rest_factor, smooth_factor,
+    HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_REST: tl.constexpr,
+):  # fmt: skip
+    """grad = target_factor (p - [target]) + rest_factor p - smooth_factor w: differences of equals first."""
+    if HAS_MASK:
+        x = tl.load(x_ptr + offs, mask=mask, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+    else:
+        x = tl.load(x_ptr + offs, eviction_policy="evict_first").to(tl.float32)
+    p = tl.exp2((x - m) * LOG2_E) * inv_sum
+    grad = target_factor * tl.where(offs == target, p - 1.0, p)
+    if HAS_REST:
+        rest = rest_factor * p
+        if HAS_SMOOTHING:
+            if HAS_WEIGHT:
+                w = tl.load(w_ptr + offs, mask=mask, other=0.0) if HAS_MASK else tl.load(w_ptr + offs)
+                rest -= smooth_factor * w.to(tl.float32)
+            else:
+                rest -= smooth_factor
+        grad += rest
+    grad = grad.to(grad_ptr.dtype.element_ty)
+    if HAS_MASK:
+        tl.store(grad_ptr + offs, grad, mask=mask)
+    else:
+        tl.store(grad_ptr + offs, grad)
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, dloss_ptr, loss_ptr, max_ptr, log_sum_ptr, grad_ptr,
+    logprob_ptr, entropy_ptr, correct_ptr, T, V,
+    stride_lb, stride_lt, stride_tb, stride_tt, stride_gb, stride_gt, stride_d,
+    ignore_index, smoothing, z_loss,
+    SHIFT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_STATS: tl.constexpr,
+    HAS_REST: tl.constexpr, IS_FORWARD: tl.constexpr, HAS_GRAD: tl.constexpr,
+    ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, BLOCK_V: tl.constexpr, MID_V: tl.constexpr,
+):  # fmt: skip
+    """One row: its loss and lse (IS_FORWARD), its gradient (HAS_GRAD), or both."""
+    n = tl.program_id(0).to(tl.int64)
+    b, t = n // T, n % T
+    if SHIFT:
+        target = tl.load(targets_ptr + b * stride_tb + (t + 1) * stride_tt, mask=t + 1 < T, other=ignore_index)
+    else:
+        target = tl.load(targets_ptr + b * stride_tb + t * stride_tt)
+    target = target.to(tl.int64)
+    counted = target != ignore_index
+    is_valid = (target >= 0) & (target < V)
+    row_start = b * stride_lb + t * stride_lt
+    grad_start = b * stride_gb + t * stride_gt
+    x_ptr = logits_ptr + row_start
+
+    # The row in elements of its own: [0, head) to the first aligned address, [head, main_end) whole blocks,
+    # [main_end, mid_end) whole small blocks, [mid_end, V) the tail.
+    head = ((row_start + ALIGN - 1) // ALIGN * ALIGN - row_start).to(tl.int32)
+    head = tl.minimum(head, V)
+    main_blocks = (V - head) // BLOCK_V
+    main_end = head + main_blocks * BLOCK_V
+    mid_blocks = (V - main_end) // MID_V
+    mid_end = main_end + mid_blocks * MID_V
+    offs_head = tl.arange(0, HEAD)
+    offs_main = tl.arange(0, BLOCK_V)
+    offs_mid = tl.arange(0, MID_V)
+    mask_head = offs_head < head
+    mask_tail = mid_end + offs_mid < V
+    # The aligned addresses again, in a form that the compiler sees the alignment of.
+    body_ptr = logits_ptr + tl.multiple_of(row_start + head, ALIGN)
+    wbody_ptr = weight_ptr + head
+
+    if IS_FORWARD:
+        m, log_sum, loss, logprob, entropy = 0.0, 0.0, 0.0, 0.0, 0.0
+        correct = 0
+        if counted:
+            # Read before the reductions, which all warps pass together: a gradient written in place comes after them.
+            x_t = tl.load(x_ptr + target, mask=is_valid, other=float("nan")).to(tl.float32)
+            m, sum_p, sum_x, sum_px = float("-inf"), 0.0, 0.0, 0.0
+            for i in range(main_blocks):
+                m, sum_p, sum_x, sum_px = _online_softmax_step(
+                    body_ptr, wbody_ptr, i * BLOCK_V + offs_main, offs_main < 0, m, sum_p, sum_x, sum_px,
+                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_STATS)  # fmt: skip
+            for i in range(mid_blocks):
+                m, sum_p, sum_x, sum_px = _online_softmax_step(
+                    body_ptr, wbody_ptr, main_blocks * BLOCK_V + i * MID_V + offs_mid, offs_mid < 0,
+                    m, sum_p, sum_x, sum_px, False, HAS_WEIGHT, HAS_SMOOTHING, HAS_STATS)  # fmt: skip
+            m, sum_p, sum_x, sum_px = _online_softmax_step(
+                x_ptr, weight_ptr, mid_end + offs_mid, mask_tail, m, sum_p, sum_x, sum_px,
+                True, HAS_WEIGHT, HAS_SMOOTHING, HAS_STATS)  # fmt: skip
+            if head > 0:
+                m, sum_p, sum_x, sum_px = _online_softmax_step(
+                    x_ptr, weight_ptr, offs_head, mask_head, m, sum_p, sum_x, sum_px,
+                    True, HAS_WEIGHT, HAS_SMOOTHING, HAS_STATS)  # fmt: skip
+            log_sum = LN_2 * tl.log2(sum_p)
+            lse = m + log_sum
+            w_t = 1.0
+            if HAS_WEIGHT:
+                w_t = tl.load(weight_ptr + target, mask=is_valid, other=float("nan")).to(tl.float32)
+            logprob = (x_t - m) - log_sum
+            loss = (smoothing - 1.0) * w_t * logprob
+            if HAS_SMOOTHING:
+                weight_sum = tl.load(weight_sum_ptr)
+                loss += smoothing / V * (weight_sum * log_sum + (weight_sum * m - sum_x))
+            loss += z_loss * lse * lse
+            if HAS_STATS:
+                entropy = log_sum - sum_px / sum_p
+                correct = (x_t >= m).to(tl.int32)
+        tl.store(loss_ptr + n, loss)
+        tl.store(max_ptr + n, m)
+        tl.store(log_sum_ptr + n, log_sum)
+        if HAS_STATS:
+            tl.store(logprob_ptr + n, logprob)
+            tl.store(entropy_ptr + n, entropy)
+            tl.store(correct_ptr + n, correct)
+    else:
+        m = tl.load(max_ptr + n)
+        log_sum = tl.load(log_sum_ptr + n)
+
+    if HAS_GRAD:
+        g_ptr = grad_ptr + grad_start
+        if counted:
+            dloss = tl.load(dloss_ptr + n * stride_d).to(tl.float32)
+            w_t = 1.0
+            if HAS_WEIGHT:
+                w_t = tl.load(weight_ptr + target, mask=is_valid, other=0.0).to(tl.float32)
+            target_factor = dloss * (1.0 - smoothing) * w_t
+            rest_factor = dloss * 2.0 * z_loss * (m + log_sum)
+            smooth_factor = dloss * smoothing / V
+            if HAS_SMOOTHING:
+                rest_factor += smooth_factor * tl.load(weight_sum_ptr)
+            inv_sum = tl.where(is_valid, tl.exp2(-log_sum * LOG2_E), float("nan"))
+            gbody_ptr = grad_ptr + tl.multiple_of(grad_start + head, GRAD_ALIGN)
+            if head > 0:
+                _gradient_step(
+                    x_ptr, g_ptr, weight_ptr, offs_head, mask_head, target, m, inv_sum, target_factor, rest_factor,
+                    smooth_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+            _gradient_step(
+                x_ptr, g_ptr, weight_ptr, mid_end + offs_mid, mask_tail, target, m, inv_sum, target_factor,
+                rest_factor, smooth_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+            for i in range(mid_blocks):
+                _gradient_step(
+                    body_ptr, gbody_ptr, wbody_ptr, main_blocks * BLOCK_V + i * MID_V + offs_mid, offs_mid < 0,
+                    target - head, m, inv_sum, target_factor, rest_factor, smooth_factor,
+                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+            for i in range(main_blocks):
+                _gradient_step(
+                    body_ptr, gbody_ptr, wbody_ptr, (main_blocks - 1 - i) * BLOCK_V + offs_main, offs_main < 0,
+                    target - head, m, inv_sum, target_factor, rest_factor, smooth_factor,
+                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+        else:
+            # Whatever the logits are, NaN and inf too: nothing of an ignored row is read.
+            zeros = tl.zeros((MID_V,), grad_ptr.dtype.element_ty)
+            for i in range(tl.cdiv(V, MID_V)):
+                tl.store(g_ptr + i * MID_V + offs_mid, zeros, mask=i * MID_V + offs_mid < V)
+
+
+@triton.jit
+def _scale_rows_kernel(grad_ptr, factor_ptr, T, V, stride_gb, stride_gt, BLOCK_V: tl.constexpr):
+    """grad *= factor, a scalar on the device; where it is 1, as after `loss.backward()`, the rest is left out."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        n = tl.program_id(0).to(tl.int64)
+        g_ptr = grad_ptr + (n // T) * stride_gb + (n % T) * stride_gt
+        for start in range(0, V, BLOCK_V):
+            offs = start + tl.arange(0, BLOCK_V)
+            grad = tl.load(g_ptr + offs, mask=offs < V, other=0.0).to(tl.float32)
+            tl.store(g_ptr + offs, (grad * factor).to(grad_ptr.dtype.element_ty), mask=offs < V)
+
+
+# -- launchers ----------------------------------------------------------------------------------------------------
+
+
+class RowOutputs(NamedTuple):
+    """Of every row, (B, T) float32 (`correct` int32), zeros for ignored targets. The last three may be empty."""
+
+    loss: Tensor
+    max: Tensor
+    log_sum: Tensor  # log sum exp(x - max); the two are kept apart, for their sum would round the smaller one away
+    logprob: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+
+def cross_entropy_rows(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shift: bool = False,
+    with_stats: bool = False,
+    dloss: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> RowOutputs:
+    """Loss and log-sum-exp of every row of logits (B, T, V), last stride 1; with `grad` (B, T, V) the gradient too.
+
+    dloss (B, T) float32 is what every row's loss is multiplied by; `grad` may be `logits` itself.
+    """
+    out = _empty_rows(logits, with_stats)
+    _launch(logits, targets, out, grad, dloss, ignore_index, class_weight, label_smoothing, z_loss, shift, True)
+    return out
+
+
+def _empty_rows(logits: Tensor, with_stats: bool) -> RowOutputs:
+    rows = logits.shape[:2]
+    stats = rows if with_stats else (0,)
+    loss, row_max, log_sum, logprob, entropy = (
+        logits.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, rows, stats, stats)
+    )
+    return RowOutputs(loss, row_max, log_sum, logprob, entropy, logits.new_empty(stats, dtype=torch.int32))
+
+
+def cross_entropy_rows_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad: Tensor,
+    *,
+    ignore_index: int,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shift: bool = False,
+) -> None:
+    """Write the gradient of sum(dloss * loss) into `grad` (B, T, V), which may be `logits` itself."""
+    nothing = dloss.new_empty(0)
+    out = RowOutputs(nothing, row_max, log_sum, nothing, nothing, nothing)
+    _launch(logits, targets, out, grad, dloss, ignore_index, class_weight, label_smoothing, z_loss, shift, False)
+
+
+def _launch(
+    logits: Tensor, targets: Tensor, out: RowOutputs, grad: Tensor | None, dloss: Tensor | None, ignore_index: int,
+    class_weight: Tensor | None, label_smoothing: float, z_loss: float, shift: bool, forward: bool,
+) -> None:  # fmt: skip
+    B, T, V = logits.shape
+    if B * T == 0:
+        return
+    row = launch.cross_entropy_row(V)
+    align = _elements_in_16_bytes(logits)
+    same_layout = grad is not None and grad.stride() == logits.stride() and _elements_in_16_bytes(grad) == align
+    weight_sum = logits  # any tensor: not read
+    if label_smoothing:
+        weight_sum = (
+            class_weight.sum(dtype=torch.float32)
+            if class_weight is not None
+            else torch.full((), V, dtype=torch.float32, device=logits.device)
+        )
+    dloss = out.max.reshape(-1) if dloss is None else dloss.reshape(-1)
+    grad_strides = grad.stride() if grad is not None else (0, 0, 1)
+    _cross_entropy_kernel[(B * T,)](
+        logits_ptr=logits,
+        targets_ptr=targets,
+        weight_ptr=logits if class_weight is None else class_weight,
+        weight_sum_ptr=weight_sum,
+        dloss_ptr=dloss,
+        loss_ptr=out.loss,
+        max_ptr=out.max,
+        log_sum_ptr=out.log_sum,
+        grad_ptr=logits if grad is None else grad,
+        logprob_ptr=out.logprob,
+        entropy_ptr=out.entropy,
+        correct_ptr=out.correct,
+        T=T,
+        V=V,
+        stride_lb=logits.stride(0),
+        stride_lt=logits.stride(1),
+        stride_tb=targets.stride(0),
+        stride_tt=targets.stride(1),
+        stride_gb=grad_strides[0],
+        stride_gt=grad_strides[1],
+        stride_d=dloss.stride(0),
+        ignore_index=ignore_index,
+        smoothing=label_smoothing,
+        z_loss=z_loss,
+        SHIFT=shift,
+        HAS_WEIGHT=class_weight is not None,
+        HAS_SMOOTHING=label_smoothing != 0.0,
+        HAS_STATS=out.entropy.numel() > 0,
+        HAS_REST=label_smoothing != 0.0 or z_loss != 0.0,
+        IS_FORWARD=forward,
+        HAS_GRAD=grad is not None,
+        ALIGN=align,
+        GRAD_ALIGN=align if same_layout else 1,
+        BLOCK_V=row.block_v,
+        MID_V=row.mid_v,
+        num_warps=row.num_warps,
+        **launch.OPTIONS,
+    )
+
+
+def _elements_in_16_bytes(x: Tensor) -> int:
+    """How many elements the kernel rounds a row's start to: none where the tensor itself does not start aligned."""
+    return 16 // x.element_size() if x.data_ptr() % 16 == 0 else 1
+
+
+def scale_rows(grad: Tensor, factor: Tensor) -> None:
+    """grad (B, T, V) *= factor (), in place, without asking the device what the factor is."""
+    B, T, V = grad.shape
+    if B * T:
+        row = launch.cross_entropy_row(V)
+        _scale_rows_kernel[(B * T,)](
+            grad_ptr=grad,
+            factor_ptr=factor,
+            T=T,
+            V=V,
+            stride_gb=grad.stride(0),
+            stride_gt=grad.stride(1),
+            BLOCK_V=row.mid_v,
+            num_warps=row.num_warps,
+            **launch.OPTIONS,
+        )
+
+
+# -- PyTorch operators --------------------------------------------------------------------------------------------
+# All of them give every row's own loss or take every row's own factor; reductions are PyTorch's, outside.
+
+
+@torch.library.custom_op("fastgpt2::cross_entropy", mutates_args=())
+def cross_entropy_op(
+    logits: Tensor, targets: Tensor, class_weight: Tensor | None, ignore_index: int,
+    label_smoothing: float, z_loss: float, shift: bool, with_stats: bool, inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, max, log_sum, logprob, entropy, correct) of every row of logits (B, T, V); differentiable in the loss."""
+    return cross_entropy_rows(
+        logits, targets, ignore_index=ignore_index, class_weight=class_weight, label_smoothing=label_smoothing,
+        z_loss=z_loss, shift=shift, with_stats=with_stats,
+    )  # fmt: skip
+
+
+@cross_entropy_op.register_fake
+def _(logits, targets, class_weight, ignore_index, smoothing, z_loss, shift, with_stats, inplace):
+    return tuple(_empty_rows(logits, with_stats))
+
+
+@torch.library.custom_op("fastgpt2::cross_entropy_backward", mutates_args=())
+def cross_entropy_backward_op(
+    dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
+) -> Tensor:  # fmt: skip
+    grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    _backward_into(
+        grad, dloss, logits, targets, row_max, log_sum, class_weight, ignore_index, label_smoothing, z_loss, shift
+    )
+    return grad
+
+
+@cross_entropy_backward_op.register_fake
+def _(dloss, logits, *rest):
+    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("fastgpt2::cross_entropy_backward_", mutates_args=("logits",))
+def cross_entropy_backward_inplace_op(
+    dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
+) -> None:  # fmt: skip
+    """The gradient takes the logits' place. Their version moves on, so autograd refuses to use them again."""
+    _backward_into(
+        logits, dloss, logits, targets, row_max, log_sum, class_weight, ignore_index, label_smoothing, z_loss, shift
+    )
+
+
+@torch.library.custom_op("fastgpt2::cross_entropy_fused", mutates_args=())
+def cross_entropy_fused_op(
+    logits: Tensor, targets: Tensor, dloss: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, shift: bool, with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(sum(dloss * loss), its gradient, max, log_sum, logprob, entropy, correct) in one launch."""
+    grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    rows = cross_entropy_rows(
+        logits, targets, ignore_index=ignore_index, class_weight=class_weight, label_smoothing=label_smoothing,
+        z_loss=z_loss, shift=shift, with_stats=with_stats, dloss=dloss, grad=grad,
+    )  # fmt: skip
+    return (rows.loss * dloss).sum(), grad, *rows[1:]
+
+
+@cross_entropy_fused_op.register_fake
+def _(logits, targets, dloss, class_weight, ignore_index, smoothing, z_loss, shift, with_stats):
+    grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    return logits.new_empty((), dtype=torch.float32), grad, *_empty_rows(logits, with_stats)[1:]
+
+
+@torch.library.custom_op("fastgpt2::scale_rows_", mutates_args=("grad",))
+def scale_rows_op(grad: Tensor, factor: Tensor) -> None:
+    scale_rows(grad, factor)
+
+
+def _backward_into(
+    grad: Tensor, dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor,
+    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
+) -> None:  # fmt: skip
+    cross_entropy_rows_backward(
+        dloss.contiguous(), logits, targets, row_max, log_sum, grad, ignore_index=ignore_index,
+        class_weight=class_weight, label_smoothing=label_smoothing, z_loss=z_loss, shift=shift,
+    )  # fmt: skip
+
+
+def _save_rows(ctx, inputs, output):
+    logits, targets, class_weight, *ctx.options, _with_stats, ctx.inplace = inputs
+    ctx.save_for_backward(logits, targets, output[1], output[2], class_weight)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _rows_backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 9
+    logits, targets, row_max, log_sum, class_weight = ctx.saved_tensors
+    arguments = (dloss, logits, targets, row_max, log_sum, class_weight, *ctx.options)
+    if ctx.inplace:
+        cross_entropy_backward_inplace_op(*arguments)
+        return logits, *(None,) * 8
+    return cross_entropy_backward_op(*arguments), *(None,) * 8
+
+
+cross_entropy_op.register_autograd(_rows_backward, setup_context=_save_rows)
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """`cross_entropy_fused_op` with its gradient, for eager mode: backward scales the gradient where it lies.
+
+    (Under torch.compile a saved tensor may not be changed; the two-pass operator serves there.)
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, dloss, class_weight, *options):
+        total, grad, *rows = cross_entropy_fused_op(logits, targets, dloss, class_weight, *options)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(*rows)
+        return total, *rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtotal, *_):
+        (grad,) = ctx.saved_tensors  # a second backward ends here: the scaling below moves the version on
+        scale_rows_op(grad, dtotal)
+        return grad, *(None,) * 8

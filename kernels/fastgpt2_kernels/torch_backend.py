@@ -1,0 +1,376 @@
+"""The "torch" backend: the operators on PyTorch's own fused kernels, on any device.
+
+Called by `ops.py` only, with arguments it has checked. What a CPU is good at is used here: oneDNN's packed weights
+for the linear layers (2 to 4 times a plain `F.linear` on a few rows), one fused attention call a row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2_kernels import reference
+
+# -- attention ----------------------------------------------------------------------------------------------------
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float = 0.0, upcast: bool = False
+) -> Tensor:
+    """q (B, H, T, D), k and v (B, H, S, D) with S >= T -> (B, H, T, D)."""
+    T, S = q.shape[-2], k.shape[-2]
+    if upcast:
+        return _upcast_attention(q, k, v, scale=scale, dropout_p=dropout_p)
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale, dropout_p=dropout_p)
+    mask = None if T == 1 else reference.causal_mask(T, S, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout_p)
+
+
+def _upcast_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
+    # The order of operations (baddbmm with alpha, softmax in float32, back to v's dtype) is transformers'.
+    B, H, T, D = q.shape
+    S = k.shape[-2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.empty(B * H, T, S, dtype=wide, device=q.device)
+        k_t = k.to(wide).transpose(-1, -2).reshape(B * H, D, S)
+        scores = torch.baddbmm(scores, q.to(wide).reshape(B * H, T, D), k_t, beta=0, alpha=scale).view(B, H, T, S)
+    scores = scores.masked_fill(~reference.causal_mask(T, S, q.device), float("-inf"))
+    probs = F.dropout(scores.softmax(-1).to(v.dtype), dropout_p)
+    return torch.matmul(probs, v)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed (..., T, 3C) -> three views (..., H, T, D)."""
+    *lead, T, width = qkv.shape
+    q, k, v = qkv.view(*lead, T, 3, num_heads, width // (3 * num_heads)).unbind(-3)
+    return q.transpose(-2, -3), k.transpose(-2, -3), v.transpose(-2, -3)
+
+
+def causal_attention_packed(
+    qkv: Tensor, num_heads: int, *, scale: float, dropout_p: float = 0.0, cu_seqlens: Tensor | None = None,
+    upcast: bool = False,
+) -> Tensor:  # fmt: skip
+    """qkv (B, T, 3C) -> (B, T, C); with `cu_seqlens` B is 1 and each document sees itself only."""
+    if cu_seqlens is None:
+        out = causal_attention(*split_heads(qkv, num_heads), scale=scale, dropout_p=dropout_p, upcast=upcast)
+        return out.transpose(1, 2).flatten(2)
+    ends = cu_seqlens.tolist()
+    parts = [qkv[:, start:end] for start, end in itertools.pairwise(ends) if end > start]
+    outs = [causal_attention_packed(p, num_heads, scale=scale, dropout_p=dropout_p, upcast=upcast) for p in parts]
+    return torch.cat(outs, 1) if outs else qkv[..., : qkv.shape[-1] // 3]
+
+
+class RowPlan(NamedTuple):
+    """Where the new tokens of one step go: made once a step, used by every layer.
+
+    rows: for every row its cache slot, its number of new tokens, its number of cached tokens.
+    slots, positions: (N,) int64, the cache slot and the position of each of the N new tokens, row after row.
+    """
+
+    rows: tuple[tuple[int, int, int], ...]
+    slots: Tensor
+    positions: Tensor
+
+
+def cached_attention(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan, *, scale: float, upcast: bool = False
+) -> Tensor:
+    """Append the new keys and values of qkv (N, 3C) to the caches (R, H, S, D), then attend row by row -> (N, C).
+
+    One fused call a row: rows of any lengths cost what they hold (no padding is computed), and a row's result does
+    not depend on its neighbours.
+    """
+    H = k_cache.shape[1]
+    q_NHD, k_NHD, v_NHD = qkv.view(qkv.shape[0], 3, H, -1).to(k_cache.dtype).unbind(1)
+    k_cache[plan.slots, :, plan.positions] = k_NHD
+    v_cache[plan.slots, :, plan.positions] = v_NHD
+    outs, start = [], 0
+    for slot, count, past in plan.rows:
+        q = q_NHD[start : start + count].transpose(0, 1).unsqueeze(0)
+        k, v = k_cache[slot : slot + 1, :, : past + count], v_cache[slot : slot + 1, :, : past + count]
+        out = causal_attention(q, k, v, scale=scale, upcast=upcast)
+        outs.append(out.transpose(1, 2).reshape(count, -1))
+        start += count
+    return (torch.cat(outs) if len(outs) != 1 else outs[0]).to(qkv.dtype)
+
+
+# -- linear layers ------------------------------------------------------------------------------------------------
+
+# oneDNN's fused epilogues (attr, algorithm) for the activations it has.
+_FUSED_ACTIVATIONS = {
+    **dict.fromkeys(("gelu_new", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh"), ("gelu", "tanh")),
+    **dict.fromkeys(("gelu", "gelu_python"), ("gelu", "none")),
+    "linear": ("none", ""),
+    "relu": ("relu", ""),
+    "sigmoid": ("sigmoid", ""),
+    "silu": ("swish", ""),
+    "swish": ("swish", ""),
+    "tanh": ("tanh", ""),
+}
+# The number of rows oneDNN is told to lay the weights out for. One layout serves every number of rows.
+_PACK_ROWS = 8
+# Fewer rows are filled up to these. From 2 rows on, a row's result is the same to the bit whatever the number of rows
+# (tested); for a single row oneDNN splits long sums otherwise. And 6 rows, one register tile, take less time than 1.
+MIN_PACKED_ROWS = 6
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A linear layer's weight in the CPU's blocked layout, with what tells whether the original has changed since."""
+
+    weight: Tensor
+    fingerprint: tuple[object, ...]
+
+
+def fingerprint(weight: Tensor) -> tuple[object, ...]:
+    """Changes when `weight` does, also through `.data`, which PyTorch's version counter does not see. Reads it once."""
+    flat = weight.detach()
+    flat = (flat if flat.is_contiguous() else flat.t().contiguous()).view(-1)
+    per_lane = 8 // flat.element_size()
+    if flat.storage_offset() % per_lane:
+        flat = flat.clone()
+    # Summed as 64-bit integers, which runs at the speed of memory; the few elements past the last lane as they are.
+    whole = flat.numel() // per_lane * per_lane
+    total = int(flat[:whole].view(torch.int64).sum())
+    return (weight.data_ptr(), weight.dtype, weight.shape, total, *flat[whole:].tolist())
+
+
+def can_pack(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def pack_linear(weight: Tensor) -> PackedLinear | None:
+    """`weight` (out, in) in oneDNN's layout, or None where this machine or dtype has none."""
+    if not can_pack(weight):
+        return None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _PACK_ROWS)
+    return PackedLinear(packed, fingerprint(weight))
+
+
+def packed_linear(
+    x: Tensor, packed: PackedLinear, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Tensor:
+    if 0 < x.shape[0] < MIN_PACKED_ROWS:
+        filler = (0, 0, 0, MIN_PACKED_ROWS - x.shape[0])
+        padded = None if residual is None else F.pad(residual, filler)
+        return packed_linear(F.pad(x, filler), packed, bias, activation, padded)[: x.shape[0]]
+    if residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed.weight, bias, "add")
+    attr, algorithm = _FUSED_ACTIVATIONS.get(activation, ("none", ""))
+    y = torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, attr, [], algorithm)
+    return y if activation in _FUSED_ACTIVATIONS else reference.ACTIVATIONS[activation](y)
+
+
+# -- loss ---------------------------------------------------------------------------------------------------------
+
+
+class LossRows(NamedTuple):
+    """Of every row, zeros where the target is ignored. All but the loss are None unless they are asked for."""
+
+    loss: Tensor
+    lse: Tensor | None = None
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    correct: Tensor | None = None
+
+
+def cross_entropy_rows(
+    logits: Tensor, targets: Tensor, *, ignore_index: int, class_weight: Tensor | None, label_smoothing: float,
+    z_loss: float, with_stats: bool,
+) -> LossRows:  # fmt: skip
+    """Loss of every row of logits (..., V), targets (...), in float32 (float64 for float64 logits)."""
+    V = logits.shape[-1]
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    counted = targets != ignore_index
+    is_bad = counted & ((targets < 0) | (targets >= V))
+    safe = targets.long().masked_fill(~counted | is_bad, -100)
+    flat = logits.reshape(-1, V).to(wide)
+    loss = F.cross_entropy(
+        flat,
+        safe.reshape(-1),
+        None if class_weight is None else class_weight.to(wide),
+        reduction="none",
+        label_smoothing=label_smoothing,
+    ).view(targets.shape)
+    lse = flat.logsumexp(-1).view(targets.shape).where(counted, 0.0) if z_loss or with_stats else None
+    if z_loss and lse is not None:
+        loss = loss + z_loss * lse.square()
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or is_bad.any():
+        # A bad target makes its row NaN: the loss, and through the sum of its logits the gradient.
+        rows = flat.masked_fill(~is_bad.reshape(-1, 1), 0.0).sum(-1).view(targets.shape)
+        loss = torch.where(is_bad, rows * float("nan"), loss)
+    if not with_stats or lse is None:
+        return LossRows(loss)
+    with torch.no_grad():
+        log_probs = flat.log_softmax(-1).view(logits.shape)
+        index = safe.clamp_min(0)[..., None]
+        logprob = log_probs.gather(-1, index).squeeze(-1).where(counted, 0.0)
+        entropy = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1).where(counted, 0.0)
+        correct = counted & ~is_bad & (logits.gather(-1, index).squeeze(-1) >= logits.amax(-1))
+    return LossRows(loss, lse.detach(), logprob.masked_fill(is_bad, float("nan")), entropy, correct)
+
+
+def loss_chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
+    """Rows of logits held at a time.
+
+    On a CPU about 32 MB of float32, but at least 128 rows, below which the matrix products read the weight too often,
+    and at most 2048: a chunk that the last cache level holds makes the passes over the logits between them nearly free.
+    On a GPU a sixteenth of the rows within 256 .. 2048: enough programs to fill it, little memory.
+    """
+    if device.type == "cpu":
+        rows = min(2048, max(128, (1 << 23) // max(vocab_size, 1)))
+    else:
+        rows = min(2048, max(256, num_rows // 16))
+    return max(1, min(num_rows, rows))
+
+
+class LossOptions(NamedTuple):
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    chunk_rows: int
+    compute_dtype: torch.dtype  # of the matrix products; the softmax is float32 (float64 for float64 inputs)
+    use_triton: bool = False
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of x @ weight.T + bias, a chunk of rows at a time; the (N, V) logits never exist.
+
+    The gradients are computed in the forward pass, from the chunk's logits while they are at hand (three matrix
+    products in all, none twice; as in Liger-Kernel, Hsu et al. 2024), accumulated in float32, and scaled by
+    `grad_output` in the backward pass. With `reduction="none"` every row has its own `grad_output`, unknown in
+    advance, so backward computes the chunks again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, options):  # type: ignore[no-untyped-def]
+        wide = torch.float64 if options.compute_dtype == torch.float64 else torch.float32
+        counted_N = (targets != options.ignore_index).to(wide)
+        needs = ctx.needs_input_grad[:3]
+        fused = any(needs) and options.reduction != "none"
+        row_grad_N = counted_N / counted_N.sum() if options.reduction == "mean" else counted_N
+        loss_N, ctx.grads = _loss_chunks(x, weight, bias, targets, row_grad_N if fused else None, needs, options)
+        ctx.options = options
+        if any(needs) and not fused:
+            ctx.save_for_backward(x, weight, bias, targets)
+        if options.reduction == "none":
+            return loss_N
+        return loss_N.sum() if options.reduction == "sum" else loss_N.sum() / counted_N.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+        if ctx.options.reduction == "none":
+            x, weight, bias, targets = ctx.saved_tensors
+            _, grads = _loss_chunks(x, weight, bias, targets, grad_output, ctx.needs_input_grad[:3], ctx.options)
+            return (*(grads or ()), None, None)
+        if ctx.grads is None:
+            raise RuntimeError(
+                "linear_cross_entropy: backward ran a second time, but the first one gave its gradients away; "
+                "call the loss again"
+            )
+        grads, ctx.grads = ctx.grads, None
+        # In place: these buffers are ours alone until they are returned.
+        return (*(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in grads), None, None)
+
+
+def _loss_chunks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_grad: Tensor | None, needs: Sequence[bool],
+    options: LossOptions,
+) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:  # fmt: skip
+    """Loss of every row (N,) and, when `row_grad` (N,) is given, the gradients of sum(row_grad * loss)."""
+    N, V = x.shape[0], weight.shape[0]
+    wide = torch.float64 if options.compute_dtype == torch.float64 else torch.float32
+    need_x, need_w, need_b = (needed and row_grad is not None for needed in needs)
+    loss_N = torch.zeros(N, dtype=wide, device=x.device)
+    dx = torch.empty_like(x) if need_x else None
+    dw = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_w else None
+    db = torch.zeros(V, dtype=wide, device=x.device) if need_b else None
+    weight_VC = weight.to(options.compute_dtype)
+    bias_V = None if bias is None else bias.to(options.compute_dtype)
+    # Rows begin at multiples of 64 elements, so that the kernels move them in 128 bits whatever the vocabulary.
+    buffer = torch.empty(min(options.chunk_rows, N), -(-V // 64) * 64, dtype=options.compute_dtype, device=x.device)
+    for start in range(0, N, options.chunk_rows):
+        rows = slice(start, min(start + options.chunk_rows, N))
+        x_nC = x[rows].to(options.compute_dtype)
+        logits_nV = buffer[: x_nC.shape[0], :V]
+        if bias_V is None:
+            torch.mm(x_nC, weight_VC.t(), out=logits_nV)
+        else:
+            torch.addmm(bias_V, x_nC, weight_VC.t(), out=logits_nV)
+        chunk_loss = _triton_chunk_loss if options.use_triton else _chunk_loss
+        loss_N[rows] = chunk_loss(logits_nV, targets[rows], None if row_grad is None else row_grad[rows], options)
+        grad_nV = logits_nV
+        if db is not None:
+            db += grad_nV.sum(0, dtype=wide)
+        if dx is not None:
+            dx[rows] = torch.mm(grad_nV, weight_VC)
+        if dw is not None and grad_nV.dtype == wide:
+            dw.addmm_(grad_nV.t(), x_nC)
+        elif dw is not None:
+            dw += torch.mm(grad_nV.t(), x_nC)  # half-precision products, float32 sum over the chunks
+    if row_grad is None:
+        return loss_N, None
+    dw = None if dw is None else dw.to(weight.dtype)
+    db = None if db is None or bias is None else db.to(bias.dtype)
+    return loss_N, (dx, dw, db)
+
+
+def _chunk_loss(raw_nV: Tensor, targets: Tensor, row_grad: Tensor | None, options: LossOptions) -> Tensor:
+    """Loss (n,) of a chunk of logits (n, V); with `row_grad` (n,) the logits' gradient takes the logits' place."""
+    V, smoothing = raw_nV.shape[-1], options.label_smoothing
+    wide = torch.float64 if raw_nV.dtype == torch.float64 else torch.float32
+    target_n = targets.long()
+    counted_n = target_n != options.ignore_index
+    index_n1 = target_n.masked_fill(~counted_n, 0)[:, None]
+    logits_nV = raw_nV.to(wide)  # the chunk itself where the dtypes are the same
+    logits_nV -= logits_nV.amax(-1, keepdim=True)
+    target_logit_n = logits_nV.gather(-1, index_n1).squeeze(-1)
+    mean_logit_n = logits_nV.mean(-1) if smoothing else None
+    sum_exp_n = logits_nV.exp_().sum(-1)
+    lse_n = sum_exp_n.log()
+    loss_n = lse_n - target_logit_n
+    if mean_logit_n is not None:
+        loss_n = (1 - smoothing) * loss_n + smoothing * (lse_n - mean_logit_n)
+    if row_grad is not None:
+        # d loss / d logits = softmax - (1 - smoothing) * onehot - smoothing / V, times the row's own gradient.
+        row_n = torch.where(counted_n, row_grad.to(wide), 0.0)
+        grad_nV = logits_nV.mul_((row_n / sum_exp_n)[:, None])
+        if smoothing:
+            grad_nV -= (row_n * (smoothing / V))[:, None]
+        grad_nV.scatter_add_(-1, index_n1, -((1 - smoothing) * row_n)[:, None])
+        if raw_nV.dtype != wide:
+            raw_nV.copy_(grad_nV)
+    return loss_n.masked_fill(~counted_n, 0.0)
+
+
+def _triton_chunk_loss(logits_nV: Tensor, targets: Tensor, row_grad: Tensor | None, options: LossOptions) -> Tensor:
+    """`_chunk_loss` in one launch of the cross-entropy kernel."""
+    from fastgpt2_kernels import cross_entropy as kernel
+
+    rows = kernel.cross_entropy_rows(
+        logits_nV[None],
+        targets[None],
+        ignore_index=options.ignore_index,
+        label_smoothing=options.label_smoothing,
+        dloss=None if row_grad is None else row_grad[None].float(),
+        grad=None if row_grad is None else logits_nV[None],
+    )
+    return rows.loss[0]
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    fn: Callable[[Tensor], Tensor] = reference.ACTIVATIONS[name]
+    return fn(x)

@@ -1,0 +1,18 @@
+"""Where kernels run: on a GPU where there is one, else under Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def triton_device() -> str:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
