@@ -1,0 +1,101 @@
+"""Arithmetic and bytes of a GPT-2, and what a device can do: the numbers behind MFU and the benchmarks."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from fastgpt2.config import GPT2Config
+
+# Dense matrix-multiply peaks in TFLOP/s of 16-bit floats with float32 accumulation, from the vendors' data sheets.
+# The first name found in the device's name counts.
+_PEAK_TFLOPS_16BIT = {
+    "B300": 2250.0,
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A100": 312.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "A40": 149.7,
+    "A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "V100": 125.0,
+    "T4": 65.0,
+    "MI325X": 1307.0,
+    "MI300X": 1307.0,
+    "MI250X": 383.0,
+}
+
+
+def matmul_parameters(config: GPT2Config) -> int:
+    """Weights that every token is multiplied by: the blocks' matrices and the head, not the embedding look-ups."""
+    C, inner = config.hidden_size, config.inner_dim
+    return config.num_layers * (4 * C * C + 2 * C * inner) + config.vocab_size * C
+
+
+def forward_flops_per_token(config: GPT2Config, num_tokens: int) -> float:
+    """FLOPs of one token's forward pass in a sequence of `num_tokens`: 2 a weight, and attention.
+
+    Attention counts every query against every key (4 T C a layer), as PaLM's appendix B and nanoGPT do, though a causal
+    kernel does half of it: MFU figures then compare with published ones.
+    """
+    return 2.0 * matmul_parameters(config) + 4.0 * config.num_layers * config.hidden_size * num_tokens
+
+
+def training_flops_per_token(config: GPT2Config, num_tokens: int) -> float:
+    """FLOPs of one token's forward and backward pass: 3 x the forward's, 6 N + 12 L C T."""
+    return 3.0 * forward_flops_per_token(config, num_tokens)
+
+
+def weight_bytes(config: GPT2Config, dtype: torch.dtype) -> int:
+    """Bytes of weights that one decoding step reads, whatever the batch."""
+    return matmul_parameters(config) * dtype.itemsize
+
+
+def cache_bytes_per_token(config: GPT2Config, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token holds in the cache."""
+    return 2 * config.num_layers * config.hidden_size * dtype.itemsize
+
+
+@functools.cache
+def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
+    """Matrix-multiply FLOP/s of a device: the data sheet's where it is known for `dtype`, else measured here."""
+    device = torch.device(device)
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for part, tflops in _PEAK_TFLOPS_16BIT.items():
+            if part in name:
+                return tflops * 1e12
+    return measured_matmul_flops(device, dtype)
+
+
+def measured_matmul_flops(device: torch.device | str, dtype: torch.dtype, repeats: int = 5) -> float:
+    """FLOP/s of the best of `repeats` square matrix products in `dtype` (after one to warm up)."""
+    device = torch.device(device)
+    size = 4096 if device.type == "cuda" else 1024
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, device=device, generator=generator).to(dtype)
+    best_s = float("inf")
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start)
+    return 2.0 * size**3 / best_s
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

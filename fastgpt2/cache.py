@@ -1,0 +1,81 @@
+"""The key-value cache of generation: fixed slots, a length for every slot, no padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt2.config import GPT2Config
+
+# Slots grow by whole blocks of tokens, so that a growing batch seldom copies its cache.
+BLOCK_TOKENS = 64
+
+
+class KVCache:
+    """Keys and values of every layer for `num_slots` sequences of different lengths.
+
+    keys, values: (L, R, H, S, D) in the model's dtype or float32; lengths: tokens held by each of the R slots. A slot
+    is free to take another sequence once its length is set back to 0; what lies past a length is never read.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        num_slots: int,
+        capacity: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_slots < 1:
+            raise ValueError(f"KVCache: num_slots must be >= 1; got {num_slots}")
+        capacity = config.context_length if capacity is None else capacity
+        if not 1 <= capacity <= config.context_length:
+            raise ValueError(f"KVCache: capacity must be in [1, {config.context_length}] (the context); got {capacity}")
+        self.config = config
+        self.lengths = [0] * num_slots
+        shape = (config.num_layers, num_slots, config.num_heads, self._round(capacity), config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def best_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """What to hold a model's keys and values in: CPUs attend to float32 faster than to a half precision."""
+        return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+
+    @property
+    def num_slots(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens every slot has room for at present."""
+        return self.keys.shape[3]
+
+    def _round(self, tokens: int) -> int:
+        return min(self.config.context_length, -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in every slot, keeping what is held. ValueError past the model's context."""
+        if tokens > self.config.context_length:
+            raise ValueError(f"KVCache: {tokens} tokens do not fit in the context of {self.config.context_length}")
+        if tokens > self.capacity:
+            self.keys = self._grown(self.keys, self._round(tokens))
+            self.values = self._grown(self.values, self._round(tokens))
+
+    def _grown(self, old: Tensor, capacity: int) -> Tensor:
+        new = old.new_empty((*old.shape[:3], capacity, old.shape[4]))
+        for slot, length in enumerate(self.lengths):
+            new[:, slot, :, :length] = old[:, slot, :, :length]
+        return new
+
+    def fork(self, source: int, targets: list[int]) -> None:
+        """Copy slot `source` into the slots `targets`: several samples of one prompt."""
+        length = self.lengths[source]
+        for target in targets:
+            self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
+            self.values[:, target, :, :length] = self.values[:, source, :, :length]
+            self.lengths[target] = length
+
+    def free(self, slot: int) -> None:
+        self.lengths[slot] = 0

@@ -1,0 +1,54 @@
+"""To and from transformers' `GPT2LMHeadModel` in memory, sharing the weights: no second copy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastgpt2.checkpoint import hf_state_dict, load_hf_views
+from fastgpt2.config import GPT2Config
+from fastgpt2.model import GPT2
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+
+def accelerate(hf_model: GPT2LMHeadModel, *, backend: str = "auto") -> GPT2:
+    """Our GPT2 on the weights of a `GPT2LMHeadModel`, in its dtype, device, mode and with its frozen parameters.
+
+    The two share their storage (our linear weights are transposed views of the Conv1D ones): whatever changes a
+    weight in place, as an optimizer does, changes it in both. Gradients and hooks are not shared. TypeError for another
+    model, ValueError for a configuration or weights (adapters, quantized layers) that are not plain GPT-2.
+    """
+    from transformers import GPT2LMHeadModel
+
+    if not isinstance(hf_model, GPT2LMHeadModel):
+        raise TypeError(f"accelerate: the model must be transformers' GPT2LMHeadModel; got {type(hf_model).__name__}")
+    tied = hf_model.lm_head.weight.data_ptr() == hf_model.transformer.wte.weight.data_ptr()
+    config = GPT2Config.from_hf({**hf_model.config.to_dict(), "tie_word_embeddings": tied})
+    with torch.device("meta"):
+        model = GPT2(config, backend=backend)
+    load_hf_views(model, hf_model.state_dict())
+    frozen = {name for name, parameter in hf_model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return model.train(hf_model.training)
+
+
+def to_transformers(model: GPT2) -> GPT2LMHeadModel:
+    """transformers' GPT2LMHeadModel on the weights of ours, in the same mode; the two share their storage."""
+    import transformers
+
+    config = transformers.GPT2Config(**model.config.to_hf())
+    with torch.device("meta"):
+        hf_model = transformers.GPT2LMHeadModel(config)
+    state = hf_state_dict(model)
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    hf_model.load_state_dict(state, assign=True)
+    hf_model.tie_weights()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in hf_model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return hf_model.train(model.training)

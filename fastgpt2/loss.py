@@ -1,0 +1,89 @@
+"""The training loss and one training step, without ever holding the (B, T, V) logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt2.model import GPT2
+from fastgpt2_kernels import ops
+
+IGNORE_INDEX = -100
+
+
+def shift_targets(input_tensor: Tensor, *, ignore_index: int = IGNORE_INDEX, pad_token_id: int | None = None) -> Tensor:
+    """Next-token targets (B, T) of token ids (B, T): the ids one position on, the last position ignored.
+
+    `pad_token_id`: positions whose target is this id are ignored too. Padding is never guessed: without it every id
+    is a token to learn.
+    """
+    last = torch.full_like(input_tensor[:, :1], ignore_index)
+    targets = torch.cat((input_tensor[:, 1:], last), dim=1)
+    if pad_token_id is not None and pad_token_id != ignore_index:
+        targets = targets.masked_fill(targets == pad_token_id, ignore_index)
+    return targets
+
+
+def calculate_loss(
+    model: torch.nn.Module,
+    input_tensor: Tensor,
+    target_tensor: Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    **options: Any,
+) -> Tensor:
+    """Mean cross-entropy of predicting `target_tensor` (B, T) from `input_tensor` (B, T), in float32.
+
+    `target_tensor[b, t]` is the token that should follow `input_tensor[b, : t + 1]`: the targets are shifted already
+    (`shift_targets` makes them). Targets equal to `ignore_index` count for nothing. The softmax is float32 whatever
+    the model's dtype. `options` go to `fastgpt2.kernels.linear_cross_entropy` (reduction, label_smoothing ...).
+
+    With `ignore_index=0`, as introductory texts have it, token 0 is never learnt; in GPT-2's vocabulary it is a real
+    token ("!"). The default of -100 ignores no token.
+    """
+    core = _core(model)
+    if target_tensor.shape != input_tensor.shape:
+        raise ValueError(
+            f"calculate_loss: target_tensor must have the shape {tuple(input_tensor.shape)} of input_tensor; "
+            f"got {tuple(target_tensor.shape)}"
+        )
+    hidden_BTC = core.hidden_states(input_tensor)
+    return ops.linear_cross_entropy(
+        hidden_BTC, core.lm_head.weight, target_tensor, ignore_index=ignore_index, backend=core.backend, **options
+    )
+
+
+def train_step(
+    model: torch.nn.Module,
+    input_tensor: Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    pad_token_id: int | None = None,
+    max_grad_norm: float | None = None,
+) -> Tensor:
+    """One step of next-token training on token ids (B, T): loss, backward, and the optimizer's step when one is given.
+
+    The targets are the input shifted by one, the last position ignored, and padding too if `pad_token_id` names it.
+    Without an optimizer the gradients are left in `.grad`, added to what is there (accumulation). Returns the
+    detached loss.
+    """
+    targets = shift_targets(input_tensor, ignore_index=ignore_index, pad_token_id=pad_token_id)
+    if optimizer is not None:
+        optimizer.zero_grad(set_to_none=True)
+    loss = calculate_loss(model, input_tensor, targets, ignore_index=ignore_index)
+    loss.backward()
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if optimizer is not None:
+        optimizer.step()
+    return loss.detach()
+
+
+def _core(model: torch.nn.Module) -> GPT2:
+    """The GPT2 inside a `torch.compile` wrapper."""
+    core = getattr(model, "_orig_mod", model)
+    if not isinstance(core, GPT2):
+        raise TypeError(f"calculate_loss: model must be a fastgpt2.GPT2; got {type(model).__name__}")
+    return core

@@ -1,0 +1,53 @@
+"""FLOPs and bytes against counts of the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt2 import GPT2, GPT2Config, KVCache
+from fastgpt2.accounting import (
+    cache_bytes_per_token,
+    forward_flops_per_token,
+    matmul_parameters,
+    measured_matmul_flops,
+    peak_flops,
+    training_flops_per_token,
+    weight_bytes,
+)
+
+CONFIG = GPT2Config(vocab_size=101, context_length=16, hidden_size=24, num_layers=3, num_heads=2, feedforward_dim=40)
+
+
+def test_matmul_parameters_are_the_matrices_of_the_model() -> None:
+    matrices = [p for name, p in GPT2(CONFIG).named_parameters() if p.dim() == 2 and "wpe" not in name]
+    assert matmul_parameters(CONFIG) == sum(p.numel() for p in matrices)
+    assert weight_bytes(CONFIG, torch.bfloat16) == 2 * matmul_parameters(CONFIG)
+
+
+def test_forward_flops_are_what_pytorch_counts() -> None:
+    model, ids = GPT2(CONFIG).eval(), torch.zeros(2, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    attention = 4.0 * CONFIG.num_layers * CONFIG.hidden_size * 16
+    products = forward_flops_per_token(CONFIG, 16) - attention
+    counted = counter.get_total_flops() / ids.numel()
+    # PyTorch counts attention or not, by the operator that the CPU takes.
+    assert counted == pytest.approx(products) or counted == pytest.approx(products + attention)
+    assert training_flops_per_token(CONFIG, 16) == 3 * forward_flops_per_token(CONFIG, 16)
+
+
+def test_cache_bytes_are_those_of_the_cache() -> None:
+    cache = KVCache(CONFIG, 1, 16, dtype=torch.float16)
+    assert cache_bytes_per_token(CONFIG, torch.float16) * 16 == cache.keys.nbytes + cache.values.nbytes
+
+
+def test_gpt2_small_has_85_million_block_weights_and_its_head() -> None:
+    assert matmul_parameters(GPT2Config.preset("gpt2")) == 84_934_656 + 50257 * 768
+
+
+def test_an_unknown_device_is_measured() -> None:
+    speed = measured_matmul_flops("cpu", torch.float32, repeats=1)
+    assert 1e8 < speed < 1e15
+    assert 1e8 < peak_flops("cpu", torch.float32) < 1e15

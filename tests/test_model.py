@@ -1,0 +1,274 @@
+"""GPT2: building, initialisation, dropout, packed weights, torch.compile, the introductory loop, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2 import GPT2, GPT2Config, KVCache, calculate_loss
+from fastgpt2_kernels import ops
+from tests.helpers import TINY, assert_within_budget, random_ids, random_model
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_introductory_constructor() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 8}
+    model = GPT2(**sizes, feedforward_dim=64, dropout_rate=0.1)
+    assert model(random_ids(0, 2, 7)).shape == (2, 7, 100)
+    config = model.config
+    assert config.residual_dropout == config.embedding_dropout == config.attention_dropout == 0.1
+    assert GPT2(**sizes, dropout_rate=0.1, attention_dropout=0.0).config.attention_dropout == 0.0
+    assert GPT2.from_config("distilgpt2", num_layers=1, hidden_size=24, vocab_size=9).config.num_heads == 12
+
+
+def test_the_introductory_loop(seed: int) -> None:
+    """Forward, softmax, multinomial, append, as written in the text."""
+    torch.manual_seed(seed)
+    model = random_model(seed)
+    ids = random_ids(seed, 2, 3)
+    for _ in range(5):
+        with torch.no_grad():
+            logits = model(ids)
+        probabilities = F.softmax(logits[:, -1, :], dim=-1)
+        ids = torch.cat((ids, torch.multinomial(probabilities, num_samples=1)), dim=1)
+    assert ids.shape == (2, 8)
+
+
+def test_initialisation(seed: int) -> None:
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=1000, context_length=256, hidden_size=128, num_layers=8, num_heads=4)
+    model = GPT2(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif ".ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            n = parameter.numel()
+            # 6 standard errors of a normal sample's mean and standard deviation
+            assert abs(parameter.mean().item()) < 6 * std / math.sqrt(n), name
+            assert abs(parameter.std().item() - std) < 6 * std / math.sqrt(2 * n), name
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert GPT2(config.replace(tie_word_embeddings=False)).lm_head.weight is not model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("activation", ["prelu", "xielu"])
+def test_learned_activations_have_weights(activation: str) -> None:
+    names = [name for name, _ in GPT2(TINY.replace(activation_function=activation)).named_parameters()]
+    assert any(".mlp.act." in name for name in names)
+
+
+# -- dropout -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["residual_dropout", "embedding_dropout", "attention_dropout"])
+def test_each_dropout_acts_alone_and_is_reproducible(seed: int, which: str) -> None:
+    model = random_model(seed, **{which: 0.4})
+    ids = random_ids(seed, 2, 16)
+    evaluated = model(ids)
+
+    def trained(manual_seed: int) -> Tensor:
+        torch.manual_seed(manual_seed)
+        return model.train()(ids)
+
+    first = trained(seed)
+    assert not torch.allclose(first, evaluated)
+    assert torch.equal(first, trained(seed))
+    assert not torch.allclose(first, trained(seed + 1))
+    assert torch.equal(random_model(seed).train()(ids), random_model(seed)(ids))
+
+
+def test_dropout_rates(seed: int) -> None:
+    """The share of zeros where each dropout acts, and the scale of the rest."""
+    torch.manual_seed(seed)
+    p, n = 0.3, 24 * 512
+    model = random_model(seed, hidden_size=512, num_layers=1, embedding_dropout=p, residual_dropout=p).train()
+    seen: dict[str, Tensor] = {}
+    block = model.transformer.h[0]
+    block.ln_1.register_forward_pre_hook(lambda _, inputs: seen.update(embedded=inputs[0]))
+    block.ln_2.register_forward_pre_hook(lambda _, inputs: seen.update(attended=inputs[0]))
+    model.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: seen.update(out=inputs[0]))
+    model(random_ids(seed, 1, 24))
+    bound = 6 * math.sqrt(p * (1 - p) / n)
+    added = (seen["attended"] - seen["embedded"], seen["out"] - seen["attended"])
+    for dropped in (seen["embedded"], *added):
+        assert abs((dropped == 0).double().mean().item() - p) < bound
+    q = k = torch.zeros(1, 1, 1, 8)
+    v = torch.ones(1, 1, 1, 8).expand(20000, 1, 1, 8)
+    out = ops.causal_attention(q.expand_as(v), k.expand_as(v), v, dropout_p=p)[:, 0, 0, 0]
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
+    assert abs((out == 0).double().mean().item() - p) < 6 * math.sqrt(p * (1 - p) / 20000)
+
+
+# -- packed weights ----------------------------------------------------------------------------------------------------
+
+
+def packed_logits(model: GPT2, ids: Tensor, *, packed: bool = True) -> Tensor:
+    """Logits of one row of ids (T,), through a cache and the packed weights."""
+    cache = KVCache(model.config, 1, dtype=KVCache.best_dtype(model.dtype, model.device))
+    plan = ops.plan_rows([0], [len(ids)], [0])
+    return model.lm_head(model.extend(ids, plan, cache, packed=packed), packed=packed)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def packable(request: pytest.FixtureRequest, seed: int) -> GPT2:
+    model = random_model(seed, hidden_size=64).to(request.param)
+    if not model.pack():
+        pytest.skip(f"this machine has no packed layout for {request.param}")
+    return model
+
+
+def test_packed_weights_give_the_same_logits(packable: GPT2, seed: int) -> None:
+    ids = random_ids(seed, 20)
+    with torch.no_grad():
+        plain = packable(ids[None])[0]
+        exact = copy.deepcopy(packable).double()(ids[None])[0]
+        assert_within_budget(packed_logits(packable, ids), plain, exact)
+
+
+def test_packed_rows_do_not_depend_on_their_neighbours(packable: GPT2, seed: int) -> None:
+    rows = random_ids(seed, 5, 9)
+
+    def run(chosen: Tensor) -> Tensor:
+        R = len(chosen)
+        cache = KVCache(packable.config, R, dtype=KVCache.best_dtype(packable.dtype, packable.device))
+        outs = []
+        for start, end in ((0, 6), (6, 7), (7, 9)):
+            plan = ops.plan_rows(range(R), [end - start] * R, cache.lengths)
+            hidden = packable.extend(chosen[:, start:end].reshape(-1), plan, cache, packed=True)
+            outs.append(packable.lm_head(hidden, packed=True).view(R, end - start, -1))
+        return torch.cat(outs, dim=1)
+
+    with torch.no_grad():
+        together = run(rows)
+        for i in range(5):
+            assert torch.equal(run(rows[i : i + 1])[0], together[i]), f"row {i}"
+
+
+def optimizer_step(model: GPT2) -> None:
+    ids = random_ids(1, 2, 8)
+    model.train()
+    calculate_loss(model, ids, ids).backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    model.eval()
+
+
+def through_data(model: GPT2) -> None:
+    model.transformer.h[1].mlp.c_fc.weight.data.copy_(torch.randn_like(model.transformer.h[1].mlp.c_fc.weight))
+
+
+def load_state_dict(model: GPT2) -> None:
+    model.load_state_dict(random_model(5, hidden_size=64).to(model.dtype).state_dict())
+
+
+@pytest.mark.parametrize("change", [optimizer_step, through_data, load_state_dict])
+def test_packing_again_packs_what_changed(packable: GPT2, seed: int, change: Callable[[GPT2], None]) -> None:
+    ids = random_ids(seed, 9)
+    before = packed_logits(packable, ids)
+    change(packable)
+    packable.pack()
+    after = packed_logits(packable, ids)
+    packable.unpack()
+    packable.pack()
+    assert torch.equal(after, packed_logits(packable, ids))
+    assert not torch.equal(after, before)
+
+
+def test_copies_and_pickles_of_packed_models(packable: GPT2, seed: int) -> None:
+    ids = random_ids(seed, 1, 9)
+    for other in (copy.deepcopy(packable), pickle.loads(pickle.dumps(packable))):
+        assert torch.equal(other(ids), packable(ids))
+        assert other.pack()
+        assert torch.equal(packed_logits(other, ids[0]), packed_logits(packable, ids[0]))
+
+
+def test_training_mode_drops_the_packed_weights(packable: GPT2) -> None:
+    assert packable.lm_head._pack is not None
+    packable.train()
+    assert packable.lm_head._pack is None
+
+
+# -- torch.compile -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler deprecates its own internals
+def test_compiled_forward_equals_eager(seed: int) -> None:
+    model = random_model(seed, num_layers=1)
+    ids = random_ids(seed, 2, 9)
+    compiled = torch.compile(model)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-4)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+IDS = torch.zeros(2, 5, dtype=torch.int64)
+MODEL = GPT2(TINY).eval()
+REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "a number for a configuration": (lambda: GPT2(5), TypeError, "config must be a GPT2Config; got int"),
+    "a configuration and a field": (lambda: GPT2(TINY, vocab_size=3), TypeError, "got a config and vocab_size"),
+    "an unknown field": (lambda: GPT2(n_layer=3), TypeError, "unknown argument n_layer"),
+    "an unknown backend": (lambda: GPT2(TINY, backend="cuda"), ValueError, "got 'cuda'"),
+    "ids of one dimension": (lambda: MODEL(IDS[0]), ValueError, r"must be a \(B, T\) tensor of token ids; got \(5,\)"),
+    "a list of ids": (lambda: MODEL([[1, 2]]), ValueError, "got list"),
+    "ids as floats": (lambda: MODEL(IDS.float()), ValueError, r"must be int64 or int32; got torch\.float32"),
+    "an id past the vocabulary": (lambda: MODEL(IDS + 61), ValueError, r"must be in \[0, 61\) .*; got 61"),
+    "a negative id": (lambda: MODEL(IDS - 1), ValueError, "got -1"),
+    "a row past the context": (
+        lambda: MODEL(IDS[:1, :1].expand(1, 25)),
+        ValueError,
+        "25 tokens do not fit in the context",
+    ),
+    "positions of another shape": (lambda: MODEL(IDS, position_ids=IDS[:1]), ValueError, r"shape \(2, 5\)"),
+    "positions past the context": (lambda: MODEL(IDS, position_ids=IDS + 24), ValueError, r"\[0, 24\) .*; got 24"),
+    "a document past the context": (
+        lambda: MODEL(IDS[:1, :1].expand(1, 25), cu_seqlens=torch.tensor([0, 25])),
+        ValueError,
+        r"\[0, 24\) \(the context\); got 24",
+    ),
+    "a cache of other rows": (lambda: MODEL(IDS, cache=KVCache(TINY, 3)), ValueError, "2 rows and the cache 3 slots"),
+    "a cache and positions": (
+        lambda: MODEL(IDS, cache=KVCache(TINY, 2), position_ids=IDS),
+        ValueError,
+        "cannot be given with it",
+    ),
+    "a cache in training mode": (
+        lambda: GPT2(TINY)(IDS, cache=KVCache(TINY, 2)),
+        ValueError,
+        r"call model\.eval\(\) first",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str) -> None:
+    call, error, message = REFUSED[what]
+    with pytest.raises(error, match=message) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+
+
+def test_a_full_cache_is_left_as_it_was() -> None:
+    cache = KVCache(TINY, 2)
+    MODEL(IDS, cache=cache)
+    with pytest.raises(ValueError, match="25 tokens do not fit in the context of 24"):
+        MODEL(IDS[:, :1].expand(2, 20), cache=cache)
+    assert cache.lengths == [5, 5]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_no_tokens(shape: tuple[int, int]) -> None:
+    assert MODEL(torch.zeros(shape, dtype=torch.int64)).shape == (*shape, 61)
