@@ -1,0 +1,278 @@
+"""Generation: equal to transformers and to the loop without a cache; a sample depends on itself alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from fastgpt2 import GPT2, SamplingConfig
+from fastgpt2.generate import Sample, generate
+from fastgpt2.sampling import sample, uniforms
+
+V = 67
+SIZES = {"vocab_size": V, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "context_length": 96}
+
+
+def tiny_model(seed: int, **changes) -> GPT2:
+    torch.manual_seed(seed)
+    # Weights large enough that the next token depends on the whole prefix, not only on the last token.
+    return GPT2(**{**SIZES, "initializer_range": 0.3, **changes}).eval()
+
+
+def random_prompts(rng: random.Random, count: int, longest: int = 40) -> list[list[int]]:
+    return [[rng.randrange(V) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+class ByteTokenizer:
+    """Token i is byte i: characters beyond ASCII take several tokens."""
+
+    eos_token_id = None
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def step_by_step(
+    model: GPT2, prompt: list[int], config: SamplingConfig, prompt_id: int, sample_index: int
+) -> list[int]:
+    """The loop every introduction has: whole forward, choose, append. No cache, no batch."""
+    ids = list(prompt)
+    stop = config.stop_token_ids or ()
+    for position in range(config.max_new_tokens):
+        if len(ids) > model.config.context_length:
+            break
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[:, -1]
+        seen = torch.zeros(1, V, dtype=torch.bool)
+        seen[0, ids] = True
+        uniform = uniforms(config.seed, [prompt_id], [sample_index], [position])
+        ids.append(int(sample(logits, config, uniform, seen)))
+        if ids[-1] in stop:
+            break
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_transformers_on_ragged_batches(seed):
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=V, n_positions=110, n_embd=48, n_layer=2, n_head=3, initializer_range=0.3, eos_token_id=5,
+        bos_token_id=None,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    from fastgpt2.integrations.transformers import accelerate
+
+    ours = accelerate(theirs)
+    for got in ours.generate(random_prompts(rng, 12), temperature=0, max_new_tokens=64, batch_size=5):
+        ids = torch.tensor([got.prompt_ids])
+        expected = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=5
+        )
+        assert got.token_ids == expected[0, ids.shape[1] :].tolist()
+
+
+def test_alone_in_any_batch_and_step_by_step_are_one(seed):
+    """At least 200 random cases: greedy and sampled, filters crossed, any batch size, any number of samples."""
+    rng = random.Random(seed)
+    cases = 0
+    for trial in itertools.count():
+        if cases >= 200:
+            break
+        model = tiny_model(seed + trial, tie_word_embeddings=trial % 3 > 0)
+        prompts = random_prompts(rng, rng.randint(2, 6))
+        options = {
+            "temperature": rng.choice([0, 0.7, 1.0, 1.4]),
+            "top_k": rng.choice([None, 5, 20]),
+            "top_p": rng.choice([None, 0.9]),
+            "min_p": rng.choice([None, 0.02]),
+            "repetition_penalty": rng.choice([1.0, 1.3]),
+            "max_new_tokens": rng.randint(1, 24),
+            "stop_token_ids": (3, 11),
+            "seed": rng.randrange(2**64),
+        }
+        num_samples = rng.randint(1, 3)
+        batched = model.generate(prompts, num_samples=num_samples, batch_size=rng.randint(1, 8), **options)
+        assert [(s.prompt_index, s.sample_index) for s in batched] == list(
+            itertools.product(range(len(prompts)), range(num_samples))
+        )
+        other = model.generate(prompts, num_samples=num_samples, batch_size=rng.randint(9, 40), **options)
+        # Bitwise, probabilities too: a row is computed in the same way whatever is around it.
+        assert batched == other
+        for got in batched:
+            expected = step_by_step(
+                model, prompts[got.prompt_index], SamplingConfig(**options), got.prompt_index, got.sample_index
+            )
+            assert got.token_ids == expected
+            cases += 1
+        alone = model.generate([prompts[-1]], sample_ids=[len(prompts) - 1], **options)[0]
+        same = batched[(len(prompts) - 1) * num_samples]
+        assert (alone.token_ids, alone.logprobs) == (same.token_ids, same.logprobs)
+
+
+def test_order_and_skip_change_nothing(seed):
+    model, rng = tiny_model(seed), random.Random(seed)
+    prompts = random_prompts(rng, 7)
+    options = {"num_samples": 3, "max_new_tokens": 10, "seed": 9}
+    whole = {(s.prompt_index, s.sample_index): s.token_ids for s in model.generate(prompts, **options)}
+    order = rng.sample(range(7), 7)
+    shuffled = model.generate([prompts[i] for i in order], sample_ids=order, batch_size=4, **options)
+    assert {(order[s.prompt_index], s.sample_index): s.token_ids for s in shuffled} == whole
+    done = set(rng.sample(sorted(whole), 10))
+    rest = model.generate(prompts, skip=done, batch_size=3, **options)
+    assert {(s.prompt_index, s.sample_index): s.token_ids for s in rest} == {
+        key: ids for key, ids in whole.items() if key not in done
+    }
+
+
+def test_only_the_tokens_that_are_needed_are_computed(seed, monkeypatch):
+    """A prompt once whatever its samples, a row until it ends, and never a token of padding."""
+    model, rng = tiny_model(seed), random.Random(seed)
+    computed = []
+    extend = GPT2.extend
+    monkeypatch.setattr(
+        GPT2, "extend", lambda self, ids, *a, **k: computed.append(len(ids)) or extend(self, ids, *a, **k)
+    )
+    prompts = random_prompts(rng, 9)
+    samples = model.generate(prompts, num_samples=4, batch_size=6, max_new_tokens=30, stop_token_ids=(1, 2, 3, 4, 5))
+    assert len({len(s.token_ids) for s in samples}) > 3
+    assert sum(computed) == sum(map(len, prompts)) + sum(len(s.token_ids) - 1 for s in samples)
+
+
+def test_logprobs_are_the_models_own(seed):
+    model = tiny_model(seed)
+    for got in model.generate(random_prompts(random.Random(seed), 4), temperature=1.7, top_k=9, max_new_tokens=12):
+        ids = torch.tensor([[*got.prompt_ids, *got.token_ids]])
+        logprobs = model(ids).log_softmax(-1)[0, len(got.prompt_ids) - 1 : -1]
+        expected = logprobs.gather(-1, torch.tensor(got.token_ids)[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(got.logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_context_ends_a_row_and_harms_no_other(seed):
+    model, rng = tiny_model(seed), random.Random(seed)
+    full = [rng.randrange(V) for _ in range(SIZES["context_length"])]
+    long = full[:90]
+    samples = model.generate([full, long, [1]], max_new_tokens=40, temperature=0, stop_token_ids=())
+    assert [len(s.token_ids) for s in samples] == [1, 7, 40]
+    assert {s.finish_reason for s in samples} == {"length"}
+    assert samples[2].token_ids == model.generate([[1]], max_new_tokens=40, temperature=0)[0].token_ids
+
+
+def test_stop_tokens(seed):
+    model = tiny_model(seed, eos_token_id=(3, 4))
+    prompts = random_prompts(random.Random(seed), 8)
+    samples = model.generate(prompts, max_new_tokens=60)
+    assert any(s.finish_reason == "stop" for s in samples)
+    for got in samples:
+        assert not {3, 4} & set(got.token_ids[:-1])
+        assert (got.finish_reason == "stop") == (got.token_ids[-1] in (3, 4))
+    unstopped = model.generate(prompts, max_new_tokens=60, stop_token_ids=())
+    for got, free in zip(samples, unstopped, strict=True):
+        assert free.token_ids[: len(got.token_ids)] == got.token_ids
+
+
+class Script(torch.nn.Module):
+    """A head whose greedy continuation of any prompt is a given text, byte by byte."""
+
+    def __init__(self, text: str, start: int) -> None:
+        super().__init__()
+        self.data, self.at = text.encode(), start
+
+    def forward(self, hidden, packed=False):
+        logits = torch.zeros(hidden.shape[0], 256)
+        logits[:, self.data[self.at]] = 9.0
+        self.at += 1
+        return logits
+
+
+def scripted(text: str) -> GPT2:
+    torch.manual_seed(0)
+    model = GPT2(vocab_size=256, hidden_size=16, num_layers=1, num_heads=1, context_length=128).eval()
+    model.tokenizer = ByteTokenizer()
+    model.lm_head = Script(text, 0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "tokens"),
+    [
+        ("hello END more", ("END",), "hello ", 9),
+        ("hello END more", ("ND m", "END"), "hello ", 9),
+        ("aaab", ("ab",), "aa", 4),
+        ("grüße — 日本語!", ("語",), "grüße — 日本", len("grüße — 日本語".encode())),
+        ("nothing here", ("zebra", "herez"), "nothing here", 12),
+    ],
+)
+def test_stop_strings_and_streaming(said, stop, text, tokens):
+    options = {"temperature": 0, "max_new_tokens": len(said.encode()), "stop_strings": stop, "pack_weights": False}
+    model = scripted(said)
+    events = list(model.stream("x", **options))
+    finished = events[-1].finished
+    assert finished is not None
+    assert (finished.text, len(finished.token_ids)) == (text, tokens)
+    assert "".join(e.text for e in events) == text
+    assert finished.finish_reason == ("stop" if tokens < len(said.encode()) or said.endswith(stop) else "length")
+    given = list(itertools.accumulate(e.text for e in events))
+    assert all(text.startswith(part) for part in given), "text was given out that a stop string then took back"
+
+
+def test_prompts_are_read_as_room_becomes_free(seed):
+    model = tiny_model(seed)
+    read = []
+
+    def prompts():
+        for i in range(50):
+            read.append(i)
+            yield [i % V]
+
+    results = model.generate_iter(prompts(), batch_size=2, max_new_tokens=5, stop_token_ids=())
+    next(results)
+    assert len(read) <= 4
+    assert 1 + sum(1 for _ in results) == 50
+
+
+def test_an_iterator_left_early_restores_the_mode(seed):
+    model = tiny_model(seed).train()
+    stream = model.stream([[1, 2, 3]], max_new_tokens=50)
+    next(stream)
+    assert not model.training
+    stream.close()
+    assert model.training
+
+
+def test_nan_weights_are_reported_not_sampled(seed):
+    model = tiny_model(seed)
+    model.transformer.ln_f.bias.data[0] = float("nan")
+    with pytest.raises(RuntimeError, match="logits for prompt 0 after 0 tokens are NaN or infinite"):
+        model.generate([[1, 2]])
+
+
+def test_an_empty_prompt_begins_with_bos(seed):
+    model = tiny_model(seed, bos_token_id=7)
+    empty, seven = model.generate([[], [7]], sample_ids=[0, 0], max_new_tokens=9)
+    assert empty.token_ids == seven.token_ids
+
+
+def test_text_comes_back_without_the_stop_token(seed):
+    torch.manual_seed(seed)
+    model = GPT2(vocab_size=256, hidden_size=16, num_layers=1, num_heads=1, context_length=64, eos_token_id=0).eval()
+    model.tokenizer = ByteTokenizer()
+    got = model.generate("ab", max_new_tokens=20)[0]
+    ids = got.token_ids[:-1] if got.token_ids[-1] == 0 else got.token_ids
+    assert got.text == bytes(ids).decode(errors="replace")
+    assert isinstance(got, Sample)
+    assert generate(model, "ab", max_new_tokens=20) == [got]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_keep_rows_apart(seed, dtype):
+    model, rng = tiny_model(seed).to(dtype), random.Random(seed)
+    prompts = random_prompts(rng, 6)
+    options = {"max_new_tokens": 12, "num_samples": 2}
+    assert model.generate(prompts, batch_size=1, **options) == model.generate(prompts, batch_size=12, **options)

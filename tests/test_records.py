@@ -1,0 +1,285 @@
+"""Prompts in, samples out: every format round-trips, and every way a file can be cut off resumes."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+
+import pytest
+
+from fastgpt2.generate import Sample
+from fastgpt2.records import (
+    Fasta,
+    JsonLines,
+    Output,
+    Prompt,
+    PromptError,
+    Row,
+    Text,
+    output_format,
+    read_prompts,
+    unescape,
+)
+
+FORMATS = {".jsonl": JsonLines(token_ids=True, logprobs=True), ".fasta": Fasta(), ".txt": Text()}
+SETTINGS = {"seed": 1, "top_p": 0.9, "stop_token_ids": (1, 2), "prompts": "ab12"}
+# What text files break on: separators, escapes, what looks like a header, what JSON must escape.
+ALPHABET = 'aMKL \\\n\r\t>"\x00\v\f\x1c\x1d\x1e\x85\u2028\u2029é😀*-<|endoftext|>nrtu0'
+
+
+def random_row(rng: random.Random, prompt_index: int, sample_index: int) -> Row:
+    count = rng.randint(1, 5)
+    sample = Sample(0, sample_index, (1,), [rng.randrange(99) for _ in range(count)])
+    sample.logprobs = [-rng.random() * 9 for _ in range(count)]
+    sample.finish_reason = "length"
+    text = "".join(rng.choice(ALPHABET) for _ in range(rng.choice((0, 1, 20, 59, 60, 61, 130))))
+    identifier = rng.choice((None, "sp|P12345|X Y", "é\t1"))
+    return Row(Prompt(prompt_index, (1,), "here", identifier), sample, text)
+
+
+def random_rows(rng: random.Random, count: int = 8) -> list[Row]:
+    keys = [(p, s) for p in range(count) for s in range(2)]
+    rng.shuffle(keys)
+    return [random_row(rng, *key) for key in keys]
+
+
+def key(row: Row) -> tuple[int, int]:
+    return row.prompt.index, row.sample.sample_index
+
+
+# -- samples ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_cut_leaves_the_whole_records_before_it(suffix, seed):
+    records, rows = FORMATS[suffix], random_rows(random.Random(seed))
+    encoded = [records.encode(row).encode() for row in rows]
+    data = b"".join(encoded)
+    ends = [sum(map(len, encoded[: i + 1])) for i in range(len(rows))]
+    for cut in range(len(data) + 1):
+        whole = sum(end <= cut for end in ends)
+        scanned = list(records.scan(io.BytesIO(data[:cut])))
+        assert scanned == [(ends[i], key(rows[i])) for i in range(whole)], f"cut at {cut}"
+
+
+def test_json_rows_hold_everything(seed):
+    for row in random_rows(random.Random(seed)):
+        line = FORMATS[".jsonl"].encode(row)
+        assert len(line.splitlines()) == 1
+        back = json.loads(line)
+        assert (back["prompt_index"], back["sample_index"]) == key(row)
+        assert back.get("id") == row.prompt.id
+        assert back["text"] == row.text
+        assert back["token_ids"] == row.sample.token_ids
+        assert back["logprobs"] == row.sample.logprobs
+        assert back["num_tokens"] == len(row.sample.token_ids)
+        assert back["mean_logprob"] == pytest.approx(sum(row.sample.logprobs) / len(row.sample.logprobs))
+        assert back["perplexity"] == pytest.approx(2.718281828459045 ** -back["mean_logprob"])
+
+
+def test_text_rows_come_back_as_they_were(seed):
+    for row in random_rows(random.Random(seed)):
+        line = Text().encode(row)
+        assert line.endswith("\n")
+        assert len(line.splitlines()) == 1
+        prompt_index, sample_index, text = line[:-1].split("\t")
+        assert (int(prompt_index), int(sample_index), unescape(text)) == (*key(row), row.text)
+
+
+def test_fasta_rows_are_sequences(seed):
+    row = random_row(random.Random(seed), 3, 7)
+    row = Row(row.prompt, row.sample, "<|endoftext|>\nMKV >L1\n" * 9 + "A*-")
+    header, *lines = Fasta().encode(row).splitlines()
+    assert "".join(lines) == "MKVL" * 9 + "A*-"
+    assert [len(line) for line in lines] == [39]
+    assert f" prompt=3 sample=7 length=39 tokens={len(row.sample.token_ids)} finish=length perplexity=" in header
+    long = Fasta().encode(Row(row.prompt, row.sample, "M" * 121)).splitlines()[1:]
+    assert [len(line) for line in long] == [60, 60, 1]
+
+
+def test_infinite_perplexity_is_none():
+    sample = Sample(0, 0, (1,), [1], [-1e4], "stop")
+    row = Row(Prompt(0, "a", "here"), sample, "b")
+    assert json.loads(JsonLines().encode(row))["perplexity"] is None
+
+
+# -- the output file ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_resume_truncates_the_torn_record_and_goes_on(suffix, tmp_path, seed):
+    rng = random.Random(seed)
+    records, rows = FORMATS[suffix], random_rows(rng)
+    path = tmp_path / f"out{suffix}"
+    with Output(path, records, SETTINGS) as output:
+        for row in rows:
+            output.write(row)
+    data = path.read_bytes()
+    for cut in rng.sample(range(len(data)), 12):
+        path.write_bytes(data[:cut])
+        with Output(path, records, SETTINGS, resume=True) as output:
+            assert data.startswith(path.read_bytes())
+            for row in rows:
+                if key(row) not in output.done:
+                    output.write(row)
+        assert path.read_bytes() == data
+
+
+def test_existing_output_is_refused_and_untouched(tmp_path, seed):
+    path = tmp_path / "out.txt"
+    path.write_text("precious\n")
+    with pytest.raises(FileExistsError, match=r"exists; continue it with --resume or replace it with --overwrite"):
+        Output(path, Text(), SETTINGS)
+    with pytest.raises(ValueError, match=r"cannot be resumed, out\.txt\.run\.json with its settings is not beside it"):
+        Output(path, Text(), SETTINGS, resume=True)
+    assert path.read_text() == "precious\n"
+    with Output(path, Text(), SETTINGS, overwrite=True) as output:
+        output.write(random_row(random.Random(seed), 0, 0))
+    assert path.read_text().startswith("0\t0\t")
+
+
+def test_resume_as_another_run_is_refused(tmp_path, seed):
+    path = tmp_path / "out.jsonl"
+    with Output(path, JsonLines(), SETTINGS) as output:
+        output.write(random_row(random.Random(seed), 0, 0))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"made by another run \(seed was 1 and is 2, top_p was 0\.9 and is None\)"):
+        Output(path, JsonLines(), {**SETTINGS, "seed": 2, "top_p": None}, resume=True)
+    (tmp_path / "out.jsonl.run.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"is not a run's settings"):
+        Output(path, JsonLines(), SETTINGS, resume=True)
+    assert path.read_bytes() == before
+
+
+def test_resume_of_nothing_begins(tmp_path):
+    with Output(tmp_path / "out.txt", Text(), SETTINGS, resume=True) as output:
+        assert not output.done
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "line"),
+    [(".jsonl", '{"prompt_index": 0}\n', 1), (".txt", "0\t0\ta\nx\n", 2), (".fasta", ">a\nMK\n", 1),
+     (".fasta", ">a_0 prompt=0 sample=0 length=70 \nMK\n>b\n", 2)],
+)  # fmt: skip
+def test_foreign_rows_are_not_touched(suffix, content, line, tmp_path):
+    path = tmp_path / f"out{suffix}"
+    Output(path, FORMATS[suffix], SETTINGS).close()
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"line {line} is not .*; it cannot be resumed"):
+        Output(path, FORMATS[suffix], SETTINGS, resume=True)
+    assert path.read_text() == content
+
+
+def test_second_writer_is_refused(tmp_path, seed):
+    path = tmp_path / "out.txt"
+    with Output(path, Text(), SETTINGS) as output:
+        output.write(random_row(random.Random(seed), 0, 0))
+        before = path.read_bytes()
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(BlockingIOError, match="another process is writing to it"):
+                Output(path, Text(), SETTINGS, **how)
+        assert path.read_bytes() == before
+
+
+def test_full_disk_leaves_whole_records(tmp_path, seed, monkeypatch):
+    rows = random_rows(random.Random(seed))
+    path = tmp_path / "out.txt"
+    output = Output(path, Text(), SETTINGS)
+    output.write(rows[0])
+    before = path.read_bytes()
+    raw = output._file
+
+    class Full:
+        """Takes three bytes, then there is no room."""
+
+        def __init__(self) -> None:
+            self.room = 3
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            taken, self.room = raw.write(data[: self.room]), 0
+            return taken
+
+        def __getattr__(self, name: str):
+            return getattr(raw, name)
+
+    monkeypatch.setattr(output, "_file", Full())
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); its samples are whole"):
+        output.write(rows[1])
+    output.close()
+    assert path.read_bytes() == before
+
+
+def test_output_names(tmp_path):
+    with pytest.raises(ValueError, match=r"an output must end in \.jsonl, \.fasta, \.txt; got '\.csv'"):
+        output_format(tmp_path / "out.csv")
+    with pytest.raises(ValueError, match=r"need a \.jsonl output"):
+        output_format(tmp_path / "out.txt", logprobs=True)
+    with pytest.raises(ValueError, match=r"is a folder"):
+        Output(tmp_path, Text(), SETTINGS)
+    with pytest.raises(ValueError, match=r"which does not exist"):
+        Output(tmp_path / "no" / "out.txt", Text(), SETTINGS)
+    with pytest.raises(ValueError, match=r"give one of them"):
+        Output(tmp_path / "out.txt", Text(), SETTINGS, resume=True, overwrite=True)
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------
+
+
+def test_text_prompts():
+    data = "\ufeffone\r\n\ntwo\u2028words\n".encode()
+    prompts = list(read_prompts(data, "p.txt", ".txt"))
+    assert [(p.index, p.content, p.where) for p in prompts] == [
+        (0, "one", "p.txt line 1"),
+        (1, "", "p.txt line 2"),
+        (2, "two\u2028words", "p.txt line 3"),
+    ]
+
+
+def test_json_prompts_and_bad_ones_keep_their_places():
+    lines = ['{"prompt": "a", "id": 7}', "", '{"prompt_ids": [1, 2]}', "{oops", '{"prompt": "z", "id": "last"}']
+    found = list(read_prompts("\n".join(lines).encode(), "p.jsonl", ".jsonl"))
+    assert [(p.index, p.content, p.id) for p in found if isinstance(p, Prompt)] == [
+        (0, "a", "7"),
+        (1, (1, 2), None),
+        (3, "z", "last"),
+    ]
+    assert [str(p) for p in found if isinstance(p, PromptError)] == [
+        "p.jsonl line 4: must be JSON; Expecting property name enclosed in double quotes at column 2"
+    ]
+
+
+def test_fasta_prompts():
+    data = b"\n>sp|P1|A some words\nMKV\nLA\n\n>b\n"
+    assert [(p.index, p.id, p.content, p.where) for p in read_prompts(data, "p.fasta", ".fasta")] == [
+        (0, "sp|P1|A", "MKVLA", "p.fasta line 2"),
+        (1, "b", "", "p.fasta line 6"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[1]", 'must be an object with either "prompt" or "prompt_ids"'),
+        (b'{"prompt": "a", "prompt_ids": []}', 'must be an object with either "prompt" or "prompt_ids"'),
+        (b'{"prompt": 3}', '"prompt" must be a string; got int'),
+        (b'{"prompt_ids": [1, true]}', '"prompt_ids" must be a list of integers'),
+        (b'{"prompt": "a", "id": [1]}', '"id" must be a string or an integer; got list'),
+        (b'{"prompt": "\\ud800"}', "must be Unicode text; it has an unpaired surrogate"),
+        (b'{"prompt": "\xff"}', "must be UTF-8 text; byte 13 of the line is not"),
+        (b"[" * 100_000, "must be a flat JSON object; it is nested too deeply"),
+    ],
+)
+def test_bad_json_prompts(line, message):
+    (error,) = read_prompts(line + b"\n", "p.jsonl", ".jsonl")
+    assert isinstance(error, PromptError)
+    assert str(error) == f"p.jsonl line 1: {message}"
+
+
+def test_fasta_without_header():
+    first, second = read_prompts(b"MKV\n>a\nMK\n", "p.fasta", ".fasta")
+    assert str(first) == 'p.fasta line 1: must begin with a header line, ">" and a name'
+    assert isinstance(second, Prompt)
+    assert second.index == 1
