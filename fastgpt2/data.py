@@ -1,0 +1,369 @@
+"""Text files to token shards, and shards to batches that depend on (seed, step) alone.
+
+A data folder holds `train.bin` and `val.bin`, bare little-endian uint16 tokens (uint32 for vocabularies past 65536) as
+nanoGPT writes them, and beside our own a `meta.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgpt2.files import atomic_file, remove_leftovers
+from fastgpt2.tokenizer import Tokenizer
+
+STDLIB = "stdlib"  # a name for `--data`: the sources of the running Python's standard library
+_STDLIB_EXCLUDED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+_ALWAYS_EXCLUDED = {"__pycache__", ".git", ".hg", ".svn"}
+# Text is read and encoded in pieces of about this many bytes, cut at line ends, so that no file has to fit in memory.
+PIECE_BYTES = 1 << 20
+
+
+# -- documents ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Bytes start .. end of a UTF-8 file: a whole document, or one side of a single file's split."""
+
+    path: Path
+    start: int
+    end: int
+
+    def pieces(self) -> Iterator[str]:
+        """The text in pieces of about `PIECE_BYTES`, cut after a line's end where there is one."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            left, kept = self.end - self.start, b""
+            while left:
+                block = file.read(min(PIECE_BYTES, left))
+                if not block:
+                    raise OSError(f"{self.path}: {left} bytes shorter than when it was listed; start again")
+                left -= len(block)
+                block = kept + block
+                cut = _cut(block) if left else len(block)
+                kept = block[cut:]
+                if cut:
+                    yield block[:cut].decode("utf-8")
+
+
+def _cut(block: bytes) -> int:
+    """Where to end a piece: after the last line's end, else before the last character that may be incomplete."""
+    newline = block.rfind(b"\n") + 1
+    if newline:
+        return newline
+    cut = len(block)
+    while cut and len(block) - cut < 4:
+        cut -= 1
+        if block[cut] & 0xC0 != 0x80:  # the first byte of a character
+            return cut
+    return 0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of a corpus, split: `skipped` files of a directory were binary, empty or not UTF-8."""
+
+    train: list[Segment]
+    val: list[Segment]
+    skipped: int
+
+    def __len__(self) -> int:
+        return len(self.train) + len(self.val)
+
+
+def find_documents(
+    sources: Sequence[str | PathLike[str]], *, suffixes: Sequence[str] = (), val_fraction: float = 0.05, seed: int = 0
+) -> Corpus:
+    """List text files and split them by document: `sources` are files, directories or `stdlib`.
+
+    Files of a directory are filtered by `suffixes` (all files without); binary, empty and undecodable ones are skipped
+    and counted, while a file named itself must be readable. About `val_fraction` of the documents, at least one, are
+    for validation, chosen by a hash of (seed, name): the choice does not depend on where the corpus lies. A corpus of
+    one file is split at a line: its end is for validation.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"find_documents: val_fraction must be in [0, 1); got {val_fraction}")
+    named: dict[Path, str] = {}
+    skipped = 0
+    for source in sources:
+        for path, name in _list_files(source, suffixes):
+            try:
+                problem = _why_not_text(path)
+            except OSError as error:
+                problem = f"cannot be read ({error.strerror})"
+            if problem is None:
+                named.setdefault(path, name)
+            elif Path(source) == path:
+                raise ValueError(f"{path}: must be UTF-8 text; it {problem}")
+            else:
+                skipped += 1
+    if not named:
+        kinds = f" ending in {', '.join(suffixes)}" if suffixes else ""
+        raise ValueError(f"no text files{kinds} in {', '.join(map(str, sources))} ({skipped} skipped)")
+    documents = [Segment(path, 0, path.stat().st_size) for path in named]
+    if len(documents) == 1:
+        train, val = _split_file(documents[0], val_fraction)
+        return Corpus([train], [val] if val.end > val.start else [], skipped)
+    count = max(1, round(len(documents) * val_fraction)) if val_fraction else 0
+    ranked = sorted(documents, key=lambda d: hashlib.sha256(f"{seed}:{named[d.path]}".encode()).digest())
+    chosen = {document.path for document in ranked[:count]}
+    return Corpus([d for d in documents if d.path not in chosen], [d for d in documents if d.path in chosen], skipped)
+
+
+def _list_files(source: str | PathLike[str], suffixes: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """(path, name within the corpus) of every file of a source, sorted."""
+    excluded = _ALWAYS_EXCLUDED
+    if source == STDLIB:
+        root, excluded, suffixes = Path(sysconfig.get_path("stdlib")), excluded | _STDLIB_EXCLUDED, (".py",)
+    else:
+        root = Path(source)
+    if root.is_file():
+        yield root, root.name
+        return
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such file or directory")
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in excluded)
+        for name in sorted(files):
+            path = Path(folder, name)
+            if (not suffixes or name.endswith(tuple(suffixes))) and path.is_file():
+                yield path, path.relative_to(root).as_posix()
+
+
+def _why_not_text(path: Path) -> str | None:
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    size = 0
+    with open(path, "rb") as file:
+        while block := file.read(PIECE_BYTES):
+            size += len(block)
+            if b"\0" in block:
+                return "has NUL bytes"
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                return f"has bytes that are not UTF-8 ({error.reason})"
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return "ends within a character"
+    return None if size else "is empty"
+
+
+def _split_file(document: Segment, val_fraction: float) -> tuple[Segment, Segment]:
+    """(train, validation) of a single file, cut at the first line's end after 1 - val_fraction of its bytes."""
+    cut = document.end
+    if val_fraction:
+        with open(document.path, "rb") as file:
+            file.seek(math.floor(document.end * (1 - val_fraction)))
+            file.readline()
+            cut = file.tell()
+    return Segment(document.path, 0, cut), Segment(document.path, cut, document.end)
+
+
+# -- shards -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardMeta:
+    """What `meta.json` says about the shards beside it; sizes in tokens and bytes of UTF-8 text."""
+
+    dtype: str
+    vocab_size: int
+    train_tokens: int
+    val_tokens: int
+    train_bytes: int
+    val_bytes: int
+    documents: int
+    skipped: int
+    request: dict[str, Any]
+
+
+def write_shards(
+    corpus: Corpus, tokenizer: Tokenizer, folder: str | PathLike[str], request: dict[str, Any]
+) -> ShardMeta:
+    """Encode a corpus into `folder`; every document ends with `<|endoftext|>` where the tokenizer has it.
+
+    Streams: about `PIECE_BYTES` of text and its tokens are in memory at a time. Each file appears whole or not at all,
+    and `meta.json`, which says what was asked (`request`), last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    (folder / "meta.json").unlink(missing_ok=True)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    counts = {}
+    for split, segments in (("train", corpus.train), ("val", corpus.val)):
+        with atomic_file(folder / f"{split}.bin") as file:
+            num_tokens = 0
+            for ids in _encode(segments, tokenizer):
+                file.write(np.asarray(ids, dtype=dtype).tobytes())
+                num_tokens += len(ids)
+        counts[f"{split}_tokens"] = num_tokens
+        counts[f"{split}_bytes"] = sum(s.end - s.start for s in segments)
+    meta = ShardMeta(
+        dtype=dtype.name,
+        vocab_size=tokenizer.vocab_size,
+        documents=len(corpus),
+        skipped=corpus.skipped,
+        request=request,
+        **counts,
+    )
+    with atomic_file(folder / "meta.json") as file:
+        file.write((json.dumps(asdict(meta), indent=2) + "\n").encode())
+    return meta
+
+
+def _encode(segments: Iterable[Segment], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Token ids of the segments' pieces, encoded a batch at a time."""
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for batch in _batches(_marked_pieces(segments)):
+        for ids, (_, is_end) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch, strict=True):
+            yield ids + separator if is_end else ids
+
+
+def _marked_pieces(segments: Iterable[Segment]) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it ends its document)."""
+    for segment in segments:
+        last = ""
+        for piece in segment.pieces():
+            if last:
+                yield last, False
+            last = piece
+        yield last, True
+
+
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= PIECE_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+# -- batches ------------------------------------------------------------------------------------------------------
+
+
+class TokenShard:
+    """One .bin file of tokens, memory-mapped, and the windows that a training run takes from it."""
+
+    def __init__(self, path: str | PathLike[str], dtype: str = "uint16") -> None:
+        self.path = Path(path)
+        size, itemsize = self.path.stat().st_size, np.dtype(dtype).itemsize
+        if size % itemsize:
+            raise ValueError(
+                f"{self.path}: must hold {dtype} tokens; its {size} bytes are not a multiple of {itemsize}"
+            )
+        # An empty file cannot be mapped.
+        self.tokens = np.memmap(self.path, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
+        self._permutation: tuple[tuple[int, int, int], np.ndarray, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def fingerprint(self) -> str:
+        """A hash of the size and of blocks spread over the file: tells other data, at any size in milliseconds."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        block = 1 << 14
+        for start in np.linspace(0, max(0, len(self) - block), 64, dtype=np.int64):
+            digest.update(self.tokens[start : start + block].tobytes())
+        return digest.hexdigest()[:16]
+
+    def windows_per_epoch(self, context: int) -> int:
+        if len(self) < context + 1:
+            raise ValueError(
+                f"{self.path}: has {len(self)} tokens; a context of {context} needs at least {context + 1}: "
+                "give more text or a smaller context"
+            )
+        return max(1, (len(self) - 1) // context - 1)
+
+    def rows(self, first: int, count: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (count, context) int64 of rows first .. first + count of the endless training sequence.
+
+        An epoch visits non-overlapping windows once each, in an order and from an offset of its own, both drawn from
+        (seed, epoch). Every token is seen once an epoch (but for a context's worth at the ends), where windows drawn
+        with replacement miss a third of them; and windows begin elsewhere each time.
+        """
+        per_epoch = self.windows_per_epoch(context)
+        window_BT = np.empty((count, context + 1), dtype=np.int64)
+        for i, row in enumerate(range(first, first + count)):
+            epoch, index = divmod(row, per_epoch)
+            order, offset = self._epoch(epoch, per_epoch, context, seed)
+            start = offset + int(order[index]) * context
+            window_BT[i] = self.tokens[start : start + context + 1]
+        window = torch.from_numpy(window_BT)
+        return window[:, :-1], window[:, 1:]
+
+    def _epoch(self, epoch: int, per_epoch: int, context: int, seed: int) -> tuple[np.ndarray, int]:
+        key = (seed, epoch, context)
+        if self._permutation is None or self._permutation[0] != key:
+            rng = np.random.default_rng([seed, epoch])
+            slack = len(self) - 1 - per_epoch * context
+            offset = int(rng.integers(min(context, slack + 1)))
+            self._permutation = key, rng.permutation(per_epoch), offset
+        return self._permutation[1], self._permutation[2]
+
+    def evaluation_batches(
+        self, context: int, batch_size: int, max_tokens: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every token of the shard (or of its first `max_tokens`) but the first as a target once, in order."""
+        stop = min(len(self), max_tokens + 1 if max_tokens is not None else len(self))
+        full = (stop - 1) // context
+        for first in range(0, full, batch_size):
+            last = min(first + batch_size, full)
+            flat = torch.from_numpy(self.tokens[first * context : last * context + 1].astype(np.int64))
+            yield flat[:-1].view(-1, context), flat[1:].view(-1, context)
+        if stop - 1 > full * context:
+            rest = torch.from_numpy(self.tokens[full * context : stop].astype(np.int64))[None]
+            yield rest[:, :-1], rest[:, 1:]
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The shards of a data folder; `meta` is None for folders that nanoGPT prepared."""
+
+    train: TokenShard
+    val: TokenShard | None
+    meta: ShardMeta | None
+
+    @classmethod
+    def open(cls, folder: str | PathLike[str]) -> TokenData:
+        folder = Path(folder)
+        if not (folder / "train.bin").is_file():
+            raise FileNotFoundError(f"{folder / 'train.bin'}: no such file; a data folder holds train.bin and val.bin")
+        meta = read_meta(folder)
+        dtype = meta.dtype if meta else "uint16"
+        val = folder / "val.bin"
+        return cls(TokenShard(folder / "train.bin", dtype), TokenShard(val, dtype) if val.is_file() else None, meta)
+
+
+def is_data_folder(path: str | PathLike[str]) -> bool:
+    return (Path(path) / "train.bin").is_file()
+
+
+def read_meta(folder: str | PathLike[str]) -> ShardMeta | None:
+    path = Path(folder) / "meta.json"
+    if not path.exists():
+        return None
+    try:
+        return ShardMeta(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a meta.json of fastgpt2 ({error}); prepare the data again") from error

@@ -1,0 +1,617 @@
+"""Training: AdamW with GPT-2's parameter groups, data-parallel under torchrun, resumable to the bit.
+
+A run's folder holds `metrics.jsonl`, `checkpoints/step-*.pt` with a link `best.pt`, and at the end a model that
+`GPT2.from_pretrained(folder)` loads. Every step is a pure function of the weights, the optimizer's state and
+(seed, step): its rows (data.py) and its random numbers (the generators are seeded anew for every step) follow from
+those two. So a checkpoint needs no generator's state, and whatever moment a run is killed at, continuing from
+its last checkpoint gives what an uninterrupted run gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgpt2 import accounting
+from fastgpt2.config import GPT2Config, TrainConfig
+from fastgpt2.data import TokenData
+from fastgpt2.files import atomic_file, link_file, remove_leftovers
+from fastgpt2.loss import calculate_loss
+from fastgpt2.model import GPT2
+from fastgpt2.tokenizer import Tokenizer
+
+_FORMAT = 1
+# With `minutes`, the steps that are timed to set the number of steps (none of the first, which warm up).
+_CALIBRATION = range(5, 25)
+# What a resumed run may change: it does not enter the maths, or only from here on.
+_MAY_CHANGE = {
+    "steps", "batch_size", "accumulate", "compile", "deterministic", "log_interval", "eval_interval", "eval_tokens",
+    "sample_interval", "sample_prompt", "checkpoint_interval", "keep_checkpoints", "export",
+}  # fmt: skip
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+# -- reports ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Mean training loss (nats a token) since the last report, and the speed over that time."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    mfu: float
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Validation loss in nats a token, and in bits per byte of text where the tokenizer is known."""
+
+    step: int
+    val_loss: float
+    bits_per_byte: float | None
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    step: int
+    path: Path
+
+
+Report = StepReport | EvalReport | SampleReport | CheckpointReport
+
+
+# -- processes ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a data-parallel run, and its device."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str = "auto") -> Processes:
+        """Join the process group when torchrun started this process (nccl on GPUs, gloo on CPUs); else be alone."""
+        count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = torch.device(device)
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device must be one that this machine has; got {device} without a GPU: use cpu or auto")
+        if chosen.type == "cuda" and chosen.index is None:
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(chosen)
+        if count > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        return cls(rank, count, chosen)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """The block runs in the first process while the others wait for it, however long; then in those."""
+        if self.count == 1:
+            yield
+            return
+        # A group of its own: preparing data may take longer than collectives are allowed to.
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        if not self.is_first:
+            dist.barrier(group=group)
+        yield
+        if self.is_first:
+            dist.barrier(group=group)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def sum(self, value: Tensor) -> Tensor:
+        if self.count > 1:
+            dist.all_reduce(value)
+        return value
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# -- pieces -------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of step `step` (counted from 0): linear warm-up, then half a cosine to `min_lr`."""
+    low = config.lr / 10 if config.min_lr is None else config.min_lr
+    warmup = min(config.warmup_steps, config.steps // 2)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, config.steps - 1 - warmup))
+    return low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW, as GPT-2 and nanoGPT have them: matrices decay, biases and LayerNorm weights do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """What "auto" means on a device: the half precision it multiplies fast, fp32 where it has none."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+class _LossModule(nn.Module):
+    """The loss as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: GPT2) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        return calculate_loss(self.model, input_ids, targets)
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def checkpoint_paths(out: str | PathLike[str]) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((Path(out) / "checkpoints").glob("step-*.pt"))
+
+
+def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
+    """A checkpoint's contents, on the CPU. ValueError when the file is not a checkpoint of this package."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint; remove it to continue from the one before") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of format {_FORMAT}; train again with this version")
+    return state
+
+
+class Trainer:
+    """Trains `model` on `data` as `config` says, writing to the folder `out`; `run` yields reports as it goes.
+
+    The weights are float32 and are changed in place; torch's generators are seeded anew at every step.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        data: TokenData,
+        config: TrainConfig,
+        out: str | PathLike[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.processes = processes or Processes(0, 1, model.device)
+        self.device = self.processes.device
+        self.config = config.replace(dtype=resolve_dtype(config.dtype, self.device))
+        self.out = Path(out)
+        self.data = data
+        self.tokenizer = tokenizer
+        self.context = model.config.context_length
+        data.train.windows_per_epoch(self.context)  # raises when the text is too short
+        if data.meta is not None and data.meta.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"Trainer: the data's vocabulary must fit in the model's; got {data.meta.vocab_size} tokens of data "
+                f"and vocab_size {model.config.vocab_size}"
+            )
+        if model.dtype != torch.float32:
+            raise ValueError(
+                f"Trainer: the model's weights must be float32 (config.dtype is autocast's); got {model.dtype}"
+            )
+        self.model = model.to(self.device).train()
+        self.model.tokenizer = tokenizer
+        self.autocast_dtype = _DTYPES[self.config.dtype]
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.dtype == "fp16")
+        self.step = 0
+        self.best_loss = math.inf
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.num_losses = 0
+        self.max_norm = torch.zeros((), device=self.device)
+        self.stop_requested = False
+        self._val_bytes: int | None = None
+        self._fingerprint = data.train.fingerprint()
+
+    # -- a run ----------------------------------------------------------------------------------------------------
+
+    @property
+    def global_rows(self) -> int:
+        return self.config.batch_size * self.config.accumulate * self.processes.count
+
+    def stop(self) -> None:
+        """Ask `run` to finish the step it is in, write a checkpoint and end (safe in a signal handler)."""
+        self.stop_requested = True
+
+    @property
+    def is_finished(self) -> bool:
+        calibrated = self.config.minutes is None or self.step >= _CALIBRATION.stop
+        return calibrated and self.step >= self.config.steps
+
+    def run(self) -> Iterator[Report]:
+        """Train until `config.steps` or `stop()`, then write the finished model if the steps are done.
+
+        ValueError when the loss is no longer finite; the checkpoints before it stay.
+        """
+        self._prepare_folder()
+        with self._modes():
+            yield from self._steps()
+        if self.is_finished and self.processes.is_first:
+            self._export()
+
+    @contextlib.contextmanager
+    def _modes(self) -> Iterator[None]:
+        """`deterministic` and `compile`, for as long as the run lasts."""
+        was_deterministic = torch.are_deterministic_algorithms_enabled()
+        if self.config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is only then deterministic
+            torch.use_deterministic_algorithms(True)
+        if self.config.compile:
+            # The transformer alone: the loss is one chunked operator, with nothing around it to fuse.
+            self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was_deterministic)
+            if self.config.compile:
+                del self.model.hidden_states
+
+    def _steps(self) -> Iterator[Report]:
+        loss_module = self._wrapped()
+        peak = accounting.peak_flops(self.device, self.autocast_dtype) * self.processes.count
+        mfu_per_speed = accounting.training_flops_per_token(self.model.config, self.context) / peak
+        clock, clock_step = time.perf_counter(), self.step
+        timed_from, timed_since = max(self.step, _CALIBRATION.start), clock
+        stopping = False
+        while not self.is_finished and not stopping:
+            if self.step == timed_from:
+                timed_since = time.perf_counter()
+            lr, grad_norm = self._train_step(loss_module)
+            self.step += 1
+            if self.config.minutes is not None and self.step == _CALIBRATION.stop:
+                self._calibrate((time.perf_counter() - timed_since) / (self.step - timed_from))
+            logging = self._is_due(self.config.log_interval)
+            stopping = self._agree_to_stop()
+            if logging:
+                loss = self._mean_loss()
+                speed = (self.step - clock_step) * self.global_rows * self.context / (time.perf_counter() - clock)
+                step_report = StepReport(self.step, loss, lr, float(grad_norm), speed, speed * mfu_per_speed)
+                self._log(step_report)
+                yield step_report
+                clock, clock_step = time.perf_counter(), self.step
+            pause = time.perf_counter()
+            is_best = False
+            if self._is_due(self.config.eval_interval) and (eval_report := self._evaluate()):
+                is_best = eval_report.is_best
+                self._log(eval_report)
+                yield eval_report
+            if self._is_due(self.config.sample_interval) and self.processes.is_first:
+                yield SampleReport(self.step, self._sample())
+            if stopping or is_best or self._is_due(self.config.checkpoint_interval):
+                loss_sum = self._finite_loss_sum()
+                if self.processes.is_first:
+                    yield CheckpointReport(self.step, self._save(loss_sum, is_best))
+            clock += time.perf_counter() - pause  # speed is that of the steps alone
+
+    def _is_due(self, interval: int) -> bool:
+        """Whether something done every `interval` steps (0: never), and after the last one, is to be done now."""
+        return bool(interval) and (self.step % interval == 0 or self.is_finished)
+
+    def _agree_to_stop(self) -> bool:
+        if self.processes.count == 1:
+            return self.stop_requested
+        # Processes agree now and then only: it takes a round of messages.
+        return self._is_due(self.config.log_interval) and self.processes.any(self.stop_requested)
+
+    def _train_step(self, loss_module: nn.Module) -> tuple[float, Tensor]:
+        """One optimizer step; returns its learning rate and the gradient's norm before clipping."""
+        config, processes = self.config, self.processes
+        lr = learning_rate(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(_mix(config.seed, self.step, processes.rank))
+        first = self.step * self.global_rows
+        for micro in range(config.accumulate):
+            # Micro-batch m of process r is slice m * count + r of the step's rows, whatever the layout.
+            start = first + (micro * processes.count + processes.rank) * config.batch_size
+            inputs, targets = self.data.train.rows(start, config.batch_size, self.context, config.seed)
+            is_last = micro == config.accumulate - 1
+            with contextlib.ExitStack() as stack:
+                if isinstance(loss_module, DistributedDataParallel) and not is_last:
+                    stack.enter_context(loss_module.no_sync())
+                with self._autocast():
+                    loss = loss_module(self._to_device(inputs), self._to_device(targets)) / config.accumulate
+                self.scaler.scale(loss).backward()
+            self.loss_sum += loss.detach()
+        self.num_losses += 1
+        self.scaler.unscale_(self.optimizer)
+        limit = config.max_grad_norm or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not self.scaler.is_enabled():  # the scaler leaves out steps that overflow; nothing else does
+            self.max_norm = torch.maximum(self.max_norm, grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return lr, grad_norm
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype != torch.float32)
+
+    def _to_device(self, ids: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return ids.pin_memory().to(self.device, non_blocking=True)
+        return ids
+
+    def _wrapped(self) -> nn.Module:
+        module: nn.Module = _LossModule(self.model)
+        if self.processes.count > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            module = DistributedDataParallel(module, device_ids=ids)
+        return module
+
+    def _calibrate(self, step_s: float) -> None:
+        """Set `steps` from `minutes` and the seconds of a step, the same in every process."""
+        minutes = self.config.minutes or 0.0
+        mean_s = self.processes.sum(torch.tensor(step_s, device=self.device)).item() / self.processes.count
+        self.config = self.config.replace(steps=max(self.step + 1, round(60 * minutes / mean_s)))
+
+    def _mean_loss(self) -> float:
+        """Mean loss since the last call, over all processes."""
+        mean = self._finite_loss_sum() / (self.num_losses * self.processes.count)
+        self.loss_sum.zero_()
+        self.num_losses = 0
+        return mean
+
+    def _finite_loss_sum(self) -> float:
+        """The sum of losses since the last report, over all processes.
+
+        ValueError where it, or a gradient that has entered the weights, is not finite.
+        """
+        loss_sum, max_norm = self.processes.sum(torch.stack((self.loss_sum, self.max_norm))).tolist()
+        if not math.isfinite(loss_sum + max_norm):
+            what, value = ("gradient's norm", max_norm) if math.isfinite(loss_sum) else ("loss", loss_sum)
+            paths = checkpoint_paths(self.out)
+            last = f"{paths[-1].name} is the last good checkpoint" if paths else "there is no checkpoint before it"
+            raise ValueError(f"training: the {what} became {value} by step {self.step}; {last}: use a lower lr")
+        return loss_sum
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, int]:
+        """Validation loss in nats a token, and the number of tokens it is the mean of (0: no validation set)."""
+        if self.data.val is None:
+            return math.nan, 0
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        batches = self.data.val.evaluation_batches(
+            self.context, self.config.batch_size, self.config.eval_tokens or None
+        )
+        for i, (inputs, targets) in enumerate(batches):
+            if i % self.processes.count == self.processes.rank:
+                with self._autocast():
+                    loss = calculate_loss(self.model, inputs.to(self.device), targets.to(self.device), reduction="sum")
+                total += torch.stack((loss.double(), torch.tensor(float(targets.numel()), device=self.device)))
+        self.model.train()
+        loss_sum, num_tokens = self.processes.sum(total).tolist()
+        return (loss_sum / num_tokens if num_tokens else math.nan), int(num_tokens)
+
+    def _evaluate(self) -> EvalReport | None:
+        loss, num_tokens = self.evaluate()
+        if not num_tokens:
+            return None
+        is_best = loss < self.best_loss
+        self.best_loss = min(loss, self.best_loss)
+        num_bytes = self._evaluated_bytes(num_tokens)
+        bits_per_byte = loss * num_tokens / num_bytes / math.log(2) if num_bytes else None
+        return EvalReport(self.step, loss, bits_per_byte, is_best)
+
+    def _evaluated_bytes(self, num_tokens: int) -> int:
+        """UTF-8 bytes of text that the evaluated targets stand for; 0 without a tokenizer."""
+        if self.tokenizer is None or self.data.val is None:
+            return 0
+        if self._val_bytes is None:
+            eos, count = self.tokenizer.eos_token_id, 0
+            targets = self.data.val.tokens[1 : num_tokens + 1]
+            for start in range(0, len(targets), 1 << 16):
+                ids = [i for i in targets[start : start + (1 << 16)].tolist() if i != eos]
+                count += len(self.tokenizer.decode(ids).encode("utf-8"))
+            self._val_bytes = count
+        return self._val_bytes
+
+    def _sample(self) -> str:
+        from fastgpt2.generate import generate
+
+        self.model.eval()
+        room = self.context // 2
+        if self.tokenizer is None:
+            start = [self.model.config.eos_token_ids[0] if self.model.config.eos_token_ids else 0]
+            sample = generate(self.model, [start], max_new_tokens=room, seed=self.config.seed)[0]
+            text = " ".join(map(str, sample.token_ids))
+        else:
+            prompt = self.tokenizer.encode(self.config.sample_prompt)[-room:] or [self.tokenizer.eos_token_id or 0]
+            sample = generate(self.model, [prompt], max_new_tokens=room, seed=self.config.seed, top_p=0.95)[0]
+            text = self.tokenizer.decode([*prompt, *sample.token_ids])
+        self.model.train()
+        return text
+
+    # -- the folder -----------------------------------------------------------------------------------------------
+
+    def _prepare_folder(self) -> None:
+        if not self.processes.is_first:
+            return
+        folder = self.out / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        remove_leftovers(self.out)
+        if not self.step:
+            (folder / "best.pt").unlink(missing_ok=True)
+        if self.tokenizer is not None:
+            self.tokenizer.save(self.out)
+        metrics = self.out / "metrics.jsonl"
+        kept = _metrics_until(metrics, self.step) if self.step else b""
+        with atomic_file(metrics) as file:
+            file.write(kept)
+
+    def _log(self, report: StepReport | EvalReport) -> None:
+        if self.processes.is_first:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(asdict(report)), allow_nan=False) + "\n")
+
+    def _save(self, loss_sum: float, is_best: bool) -> Path:
+        with open(self.out / "metrics.jsonl", "rb") as metrics:
+            os.fsync(metrics.fileno())  # the lines up to a checkpoint outlive it
+        path = self.out / "checkpoints" / f"step-{self.step:08d}.pt"
+        with atomic_file(path) as file:
+            torch.save(self._state(loss_sum), file)
+        if is_best:
+            link_file(path, path.with_name("best.pt"))
+        for old in checkpoint_paths(self.out)[: -self.config.keep_checkpoints]:
+            old.unlink()
+        return path
+
+    def _state(self, loss_sum: float) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loss_sum": loss_sum,
+            "num_losses": self.num_losses,
+            "best_loss": self.best_loss,
+            "global_rows": self.global_rows,
+            "data": self._fingerprint,
+            "model_config": asdict(self.model.config),
+            "train_config": asdict(self.config),
+        }
+
+    @classmethod
+    def resume(
+        cls,
+        out: str | PathLike[str],
+        data: TokenData,
+        *,
+        processes: Processes | None = None,
+        backend: str = "auto",
+        **changes: Any,
+    ) -> Trainer:
+        """Continue the run in `out` from its last checkpoint; `changes` are TrainConfig fields.
+
+        ValueError naming the field for a change that would make another run of it (data, seed, learning rate ...),
+        FileNotFoundError when there is no checkpoint.
+        """
+        paths = checkpoint_paths(out)
+        if not paths:
+            raise FileNotFoundError(f"{Path(out) / 'checkpoints'}: no checkpoint to resume from")
+        state = read_checkpoint(paths[-1])
+        processes = processes or Processes.start()
+        was = TrainConfig(**state["train_config"])
+        if "dtype" in changes:
+            changes["dtype"] = resolve_dtype(changes["dtype"], processes.device)
+        for name, value in changes.items():
+            before = getattr(was, name)
+            if name not in _MAY_CHANGE and value != before:
+                raise ValueError(f"resume: {name} must stay {before!r} as in {paths[-1].name}; got {value!r}")
+        if "steps" in changes:
+            changes["minutes"] = None
+        model = GPT2(GPT2Config(**state["model_config"]), backend=backend)
+        model.load_state_dict(state["model"])
+        trainer = cls(
+            model, data, was.replace(**changes), out, tokenizer=Tokenizer.from_folder(out), processes=processes
+        )
+        if trainer.global_rows != state["global_rows"]:
+            raise ValueError(
+                f"resume: batch_size x accumulate x processes must stay {state['global_rows']} rows a step as in "
+                f"{paths[-1].name}; got {trainer.global_rows}"
+            )
+        if trainer._fingerprint != state["data"]:
+            raise ValueError(f"resume: data must be what the run began with; {data.train.path} holds other tokens")
+        trainer._restore(state)
+        return trainer
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.best_loss = state["best_loss"]
+        self.num_losses = state["num_losses"]
+        if self.processes.is_first:
+            self.loss_sum.fill_(state["loss_sum"])
+
+    def _export(self) -> None:
+        """Write the finished model into the run's folder, in the layout of `GPT2.save_pretrained`."""
+        best = self.out / "checkpoints" / "best.pt"
+        if self.config.export == "best" and best.exists():
+            self.model.load_state_dict(read_checkpoint(best)["model"])
+        self.model.eval()
+        self.model.save_pretrained(self.out)
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    """A generator's seed for one step of one process."""
+    import numpy as np
+
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: null stands for them (the gradient's norm of a step that fp16 skipped)."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _metrics_until(path: Path, step: int) -> bytes:
+    """The whole lines of a metrics file up to a step: what a resumed run repeats, or half wrote, is dropped."""
+    if not path.exists():
+        return b""
+    kept = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        if json.loads(line)["step"] > step:
+            break
+        kept.append(line + b"\n")
+    return b"".join(kept)

@@ -1,0 +1,478 @@
+"""The trainer: schedule, groups, losses, resuming to the bit, refusals, the command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgpt2 import GPT2, GPT2Config
+from fastgpt2.cli import train as command
+from fastgpt2.config import TrainConfig
+from fastgpt2.data import TokenData
+from fastgpt2.tokenizer import Tokenizer
+from fastgpt2.train import (
+    CheckpointReport,
+    EvalReport,
+    SampleReport,
+    StepReport,
+    Trainer,
+    checkpoint_paths,
+    learning_rate,
+    parameter_groups,
+    read_checkpoint,
+)
+
+VOCAB, CONTEXT = 23, 8
+TIMING = ("tokens_per_s", "mfu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy sizes are fastest, and exact across processes, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(tmp_path: Path, seed: int) -> TokenData:
+    rng = np.random.default_rng(seed)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, size in (("train", 600), ("val", 100)):
+        rng.integers(VOCAB, size=size).astype("<u2").tofile(folder / f"{name}.bin")
+    return TokenData.open(folder)
+
+
+def make_model(dropout: float = 0.0, **fields: Any) -> GPT2:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "context_length": CONTEXT, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+    return GPT2(**{**sizes, **fields}, dropout_rate=dropout)
+
+
+def make_config(**fields: Any) -> TrainConfig:
+    small = {"steps": 12, "batch_size": 4, "log_interval": 3, "eval_interval": 4, "checkpoint_interval": 5}
+    return TrainConfig(**{**small, "warmup_steps": 3, "dtype": "fp32", "lr": 1e-2, **fields})
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def weights(model: GPT2) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# -- pieces -------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    config = TrainConfig(steps=101, warmup_steps=20, lr=1.0, min_lr=0.2)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 20)
+    assert rates[19] == rates[20] == 1.0
+    assert rates[60] == pytest.approx(0.6)
+    assert rates[100] == pytest.approx(0.2)
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert learning_rate(100, config.replace(min_lr=None)) == pytest.approx(0.1)
+    short = TrainConfig(steps=4, warmup_steps=100, lr=1.0)
+    assert [learning_rate(step, short) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
+
+
+def test_only_matrices_decay() -> None:
+    model = make_model()
+    decayed, others = (group["params"] for group in parameter_groups(model, 0.1))
+    names = {p: name for name, p in model.named_parameters()}
+    assert len(decayed) + len(others) == len(list(model.parameters()))
+    assert all(p.dim() == 2 for p in decayed)
+    assert all(names[p].endswith("bias") or ".ln_" in names[p] for p in others)
+    assert [group["weight_decay"] for group in parameter_groups(model, 0.1)] == [0.1, 0.0]
+
+
+def test_evaluation_is_the_mean_cross_entropy_of_every_token(data: TokenData, tmp_path: Path) -> None:
+    trainer = Trainer(make_model(dropout=0.5), data, make_config(eval_tokens=0), tmp_path)
+    loss, count = trainer.evaluate()
+    assert trainer.model.training
+    assert data.val is not None
+    ids = torch.from_numpy(data.val.tokens.astype(np.int64))
+    model = trainer.model.eval()
+    losses = []
+    for start in range(0, len(ids) - 1, CONTEXT):
+        window = ids[start : start + CONTEXT + 1]
+        losses.append(F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none"))
+    assert count == 99
+    assert loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path: Path) -> None:
+    text = "".join(f"é{i} = {i * i}\n" for i in range(200))
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    status = run_command(tmp_path / "out", "--data", tmp_path / "t.txt", "--vocab-size", 300, "--steps", 2)
+    assert status == 0
+    line = metrics(tmp_path / "out")[-1]
+    shard = TokenData.open(tmp_path / "out" / "data").val
+    tokenizer = Tokenizer.from_folder(tmp_path / "out")
+    assert shard is not None
+    assert tokenizer is not None
+    targets = shard.tokens[1:].tolist()
+    num_bytes = len(tokenizer.decode(targets[:-1]).encode())  # the last one is <|endoftext|>
+    assert line["bits_per_byte"] == pytest.approx(line["val_loss"] * len(targets) / num_bytes / math.log(2), rel=1e-6)
+
+
+def test_a_batch_can_be_learnt_by_heart(tmp_path: Path) -> None:
+    np.random.default_rng(0).integers(VOCAB, size=CONTEXT + 1).astype("<u2").tofile(tmp_path / "train.bin")
+    config = make_config(steps=120, batch_size=1, eval_interval=0, log_interval=20, lr=2e-2, weight_decay=0.0)
+    reports = list(Trainer(make_model(), TokenData.open(tmp_path), config, tmp_path / "out").run())
+    losses = [r.loss for r in reports if isinstance(r, StepReport)]
+    assert losses[0] > 1.0
+    assert losses[-1] < 0.02
+
+
+def test_accumulation_is_a_larger_batch(data: TokenData, tmp_path: Path) -> None:
+    whole = Trainer(make_model(), data, make_config(batch_size=6, steps=3), tmp_path / "a")
+    parts = Trainer(make_model(), data, make_config(batch_size=2, accumulate=3, steps=3), tmp_path / "b")
+    losses = []
+    for trainer in (whole, parts):
+        losses.append([r.loss for r in trainer.run() if isinstance(r, StepReport)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_torch_compile_trains_the_same_model(data: TokenData, tmp_path: Path, monkeypatch) -> None:
+    compile_, captured = torch.compile, []
+
+    def capture(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        captured.append(graph)
+        return graph
+
+    # A backend that runs the graph as PyTorch captured it: no C++ compiler is needed.
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=capture))
+    results = []
+    for compiled in (False, True):
+        trainer = Trainer(make_model(), data, make_config(steps=2, compile=compiled), tmp_path / str(compiled))
+        list(trainer.run())
+        results.append(weights(trainer.model))
+        assert bool(captured) == compiled
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, msg=name)
+
+
+def test_minutes_set_the_steps(data: TokenData, tmp_path: Path) -> None:
+    trainer = Trainer(make_model(), data, make_config(minutes=0.02, eval_interval=0), tmp_path)
+    reports = [r for r in trainer.run() if isinstance(r, StepReport)]
+    assert trainer.config.steps == reports[-1].step > 25
+    assert reports[-1].lr == pytest.approx(1e-3)
+
+
+# -- resuming -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"dtype": "bf16"}, {"accumulate": 2, "batch_size": 2}], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    fields: dict[str, Any], data: TokenData, tmp_path: Path, seed: int
+) -> None:
+    config = make_config(seed=seed, **fields)
+    whole = Trainer(make_model(dropout=0.2), data, config, tmp_path / "whole")
+    list(whole.run())
+    for stop_after in range(1, 13) if not fields else (2, 5, 7, 11):
+        out = tmp_path / f"stopped-{stop_after}"
+        trainer = Trainer(make_model(dropout=0.2), data, config, out)
+        for report in trainer.run():
+            if report.step >= stop_after:
+                break  # as a kill: whatever was due after this report is not done
+        torch.manual_seed(stop_after)  # nothing may depend on the generator's state
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 11, "loss": 0.0}\n{"step": 12, "lo')
+        if checkpoint_paths(out):
+            trainer = Trainer.resume(out, data)
+        else:
+            trainer = Trainer(make_model(dropout=0.2), data, config, out)
+        list(trainer.run())
+        assert_same(weights(whole.model), weights(trainer.model))
+        assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_stop_finishes_the_step_and_writes_a_checkpoint(data: TokenData, tmp_path: Path) -> None:
+    trainer = Trainer(make_model(), data, make_config(log_interval=1), tmp_path)
+    for report in trainer.run():
+        if report.step == 7:
+            trainer.stop()
+    assert trainer.step == 8
+    assert not trainer.is_finished
+    assert read_checkpoint(checkpoint_paths(tmp_path)[-1])["step"] == 8
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_latest_checkpoints_and_the_best_are_kept(data: TokenData, tmp_path: Path) -> None:
+    trainer = Trainer(make_model(), data, make_config(steps=30, eval_interval=7, keep_checkpoints=2), tmp_path)
+    reports = list(trainer.run())
+    written = [r.step for r in reports if isinstance(r, CheckpointReport)]
+    assert [int(p.stem[-8:]) for p in checkpoint_paths(tmp_path)] == written[-2:]
+    best = min((r for r in reports if isinstance(r, EvalReport)), key=lambda r: r.val_loss)
+    state = read_checkpoint(tmp_path / "checkpoints" / "best.pt")
+    assert state["step"] == best.step
+    loaded = GPT2.from_pretrained(tmp_path)
+    for name, value in state["model"].items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_the_last_weights_can_be_the_finished_model(data: TokenData, tmp_path: Path) -> None:
+    trainer = Trainer(make_model(), data, make_config(lr=0.3, export="last"), tmp_path)
+    list(trainer.run())
+    last = read_checkpoint(checkpoint_paths(tmp_path)[-1])
+    assert torch.equal(GPT2.from_pretrained(tmp_path).lm_head.weight, last["model"]["lm_head.weight"])
+    # Continuing a finished run only writes the model again.
+    (tmp_path / "model.safetensors").unlink()
+    assert list(Trainer.resume(tmp_path, data).run()) == []
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"resume: seed must stay 0 as in step-\d+.pt; got 1"),
+        ({"lr": 1.0}, r"resume: lr must stay 0.01 .* got 1.0"),
+        ({"dtype": "bf16"}, r"resume: dtype must stay 'fp32'"),
+        ({"minutes": 5.0}, r"resume: minutes must stay None"),
+        ({"batch_size": 8}, r"batch_size x accumulate x processes must stay 4 rows a step .* got 8"),
+        ({"beta2": 0.5}, r"resume: beta2 must stay 0.95"),
+    ],
+    ids=str,
+)
+def test_a_change_that_makes_another_run_is_refused(
+    changes: dict[str, Any], message: str, data: TokenData, tmp_path: Path
+) -> None:
+    list(Trainer(make_model(), data, make_config(steps=1), tmp_path).run())
+    with pytest.raises(ValueError, match=message):
+        Trainer.resume(tmp_path, data, **changes)
+
+
+def test_a_change_that_does_not_is_taken(data: TokenData, tmp_path: Path) -> None:
+    list(Trainer(make_model(), data, make_config(steps=1), tmp_path).run())
+    trainer = Trainer.resume(tmp_path, data, steps=5, batch_size=2, accumulate=2, log_interval=1)
+    assert [r.step for r in trainer.run() if isinstance(r, StepReport)] == [2, 3, 4, 5]
+
+
+def test_other_data_and_broken_checkpoints_are_refused(data: TokenData, tmp_path: Path) -> None:
+    list(Trainer(make_model(), data, make_config(steps=1), tmp_path).run())
+    tokens = data.train.tokens.copy()
+    tokens[5] = (tokens[5] + 1) % VOCAB
+    tokens.tofile(tmp_path / "data" / "train.bin")
+    with pytest.raises(ValueError, match=r"resume: data must be what the run began with; .*train.bin holds other"):
+        Trainer.resume(tmp_path, TokenData.open(tmp_path / "data"))
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        Trainer.resume(tmp_path / "other", data)
+    path = checkpoint_paths(tmp_path)[-1]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"step-00000001.pt: not a readable checkpoint; remove it"):
+        Trainer.resume(tmp_path, data)
+    torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match=r"not a checkpoint of format 1"):
+        Trainer.resume(tmp_path, data)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient's norm"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    what: str, data: TokenData, tmp_path: Path
+) -> None:
+    trainer = Trainer(make_model(), data, make_config(eval_interval=0), tmp_path)
+    bias = trainer.model.get_parameter("transformer.ln_f.bias")
+
+    def poison() -> None:
+        if what == "loss":
+            with torch.no_grad():
+                bias[0] = math.nan
+        else:
+            bias.register_hook(lambda grad: grad * math.inf)
+
+    reports = trainer.run()
+    while not isinstance(next(reports), CheckpointReport):
+        pass
+    poison()
+    with pytest.raises(ValueError, match=rf"the {what} became (nan|inf) by step 6; step-00000005.pt is the last good"):
+        list(reports)
+    state = read_checkpoint(checkpoint_paths(tmp_path)[-1])
+    assert state["step"] == 5
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "steps must be an int >= 1; got 0"),
+        ({"batch_size": 1.5}, "batch_size must be an int >= 1; got 1.5"),
+        ({"lr": 0}, "lr must be a finite number > 0; got 0"),
+        ({"lr": math.nan}, "lr must be a finite number > 0; got nan"),
+        ({"min_lr": -1.0}, "min_lr must be a finite number >= 0; got -1.0"),
+        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\); got 1.0"),
+        ({"dtype": "fp8"}, "dtype must be one of auto, bf16, fp16, fp32; got 'fp8'"),
+        ({"export": "both"}, "export must be one of best, last; got 'both'"),
+        ({"seed": 2**63}, r"seed must be below 2\*\*63"),
+    ],
+    ids=str,
+)
+def test_bad_configurations(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"TrainConfig: {message}"):
+        TrainConfig(**fields)
+
+
+def test_models_that_do_not_go_with_the_data_are_refused(data: TokenData, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights must be float32"):
+        Trainer(make_model().to(torch.bfloat16), data, make_config(), tmp_path)
+    with pytest.raises(ValueError, match=r"train.bin: has 600 tokens; a context of 600 needs at least 601"):
+        Trainer(make_model(context_length=600), data, make_config(), tmp_path)
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+TINY = [
+    "--layers",
+    "1",
+    "--hidden-size",
+    "16",
+    "--heads",
+    "2",
+    "--context",
+    "8",
+    "--batch-size",
+    "2",
+    "--dtype",
+    "fp32",
+]
+
+
+def run_command(out: Path, *arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = [str(a) for a in arguments]
+    return command.run(parser.parse_args([*given, "--out", str(out), *(TINY if "--resume" not in given else [])]))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"x{i} = {i * i}\n" for i in range(300)))
+    return path
+
+
+def test_the_command_trains_a_model_that_loads_and_resumes_to_the_bit(text: Path, tmp_path: Path, capsys) -> None:
+    options = ["--data", text, "--vocab-size", 270, "--steps", 9, "--checkpoint-interval", 4, "--eval-interval", 3]
+    options += ["--sample-interval", 5, "--dropout", 0.1]
+    assert run_command(tmp_path / "whole", *options) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == str(tmp_path / "whole")
+    assert "step 9/9: loss" in err
+    assert "bits per byte" in err
+    assert "sample" in err
+    model = GPT2.from_pretrained(tmp_path / "whole")
+    assert model.tokenizer is not None
+    assert model.config.eos_token_id == model.tokenizer.eos_token_id == 0
+    assert run_command(tmp_path / "parts", *options, "--steps", 9) == 0
+    for path in checkpoint_paths(tmp_path / "parts")[1:]:
+        path.unlink()  # back to an earlier one
+    assert run_command(tmp_path / "parts", "--resume") == 0
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert_same(weights(GPT2.from_pretrained(tmp_path / "parts")), weights(model))
+
+
+def test_the_command_finetunes_and_takes_nanogpt_data(text: Path, tmp_path: Path, capsys) -> None:
+    assert run_command(tmp_path / "a", "--data", text, "--vocab-size", 270, "--steps", 2) == 0
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = ["--data", str(text), "--init-from", str(tmp_path / "a"), "--steps", "1", "--lr", "1e-9"]
+    assert command.run(parser.parse_args([*arguments, "--out", str(tmp_path / "b")])) == 0
+    before, after = GPT2.from_pretrained(tmp_path / "a"), GPT2.from_pretrained(tmp_path / "b")
+    torch.testing.assert_close(after.lm_head.weight, before.lm_head.weight)
+    (tmp_path / "nano").mkdir()
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "nano" / "train.bin")
+    assert run_command(tmp_path / "c", "--data", tmp_path / "nano", "--vocab-size", 100, "--steps", 1) == 0
+    assert GPT2.from_pretrained(tmp_path / "c").config.vocab_size == 100
+    assert run_command(tmp_path / "c", "--resume", "--steps", 2) == 0
+    assert "continuing from step 1 of 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ([], ValueError, "give the text to train on with --data PATH"),
+        (["--data", "nowhere"], FileNotFoundError, "nowhere: no such file or directory"),
+        (["--data", "{text}", "--steps", 1, "--minutes", 1], ValueError, "give --steps or --minutes, not both"),
+        (["--data", "{text}", "--tokenizer", "{dir}"], FileNotFoundError, "has no tokenizer.json"),
+        (["--data", "{text}", "--tokenizer", "x", "--vocab-size", 300], ValueError, "leave out --vocab-size"),
+        (["--data", "{text}", "--vocab-size", 100], ValueError, "vocab_size must be at least 257"),
+        (["--data", "{text}", "--init-from", "x"], ValueError, "leave out --preset and the size options"),
+        (["--data", "{dir}/nano"], ValueError, "nano has no tokenizer; give --tokenizer FOLDER, --vocab-size N or"),
+        (["--data", "{text}", "--heads", 3], ValueError, "hidden_size must be a multiple of num_heads; got 16 and 3"),
+        (["--data", "{text}", "--lr", -1], ValueError, "lr must be a finite number > 0"),
+        (["--data", "{text}", "--device", "cuda"], ValueError, "device must be one that this machine has"),
+        (["--data", "{text}", "--val-fraction", 2], ValueError, r"val_fraction must be in \[0, 1\)"),
+    ],
+    ids=str,
+)
+def test_bad_commands(
+    arguments: list[object], error: type[Exception], message: str, text: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "nano").mkdir()
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "nano" / "train.bin")
+    filled = [str(a).format(text=text, dir=tmp_path) for a in arguments]
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args([*TINY, "--out", str(tmp_path / "out"), *filled])
+    with pytest.raises(error, match=message):
+        command.run(args)
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_command(out, "--data", text, "--vocab-size", 270, "--steps", 1) == 0
+    with pytest.raises(ValueError, match="out holds a run; continue it with --resume or choose another --out"):
+        run_command(out, "--data", text)
+    for option, value, message in (
+        ("--data", "stdlib", r"resume: data must stay \['.*text.txt'\] as the run began; got \['stdlib'\]"),
+        ("--vocab-size", 300, "resume: vocab_size must stay 270 as the run began; got 300"),
+        ("--layers", 2, "resume: num_layers must stay 1 as the run began; got 2"),
+        ("--preset", "gpt2", "resume: preset must stay None as the run began; got 'gpt2'"),
+        ("--seed", 3, "resume: seed must stay 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_command(out, "--resume", option, value)
+    (out / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run.json: must be JSON"):
+        run_command(out, "--resume")
+
+
+def test_samples_are_text_of_the_model(text: Path, tmp_path: Path) -> None:
+    assert run_command(tmp_path / "a", "--data", text, "--vocab-size", 270, "--steps", 1) == 0
+    shards = TokenData.open(tmp_path / "a" / "data")
+    tokenizer = Tokenizer.from_folder(tmp_path / "a")
+    config = make_config(steps=2, sample_interval=1, sample_prompt="x1 =", eval_interval=0)
+    trainer = Trainer(make_model(vocab_size=270), shards, config, tmp_path / "b", tokenizer=tokenizer)
+    samples = [r for r in trainer.run() if isinstance(r, SampleReport)]
+    assert [s.step for s in samples] == [1, 2]
+    assert all(s.text.startswith("x1 =") and len(s.text) > 4 for s in samples)
+
+
+def test_the_model_configuration_survives_a_checkpoint(data: TokenData, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        VOCAB, CONTEXT, 16, 1, 2, activation_function="gelu", tie_word_embeddings=False, eos_token_id=(1, 2)
+    )
+    list(Trainer(GPT2(config), data, make_config(steps=1), tmp_path).run())
+    assert Trainer.resume(tmp_path, data).model.config == config

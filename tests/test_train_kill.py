@@ -1,0 +1,151 @@
+"""SIGKILL at any moment: a resumed run ends as an uninterrupted one does, with nothing lost and nothing twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt2.cli import train as command
+from fastgpt2.train import checkpoint_paths, read_checkpoint
+
+# Children start from a server that has imported torch once and run nothing: a fork of it is clean, and quick.
+SERVER = multiprocessing.get_context("forkserver")
+KILLS = 24
+OPTIONS = "--vocab-size 260 --layers 1 --hidden-size 16 --heads 2 --context 8 --batch-size 2 --dtype fp32 --dropout 0.1"
+OPTIONS += " --steps 60 --log-interval 2 --checkpoint-interval 3 --eval-interval 5 --eval-tokens 64 --resume"
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and forks are POSIX's")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    # torch._dynamo: what AdamW's constructor imports, in seconds.
+    SERVER.set_forkserver_preload(["fastgpt2.cli.train", "fastgpt2.checkpoint", "tokenizers", "torch._dynamo"])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"x{i} = {i * i}\n" for i in range(400)))
+    return path
+
+
+def run(text: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args([*OPTIONS.split(), "--data", str(text), "--out", str(out)])
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends with it
+    sys.exit(command.run(args))
+
+
+def run_and_die(text: Path, out: Path, where: str, call: int) -> None:
+    """`run`, killed in the `call`-th call of `torch.save` (half of the bytes written) or of `os.replace`."""
+    owner, name = (torch, "save") if where == "save" else (os, "replace")
+    original, calls = getattr(owner, name), 0
+
+    def deadly(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls < call:
+            return original(*args, **options)
+        if where == "save":
+            original(*args, **options)
+            args[1].truncate(args[1].tell() // 2)
+            args[1].flush()
+        elif where == "after replace":
+            original(*args, **options)
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, deadly)
+    run(text, out)
+
+
+def child(target: Any, *args: object) -> Any:
+    process = SERVER.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def finish(text: Path, out: Path) -> None:
+    process = child(run, text, out)
+    process.join()
+    assert process.exitcode == 0
+
+
+def outcome(out: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], bytes]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu")} for line in lines]
+    return kept, read_checkpoint(checkpoint_paths(out)[-1])["model"], (out / "model.safetensors").read_bytes()
+
+
+def assert_same_outcome(out: Path, expected: tuple[Any, dict[str, torch.Tensor], bytes]) -> None:
+    metrics, weights, exported = outcome(out)
+    assert metrics == expected[0]
+    assert all(torch.equal(weights[name], value) for name, value in expected[1].items())
+    assert exported == expected[2]
+    leftovers = [p for p in out.rglob(".*") if ".tmp" in p.name]
+    assert leftovers == []
+
+
+def test_killed_at_random_moments(text: Path, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    finish(text, tmp_path / "warm")
+    started = time.perf_counter()
+    finish(text, tmp_path / "whole")
+    duration_s = time.perf_counter() - started
+    expected = outcome(tmp_path / "whole")
+    kills, runs = 0, 0
+    while kills < KILLS:
+        out = tmp_path / f"killed-{runs}"
+        while True:
+            process = child(run, text, out)
+            process.join(rng.uniform(0.1, 0.9) * duration_s if kills < KILLS else None)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+            if process.exitcode != -signal.SIGKILL:
+                break  # it had come to its end
+            kills += 1
+        assert process.exitcode == 0
+        assert_same_outcome(out, expected)
+        runs += 1
+
+
+def test_killed_in_the_middle_of_writing(text: Path, tmp_path: Path) -> None:
+    finish(text, tmp_path / "whole")
+    expected = outcome(tmp_path / "whole")
+    out = tmp_path / "killed"
+    moments = [("replace", 1), ("replace", 4), ("after replace", 5), ("save", 1), ("save", 2), ("replace", 5)]
+    moments += [("replace", 6), ("after replace", 6), ("after replace", 7), ("save", 3)]
+    for where, call in moments:
+        process = child(run_and_die, text, out, where, call)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (where, call)
+    assert checkpoint_paths(out)
+    finish(text, out)
+    assert_same_outcome(out, expected)
+
+
+def test_sigterm_writes_a_checkpoint_and_ends(text: Path, tmp_path: Path) -> None:
+    finish(text, tmp_path / "whole")
+    out = tmp_path / "stopped"
+    process = child(run, text, out)
+    while not checkpoint_paths(out):
+        time.sleep(0.005)
+    process.terminate()
+    process.join()
+    assert process.exitcode in (128 + signal.SIGTERM, 0)  # 0: it was quicker than the signal
+    finish(text, out)
+    assert_same_outcome(out, outcome(tmp_path / "whole"))
