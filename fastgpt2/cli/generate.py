@@ -1,0 +1,295 @@
+"""Generate text: continue one prompt on the screen, or thousands of prompts from a file to a file."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt2.checkpoint import EMBEDDED, load_pretrained
+from fastgpt2.config import SamplingConfig
+from fastgpt2.generate import generate_iter, prompt_token_ids, stream
+from fastgpt2.model import GPT2
+from fastgpt2.records import (
+    Output,
+    Prompt,
+    PromptError,
+    Row,
+    check_writable,
+    digest,
+    output_format,
+    read_prompts,
+)
+from fastgpt2.tokenizer import Tokenizer
+
+HELP = "continue prompts with a model"
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The embedded model knows Python; without a prompt it shows that.
+DEFAULT_PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a file'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to continue")
+    what.add_argument("prompt", nargs="?", help="the text to continue; - reads it from standard input")
+    what.add_argument(
+        "--prompts", metavar="FILE", help="prompts: .txt (one a line), .jsonl or .fasta; - is .txt on stdin"
+    )
+    what.add_argument(
+        "--skip-bad", action="store_true", help="report prompts that cannot be used and go on without them"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default=EMBEDDED,
+        metavar="NAME_OR_PATH",
+        help="a folder, a checkpoint or a hub name (default: %(default)s)",
+    )
+    model.add_argument("--dtype", choices=DTYPES, help="precision (default: the checkpoint's)")
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    model.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"), help="kernels to use")
+
+    sampling = parser.add_argument_group("sampling")
+    add = sampling.add_argument
+    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="longest continuation (default: 128)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy, 1 the model as it is (default: 0.8)")
+    add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that hold the probability P")
+    add("--min-p", type=float, metavar="P", help="leave out tokens less likely than P times the likeliest one")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens seen become less likely")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        dest="stop_strings",
+        metavar="TEXT",
+        help="end before this text; repeatable",
+    )
+    add(
+        "--stop-token-id", action="append", type=int, dest="stop_token_ids", metavar="ID",
+        help="end at this token; repeatable (default: the model's end-of-text)",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, help="the same seed gives the same samples (default: 0)")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", help=".jsonl, .fasta or .txt; rows are written as samples finish")
+    output.add_argument("--resume", action="store_true", help="keep what --out holds and generate what is missing")
+    output.add_argument("--overwrite", action="store_true", help="replace --out")
+    output.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="samples decoded together (default: 32)"
+    )
+    output.add_argument("--with-prompt", action="store_true", help="the text begins with its prompt")
+    output.add_argument("--token-ids", action="store_true", help="rows of a .jsonl hold the new tokens' ids")
+    output.add_argument("--logprobs", action="store_true", help="rows of a .jsonl hold each token's log-probability")
+
+
+def run(args: argparse.Namespace) -> int:
+    sampling = SamplingConfig(
+        **{name: getattr(args, name) for name in SamplingConfig.__dataclass_fields__}  # every field is an option
+    )
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"generate: --{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
+    out = Path(args.out) if args.out is not None else None
+    if out is not None:
+        records = output_format(out, token_ids=args.token_ids, logprobs=args.logprobs)
+        check_writable(out, resume=args.resume, overwrite=args.overwrite)
+    else:
+        for name in ("resume", "overwrite", "token_ids", "logprobs"):
+            if getattr(args, name):
+                raise ValueError(f"generate: --{name.replace('_', '-')} goes with --out FILE; give one")
+    prompts, prompts_digest = _prompts(args)
+    model = _load(args)
+    usable = _checked(model, prompts, args.skip_bad)
+    if out is None:
+        return _show(model, usable, sampling, args)
+    if model.tokenizer is None and out.suffix != ".jsonl":
+        raise ValueError(f"{out}: holds text, and the model {args.model} has no tokenizer; use a .jsonl output")
+    settings = {
+        "weights": _weights_digest(model),
+        "prompts": prompts_digest,
+        "num_samples": args.num_samples,
+        **asdict(sampling),
+        "with_prompt": args.with_prompt,
+        "token_ids": args.token_ids,
+        "logprobs": args.logprobs,
+    }
+    with Output(out, records, settings, resume=args.resume, overwrite=args.overwrite) as output:
+        return _write(model, usable, sampling, args, output)
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Usable:
+    """A prompt with its token ids."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+    def text(self, tokenizer: Tokenizer) -> str:
+        content = self.prompt.content
+        return content if isinstance(content, str) else tokenizer.decode(content)
+
+
+def _prompts(args: argparse.Namespace) -> tuple[list[Prompt | PromptError], str]:
+    """The prompts that were asked for, and what their contents are recognised by."""
+    if args.prompt is not None and args.prompts is not None:
+        raise ValueError("generate: give a prompt or --prompts FILE, not both")
+    if args.prompts is not None:
+        if args.prompts == "-":
+            data, name, suffix = sys.stdin.buffer.read(), "standard input", ".txt"
+        else:
+            path = Path(args.prompts)
+            data, name, suffix = path.read_bytes(), str(path), path.suffix
+            if args.out is not None and Path(args.out).exists() and path.samefile(args.out):
+                raise ValueError(f"{path}: holds the prompts and cannot be the output; choose another --out")
+        prompts = list(read_prompts(data, name, suffix))
+        if not prompts:
+            raise ValueError(f"{name}: there are no prompts in it; give at least one")
+        return prompts, digest(data)
+    if args.prompt == "-":
+        data, name = sys.stdin.buffer.read(), "standard input"
+    elif args.prompt is not None:
+        data, name = os.fsencode(args.prompt), "the prompt"
+    else:
+        data, name = (DEFAULT_PROMPT if args.model == EMBEDDED else "").encode(), "the prompt"
+    try:
+        return [Prompt(0, data.decode("utf-8"), name)], digest(data)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} must be UTF-8 text; byte {error.start + 1} is not") from None
+
+
+def _checked(model: GPT2, prompts: Sequence[Prompt | PromptError], skip_bad: bool) -> list[_Usable]:
+    """Every prompt's token ids. The first bad prompt ends the run before it has begun, or is reported and left out."""
+    usable = []
+    for prompt in prompts:
+        try:
+            if isinstance(prompt, PromptError):
+                raise prompt
+            usable.append(_Usable(prompt, prompt_token_ids(model, prompt.content, prompt.where)))
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            print(f"fastgpt2: skipped: {error}", file=sys.stderr)
+    if not usable:
+        raise ValueError("generate: none of the prompts can be used; there is nothing to do")
+    return usable
+
+
+def _load(args: argparse.Namespace) -> GPT2:
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[args.dtype] if args.dtype is not None else None
+    return load_pretrained(args.model, dtype=dtype, device=device, backend=args.backend)
+
+
+def _weights_digest(model: GPT2) -> str:
+    """What a model's configuration and weights are recognised by, wherever they lie."""
+    code = zlib.crc32(json.dumps(model.config.to_hf(), sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        code = zlib.crc32(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode(), code)
+        weights = parameter.detach().cpu().contiguous().view(torch.uint8)
+        code = zlib.crc32(weights.numpy().data, code)
+    return f"{code:08x}"
+
+
+# -- on the screen ------------------------------------------------------------------------------------------------
+
+
+def _show(model: GPT2, usable: list[_Usable], sampling: SamplingConfig, args: argparse.Namespace) -> int:
+    """Samples on stdout: a single one as it is written, several when each is finished."""
+    if model.tokenizer is None:
+        raise ValueError(f"generate: the model {args.model} has no tokenizer to show text with; use --out FILE.jsonl")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
+    several = len(usable) * args.num_samples > 1
+    options = _options(usable, sampling, args)
+    started = time.perf_counter()
+    num_tokens = 0
+    if several:
+        for row in _rows(model, usable, options, with_prompt=True):
+            num_tokens += len(row.sample.token_ids)
+            print(
+                f"=== prompt {row.prompt.id or row.prompt.index}, sample {row.sample.sample_index}\n{row.text}",
+                flush=True,
+            )
+    else:
+        print(usable[0].text(model.tokenizer), end="", flush=True)
+        for event in stream(model, [usable[0].ids], **options):
+            num_tokens += 1
+            print(event.text, end="", flush=True)
+        print(flush=True)
+    _summarize(len(usable) * args.num_samples, num_tokens, time.perf_counter() - started)
+    return 0
+
+
+# -- to a file ----------------------------------------------------------------------------------------------------
+
+
+def _write(
+    model: GPT2, usable: list[_Usable], sampling: SamplingConfig, args: argparse.Namespace, output: Output
+) -> int:
+    from tqdm import tqdm
+
+    options = _options(usable, sampling, args)
+    total = len(usable) * args.num_samples
+    if output.done:
+        print(f"fastgpt2: {output.path} holds {len(output.done)} of {total} samples", file=sys.stderr)
+    started = time.perf_counter()
+    num_samples = num_tokens = 0
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm(total=total, initial=len(output.done), unit="sample", disable=None, dynamic_ncols=True) as bar:
+        try:
+            for row in _rows(model, usable, options | {"skip": output.done}, with_prompt=args.with_prompt):
+                output.write(row)
+                num_samples += 1
+                num_tokens += len(row.sample.token_ids)
+                bar.update()
+                bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
+        finally:
+            bar.close()
+            _summarize(num_samples, num_tokens, time.perf_counter() - started)
+    return 0
+
+
+def _options(usable: list[_Usable], sampling: SamplingConfig, args: argparse.Namespace) -> dict[str, Any]:
+    # A prompt's identity is its place in the file, whatever was skipped before it: the same samples on every resume.
+    return {
+        "sampling": sampling,
+        "num_samples": args.num_samples,
+        "batch_size": min(args.batch_size, len(usable) * args.num_samples),
+        "sample_ids": [item.prompt.index for item in usable],
+    }
+
+
+def _rows(model: GPT2, usable: list[_Usable], options: dict[str, Any], *, with_prompt: bool) -> Iterator[Row]:
+    for sample in generate_iter(model, (item.ids for item in usable), **options):
+        item = usable[sample.prompt_index]
+        text = sample.text
+        if with_prompt and text is not None and model.tokenizer is not None:
+            text = item.text(model.tokenizer) + text
+        yield Row(item.prompt, sample, text)
+
+
+def _summarize(num_samples: int, num_tokens: int, seconds: float) -> None:
+    rate = num_tokens / seconds if seconds > 0 else 0.0
+    samples = "sample" if num_samples == 1 else "samples"
+    print(
+        f"fastgpt2: {num_samples} {samples}, {num_tokens} tokens in {seconds:.1f} s: {rate:.0f} tokens/s",
+        file=sys.stderr,
+    )

@@ -1,0 +1,318 @@
+"""Train a GPT-2 on text: from scratch, from a checkpoint, or resuming a run; data-parallel under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from fastgpt2 import data, train
+from fastgpt2.config import PRESETS, GPT2Config, TrainConfig
+from fastgpt2.files import atomic_file
+from fastgpt2.model import GPT2
+from fastgpt2.tokenizer import Tokenizer
+
+HELP = "train a model on text"
+
+# Sizes where neither --preset nor --init-from says otherwise: a few million parameters, minutes on a CPU.
+_DEFAULT_SIZES = {"num_layers": 6, "hidden_size": 256, "num_heads": 4, "context_length": 256}
+_DEFAULT_VOCAB_SIZE = 4096
+_MODEL_OPTIONS = {
+    "layers": ("num_layers", int, "blocks"),
+    "hidden-size": ("hidden_size", int, "width"),
+    "heads": ("num_heads", int, "attention heads"),
+    "context": ("context_length", int, "tokens of a training row, and the longest the model will see"),
+    "feedforward-dim": ("feedforward_dim", int, "width of the MLPs (default: 4 x the width)"),
+    "activation": ("activation_function", str, "activation of the MLPs"),
+    "dropout": ("dropout", float, "rate of all three dropouts (default: 0)"),
+}
+_DROPOUTS = ("residual_dropout", "embedding_dropout", "attention_dropout")
+
+
+# What a run is made of beside its TrainConfig, with the defaults; kept in the run's folder for --resume.
+_RUN_DEFAULTS: dict[str, Any] = {
+    "data": None,
+    "suffix": [],
+    "val_fraction": 0.05,
+    "tokenizer": None,
+    "vocab_size": None,
+    "init_from": None,
+    "preset": None,
+}
+
+_KEPT = {*_RUN_DEFAULTS, *(name for name, _, _ in _MODEL_OPTIONS.values()), *TrainConfig.__dataclass_fields__}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    unset = argparse.SUPPRESS  # what is not given is not in the namespace: a resumed run keeps what it began with
+    files = parser.add_argument_group("data and files")
+    files.add_argument(
+        "--data",
+        nargs="+",
+        default=unset,
+        metavar="PATH",
+        help="text files, directories, 'stdlib' (Python's own sources), or one folder with train.bin and val.bin",
+    )
+    files.add_argument(
+        "--suffix", nargs="+", default=unset, help="of a directory take only files whose names end so, e.g. .py"
+    )
+    files.add_argument(
+        "--val-fraction", type=float, default=unset, help="part of the documents kept for validation (default: 0.05)"
+    )
+    files.add_argument("--tokenizer", default=unset, metavar="FOLDER", help="use the tokenizer in this folder")
+    files.add_argument(
+        "--vocab-size",
+        type=int,
+        default=unset,
+        help=f"train a byte-level BPE of this size on the text (default: {_DEFAULT_VOCAB_SIZE})",
+    )
+    files.add_argument("--out", required=True, metavar="DIR", help="the run's folder, and the finished model's")
+    files.add_argument("--resume", action="store_true", help="continue the run in --out, or begin it if there is none")
+    files.add_argument(
+        "--init-from", default=unset, metavar="NAME_OR_PATH", help="start from these weights, not from random ones"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", choices=PRESETS, default=unset, help="start from the sizes of a published model")
+    for option, (name, kind, text) in _MODEL_OPTIONS.items():
+        model.add_argument(f"--{option}", dest=name, type=kind, default=unset, help=text)
+    model.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"), help="kernels to use")
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+
+    training = parser.add_argument_group("training")
+    hints = get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        shown = "" if field.default is None else f" (default: {field.default!r})"
+        hint = hints[field.name]
+        options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if hint is not bool:
+            (kind,) = {*get_args(hint), hint} & {int, float, str}
+            choices = field.metadata.get("choices")
+            options = {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+        flag = f"--{field.name.replace('_', '-')}"
+        training.add_argument(flag, default=unset, help=field.metadata["help"] + shown, **options)
+
+
+def run(args: argparse.Namespace) -> int:
+    given = vars(args)
+    if "minutes" in given and "steps" in given:
+        raise ValueError("train: give --steps or --minutes, not both")
+    processes = train.Processes.start(args.device)
+    try:
+        if train.checkpoint_paths(args.out) and not args.resume:
+            raise ValueError(f"train: {args.out} holds a run; continue it with --resume or choose another --out")
+        kept = _kept_options(args.out) if args.resume else {}
+        if train.checkpoint_paths(args.out):
+            trainer = _resumed(args, given, kept, processes)
+        else:
+            trainer = _begun(args, {**kept, **given}, processes)
+        return _follow(trainer)
+    finally:
+        processes.close()
+
+
+def _kept_options(out: str) -> dict[str, Any]:
+    """What the run in `out` was asked for when it began."""
+    path = Path(out, "run.json")
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: must be JSON ({error}); remove it and give the run's options again") from error
+
+
+def _train_fields(options: dict[str, Any]) -> dict[str, Any]:
+    return {f.name: options[f.name] for f in dataclasses.fields(TrainConfig) if f.name in options}
+
+
+def _sizes(options: dict[str, Any]) -> dict[str, Any]:
+    """The GPT2Config fields among options."""
+    sizes = {name: options[name] for name, _, _ in _MODEL_OPTIONS.values() if name in options}
+    if (rate := sizes.pop("dropout", None)) is not None:
+        sizes |= dict.fromkeys(_DROPOUTS, rate)
+    return sizes
+
+
+# -- the beginning ------------------------------------------------------------------------------------------------
+
+
+def _begun(args: argparse.Namespace, options: dict[str, Any], processes: train.Processes) -> train.Trainer:
+    config, sizes = TrainConfig(**_train_fields(options)), _sizes(options)
+    wanted = {name: options.get(name, default) for name, default in _RUN_DEFAULTS.items()}
+    if not wanted["data"]:
+        raise ValueError("train: give the text to train on with --data PATH (or --data stdlib to try)")
+    if wanted["init_from"] and (wanted["preset"] or sizes.keys() - set(_DROPOUTS)):
+        raise ValueError("train: --init-from brings the model's sizes; leave out --preset and the size options")
+    if wanted["vocab_size"] and (wanted["tokenizer"] or wanted["init_from"]):
+        brings = "--tokenizer" if wanted["tokenizer"] else "--init-from"
+        raise ValueError(f"train: {brings} brings its vocabulary; leave out --vocab-size")
+    initial = None
+    if wanted["init_from"]:
+        from fastgpt2.checkpoint import load_pretrained
+
+        # No dropout by default here either: what the checkpoint's configuration says is about its own training.
+        changes = {**dict.fromkeys(_DROPOUTS, 0.0), **sizes}
+        initial = load_pretrained(wanted["init_from"], dtype=torch.float32, backend=args.backend, **changes)
+    with processes.first_goes_first():
+        if processes.is_first:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            kept = {name: value for name, value in options.items() if name in _KEPT}
+            with atomic_file(Path(args.out, "run.json")) as file:
+                file.write(json.dumps(kept, indent=2).encode())
+        tokens, tokenizer = _prepared(args, wanted, config.seed, initial, processes)
+    torch.manual_seed(config.seed)
+    model = initial or GPT2(_model_config(wanted, sizes, tokens, tokenizer), backend=args.backend)
+    return train.Trainer(model, tokens, config, args.out, tokenizer=tokenizer, processes=processes)
+
+
+def _prepared(
+    args: argparse.Namespace, wanted: dict[str, Any], seed: int, initial: GPT2 | None, processes: train.Processes
+) -> tuple[data.TokenData, Tokenizer | None]:
+    """The token shards and their tokenizer; the first process writes them where they are not there yet."""
+    tokenizer = _named_tokenizer(wanted["tokenizer"]) if wanted["tokenizer"] else initial.tokenizer if initial else None
+    if initial and tokenizer and tokenizer.vocab_size > initial.config.vocab_size:
+        raise ValueError(
+            f"train: the tokenizer must fit the model of --init-from; got {tokenizer.vocab_size} tokens "
+            f"and vocab_size {initial.config.vocab_size}"
+        )
+    if (folder := _shard_folder(wanted["data"])) is not None:
+        return data.TokenData.open(folder), tokenizer or Tokenizer.from_folder(folder)
+    if initial and not tokenizer:
+        raise ValueError(f"train: {wanted['init_from']} has no tokenizer; give its folder with --tokenizer")
+    folder = Path(args.out, "data")
+    request = {
+        "sources": wanted["data"],
+        "suffixes": wanted["suffix"],
+        "val_fraction": wanted["val_fraction"],
+        "seed": seed,
+        "vocab_size": None if tokenizer else wanted["vocab_size"] or _DEFAULT_VOCAB_SIZE,
+        "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() if tokenizer else None,
+    }
+    meta = data.read_meta(folder)
+    if processes.is_first and not (args.resume and meta and meta.request == request):
+        corpus = data.find_documents(
+            wanted["data"], suffixes=wanted["suffix"], val_fraction=wanted["val_fraction"], seed=seed
+        )
+        _say(f"{len(corpus)} documents ({len(corpus.val)} for validation), {corpus.skipped} files skipped")
+        if tokenizer is None:
+            pieces = (piece for segment in corpus.train for piece in segment.pieces())
+            tokenizer = Tokenizer.train(pieces, request["vocab_size"])
+        tokenizer.save(folder)
+        meta = data.write_shards(corpus, tokenizer, folder, request)
+        _say(
+            f"{meta.train_tokens:,} tokens to train on, {meta.val_tokens:,} for validation, "
+            f"vocabulary {meta.vocab_size:,}, {meta.train_bytes / max(1, meta.train_tokens):.2f} bytes a token"
+        )
+    return data.TokenData.open(folder), tokenizer or Tokenizer.from_folder(folder)
+
+
+def _shard_folder(sources: list[str]) -> Path | None:
+    """The data folder that `--data` names, if it names one rather than text."""
+    return Path(sources[0]) if len(sources) == 1 and data.is_data_folder(sources[0]) else None
+
+
+def _named_tokenizer(folder: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{folder}: has no tokenizer.json, and no vocab.json with merges.txt")
+    return tokenizer
+
+
+def _model_config(
+    wanted: dict[str, Any], sizes: dict[str, Any], tokens: data.TokenData, tokenizer: Tokenizer | None
+) -> GPT2Config:
+    # No dropout by default: a GPT-2 trained for an epoch or a few is better without.
+    changes: dict[str, Any] = dict.fromkeys(_DROPOUTS, 0.0)
+    if tokenizer is not None:
+        changes["vocab_size"] = tokenizer.vocab_size
+        changes["bos_token_id"] = changes["eos_token_id"] = tokenizer.eos_token_id
+    elif wanted["vocab_size"]:
+        changes["vocab_size"] = wanted["vocab_size"]
+    elif not wanted["preset"]:
+        folder = tokens.train.path.parent
+        raise ValueError(f"train: {folder} has no tokenizer; give --tokenizer FOLDER, --vocab-size N or --preset NAME")
+    if wanted["preset"]:
+        return GPT2Config.preset(wanted["preset"], **{**changes, **sizes})
+    return GPT2Config(**{**_DEFAULT_SIZES, **changes, **sizes})
+
+
+def _resumed(
+    args: argparse.Namespace, given: dict[str, Any], kept: dict[str, Any], processes: train.Processes
+) -> train.Trainer:
+    was = {name: kept.get(name, default) for name, default in _RUN_DEFAULTS.items()}
+    for name in given.keys() & was.keys():
+        if given[name] != was[name]:
+            raise ValueError(f"resume: {name} must stay {was[name]!r} as the run began; got {given[name]!r}")
+    folder = _shard_folder(was["data"] or []) or Path(args.out, "data")
+    trainer = train.Trainer.resume(
+        args.out, data.TokenData.open(folder), processes=processes, backend=args.backend, **_train_fields(given)
+    )
+    for name, value in _sizes(given).items():
+        before = getattr(trainer.model.config, name)
+        if value != before:
+            raise ValueError(f"resume: {name} must stay {before!r} as the run began; got {value!r}")
+    _say(f"continuing from step {trainer.step} of {trainer.config.steps}", processes.is_first)
+    return trainer
+
+
+# -- the run ------------------------------------------------------------------------------------------------------
+
+
+def _follow(trainer: train.Trainer) -> int:
+    """Run a trainer to its end or to a signal, showing its reports; returns the exit status."""
+    from tqdm import tqdm
+
+    received: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        trainer.stop()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    first = trainer.processes.is_first
+    try:
+        _say(
+            f"{trainer.model.num_parameters():,} parameters, {trainer.global_rows} rows of {trainer.context} tokens "
+            f"a step, {trainer.config.dtype} on {trainer.device}, {trainer.processes.count} processes",
+            first,
+        )
+        with tqdm(
+            total=trainer.config.steps, initial=trainer.step, unit="step", disable=not (first and sys.stderr.isatty())
+        ) as bar:
+            for report in trainer.run():
+                bar.total = trainer.config.steps
+                bar.update(report.step - bar.n)
+                if isinstance(report, train.StepReport):
+                    line = f"loss {report.loss:.4f}, {report.tokens_per_s:,.0f} tokens/s, MFU {report.mfu:.1%}"
+                    bar.set_postfix_str(line)
+                    if bar.disable:
+                        _say(f"step {report.step}/{trainer.config.steps}: {line}, lr {report.lr:.2e}", first)
+                elif isinstance(report, train.EvalReport) and first:  # every process evaluates its part
+                    bits = "" if report.bits_per_byte is None else f" ({report.bits_per_byte:.3f} bits per byte)"
+                    bar.write(f"step {report.step}: validation loss {report.val_loss:.4f}{bits}", file=sys.stderr)
+                elif isinstance(report, train.SampleReport):
+                    bar.write(f"step {report.step}: sample\n{report.text}\n", file=sys.stderr)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if not trainer.is_finished:
+        _say(f"stopped at step {trainer.step}; --resume continues", first)
+        return 128 + received[0] if received else 1
+    if first:
+        print(trainer.out)
+    return 0
+
+
+def _say(line: str, first: bool = True) -> None:
+    if first:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,227 @@
+"""`fastgpt2 generate`: from the screen and from files, in every format, resumed, refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgpt2 import GPT2
+from fastgpt2.cli.main import main
+from fastgpt2.generate import generate
+from fastgpt2.records import unescape
+
+PROMPTS = ["def add", "return a +", "", "x", "b):\n    return"]
+
+
+@pytest.fixture
+def prompts_file(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "id": f"p{i}"}) + "\n" for i, text in enumerate(PROMPTS)))
+    return path
+
+
+@pytest.fixture
+def command(tiny_checkpoint, prompts_file):
+    """Runs `fastgpt2 generate` on the tiny model: 5 prompts, 3 samples each, 8 tokens."""
+
+    def run(*arguments: object) -> int:
+        options = ["--num-samples", 3, "--max-new-tokens", 8, "--seed", 5, "--device", "cpu"]
+        return main(["generate", "--model", str(tiny_checkpoint), *map(str, (*options, *arguments))])
+
+    return run
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_rows_are_what_the_library_generates(command, tiny_checkpoint, prompts_file, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert command("--prompts", prompts_file, "--out", out, "--token-ids", "--logprobs", "--temperature", 1) == 0
+    rows = sorted(read_rows(out), key=lambda row: (row["prompt_index"], row["sample_index"]))
+    expected = generate(GPT2.from_pretrained(tiny_checkpoint), PROMPTS, num_samples=3, max_new_tokens=8, seed=5)
+    assert [row["token_ids"] for row in rows] == [sample.token_ids for sample in expected]
+    assert [row["text"] for row in rows] == [sample.text for sample in expected]
+    assert [row["id"] for row in rows] == [f"p{i}" for i in range(5) for _ in range(3)]
+    for row, sample in zip(rows, expected, strict=True):
+        assert row["logprobs"] == pytest.approx(sample.logprobs, abs=1e-4)
+    num_tokens = sum(row["num_tokens"] for row in rows)
+    assert f"15 samples, {num_tokens} tokens in " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".fasta", ".txt"])
+def test_resume_makes_what_an_uninterrupted_run_makes(suffix, command, prompts_file, tmp_path, seed, capsys):
+    rng = random.Random(seed)
+    whole, out = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    assert command("--prompts", prompts_file, "--out", whole) == 0
+    data = whole.read_bytes()
+    separator = b"\n>" if suffix == ".fasta" else b"\n"
+    for cut in rng.sample(range(len(data)), 3):
+        out.write_bytes(data[:cut])
+        settings = (tmp_path / f"whole{suffix}.run.json").read_bytes()
+        (tmp_path / f"out{suffix}.run.json").write_bytes(settings)
+        assert command("--prompts", prompts_file, "--out", out, "--resume", "--batch-size", rng.randint(1, 20)) == 0
+        records = (separator + out.read_bytes().rstrip(b"\n")).split(separator)
+        assert sorted(records) == sorted((separator + data.rstrip(b"\n")).split(separator))
+    before = out.read_bytes()
+    assert command("--prompts", prompts_file, "--out", out, "--resume") == 0
+    assert out.read_bytes() == before
+    assert "0 samples, 0 tokens" in capsys.readouterr().err
+
+
+def test_another_run_is_not_resumed(command, prompts_file, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert command("--prompts", prompts_file, "--out", out) == 0
+    before = out.read_bytes()
+    for changes, name in (
+        (["--seed", 6], "seed"),
+        (["--top-k", 3], "top_k"),
+        (["--num-samples", 4], "num_samples"),
+        (["--dtype", "bf16"], "weights"),
+        (["--logprobs"], "logprobs"),
+        (["--with-prompt"], "with_prompt"),
+    ):
+        assert command("--prompts", prompts_file, "--out", out, "--resume", *changes) == 2
+        assert f"was made by another run ({name} was " in capsys.readouterr().err
+    prompts_file.write_text('{"prompt": "other"}\n')
+    assert command("--prompts", prompts_file, "--out", out, "--resume") == 2
+    assert "was made by another run (prompts was " in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert command("--prompts", prompts_file, "--out", out) == 2
+    assert "exists; continue it with --resume or replace it with --overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert command("--prompts", prompts_file, "--out", out, "--overwrite") == 0
+    assert len(read_rows(out)) == 3
+
+
+def test_bad_prompts_stop_the_run_before_it_begins_or_are_skipped(command, tmp_path, capsys):
+    path, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    good = [{"prompt": "def"}, {"prompt": "x"}]
+    too_long, bad_id = {"prompt_ids": [1] * 65}, {"prompt_ids": [1, 10**6]}
+    lines = [json.dumps(good[0]), json.dumps(too_long), "{", json.dumps(bad_id), json.dumps(good[1])]
+    path.write_text("\n".join(lines))
+    out.write_text("precious\n")
+    assert command("--prompts", path, "--out", out, "--overwrite") == 2
+    assert capsys.readouterr().err == (
+        f"fastgpt2: generate: {path} line 2 has 65 tokens; the context holds 64; shorten the prompt\n"
+    )
+    assert out.read_text() == "precious\n"
+    assert command("--prompts", path, "--out", out, "--overwrite", "--skip-bad") == 0
+    errors = capsys.readouterr().err
+    for start in (f"generate: {path} line 2 has", f"{path} line 3: must be JSON"):
+        assert f"skipped: {start}" in errors
+    assert f"skipped: generate: {path} line 4 holds the token id 1000000; ids must be in [0, " in errors
+    rows = {(row["prompt_index"], row["sample_index"]): row["text"] for row in read_rows(out)}
+    assert set(rows) == {(p, s) for p in (0, 4) for s in range(3)}
+    # What was skipped changes nothing for the others: the same prompts at the same places give the same samples.
+    path.write_text("\n".join([lines[0], '{"prompt": "a"}', '{"prompt": "b"}', '{"prompt": "c"}', lines[4]]))
+    assert command("--prompts", path, "--out", out, "--overwrite") == 0
+    again = {(row["prompt_index"], row["sample_index"]): row["text"] for row in read_rows(out)}
+    assert {key: again[key] for key in rows} == rows
+
+
+def test_one_prompt_streams_to_the_screen(command, tiny_checkpoint, capsys):
+    arguments = ("def add", "--num-samples", 1, "--temperature", 0)
+    assert command(*arguments) == 0
+    printed = capsys.readouterr()
+    (sample,) = generate(GPT2.from_pretrained(tiny_checkpoint), ["def add"], max_new_tokens=8, temperature=0)
+    assert printed.out == f"def add{sample.text}\n"
+    assert "1 sample, " in printed.err
+
+
+def test_several_samples_on_the_screen(command, capsys):
+    assert command("def", "--num-samples", 2) == 0
+    out = capsys.readouterr().out
+    assert "=== prompt 0, sample 0\ndef" in out
+    assert "=== prompt 0, sample 1\ndef" in out
+
+
+def test_prompts_from_standard_input(command, tmp_path, monkeypatch, capsys):
+    class Input:
+        buffer = io.BytesIO(b"def\nreturn\n")
+
+    out = tmp_path / "out.txt"
+    monkeypatch.setattr(sys, "stdin", Input)
+    assert command("--prompts", "-", "--out", out, "--with-prompt") == 0
+    texts = {line.split("\t")[0]: unescape(line.split("\t")[2]) for line in out.read_text().splitlines()}
+    assert texts["0"].startswith("def")
+    assert texts["1"].startswith("return")
+    Input.buffer = io.BytesIO(b"def add")
+    assert command("-", "--num-samples", 1) == 0
+    assert capsys.readouterr().out.startswith("def add")
+
+
+def test_stop_strings_and_tokens(command, prompts_file, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = ("--prompts", prompts_file, "--out", out, "--overwrite", "--token-ids", "--temperature", 2)
+    assert command(*options) == 0
+    text = max((row["text"] for row in read_rows(out)), key=len)
+    assert command(*options, "--stop", text[2:4], "--stop", text[4]) == 0
+    stopped = [row for row in read_rows(out) if row["finish_reason"] == "stop"]
+    cut = min(text.find(text[2:4]), text.find(text[4]))
+    assert any(row["text"] == text[:cut] for row in stopped)
+    assert not any(text[2:4] in row["text"] or text[4] in row["text"] for row in read_rows(out))
+    token = next(row["token_ids"][1] for row in read_rows(out) if row["num_tokens"] > 2)
+    assert command(*options, "--stop-token-id", token) == 0
+    assert any(row["token_ids"][-1] == token for row in read_rows(out) if row["finish_reason"] == "stop")
+
+
+def test_without_tokenizer_ids_in_ids_out(command, tiny_checkpoint, tmp_path, capsys):
+    folder = tmp_path / "model"
+    model = GPT2.from_pretrained(tiny_checkpoint)
+    model.tokenizer = None
+    model.save_pretrained(folder)
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt_ids": [5, 6]}\n')
+    assert command("--model", folder, "--prompts", prompts, "--out", out, "--token-ids") == 0
+    rows = read_rows(out)
+    assert all(row["text"] is None and row["token_ids"] for row in rows)
+    for arguments, message in (
+        (["--out", tmp_path / "out.txt"], "holds text, and the model"),
+        ([], "has no tokenizer to show text with; use --out FILE.jsonl"),
+    ):
+        assert command("--model", folder, "--prompts", prompts, *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert command("--model", folder, "def") == 2
+    assert "the prompt is text, but the model has no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["def", "--prompts", "p.txt"], "generate: give a prompt or --prompts FILE, not both"),
+        (["--prompts", "{tmp}/no.txt"], "No such file or directory: '{tmp}/no.txt'"),
+        (["--prompts", "{tmp}/p.csv"], "{tmp}/p.csv: a file of prompts must end in .txt, .jsonl, .fasta; got '.csv'"),
+        (["--prompts", "{tmp}/empty.txt"], "{tmp}/empty.txt: there are no prompts in it; give at least one"),
+        (["--out", "{tmp}/o.csv"], "{tmp}/o.csv: an output must end in .jsonl, .fasta, .txt; got '.csv'"),
+        (["--out", "{tmp}/no/o.txt"], "{tmp}/no/o.txt: is in the folder {tmp}/no, which does not exist"),
+        (["--out", "{tmp}/o.txt", "--logprobs"], "token ids and log-probabilities need a .jsonl output; got '.txt'"),
+        (["--out", "{tmp}/o.txt", "--resume", "--overwrite"], "give one of them"),
+        (["--resume"], "generate: --resume goes with --out FILE; give one"),
+        (["--token-ids"], "generate: --token-ids goes with --out FILE; give one"),
+        (["--num-samples", "0"], "generate: --num-samples must be at least 1; got 0"),
+        (["--batch-size", "-1"], "generate: --batch-size must be at least 1; got -1"),
+        (["--temperature", "-1"], "SamplingConfig: temperature must be finite and >= 0 (0 is greedy); got -1.0"),
+        (["--top-p", "1.5"], "SamplingConfig: top_p must be in (0, 1] or None; got 1.5"),
+        (["--max-new-tokens", "0"], "SamplingConfig: max_new_tokens must be an int >= 1; got 0"),
+        (["--prompts", "{tmp}/p.txt", "--out", "{tmp}/p.txt", "--overwrite"], "p.txt: holds the prompts and cannot be"),
+        (["--prompts", "{tmp}/latin.txt"], "{tmp}/latin.txt line 1: must be UTF-8 text; byte 2 of the line is not"),
+        (["a\udcffb"], "the prompt must be UTF-8 text; byte 2 is not"),
+    ],
+)
+def test_refusals_are_one_line(arguments, message, command, tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    for name in ("p.csv", "p.txt"):
+        (tmp_path / name).write_text("def\n")
+    (tmp_path / "latin.txt").write_bytes(b"a\xff\n")
+    assert command(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
+    err = capsys.readouterr().err
+    assert message.replace("{tmp}", str(tmp_path)) in err
+    assert err.startswith("fastgpt2: ")
+    assert err.count("\n") == 1
+    assert (tmp_path / "p.txt").read_text() == "def\n"

@@ -1,0 +1,101 @@
+"""SIGKILL `fastgpt2 generate` at random moments and resume: nothing lost, nothing twice, the same samples."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+
+NUM_PROMPTS, NUM_SAMPLES = 16, 3
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Forks processes in which everything is imported already and nothing has run yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastgpt2.cli.generate", "fastgpt2.cli.train", "fastgpt2.cli.main", "tokenizers"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Older Pythons do not hand the server our sys.path, and it then silently imports nothing.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield context
+
+
+def command_line(arguments: list[str]) -> None:
+    """What the console script does, in a process of its own."""
+    import torch
+
+    from fastgpt2.cli.main import main
+
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os._exit(main(arguments))
+
+
+def records(path: Path) -> list[bytes]:
+    data = path.read_bytes()
+    assert data.endswith(b"\n")
+    return sorted(re.split(rb"\n(?=>)", data[:-1]) if path.suffix == ".fasta" else data[:-1].split(b"\n"))
+
+
+def wait_for(path: Path, size: int, process: multiprocessing.process.BaseProcess) -> None:
+    """Until the output holds `size` bytes; a run that has ended before that is waited for no longer."""
+    while process.is_alive() and (not path.exists() or path.stat().st_size < size):
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(("suffix", "kills"), [(".jsonl", 14), (".fasta", 4), (".txt", 4)])
+def test_killed_runs_resume_to_what_an_uninterrupted_run_makes(suffix, kills, server, tiny_checkpoint, tmp_path, seed):
+    rng = random.Random(seed)
+    prompts = tmp_path / "prompts.jsonl"
+    # Lengths and samples of many sizes, so that rows finish at different times.
+    prompts.write_text(
+        "".join(
+            json.dumps({"prompt_ids": [rng.randrange(256) for _ in range(rng.randint(1, 40))]}) + "\n"
+            for _ in range(NUM_PROMPTS)
+        )
+    )
+
+    def start(out: Path):
+        arguments = ["generate", "--model", tiny_checkpoint, "--prompts", prompts, "--out", out, "--resume"]
+        arguments += ["--num-samples", NUM_SAMPLES, "--batch-size", rng.randint(1, 8), "--max-new-tokens", 32]
+        process = server.Process(target=command_line, args=([str(argument) for argument in arguments],))
+        process.start()
+        return process
+
+    whole, out = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    process = start(whole)
+    process.join()
+    assert process.exitcode == 0
+    size = whole.stat().st_size
+    # Some at the start, while it loads or opens its files; the others in order, each further into the output.
+    moments = sorted(rng.random() * size if rng.random() < 0.8 else 0 for _ in range(kills))
+    kept: list[bytes] = []
+    killed = 0
+    for moment in moments:
+        process = start(out)
+        wait_for(out, int(moment), process)
+        time.sleep(rng.random() * (0.3 if not moment else 0.01))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if out.exists() and (data := out.read_bytes()):
+            # Nothing finished before is lost by a later run, and what there is, is whole up to the last newline.
+            now = data.split(b"\n")[:-1]
+            assert now[: len(kept)] == kept
+            kept = now
+    assert killed >= kills - 2, "the runs ended before they were killed"
+    process = start(out)
+    process.join()
+    assert process.exitcode == 0
+    assert len(records(out)) == NUM_PROMPTS * NUM_SAMPLES
+    assert records(out) == records(whole)
