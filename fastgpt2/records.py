@@ -25,6 +25,7 @@ PROMPT_SUFFIXES = (".txt", ".jsonl", ".fasta")
 FASTA_WIDTH = 60
 # What `str.splitlines` and other readers break lines at beside \n and \r: escaped, so that a record is one line to all.
 _LINE_BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
+_TEXT_ESCAPES = {**_LINE_BREAKS, **str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})}
 
 Key = tuple[int, int]  # (prompt index, sample index)
 
@@ -213,10 +214,8 @@ class JsonLines(_Lines):
 class Text(_Lines):
     r"""`prompt index <TAB> sample index <TAB> text`, a sample a line; \\ \n \r \t \uXXXX stand for characters."""
 
-    _ESCAPES = {**_LINE_BREAKS, **str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})}
-
     def encode(self, row: Row) -> str:
-        return f"{row.prompt.index}\t{row.sample.sample_index}\t{(row.text or '').translate(self._ESCAPES)}\n"
+        return f"{row.prompt.index}\t{row.sample.sample_index}\t{(row.text or '').translate(_TEXT_ESCAPES)}\n"
 
     def key(self, line: bytes) -> Key:
         prompt_index, sample_index, _ = line.split(b"\t")
