@@ -1,0 +1,49 @@
+"""The door to the kernels: documented operators that check their arguments, choose a backend and call it.
+
+Every operator takes `backend="auto" | "triton" | "torch"`. "auto" is Triton on a GPU where the operator has a Triton
+kernel, and PyTorch's own operators otherwise; `why_not_triton` says in one sentence why Triton is not used.
+Checks look at shapes, dtypes and devices. Values are looked at on the CPU only, where that costs no synchronisation.
+
+Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = H * D width, N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from fastgpt2_kernels.ops.attention import cached_attention, causal_attention, causal_attention_packed, plan_rows
+from fastgpt2_kernels.ops.backend import BACKENDS, OPERATORS, check_backend, why_not_triton
+from fastgpt2_kernels.ops.layers import activation, layer_norm, linear
+from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
+from fastgpt2_kernels.reference import ACTIVATIONS
+from fastgpt2_kernels.torch_backend import (
+    MIN_PACKED_ROWS,
+    PackedLinear,
+    RowPlan,
+    can_pack,
+    fingerprint,
+    pack_linear,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "MIN_PACKED_ROWS",
+    "OPERATORS",
+    "CrossEntropyStats",
+    "PackedLinear",
+    "RowPlan",
+    "TargetCheck",
+    "activation",
+    "cached_attention",
+    "can_pack",
+    "causal_attention",
+    "causal_attention_packed",
+    "check_backend",
+    "cross_entropy",
+    "fingerprint",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "pack_linear",
+    "plan_rows",
+    "why_not_triton",
+]

@@ -1,0 +1,69 @@
+"""Which backend an operator runs on, and the checks that several operators share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+OPERATORS = (
+    "causal_attention",
+    "cached_attention",
+    "layer_norm",
+    "activation",
+    "linear",
+    "cross_entropy",
+    "linear_cross_entropy",
+)
+_TRITON_OPERATORS = frozenset({"cross_entropy", "linear_cross_entropy"})
+
+
+def why_not_triton(operator: str, device: torch.device | str) -> str | None:
+    """Why `operator` would not run on Triton for tensors on `device`, in one sentence; None if it would."""
+    if operator not in OPERATORS:
+        raise ValueError(f"why_not_triton: operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
+    if operator not in _TRITON_OPERATORS:
+        return f"{operator} has no Triton kernel in this version"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.device(device).type != "cuda" and not interpreter_is_on():
+        return f"Triton kernels need a GPU or Triton's interpreter; the tensors are on {torch.device(device).type}"
+    return None
+
+
+def interpreter_is_on() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+
+
+def use_triton(operator: str, device: torch.device, backend: str) -> bool:
+    check_backend(backend)
+    if backend == "torch":
+        return False
+    # The interpreter is for checking kernels: it has to be asked for.
+    if backend == "auto" and device.type == "cpu":
+        return False
+    reason = why_not_triton(operator, device)
+    if reason is not None and backend == "triton":
+        raise ValueError(f"{operator}: backend='triton' cannot be used: {reason}")
+    return reason is None
+
+
+def check_same(operator: str, *, check_dtype: bool = True, **tensors: Tensor) -> None:
+    if len({t.device for t in tensors.values()}) > 1:
+        got = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
+        raise ValueError(f"{operator}: all tensors must be on one device; got {got}")
+    if check_dtype and len({t.dtype for t in tensors.values()}) > 1:
+        got = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        raise ValueError(f"{operator}: all tensors must have one dtype; got {got}")
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
