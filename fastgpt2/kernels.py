@@ -12,6 +12,7 @@ from fastgpt2_kernels.ops import (
     linear,
     linear_cross_entropy,
     pack_linear,
+    plan_documents,
     plan_rows,
     why_not_triton,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "pack_linear",
+    "plan_documents",
     "plan_rows",
     "why_not_triton",
 ]

@@ -282,8 +282,9 @@ class GPT2(nn.Module):
         self._check_ids(input_ids)
         T = input_ids.shape[1]
         context = self.config.context_length
-        if position_ids is None and cu_seqlens is not None:
-            position_ids = self._document_positions(cu_seqlens, T)
+        documents = None if cu_seqlens is None else ops.plan_documents(cu_seqlens.to(self.device), T)
+        if position_ids is None and documents is not None:
+            position_ids = (torch.arange(T, device=self.device) - documents.starts)[None]
         elif position_ids is None:
             if context < T:
                 raise ValueError(f"GPT2: {T} tokens do not fit in the context of {context}; shorten the input")
@@ -302,7 +303,7 @@ class GPT2(nn.Module):
                 self.config.num_heads,
                 scale=scale,
                 dropout_p=dropout_p,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=documents,
                 upcast=self.config.reorder_and_upcast_attn,
                 backend=self.backend,
             )
@@ -355,12 +356,6 @@ class GPT2(nn.Module):
         for block in self.transformer.h:
             x = block(x, attend, packed)
         return self.transformer.ln_f(x)
-
-    def _document_positions(self, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-        starts = cu_seqlens.to(device=self.device, dtype=torch.int64)
-        tokens = torch.arange(num_tokens, device=self.device)
-        document = torch.searchsorted(starts[1:], tokens, right=True)
-        return (tokens - starts[document.clamp(max=starts.numel() - 1)])[None]
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:

@@ -28,13 +28,30 @@ def document_mask(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, mask: Tensor | None = None, upcast: bool = False
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, mask: Tensor | None = None,
+    keep: Tensor | None = None, dropout_p: float = 0.0, upcast: bool = False,
+) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + causal mask) v: q (B, H, T, D), k, v (B, H, S, D); `mask` is and-ed to the causal one.
 
+    `keep` (B, H, T, S) bool: the weights that dropout keeps, the others are 0 and these are divided by 1 - dropout_p.
     `upcast=True` computes q k^T and the softmax in float32 for inputs of half precision (Hugging Face's
-    `reorder_and_upcast_attn`, from Megatron-LM).
+    `reorder_and_upcast_attn`, from Megatron-LM). A query that may see no key gives 0.
     """
+    scores_BHTS = _scores(q, k, scale, mask, upcast)
+    probs_BHTS = F.softmax(scores_BHTS, dim=-1).masked_fill(scores_BHTS == -math.inf, 0.0).to(v.dtype)
+    if keep is not None:
+        probs_BHTS = probs_BHTS.masked_fill(~keep, 0.0) / (1 - dropout_p)
+    return torch.matmul(probs_BHTS, v)
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, *, scale: float | None = None, mask: Tensor | None = None, upcast: bool = False
+) -> Tensor:
+    """Natural log of what `causal_attention`'s softmax divides by, (B, H, T); -inf where a query may see no key."""
+    return _scores(q, k, scale, mask, upcast).logsumexp(-1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None, upcast: bool) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     allowed = causal_mask(q.shape[-2], k.shape[-2], q.device)
     if mask is not None:
@@ -42,9 +59,33 @@ def causal_attention(
     if upcast:
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(wide), k.to(wide)
-    scores_BHTS = torch.matmul(q, k.transpose(-1, -2)) * scale
-    scores_BHTS = scores_BHTS.masked_fill(~allowed, -math.inf)
-    return torch.matmul(F.softmax(scores_BHTS, dim=-1).to(v.dtype), v)
+    return (torch.matmul(q, k.transpose(-1, -2)) * scale).masked_fill(~allowed, -math.inf)
+
+
+def dropout_keep(seed: Tensor, B: int, H: int, T: int, S: int, dropout_p: float) -> Tensor:
+    """The weights (B, H, T, S) bool that attention dropout keeps: Philox 4x32-10 (Salmon et al. 2011).
+
+    The first word for the key seed[0] and the counter (s, t, b H + h, seed[1]); `seed` (2,) int64.
+    """
+    word = 0xFFFFFFFF
+    key, offset = (int(n) for n in seed.tolist())
+    k0, k1 = key & word, key >> 32 & word
+    s, t, bh = (torch.arange(n, dtype=torch.int64, device=seed.device) for n in (S, T, B * H))
+    c0, c1, c2 = torch.broadcast_tensors(s, t[:, None], bh[:, None, None])
+    c3 = torch.full_like(c0, offset & word)
+    for _ in range(10):
+        low0, high0 = _multiply_words(0xD2511F53, c0)
+        low2, high2 = _multiply_words(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return (c0 >> 1 >= round(dropout_p * 2**31)).view(B, H, T, S)
+
+
+def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The low and the high 32 bits of a * b, both of 32 bits, without leaving int64's range."""
+    low = (a & 0xFFFF) * b
+    high = (a >> 16) * b + (low >> 16)
+    return (high & 0xFFFF) << 16 | low & 0xFFFF, high >> 16
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

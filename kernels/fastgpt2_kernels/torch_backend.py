@@ -20,17 +20,44 @@ from fastgpt2_kernels import reference
 # -- attention ----------------------------------------------------------------------------------------------------
 
 
+class AttentionOptions(NamedTuple):
+    scale: float
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
+    upcast: bool = False
+
+
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float = 0.0, upcast: bool = False
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, lengths: Tensor | None = None
 ) -> Tensor:
     """q (B, H, T, D), k and v (B, H, S, D) with S >= T -> (B, H, T, D)."""
+    if lengths is not None:
+        padding = _padding(lengths, q.shape[-2])
+        q, k, v = (x.masked_fill(padding, 0.0) for x in (q, k, v))
+        return causal_attention(q, k, v, options).masked_fill(padding, 0.0)
+    scale, dropout_p, seed, upcast = options
     T, S = q.shape[-2], k.shape[-2]
+    if seed is not None and dropout_p:
+        keep = reference.dropout_keep(seed, q.shape[0], q.shape[1], T, S, dropout_p)
+        return reference.causal_attention(q, k, v, scale=scale, keep=keep, dropout_p=dropout_p, upcast=upcast)
     if upcast:
         return _upcast_attention(q, k, v, scale=scale, dropout_p=dropout_p)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale, dropout_p=dropout_p)
     mask = None if T == 1 else reference.causal_mask(T, S, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout_p)
+
+
+def attention_lse(q: Tensor, k: Tensor, options: AttentionOptions, *, lengths: Tensor | None = None) -> Tensor:
+    """The softmax's log-sum-exp (B, H, T) in float32 (float64 for float64 inputs), without gradient."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = reference.attention_lse(q.detach().to(wide), k.detach().to(wide), scale=options.scale)
+    return lse if lengths is None else lse.masked_fill(_padding(lengths, q.shape[-2]).squeeze(-1), float("-inf"))
+
+
+def _padding(lengths: Tensor, num_tokens: int) -> Tensor:
+    """(B, 1, T, 1) bool, True from each row's length on."""
+    return (torch.arange(num_tokens, device=lengths.device) >= lengths[:, None])[:, None, :, None]
 
 
 def _upcast_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
@@ -55,17 +82,39 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def causal_attention_packed(
-    qkv: Tensor, num_heads: int, *, scale: float, dropout_p: float = 0.0, cu_seqlens: Tensor | None = None,
-    upcast: bool = False,
+    qkv: Tensor, num_heads: int, options: AttentionOptions, *, lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """qkv (B, T, 3C) -> (B, T, C); with `cu_seqlens` B is 1 and each document sees itself only."""
     if cu_seqlens is None:
-        out = causal_attention(*split_heads(qkv, num_heads), scale=scale, dropout_p=dropout_p, upcast=upcast)
+        out = causal_attention(*split_heads(qkv, num_heads), options, lengths=lengths)
         return out.transpose(1, 2).flatten(2)
-    ends = cu_seqlens.tolist()
-    parts = [qkv[:, start:end] for start, end in itertools.pairwise(ends) if end > start]
-    outs = [causal_attention_packed(p, num_heads, scale=scale, dropout_p=dropout_p, upcast=upcast) for p in parts]
+    if options.dropout_seed is not None and options.dropout_p:
+        q, k, v = split_heads(qkv, num_heads)
+        keep = reference.dropout_keep(options.dropout_seed, 1, num_heads, q.shape[2], k.shape[2], options.dropout_p)
+        mask = reference.document_mask(cu_seqlens, qkv.shape[1])
+        out = reference.causal_attention(
+            q, k, v, scale=options.scale, mask=mask, keep=keep, dropout_p=options.dropout_p, upcast=options.upcast
+        )
+        return out.transpose(1, 2).flatten(2)
+    parts = _documents(qkv, cu_seqlens)
+    outs = [causal_attention_packed(part, num_heads, options) for part in parts]
     return torch.cat(outs, 1) if outs else qkv[..., : qkv.shape[-1] // 3]
+
+
+def attention_lse_packed(
+    qkv: Tensor, num_heads: int, options: AttentionOptions, *, lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if cu_seqlens is None:
+        q, k, _ = split_heads(qkv, num_heads)
+        return attention_lse(q, k, options, lengths=lengths)
+    lses = [attention_lse_packed(part, num_heads, options) for part in _documents(qkv, cu_seqlens)]
+    return torch.cat(lses, 2) if lses else qkv.new_zeros((1, num_heads, 0), dtype=torch.float32)
+
+
+def _documents(qkv: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    return [qkv[:, start:end] for start, end in itertools.pairwise(cu_seqlens.tolist()) if end > start]
 
 
 class RowPlan(NamedTuple):
@@ -73,33 +122,42 @@ class RowPlan(NamedTuple):
 
     rows: for every row its cache slot, its number of new tokens, its number of cached tokens.
     slots, positions: (N,) int64, the cache slot and the position of each of the N new tokens, row after row.
+    cu_seqlens: (rows + 1,) int32, the rows' borders among the N tokens; None if some row has cached tokens already.
     """
 
     rows: tuple[tuple[int, int, int], ...]
     slots: Tensor
     positions: Tensor
+    cu_seqlens: Tensor | None
 
 
-def cached_attention(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan, *, scale: float, upcast: bool = False
+def append_to_cache(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan) -> None:
+    """Write the new keys and values of qkv (N, 3C) to the caches (R, H, S, D)."""
+    _, k_NHD, v_NHD = _split_tokens(qkv, k_cache)
+    k_cache[plan.slots, :, plan.positions] = k_NHD
+    v_cache[plan.slots, :, plan.positions] = v_NHD
+
+
+def attend_row_by_row(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Append the new keys and values of qkv (N, 3C) to the caches (R, H, S, D), then attend row by row -> (N, C).
+    """The queries of qkv (N, 3C) against the caches that hold their keys already -> (N, C).
 
     One fused call a row: rows of any lengths cost what they hold (no padding is computed), and a row's result does
     not depend on its neighbours.
     """
-    H = k_cache.shape[1]
-    q_NHD, k_NHD, v_NHD = qkv.view(qkv.shape[0], 3, H, -1).to(k_cache.dtype).unbind(1)
-    k_cache[plan.slots, :, plan.positions] = k_NHD
-    v_cache[plan.slots, :, plan.positions] = v_NHD
+    q_NHD = _split_tokens(qkv, k_cache)[0]
     outs, start = [], 0
     for slot, count, past in plan.rows:
         q = q_NHD[start : start + count].transpose(0, 1).unsqueeze(0)
-        k, v = k_cache[slot : slot + 1, :, : past + count], v_cache[slot : slot + 1, :, : past + count]
-        out = causal_attention(q, k, v, scale=scale, upcast=upcast)
+        out = attend(q, k_cache[slot : slot + 1, :, : past + count], v_cache[slot : slot + 1, :, : past + count])
         outs.append(out.transpose(1, 2).reshape(count, -1))
         start += count
     return (torch.cat(outs) if len(outs) != 1 else outs[0]).to(qkv.dtype)
+
+
+def _split_tokens(qkv: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+    return qkv.view(qkv.shape[0], 3, cache.shape[1], -1).to(cache.dtype).unbind(1)
 
 
 # -- linear layers ------------------------------------------------------------------------------------------------

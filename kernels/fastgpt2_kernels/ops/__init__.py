@@ -9,7 +9,14 @@ Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = 
 
 from __future__ import annotations
 
-from fastgpt2_kernels.ops.attention import cached_attention, causal_attention, causal_attention_packed, plan_rows
+from fastgpt2_kernels.ops.attention import (
+    Documents,
+    cached_attention,
+    causal_attention,
+    causal_attention_packed,
+    plan_documents,
+    plan_rows,
+)
 from fastgpt2_kernels.ops.backend import BACKENDS, OPERATORS, check_backend, why_not_triton
 from fastgpt2_kernels.ops.layers import activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
@@ -29,6 +36,7 @@ __all__ = [
     "MIN_PACKED_ROWS",
     "OPERATORS",
     "CrossEntropyStats",
+    "Documents",
     "PackedLinear",
     "RowPlan",
     "TargetCheck",
@@ -44,6 +52,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "pack_linear",
+    "plan_documents",
     "plan_rows",
     "why_not_triton",
 ]

@@ -2,64 +2,244 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fastgpt2_kernels import torch_backend
-from fastgpt2_kernels.ops.backend import check_same, use_triton
+from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
 from fastgpt2_kernels.torch_backend import RowPlan
 
+MAX_HEAD_SIZE = 256
+MAX_ROW_STRIDE = 2**23  # offsets within a tile of up to 256 rows are 32-bit
 
+
+class Documents(NamedTuple):
+    """Where documents laid end to end in T tokens lie: `plan_documents` makes it once, every layer uses it.
+
+    cu_seqlens (documents + 1,) int32. starts, ends (T,) int32: the borders of each token's document.
+    """
+
+    cu_seqlens: Tensor
+    starts: Tensor
+    ends: Tensor
+
+
+def plan_documents(cu_seqlens: Tensor, num_tokens: int) -> Documents:
+    """`Documents` of T = num_tokens tokens, document i being tokens cu_seqlens[i] .. cu_seqlens[i + 1].
+
+    cu_seqlens (documents + 1,) int32 or int64 rises from 0; tokens past its end belong to no document: their outputs
+    are 0. ValueError for a shape or dtype that does not fit, and on the CPU for values that do not.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "plan_documents: cu_seqlens must be a 1-D int32 or int64 tensor of document starts and the end; "
+            f"got {describe(cu_seqlens)}"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != num_tokens or any(a > b for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"plan_documents: cu_seqlens must rise from 0 to T={num_tokens}; got {ends}")
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
+    last = max(cu_seqlens.numel() - 2, 0)
+    document = torch.searchsorted(cu_seqlens[1:], tokens, right=True).clamp_max(last)
+    return Documents(cu_seqlens, cu_seqlens[document], cu_seqlens[1:][document])
+
+
+@overload
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, dropout_p: float = 0.0, upcast: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = ..., lengths: Tensor | None = ...,
+    dropout_p: float = ..., dropout_seed: Tensor | None = ...,
+    upcast: bool = ..., return_lse: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = ..., lengths: Tensor | None = ...,
+    dropout_p: float = ..., dropout_seed: Tensor | None = ...,
+    upcast: bool = ..., return_lse: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, lengths: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, upcast: bool = False, return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:  # fmt: skip
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Causal softmax(scale q k^T) v: q (B, H, T, D), k and v (B, H, S, D) with S >= T -> (B, H, T, D).
 
     Query t sees keys 0 .. S - T + t: the last query sees every key (new tokens after a cache). `scale` defaults to
-    1/sqrt(D). `upcast=True` computes scores and softmax in float32 at least (transformers' `reorder_and_upcast_attn`).
-    `dropout_p` drops attention weights. Raises ValueError for shapes, dtypes or devices that do not go together.
+    1/sqrt(D). `lengths` (B,) int32 or int64, for T = S: rows from lengths[b] on are padding, never read and 0 in the
+    result and the gradients. `dropout_p` drops attention weights, by PyTorch's generator or, with `dropout_seed` (2,)
+    int64 (seed, offset), by Philox as `reference.dropout_keep` says, the same on every backend.
+    `upcast=True` computes scores and softmax of half precision in float32 (transformers' `reorder_and_upcast_attn`),
+    as the Triton backend always does. float32 is multiplied exactly unless `torch.set_float32_matmul_precision` allows
+    tf32. Under autocast float32 inputs become the autocast dtype.
+
+    Returns the output and, with `return_lse=True`, the log-sum-exp (B, H, T) in float32, not differentiable. The
+    Triton backend takes float32, bfloat16, float16, D up to 256, any strides but the last, and has no second
+    derivatives (Dao 2023). Raises ValueError for shapes, dtypes or devices that do not go together.
     """
+    name = "causal_attention"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            "causal_attention: q must be (B, H, T, D) and k, v (B, H, S, D); "
+            f"{name}: q must be (B, H, T, D) and k, v (B, H, S, D); "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    if k.shape[2] < q.shape[2]:
-        raise ValueError(f"causal_attention: needs at least as many keys as queries; got {k.shape[2]} < {q.shape[2]}")
-    check_same("causal_attention", q=q, k=k, v=v)
-    _check_dropout("causal_attention", dropout_p)
-    use_triton("causal_attention", q.device, backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch_backend.causal_attention(q, k, v, scale=scale, dropout_p=dropout_p, upcast=upcast)
+    B, _, T, D = q.shape
+    S = k.shape[2]
+    if S < T:
+        raise ValueError(f"{name}: needs at least as many keys as queries; got {S} < {T}")
+    q, k, v = (_autocast(x) for x in (q, k, v))
+    check_same(name, q=q, k=k, v=v)
+    if lengths is not None and S != T:
+        raise ValueError(f"{name}: lengths are for as many keys as queries; got {S} keys and {T} queries")
+    lengths = _check_lengths(name, lengths, B, T, q.device)
+    scale = _check_scale(name, D**-0.5 if scale is None else scale)
+    _check_dropout(name, dropout_p, dropout_seed, q.device)
+    if _use_triton(q, k, v, D, backend):
+        seed = _seed(dropout_p, dropout_seed, q.device)
+        out, *stats = _kernels().attention(
+            q, k, v, lengths, None, None, seed, dropout_p if seed is not None else 0.0, scale
+        )
+        return (out, _lse(*stats)) if return_lse else out
+    options = torch_backend.AttentionOptions(scale, dropout_p, dropout_seed, upcast)
+    out = torch_backend.causal_attention(q, k, v, options, lengths=lengths)
+    return (out, torch_backend.attention_lse(q, k, options, lengths=lengths)) if return_lse else out
 
 
+@overload
 def causal_attention_packed(
-    qkv: Tensor, num_heads: int, *, scale: float | None = None, dropout_p: float = 0.0,
-    cu_seqlens: Tensor | None = None, upcast: bool = False, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+    qkv: Tensor, num_heads: int, *, scale: float | None = ..., lengths: Tensor | None = ...,
+    cu_seqlens: Tensor | Documents | None = ..., dropout_p: float = ..., dropout_seed: Tensor | None = ...,
+    upcast: bool = ..., return_lse: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def causal_attention_packed(
+    qkv: Tensor, num_heads: int, *, scale: float | None = ..., lengths: Tensor | None = ...,
+    cu_seqlens: Tensor | Documents | None = ..., dropout_p: float = ..., dropout_seed: Tensor | None = ...,
+    upcast: bool = ..., return_lse: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def causal_attention_packed(
+    qkv: Tensor, num_heads: int, *, scale: float | None = None, lengths: Tensor | None = None,
+    cu_seqlens: Tensor | Documents | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+    upcast: bool = False, return_lse: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Causal self-attention on the packed projection: qkv (B, T, 3C), queries then keys then values -> (B, T, C).
 
-    `cu_seqlens` (number of documents + 1,) int32 or int64: the T tokens of the one row (B = 1) are documents laid end
-    to end, document i being tokens cu_seqlens[i] .. cu_seqlens[i + 1], and none sees another. The PyTorch backend reads
-    it on the host. Otherwise as `causal_attention`.
+    The Triton backend reads qkv where it lies and writes one packed gradient. `cu_seqlens` (documents + 1,), or what
+    `plan_documents` made of it: the T tokens of the one row (B = 1) are documents laid end to end, and none sees
+    another; the PyTorch backend reads it on the host. Otherwise as `causal_attention`.
     """
+    name = "causal_attention_packed"
     if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
-            "causal_attention_packed: qkv must be (B, T, 3 * num_heads * D); "
-            f"got {tuple(qkv.shape)} with num_heads={num_heads}"
+            f"{name}: qkv must be (B, T, 3 * num_heads * D); got {tuple(qkv.shape)} with num_heads={num_heads}"
         )
-    if cu_seqlens is not None:
-        _check_cu_seqlens("causal_attention_packed", cu_seqlens, qkv)
-    _check_dropout("causal_attention_packed", dropout_p)
-    use_triton("causal_attention", qkv.device, backend)
-    scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5 if scale is None else scale
-    return torch_backend.causal_attention_packed(
-        qkv, num_heads, scale=scale, dropout_p=dropout_p, cu_seqlens=cu_seqlens, upcast=upcast
-    )
+    B, T, width = qkv.shape
+    D = width // (3 * num_heads)
+    if cu_seqlens is not None and lengths is not None:
+        raise ValueError(f"{name}: give lengths or cu_seqlens, not both")
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"{name}: documents lie in one row, so B must be 1 with cu_seqlens; got {B}")
+    qkv = _autocast(qkv)
+    documents = plan_documents(cu_seqlens, T) if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    if documents is not None:
+        if documents.starts.shape[0] != T:
+            raise ValueError(f"{name}: the documents were planned for {documents.starts.shape[0]} tokens; got {T}")
+        if documents.starts.device != qkv.device:
+            raise ValueError(f"{name}: qkv is on {qkv.device}, cu_seqlens on {documents.starts.device}")
+    lengths = _check_lengths(name, lengths, B, T, qkv.device)
+    scale = _check_scale(name, D**-0.5 if scale is None else scale)
+    _check_dropout(name, dropout_p, dropout_seed, qkv.device)
+    if _use_triton(qkv, qkv, qkv, D, backend):
+        seed = _seed(dropout_p, dropout_seed, qkv.device)
+        starts, ends = (None, None) if documents is None else (documents.starts, documents.ends)
+        if documents is not None:
+            lengths = documents.cu_seqlens[-1:]
+        out, *stats = _kernels().attention_packed(
+            qkv, num_heads, lengths, starts, ends, seed, dropout_p if seed is not None else 0.0, scale
+        )
+        return (out, _lse(*stats)) if return_lse else out
+    options = torch_backend.AttentionOptions(scale, dropout_p, dropout_seed, upcast)
+    cu_seqlens = None if documents is None else documents.cu_seqlens
+    out = torch_backend.causal_attention_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
+    if not return_lse:
+        return out
+    return out, torch_backend.attention_lse_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
+
+
+def _kernels() -> Any:
+    """The registered operators; the first call loads Triton."""
+    import fastgpt2_kernels.attention  # noqa: F401
+
+    return torch.ops.fastgpt2
+
+
+def _use_triton(q: Tensor, k: Tensor, v: Tensor, head_size: int, backend: str) -> bool:
+    if not use_triton("causal_attention", q.device, backend):
+        return False
+    reason = None
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reason = f"it takes float32, bfloat16 and float16; got {q.dtype}"
+    elif head_size > MAX_HEAD_SIZE:
+        reason = f"it takes head sizes up to {MAX_HEAD_SIZE}; got {head_size}"
+    elif head_size > 1 and any(x.stride(-1) != 1 for x in (q, k, v)):
+        got = ", ".join(str(x.stride(-1)) for x in (q, k, v))
+        reason = f"the last dimension must have stride 1; got {got}: call .contiguous()"
+    elif any(x.stride(-2) > MAX_ROW_STRIDE for x in (q, k, v)):
+        reason = f"rows must lie at most {MAX_ROW_STRIDE} elements apart: call .contiguous()"
+    if reason is not None and backend == "triton":
+        raise ValueError(f"causal_attention: backend='triton' cannot be used: {reason}")
+    return reason is None
+
+
+def _lse(row_max: Tensor, row_sum: Tensor) -> Tensor:
+    return math.log(2) * row_max + row_sum.log()
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _seed(dropout_p: float, dropout_seed: Tensor | None, device: torch.device) -> Tensor | None:
+    """(seed, offset) of this call's dropout, on the device: drawn there, so that a CUDA graph draws anew."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(2**63 - 1, (2,), device=device) if dropout_seed is None else dropout_seed
+
+
+def _check_lengths(operator: str, lengths: Tensor | None, B: int, T: int, device: torch.device) -> Tensor | None:
+    if lengths is None:
+        return None
+    if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{operator}: lengths must be int32 or int64 of shape ({B},); got {describe(lengths)}")
+    if lengths.device != device:
+        raise ValueError(f"{operator}: the inputs are on {device}, lengths on {lengths.device}")
+    if device.type == "cpu" and not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > T)).any():
+        raise ValueError(f"{operator}: lengths must be in [0, T={T}]; got {lengths.tolist()}")
+    return lengths.to(torch.int32)
+
+
+def _check_scale(operator: str, scale: float) -> float:
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{operator}: scale must be finite and > 0; got {scale}")
+    return float(scale)
+
+
+def _check_dropout(operator: str, dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{operator}: dropout_p must be in [0, 1); got {dropout_p}")
+    if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int64 or seed.device != device):
+        raise ValueError(
+            f"{operator}: dropout_seed must be int64 of shape (2,) on {device}; got {describe(seed)} on {seed.device}"
+        )
 
 
 def plan_rows(
@@ -76,7 +256,11 @@ def plan_rows(
         raise ValueError(f"plan_rows: a cache slot can be in one row only; got slots {list(slots)}")
     slot_N = torch.tensor([slot for slot, count, _ in rows for _ in range(count)], dtype=torch.int64)
     position_N = torch.tensor([past + i for _, count, past in rows for i in range(count)], dtype=torch.int64)
-    return RowPlan(rows, slot_N.to(device), position_N.to(device))
+    ends_R = None
+    if all(past == 0 for _, _, past in rows):
+        ends = itertools.accumulate((count for _, count, _ in rows), initial=0)
+        ends_R = torch.tensor(list(ends), dtype=torch.int32).to(device)
+    return RowPlan(rows, slot_N.to(device), position_N.to(device), ends_R)
 
 
 def cached_attention(
@@ -87,6 +271,7 @@ def cached_attention(
 
     k_cache, v_cache (R, H, S, D), in qkv's dtype or float32, written in place at the plan's slots and positions. Each
     new token sees its slot's earlier tokens and itself, nothing else. Not differentiable (the caches are overwritten).
+    On Triton, rows without earlier tokens (prefill) are one launch, as documents of one packed row.
     Raises ValueError when the cache is too short or the shapes do not go together.
     """
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
@@ -110,26 +295,15 @@ def cached_attention(
         raise ValueError(f"cached_attention: the caches must be {qkv.dtype} as qkv or float32; got {k_cache.dtype}")
     if k_cache.device != qkv.device:
         raise ValueError(f"cached_attention: qkv is on {qkv.device}, the caches are on {k_cache.device}")
-    use_triton("cached_attention", qkv.device, backend)
-    scale = D**-0.5 if scale is None else scale
-    return torch_backend.cached_attention(qkv, k_cache, v_cache, plan, scale=scale, upcast=upcast)
-
-
-def _check_dropout(operator: str, dropout_p: float) -> None:
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{operator}: dropout_p must be in [0, 1); got {dropout_p}")
-
-
-def _check_cu_seqlens(operator: str, cu_seqlens: Tensor, qkv: Tensor) -> None:
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{operator}: cu_seqlens must be a 1-D int32 or int64 tensor of document starts and the end; "
-            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
-    if qkv.shape[0] != 1:
-        raise ValueError(f"{operator}: documents lie in one row, so B must be 1 with cu_seqlens; got {qkv.shape[0]}")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != qkv.shape[1] or any(a > b for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"{operator}: cu_seqlens must rise from 0 to T={qkv.shape[1]}; got {ends}")
+    scale = _check_scale("cached_attention", D**-0.5 if scale is None else scale)
+    torch_backend.append_to_cache(qkv, k_cache, v_cache, plan)
+    on_triton = use_triton("cached_attention", qkv.device, backend)
+    if on_triton and plan.cu_seqlens is not None and qkv.dtype == k_cache.dtype:
+        return causal_attention_packed(
+            qkv[None], H, scale=scale, cu_seqlens=plan.cu_seqlens, upcast=upcast, backend=backend
+        )[0]
+    # One new token a row is PyTorch's job until there is a kernel made for it; it can be asked of Triton.
+    attend = functools.partial(
+        causal_attention, scale=scale, upcast=upcast, backend="triton" if backend == "triton" else "torch"
+    )
+    return torch_backend.attend_row_by_row(qkv, k_cache, v_cache, plan, attend)

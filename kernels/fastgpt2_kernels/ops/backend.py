@@ -18,7 +18,7 @@ OPERATORS = (
     "cross_entropy",
     "linear_cross_entropy",
 )
-_TRITON_OPERATORS = frozenset({"cross_entropy", "linear_cross_entropy"})
+_TRITON_OPERATORS = frozenset({"causal_attention", "cached_attention", "cross_entropy", "linear_cross_entropy"})
 
 
 def why_not_triton(operator: str, device: torch.device | str) -> str | None:

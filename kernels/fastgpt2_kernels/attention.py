@@ -1,0 +1,770 @@
+"""Causal attention, forward and backward, in tiles (FlashAttention-2, Dao 2023).
+
+For a head's queries Q (T, D), keys K and values V (S, D), S >= T, query t sitting at position t + S - T:
+
+    x = scale Q K^T, masked to s <= t + S - T     P = exp(x - lse), lse = log sum_s exp(x)     O = (P o Z) V
+    dV = (P o Z)^T dO     dP = (dO V^T) o Z     dS = P o (dP - delta), delta = rowsum(dO o O)
+    dQ = scale dS K       dK = scale dS^T Q
+
+with Z = keep / (1 - p) the dropout mask, drawn anew wherever it is needed from Philox (Salmon et al. 2011) with the
+key `seed` and the counter (s, t, b H + h, offset): the same whatever the tiles. Exponentials are base 2, with scale and
+log2(e) folded into one factor (so scale > 0). Saved for backward are the inputs, O and, of every row, the maximum m of
+x log2(e) and the sum l of 2^(x log2(e) - m), (B, H, T) in float32: one number, lse = ln 2 (m + log2 l), would have
+P = exp(x - lse) lose what rounding takes from a large lse.
+
+Forward and dQ own a tile of queries and walk over the keys, dK and dV own a tile of keys and walk over the queries:
+nothing is added up across programs, so results are the same bit for bit in every run. Tiles that the mask empties are
+never visited, and only those that it cuts through pay for it: a walk is one loop over whole tiles, then one over the
+cut ones. The longest walks start first, over all heads. The dQ pass comes first, since it makes delta on its way.
+
+Documents laid end to end (`doc_start`, each token's first visible key) cut a walk at the other end too. Rows at and
+past `lengths` are zero in the outputs, and what lies there in the inputs is never read.
+
+Dimension key: B batch, T query tokens, S key tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2_kernels import launch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+# -- pieces -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_tile(
+    ptr, b, h, start, stride_t, limit,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. start + BLOCK of a (T, D) matrix, zeros from row `limit` on (HAS_MASK) and past column D.
+
+    `ptr` points to the head's first element, or is a (B, H, T, D) tensor descriptor (USE_TMA).
+    """
+    if USE_TMA:
+        tile = tl.reshape(ptr.load([b, h, start, 0]), (BLOCK, BLOCK_D))
+    else:
+        offs_t = tl.arange(0, BLOCK)
+        offs_d = tl.arange(0, BLOCK_D)
+        ptrs = ptr + tl.cast(start, tl.int64) * stride_t + (offs_t[:, None] * stride_t + offs_d[None, :])
+        if HAS_MASK and D == BLOCK_D:
+            tile = tl.load(ptrs, mask=(start + offs_t < limit)[:, None], other=0.0)
+        elif HAS_MASK:
+            tile = tl.load(ptrs, mask=(start + offs_t < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
+        elif D == BLOCK_D:
+            tile = tl.load(ptrs)
+        else:
+            tile = tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _store_tile(
+    ptr, tile, start, stride_t, limit, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows start .. start + BLOCK up to `limit`, columns up to D, in the matrix's dtype."""
+    offs_t = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + tl.cast(start, tl.int64) * stride_t + (offs_t[:, None] * stride_t + offs_d[None, :])
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(start + offs_t < limit)[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit
+def _keep_mask(seed_ptr, bh, offs_t, offs_s, threshold):
+    """Which weights dropout keeps; `offs_t` and `offs_s` broadcast to the tile. threshold: p in units of 2^-31."""
+    zero = (offs_t + offs_s) * 0
+    bits, _, _, _ = tl.philox(
+        tl.load(seed_ptr), zero + offs_s, zero + offs_t, zero + bh, zero + tl.load(seed_ptr + 1).to(tl.int32)
+    )
+    return (bits >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _key_range(
+    t_start, t_end, offset, doc_start_ptr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, HAS_DOCS: tl.constexpr
+):
+    """The keys that the queries t_start .. t_end see, in tiles: (whole_start, whole_end, cut_start, num_lead, num_cut).
+
+    Whole tiles lie in whole_start .. whole_end. Of the `num_cut` tiles that the mask cuts through, the first `num_lead`
+    start at cut_start (documents cut them), the others at whole_end (the diagonal does).
+    """
+    whole_start, cut_start = 0, 0
+    whole_end = (t_start + offset + 1) // BLOCK_S * BLOCK_S
+    if HAS_DOCS:
+        cut_start = tl.load(doc_start_ptr + t_start) // BLOCK_S * BLOCK_S
+        whole_start = tl.cdiv(tl.load(doc_start_ptr + t_end - 1), BLOCK_S) * BLOCK_S
+        whole_start = tl.minimum(whole_start, whole_end)
+    num_lead = (whole_start - cut_start) // BLOCK_S
+    num_cut = num_lead + tl.cdiv(t_end + offset - whole_end, BLOCK_S)
+    return whole_start, whole_end, cut_start, num_lead, num_cut
+
+
+@triton.jit
+def _query_range(s_start, s_end, num_queries, offset, doc_end_ptr, BLOCK_T: tl.constexpr, HAS_DOCS: tl.constexpr):
+    """Queries that see the keys s_start .. s_end, in the same terms as `_key_range`."""
+    cut_start = tl.maximum(s_start - offset, 0) // BLOCK_T * BLOCK_T
+    last, whole_last = num_queries, num_queries
+    if HAS_DOCS:
+        last = tl.minimum(last, tl.load(doc_end_ptr + s_end - 1))
+        whole_last = tl.minimum(last, tl.load(doc_end_ptr + s_start))
+    whole_start = tl.maximum(tl.cdiv(s_end - 1 - offset, BLOCK_T) * BLOCK_T, cut_start)
+    whole_start = tl.minimum(whole_start, tl.maximum(tl.cdiv(last, BLOCK_T) * BLOCK_T, cut_start))
+    whole_end = tl.maximum(whole_last // BLOCK_T * BLOCK_T, whole_start)
+    num_lead = (whole_start - cut_start) // BLOCK_T
+    num_cut = num_lead + tl.maximum(tl.cdiv(last - whole_end, BLOCK_T), 0)
+    return whole_start, whole_end, cut_start, num_lead, num_cut
+
+
+@triton.jit
+def _allowed(offs_t, offs_s, offset, doc_start, HAS_DOCS: tl.constexpr):
+    allowed = offs_s <= offs_t + offset
+    if HAS_DOCS:
+        allowed = allowed & (offs_s >= doc_start)
+    return allowed
+
+
+# -- forward ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _online_softmax_step(
+    acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt, limit, offset, doc_start,
+    scale_log2, threshold,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr, HAS_DOCS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take the keys s .. s + BLOCK_S into the running maximum m, sum l and output acc (before division by l)."""
+    offs_s = s + tl.arange(0, BLOCK_S)
+    k = _load_tile(k_ptr, b, h, s, stride_kt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, USE_TMA)
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_T, BLOCK_S)
+    if IS_CUT:
+        x = tl.where(_allowed(offs_t[:, None], offs_s[None, :], offset, doc_start[:, None], HAS_DOCS), x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * scale_log2)
+    m_used = m_new
+    if HAS_DOCS and IS_CUT:
+        # A row of a later document has seen nothing yet: subtract 0, as -inf - (-inf) is NaN.
+        m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(x * scale_log2 - m_used[:, None])
+    alpha = tl.exp2(m - m_used)
+    l = l * alpha + tl.sum(p, 1)
+    if HAS_DROPOUT:
+        p = tl.where(_keep_mask(seed_ptr, bh, offs_t[:, None], offs_s[None, :], threshold), p, 0.0)
+    acc = acc * alpha[:, None]
+    v = _load_tile(v_ptr, b, h, s, stride_vt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, USE_TMA)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit(do_not_specialize=["H", "T", "S", "threshold"])
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, max_ptr, sum_ptr, lengths_ptr, doc_start_ptr, seed_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, H, T, S, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: its rows of O, m and l."""
+    num_tiles = tl.cdiv(T, BLOCK_T)
+    num_heads = tl.num_programs(0) // num_tiles
+    bh = tl.program_id(0) % num_heads
+    t_start = (num_tiles - 1 - tl.program_id(0) // num_heads) * BLOCK_T  # the longest walks first
+    b, h = bh // H, bh % H
+    offset = S - T
+    t_limit, s_limit = T, S
+    if HAS_LENGTHS:
+        t_limit = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), T)
+        s_limit = t_limit
+    q_ptr += b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
+    o_ptr += b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
+    if not USE_TMA:
+        k_ptr += b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
+        v_ptr += b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
+    offs_t = t_start + tl.arange(0, BLOCK_T)
+    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_T,), tl.float32)
+    if t_start < t_limit:
+        t_end = tl.minimum(t_start + BLOCK_T, t_limit)
+        doc_start = offs_t
+        if HAS_DOCS:
+            doc_start = tl.load(doc_start_ptr + offs_t, mask=offs_t < t_limit, other=0)
+        q = _load_tile(q_ptr, b, h, t_start, stride_qt, t_limit, D, BLOCK_T, BLOCK_D, True, False)
+        scale_log2 = scale * LOG2_E
+        whole_start, whole_end, cut_start, num_lead, num_cut = _key_range(
+            t_start, t_end, offset, doc_start_ptr, BLOCK_T, BLOCK_S, HAS_DOCS)  # fmt: skip
+        for s in range(whole_start, whole_end, BLOCK_S):
+            acc, m, l = _online_softmax_step(
+                acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt, s_limit, offset,
+                doc_start, scale_log2, threshold, D, BLOCK_S, BLOCK_D, False, HAS_DOCS, HAS_DROPOUT, USE_TMA,
+                PRECISION)  # fmt: skip
+        for i in range(num_cut):
+            s = tl.where(i < num_lead, cut_start + i * BLOCK_S, whole_end + (i - num_lead) * BLOCK_S)
+            acc, m, l = _online_softmax_step(
+                acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt, s_limit, offset,
+                doc_start, scale_log2, threshold, D, BLOCK_S, BLOCK_D, True, HAS_DOCS, HAS_DROPOUT, USE_TMA,
+                PRECISION)  # fmt: skip
+    is_valid = offs_t < t_limit
+    l_used = tl.where(is_valid, l, 1.0)
+    acc = tl.where(is_valid[:, None], acc * (keep_scale / l_used)[:, None], 0.0)
+    _store_tile(o_ptr, acc, t_start, stride_ot, T, D, BLOCK_T, BLOCK_D)
+    rows = bh.to(tl.int64) * T + offs_t
+    tl.store(max_ptr + rows, tl.where(is_valid, m, float("-inf")), mask=offs_t < T)
+    tl.store(sum_ptr + rows, tl.where(is_valid, l, 0.0), mask=offs_t < T)
+
+
+# -- backward -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dq_step(
+    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt, limit, offset,
+    doc_start, scale_log2, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr, HAS_DOCS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq += dS K / scale over the keys s .. s + BLOCK_S."""
+    offs_s = s + tl.arange(0, BLOCK_S)
+    k = _load_tile(k_ptr, b, h, s, stride_kt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, False)
+    v = _load_tile(v_ptr, b, h, s, stride_vt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, False)
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = tl.exp2(x * scale_log2 - m[:, None]) * inv_l[:, None]
+    if IS_CUT:
+        p = tl.where(_allowed(offs_t[:, None], offs_s[None, :], offset, doc_start[:, None], HAS_DOCS), p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    if HAS_DROPOUT:
+        keep = _keep_mask(seed_ptr, bh, offs_t[:, None], offs_s[None, :], threshold)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["H", "T", "S", "threshold"])
+def _attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, dq_ptr, lengths_ptr, doc_start_ptr, seed_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt,
+    H, T, S, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_DQ: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: its rows of delta and, with HAS_DQ, of dQ."""
+    num_tiles = tl.cdiv(T, BLOCK_T)
+    num_heads = tl.num_programs(0) // num_tiles
+    bh = tl.program_id(0) % num_heads
+    t_start = (num_tiles - 1 - tl.program_id(0) // num_heads) * BLOCK_T
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    offset = S - T
+    t_limit, s_limit = T, S
+    if HAS_LENGTHS:
+        t_limit = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), T)
+        s_limit = t_limit
+    offs_t = t_start + tl.arange(0, BLOCK_T)
+    rows = bh.to(tl.int64) * T + offs_t
+    o = _load_tile(
+        o_ptr + b * stride_ob + h * stride_oh, b, h, t_start, stride_ot, t_limit, D, BLOCK_T, BLOCK_D, True,
+        False)  # fmt: skip
+    do = _load_tile(
+        do_ptr + b * stride_dob + h * stride_doh, b, h, t_start, stride_dot, t_limit, D, BLOCK_T, BLOCK_D, True,
+        False)  # fmt: skip
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta_ptr + rows, delta, mask=offs_t < T)
+    if HAS_DQ:
+        dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        if t_start < t_limit:
+            t_end = tl.minimum(t_start + BLOCK_T, t_limit)
+            k_ptr += b * stride_kb + h * stride_kh
+            v_ptr += b * stride_vb + h * stride_vh
+            doc_start = offs_t
+            if HAS_DOCS:
+                doc_start = tl.load(doc_start_ptr + offs_t, mask=offs_t < t_limit, other=0)
+            q = _load_tile(
+                q_ptr + b * stride_qb + h * stride_qh, b, h, t_start, stride_qt, t_limit, D, BLOCK_T, BLOCK_D, True,
+                False)  # fmt: skip
+            m = tl.load(max_ptr + rows, mask=offs_t < t_limit, other=float("inf"))
+            inv_l = 1.0 / tl.load(sum_ptr + rows, mask=offs_t < t_limit, other=1.0)
+            scale_log2 = scale * LOG2_E
+            whole_start, whole_end, cut_start, num_lead, num_cut = _key_range(
+                t_start, t_end, offset, doc_start_ptr, BLOCK_T, BLOCK_S, HAS_DOCS)  # fmt: skip
+            for s in range(whole_start, whole_end, BLOCK_S):
+                dq = _dq_step(
+                    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt,
+                    s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_S, BLOCK_D, False, HAS_DOCS,
+                    HAS_DROPOUT, PRECISION)  # fmt: skip
+            for i in range(num_cut):
+                s = tl.where(i < num_lead, cut_start + i * BLOCK_S, whole_end + (i - num_lead) * BLOCK_S)
+                dq = _dq_step(
+                    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt,
+                    s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_S, BLOCK_D, True, HAS_DOCS,
+                    HAS_DROPOUT, PRECISION)  # fmt: skip
+        dq_ptr += b * stride_dqb + h * stride_dqh
+        _store_tile(dq_ptr, dq * scale, t_start, stride_dqt, T, D, BLOCK_T, BLOCK_D)
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, offs_s, stride_qt,
+    stride_dot,
+    limit, offset, scale_log2, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr, HAS_DOCS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk += dS^T Q / scale and dv += (P o Z)^T dO (1 - p) over the queries t .. t + BLOCK_T."""
+    offs_t = t + tl.arange(0, BLOCK_T)
+    q = _load_tile(q_ptr, b, h, t, stride_qt, limit, D, BLOCK_T, BLOCK_D, IS_CUT, False)
+    do = _load_tile(do_ptr, b, h, t, stride_dot, limit, D, BLOCK_T, BLOCK_D, IS_CUT, False)
+    if IS_CUT:
+        # Past the last row exp2(x - inf) is 0.
+        m = tl.load(max_ptr + offs_t, mask=offs_t < limit, other=float("inf"))
+        l = tl.load(sum_ptr + offs_t, mask=offs_t < limit, other=1.0)
+        delta = tl.load(delta_ptr + offs_t, mask=offs_t < limit, other=0.0)
+    else:
+        m = tl.load(max_ptr + offs_t)
+        l = tl.load(sum_ptr + offs_t)
+        delta = tl.load(delta_ptr + offs_t)
+    x_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_S, BLOCK_T)
+    p_t = tl.exp2(x_t * scale_log2 - m[None, :]) * (1.0 / l)[None, :]
+    if IS_CUT:
+        doc_start = offs_t
+        if HAS_DOCS:
+            doc_start = tl.load(doc_start_ptr + offs_t, mask=offs_t < limit, other=0)
+        p_t = tl.where(_allowed(offs_t[None, :], offs_s[:, None], offset, doc_start[None, :], HAS_DOCS), p_t, 0.0)
+    dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    kept_t = p_t
+    if HAS_DROPOUT:
+        keep = _keep_mask(seed_ptr, bh, offs_t[None, :], offs_s[:, None], threshold)
+        kept_t = tl.where(keep, p_t, 0.0)
+        dp_t = tl.where(keep, dp_t * keep_scale, 0.0)
+    dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds_t = p_t * (dp_t - delta[None, :])
+    dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["H", "T", "S", "threshold"])
+def _attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, dk_ptr, dv_ptr, lengths_ptr, doc_start_ptr, doc_end_ptr,
+    seed_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_dob, stride_doh, stride_dot, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
+    H, T, S, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of one head: its rows of dK and dV."""
+    num_heads = tl.num_programs(0) // tl.cdiv(S, BLOCK_S)
+    bh = tl.program_id(0) % num_heads
+    s_start = tl.program_id(0) // num_heads * BLOCK_S  # early keys are seen by the most queries
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    offset = S - T
+    t_limit, s_limit = T, S
+    if HAS_LENGTHS:
+        t_limit = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), T)
+        s_limit = t_limit
+    dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    if s_start < s_limit:
+        s_end = tl.minimum(s_start + BLOCK_S, s_limit)
+        offs_s = s_start + tl.arange(0, BLOCK_S)
+        k = _load_tile(
+            k_ptr + b * stride_kb + h * stride_kh, b, h, s_start, stride_kt, s_limit, D, BLOCK_S, BLOCK_D, True,
+            False)  # fmt: skip
+        v = _load_tile(
+            v_ptr + b * stride_vb + h * stride_vh, b, h, s_start, stride_vt, s_limit, D, BLOCK_S, BLOCK_D, True,
+            False)  # fmt: skip
+        q_ptr += b * stride_qb + h * stride_qh
+        do_ptr += b * stride_dob + h * stride_doh
+        max_ptr += bh.to(tl.int64) * T
+        sum_ptr += bh.to(tl.int64) * T
+        delta_ptr += bh.to(tl.int64) * T
+        scale_log2 = scale * LOG2_E
+        whole_start, whole_end, cut_start, num_lead, num_cut = _query_range(
+            s_start, s_end, t_limit, offset, doc_end_ptr, BLOCK_T, HAS_DOCS)  # fmt: skip
+        for i in range(num_cut):
+            t = tl.where(i < num_lead, cut_start + i * BLOCK_T, whole_end + (i - num_lead) * BLOCK_T)
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, offs_s,
+                stride_qt,
+                stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_D, True, HAS_DOCS,
+                HAS_DROPOUT, PRECISION)  # fmt: skip
+        for t in range(whole_start, whole_end, BLOCK_T):
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, offs_s,
+                stride_qt,
+                stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_D, False, HAS_DOCS,
+                HAS_DROPOUT, PRECISION)  # fmt: skip
+    dk_ptr += b * stride_dkb + h * stride_dkh
+    dv_ptr += b * stride_dvb + h * stride_dvh
+    _store_tile(dk_ptr, dk * scale, s_start, stride_dkt, S, D, BLOCK_S, BLOCK_D)
+    _store_tile(dv_ptr, dv * keep_scale, s_start, stride_dvt, S, D, BLOCK_S, BLOCK_D)
+
+
+# -- launchers ----------------------------------------------------------------------------------------------------
+
+
+class Heads(NamedTuple):
+    """A (B, H, T, D) matrix a head somewhere in memory: where it begins and its strides; the last one is 1."""
+
+    data: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Heads:
+        return cls(x, tuple(x.shape), x.stride()[:3])
+
+    @classmethod
+    def packed(cls, qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values of a packed (B, T, 3C), in place."""
+        B, T, width = qkv.shape
+        C = width // 3
+        shape, strides = (B, num_heads, T, C // num_heads), (qkv.stride(0), C // num_heads, qkv.stride(1))
+        return cls(qkv, shape, strides), cls(qkv[..., C:], shape, strides), cls(qkv[..., 2 * C :], shape, strides)
+
+    @classmethod
+    def merged(cls, x: Tensor, num_heads: int) -> Heads:
+        """The heads side by side in a (B, T, C)."""
+        B, T, C = x.shape
+        return cls(x, (B, num_heads, T, C // num_heads), (x.stride(0), C // num_heads, x.stride(1)))
+
+    def descriptor(self, block: int, block_d: int) -> Any:
+        """For the tensor memory accelerator, which fills up with zeros outside the shape."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(self.data, list(self.shape), [*self.strides, 1], [1, 1, block, block_d])
+
+    def fits_descriptor(self) -> bool:
+        size = self.data.element_size()
+        return self.data.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in self.strides)
+
+
+class Masking(NamedTuple):
+    """What shapes the mask beside causality. All tensors lie on the inputs' device and are only read there.
+
+    lengths (B,) int32: rows from there on are padding. doc_start, doc_end (T,) int32: the documents' borders around
+    each token. seed (2,) int64: dropout's (seed, offset), None for none.
+    """
+
+    lengths: Tensor | None = None
+    doc_start: Tensor | None = None
+    doc_end: Tensor | None = None
+    seed: Tensor | None = None
+    dropout_p: float = 0.0
+
+
+def attention_forward(
+    q: Heads, k: Heads, v: Heads, out: Heads, row_max: Tensor, row_sum: Tensor, masking: Masking, scale: float
+) -> None:
+    """Write O into `out`, and each row's m and l into `row_max` and `row_sum` (B, H, T)."""
+    B, H, T, D = q.shape
+    if B * H * T == 0:
+        return
+    block_d = _block_d(D)
+    row = _row("forward", q.data, block_d)
+    use_tma = row.use_tma and masking.lengths is None and k.fits_descriptor() and v.fits_descriptor()
+    _attention_fwd_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
+        q.data,
+        k.descriptor(row.block_s, block_d) if use_tma else k.data,
+        v.descriptor(row.block_s, block_d) if use_tma else v.data,
+        out.data,
+        row_max,
+        row_sum,
+        *_mask_pointers(masking, q.data),
+        *q.strides,
+        *k.strides,
+        *v.strides,
+        *out.strides,
+        *_scalars(q, k, masking, scale),
+        D=D,
+        BLOCK_D=block_d,
+        USE_TMA=use_tma,
+        **_flags(masking, q.data),
+        **row.tiles(),
+    )
+
+
+def attention_backward(
+    dout: Heads, q: Heads, k: Heads, v: Heads, out: Heads, row_max: Tensor, row_sum: Tensor, dq: Heads | None,
+    dkdv: tuple[Heads, Heads] | None, masking: Masking, scale: float,
+) -> None:  # fmt: skip
+    """Write the gradients that are asked for: dq, and dk with dv."""
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    block_d = _block_d(D)
+    pointers, scalars = _mask_pointers(masking, q.data), _scalars(q, k, masking, scale)
+    flags = _flags(masking, q.data)
+    delta = torch.empty_like(row_max)
+    if B * H * T:
+        row = _row("dq", q.data, block_d)
+        _attention_bwd_dq_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
+            q.data,
+            k.data,
+            v.data,
+            out.data,
+            dout.data,
+            row_max,
+            row_sum,
+            delta,
+            q.data if dq is None else dq.data,
+            *pointers,
+            *q.strides,
+            *k.strides,
+            *v.strides,
+            *out.strides,
+            *dout.strides,
+            *(q if dq is None else dq).strides,
+            *scalars,
+            D=D,
+            BLOCK_D=block_d,
+            HAS_DQ=dq is not None,
+            **flags,
+            **row.tiles(),
+        )
+    if dkdv is not None and B * H * S:
+        dk, dv = dkdv
+        row = _row("dkdv", q.data, block_d)
+        lengths, doc_start, seed = pointers
+        _attention_bwd_dkdv_kernel[(triton.cdiv(S, row.block_s) * B * H,)](
+            q.data,
+            k.data,
+            v.data,
+            dout.data,
+            row_max,
+            row_sum,
+            delta,
+            dk.data,
+            dv.data,
+            lengths,
+            doc_start,
+            q.data if masking.doc_end is None else masking.doc_end,
+            seed,
+            *q.strides,
+            *k.strides,
+            *v.strides,
+            *dout.strides,
+            *dk.strides,
+            *dv.strides,
+            *scalars,
+            D=D,
+            BLOCK_D=block_d,
+            **flags,
+            **row.tiles(),
+        )
+
+
+def _block_d(head_size: int) -> int:
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def _precision(x: Tensor) -> str:
+    """What products of float32 are rounded to, as PyTorch's own follow `torch.set_float32_matmul_precision`."""
+    return "tf32" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _row(kernel: str, x: Tensor, block_d: int) -> launch.AttentionRow:
+    kind = "half" if x.element_size() == 2 else _precision(x)
+    return launch.attention_row(kernel, launch.architecture(x.device), kind, block_d)
+
+
+def _mask_pointers(masking: Masking, unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(lengths, doc_start, seed); a tensor that is not read stands for one that is not given."""
+    lengths, doc_start, _, seed, _ = masking
+    return (
+        unread if lengths is None else lengths,
+        unread if doc_start is None else doc_start,
+        unread if seed is None else seed,
+    )
+
+
+def _scalars(q: Heads, k: Heads, masking: Masking, scale: float) -> tuple[Any, ...]:
+    p = masking.dropout_p
+    return q.shape[1], q.shape[2], k.shape[2], scale, round(p * 2**31), 1.0 / (1.0 - p)
+
+
+def _flags(masking: Masking, x: Tensor) -> dict[str, Any]:
+    return {
+        "HAS_LENGTHS": masking.lengths is not None,
+        "HAS_DOCS": masking.doc_start is not None,
+        "HAS_DROPOUT": masking.seed is not None,
+        "PRECISION": _precision(x),
+        **launch.OPTIONS,
+    }
+
+
+# -- PyTorch operators --------------------------------------------------------------------------------------------
+# Outputs and gradients of (B, H, T, D) inputs are laid out as (B, T, H, D): what follows merges heads without a copy.
+
+_MASKING = "Tensor? lengths, Tensor? doc_start, Tensor? doc_end, Tensor? seed, float dropout_p"
+torch.library.define(
+    "fastgpt2::attention",
+    f"(Tensor q, Tensor k, Tensor v, {_MASKING}, float scale) -> (Tensor out, Tensor row_max, Tensor row_sum)",
+)
+torch.library.define(
+    "fastgpt2::attention_backward",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor row_max, Tensor row_sum, {_MASKING}, float scale, "
+    "bool need_dq, bool need_dkdv) -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+torch.library.define(
+    "fastgpt2::attention_packed",
+    f"(Tensor qkv, int num_heads, {_MASKING}, float scale) -> (Tensor out, Tensor row_max, Tensor row_sum)",
+)
+torch.library.define(
+    "fastgpt2::attention_packed_backward",
+    f"(Tensor dout, Tensor qkv, Tensor out, Tensor row_max, Tensor row_sum, int num_heads, {_MASKING}, "
+    "float scale) -> Tensor dqkv",
+)
+
+
+def _new_heads(x: Tensor) -> Tensor:
+    B, H, T, D = x.shape
+    return x.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+def _new_output(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = q.shape[:3]
+    return _new_heads(q), q.new_empty(rows, dtype=torch.float32), q.new_empty(rows, dtype=torch.float32)
+
+
+def _new_gradients(q: Tensor, k: Tensor, need_dq: bool, need_dkdv: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Those that nobody needs are empty."""
+    dq = _new_heads(q) if need_dq else q.new_empty(0)
+    return (dq, *((_new_heads(k), _new_heads(k)) if need_dkdv else (q.new_empty(0), q.new_empty(0))))
+
+
+def _new_packed_output(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, width = qkv.shape
+    row_max, row_sum = (qkv.new_empty((B, num_heads, T), dtype=torch.float32) for _ in range(2))
+    return qkv.new_empty((B, T, width // 3)), row_max, row_sum
+
+
+@torch.library.impl("fastgpt2::attention", "default")
+def _attention(q, k, v, lengths, doc_start, doc_end, seed, dropout_p, scale):
+    out, row_max, row_sum = _new_output(q)
+    masking = Masking(lengths, doc_start, doc_end, seed, dropout_p)
+    attention_forward(Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(out), row_max, row_sum, masking, scale)
+    return out, row_max, row_sum
+
+
+@torch.library.impl("fastgpt2::attention_backward", "default")
+def _attention_backward(
+    dout, q, k, v, out, row_max, row_sum, lengths, doc_start, doc_end, seed, dropout_p, scale, need_dq, need_dkdv
+):
+    dq, dk, dv = _new_gradients(q, k, need_dq, need_dkdv)
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    attention_backward(
+        Heads.of(dout),
+        Heads.of(q),
+        Heads.of(k),
+        Heads.of(v),
+        Heads.of(out),
+        row_max,
+        row_sum,
+        Heads.of(dq) if need_dq else None,
+        (Heads.of(dk), Heads.of(dv)) if need_dkdv else None,
+        Masking(lengths, doc_start, doc_end, seed, dropout_p),
+        scale,
+    )
+    return dq, dk, dv
+
+
+@torch.library.impl("fastgpt2::attention_packed", "default")
+def _attention_packed(qkv, num_heads, lengths, doc_start, doc_end, seed, dropout_p, scale):
+    out, row_max, row_sum = _new_packed_output(qkv, num_heads)
+    masking = Masking(lengths, doc_start, doc_end, seed, dropout_p)
+    attention_forward(
+        *Heads.packed(qkv, num_heads), Heads.merged(out, num_heads), row_max, row_sum, masking, scale
+    )  # fmt: skip
+    return out, row_max, row_sum
+
+
+@torch.library.impl("fastgpt2::attention_packed_backward", "default")
+def _attention_packed_backward(
+    dout, qkv, out, row_max, row_sum, num_heads, lengths, doc_start, doc_end, seed, dropout_p, scale
+):
+    dqkv = qkv.new_empty(qkv.shape)
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dq, *dkdv = Heads.packed(dqkv, num_heads)
+    attention_backward(
+        Heads.merged(dout, num_heads),
+        *Heads.packed(qkv, num_heads),
+        Heads.merged(out, num_heads),
+        row_max,
+        row_sum,
+        dq,
+        (dkdv[0], dkdv[1]),
+        Masking(lengths, doc_start, doc_end, seed, dropout_p),
+        scale,
+    )
+    return dqkv
+
+
+@torch.library.register_fake("fastgpt2::attention")
+def _(q, *rest):
+    return _new_output(q)
+
+
+@torch.library.register_fake("fastgpt2::attention_backward")
+def _(dout, q, k, v, *rest):
+    return _new_gradients(q, k, *rest[-2:])
+
+
+@torch.library.register_fake("fastgpt2::attention_packed")
+def _(qkv, num_heads, *rest):
+    return _new_packed_output(qkv, num_heads)
+
+
+@torch.library.register_fake("fastgpt2::attention_packed_backward")
+def _(dout, qkv, *rest):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, lengths, doc_start, doc_end, seed, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, lengths, doc_start, doc_end, seed)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, *_):
+    need_q, *need_kv = ctx.needs_input_grad[:3]
+    if dout is None:
+        return (None,) * 9
+    grads = torch.ops.fastgpt2.attention_backward(dout, *ctx.saved_tensors, *ctx.options, need_q, any(need_kv))
+    needed = zip(grads, ctx.needs_input_grad, strict=False)
+    return *(grad if need else None for grad, need in needed), *(None,) * 6
+
+
+def _save_packed(ctx, inputs, output):
+    qkv, ctx.num_heads, lengths, doc_start, doc_end, seed, *ctx.options = inputs
+    ctx.save_for_backward(qkv, *output, lengths, doc_start, doc_end, seed)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _packed_backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 8
+    qkv, out, row_max, row_sum, *masks = ctx.saved_tensors
+    dqkv = torch.ops.fastgpt2.attention_packed_backward(
+        dout, qkv, out, row_max, row_sum, ctx.num_heads, *masks, *ctx.options
+    )
+    return dqkv, *(None,) * 7
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "causal_attention: the Triton backend has no second derivatives; use backend='torch' for a double backward"
+    )
+
+
+torch.library.register_autograd("fastgpt2::attention", _backward, setup_context=_save)
+torch.library.register_autograd("fastgpt2::attention_packed", _packed_backward, setup_context=_save_packed)
+torch.library.register_autograd("fastgpt2::attention_backward", _no_second_derivative)
+torch.library.register_autograd("fastgpt2::attention_packed_backward", _no_second_derivative)

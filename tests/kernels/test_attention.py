@@ -1,0 +1,652 @@
+"""The attention kernels against float64, over shapes, layouts, masks and dropout; and as PyTorch operators."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt2_kernels import launch, ops, reference
+from tests.helpers import assert_within_budget
+
+# Triton's interpreter multiplies bfloat16 tiles wrong (it takes their bits): judged where kernels are compiled.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+# Tiles that put every border somewhere within a short sequence, beside the shipped ones.
+TILES = [(16, 16), (32, 16), (16, 32), (32, 32), (32, 32), (64, 32), (16, 32), None]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value:RuntimeWarning",
+    "ignore:overflow:RuntimeWarning",
+    "ignore:divide by zero:RuntimeWarning",
+    "ignore:All-NaN:RuntimeWarning",
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What is allocated is NaN until it is written."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """`tiles((block_t, block_s))` replaces the launch tables' tiles, `tiles(None)` brings them back."""
+    shipped = launch.attention_row
+
+    def choose(blocks, use_tma=False):
+        def row(kernel, arch, kind, block_d):
+            if blocks is None:
+                return shipped(kernel, arch, kind, block_d)
+            return launch.AttentionRow(*blocks, 4, 1, use_tma and kernel == "forward")
+
+        monkeypatch.setattr(launch, "attention_row", row)
+
+    return choose
+
+
+# -- cases --------------------------------------------------------------------------------------------------------
+
+
+def random_case(rng: random.Random) -> dict:
+    layout = rng.choice(["heads", "heads", "broadcast", "packed", "packed", "documents"])
+    T = rng.choice([1, 2, 3, 15, 16, 17, 31, 32, 33, 50, 60])
+    B, H = rng.choice([(1, 1), (1, 2), (2, 1), (1, 1), (2, 2), (1, 3)])
+    return {
+        "layout": layout,
+        "B": 1 if layout == "documents" else B,
+        "H": H,
+        "T": T,
+        "S": T + rng.choice([0, 0, 1, 7, 30, 40]) if layout in ("heads", "broadcast") else T,
+        "D": rng.choice([1, 8, 16, 20, 32, 40, 64, 80]),
+        "dtype": rng.choice(DTYPES),
+        "scale": rng.choice([None, None, 0.05, 1.0]),
+        "lengths": layout != "documents" and rng.random() < 0.3,
+        "dropout_p": rng.choice([0.0, 0.0, 0.0, 0.0, 0.1, 0.6]),
+        "size": rng.choice([1.0, 1.0, 4.0]),
+        "tiles": rng.choice(TILES),
+        "tma": rng.random() < 0.3,
+    }
+
+
+def random_lengths(T: int, count: int) -> torch.Tensor:
+    return torch.randint(0, T + 1, (count,), dtype=torch.int32)
+
+
+def random_documents(T: int) -> torch.Tensor:
+    cuts = torch.randint(0, T + 1, (random.randrange(6),)).sort().values
+    return torch.tensor([0, *cuts.tolist(), T], dtype=random.choice([torch.int32, torch.int64]))
+
+
+def surrounded(x: torch.Tensor) -> torch.Tensor:
+    """The same values as a view in the middle of a larger buffer of NaN."""
+    buffer = torch.full([n + 3 for n in x.shape[:-1]] + [x.shape[-1] + 8], float("nan"), dtype=x.dtype, device=x.device)
+    view = buffer[(*tuple(slice(1, n + 1) for n in x.shape[:-1]), slice(8, None))]
+    return view.copy_(x)
+
+
+def expected(inputs, dout, case, keep, mask):
+    """(exact, plain) of output, log-sum-exp, dq, dk and dv; plain is what three orders of summing over D give."""
+    D = dout.shape[-1]
+    orders = [torch.arange(D), torch.arange(D).flip(0), torch.randperm(D)]
+    results = []
+    for dtype, order in ((torch.float64, orders[0]), *((dout.dtype, order) for order in orders)):
+        order, back = order.to(dout.device), order.argsort().to(dout.device)
+        leaves = [x.to(dtype)[..., order].requires_grad_() for x in inputs]
+        options = {"scale": case["scale"] or D**-0.5, "mask": mask}
+        out = reference.causal_attention(*leaves, keep=keep, dropout_p=case["dropout_p"], **options)
+        lse = reference.attention_lse(*leaves[:2], **options)
+        grads = torch.autograd.grad(out, leaves, dout.to(dtype)[..., order])
+        results.append((out.detach()[..., back], lse.detach(), *(grad[..., back] for grad in grads)))
+    exact, *plains = results
+    return zip(exact, zip(*plains, strict=True), strict=True)
+
+
+def sizes_of_terms(inputs, dout, case):
+    """Of dq and dk: dS = P (dP - delta) cancels where one key has all the weight, as with a single key."""
+    q, k, v = (x.double().abs() for x in inputs)
+    largest_dp = torch.matmul(dout.double().abs(), v.mT).max().item() / (1 - case["dropout_p"])
+    scale = case["scale"] or q.shape[-1] ** -0.5
+    return {"dq": scale * largest_dp * k.max().item(), "dk": scale * largest_dp * q.max().item()}
+
+
+def hold_all(got, inputs, dout, case, keep, mask):
+    """The 2x rule for output, log-sum-exp, dq, dk, dv."""
+    terms = sizes_of_terms(inputs, dout, case)
+    names = ("output", "lse", "dq", "dk", "dv")
+    for name, value, (exact, plains) in zip(names, got, expected(inputs, dout, case, keep, mask), strict=True):
+        if name == "lse":
+            assert torch.equal(value == float("-inf"), exact == float("-inf"))
+            value, exact, *plains = (x.masked_fill(x == float("-inf"), 0.0) for x in (value, exact, *plains))
+        what = f"{name} of {case}"
+        assert_within_budget(value, plains, exact, what, dtype=dout.dtype, terms=terms.get(name, 0.0))
+
+
+def check(case: dict, device: str) -> None:
+    """Output, log-sum-exp and gradients of the public operator within the budget."""
+    B, H, T, S, D = (case[name] for name in "BHTSD")
+    dtype, packed = case["dtype"], case["layout"] in ("packed", "documents")
+    if case["lengths"] and S != T:
+        case = {**case, "lengths": False}
+    lengths = random_lengths(T, B).to(device) if case["lengths"] else None
+    cu_seqlens = random_documents(T).to(device) if case["layout"] == "documents" else None
+    seed = torch.randint(-(2**62), 2**62, (2,), device=device)
+    mask = None
+    if lengths is not None:
+        row_mask = torch.arange(T, device=device) < lengths[:, None]
+        mask = row_mask[:, None, None, :] & row_mask[:, None, :, None]
+    if cu_seqlens is not None:
+        mask = reference.document_mask(cu_seqlens, T)
+    keep = None
+    if case["dropout_p"]:
+        keep = reference.dropout_keep(seed, B, H, T, S, case["dropout_p"])
+
+    leaves = [(torch.randn(B, H, n, D) * case["size"]).to(dtype).to(device) for n in (T, S, S)]
+    if case["layout"] == "broadcast":
+        leaves[1] = leaves[1][:, :1].expand(B, H, S, D)
+    dout = torch.randn(B, H, T, D).to(dtype).to(device)
+    if packed:
+        joined = torch.stack([x.transpose(1, 2) for x in leaves], 2).reshape(B, T, 3 * H * D)
+        qkv = surrounded(joined).detach()
+        if lengths is not None:
+            qkv.masked_fill_(~row_mask[..., None], float("nan"))
+        qkv.requires_grad_()
+        out, lse = ops.causal_attention_packed(
+            qkv, H, scale=case["scale"], lengths=lengths, cu_seqlens=cu_seqlens, dropout_p=case["dropout_p"],
+            dropout_seed=seed, return_lse=True, backend="triton",
+        )  # fmt: skip
+        assert out.shape == (B, T, H * D)
+        out.backward(surrounded(dout.transpose(1, 2).flatten(2)))
+        out = out.view(B, T, H, D).transpose(1, 2)
+        grads = [x.transpose(1, 2) for x in qkv.grad.view(B, T, 3, H, D).unbind(2)]
+    else:
+        inputs = [x if case["layout"] == "broadcast" else surrounded(x).detach() for x in leaves]
+        if lengths is not None:
+            inputs = [x.masked_fill(~row_mask[:, None, :, None], float("nan")) for x in inputs]
+        inputs = [x.requires_grad_() for x in inputs]
+        out, lse = ops.causal_attention(
+            *inputs, scale=case["scale"], lengths=lengths, dropout_p=case["dropout_p"], dropout_seed=seed,
+            return_lse=True, backend="triton",
+        )  # fmt: skip
+        grads = torch.autograd.grad(out, inputs, dout.transpose(-1, -2).contiguous().transpose(-1, -2))
+    assert {x.dtype for x in (out, *grads)} == {dtype}
+    assert lse.dtype == torch.float32
+    hold_all((out.detach(), lse, *grads), leaves, dout, case, keep, mask)
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_random_cases(triton_device, tiles, seed, part):
+    """The 2x rule for output, lse, dq, dk, dv: 6 x 52 random cases."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    rng = random.Random(seed)
+    for _ in range(52):
+        case = random_case(rng)
+        tiles(case["tiles"], case["tma"])
+        check(case, triton_device)
+
+
+LARGE = {
+    "a long row": {"T": 300, "S": 300, "D": 64},
+    "a head of 96": {"T": 140, "S": 140, "D": 96},
+    "a head of 128": {"T": 130, "S": 200, "D": 128},
+    "a head of 256": {"T": 70, "S": 70, "D": 256},
+    "a chunk on a long cache": {"T": 5, "S": 400, "D": 64},
+    "one token on a cache": {"T": 1, "S": 259, "D": 64},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shipped_tiles(triton_device, seed, name, dtype):
+    torch.manual_seed(seed)
+    case = {"layout": "heads", "B": 1, "H": 2, "dtype": dtype, "scale": None, "lengths": False, "dropout_p": 0.0}
+    check({**case, "size": 1.0, **LARGE[name]}, triton_device)
+
+
+# -- what the kernels write and read ------------------------------------------------------------------------------
+
+
+def run_launchers(kernel, case, device):
+    """Forward and backward of the launchers into views of canaries; the views and the buffers around them."""
+    B, H, T, S, D = (case[name] for name in "BHTSD")
+    tensors = {}
+    for name, n in {"q": T, "k": S, "v": S, "dout": T}.items():
+        tensors[name] = surrounded(torch.randn(B, n, H, D).to(device)).transpose(1, 2)
+    lengths = torch.tensor([T - T // 3] * B, dtype=torch.int32, device=device) if case.get("lengths") else None
+    if lengths is not None:
+        for x in tensors.values():
+            x[:, :, int(lengths[0]) :] = float("nan")
+    documents = None
+    if case.get("documents"):
+        cu_seqlens = torch.tensor([0, T // 4, T // 4, T // 2 + 3, T], device=device)
+        documents = ops.plan_documents(cu_seqlens, T)
+        lengths = documents.cu_seqlens[-1:]
+    seed = torch.tensor([5, 9], device=device) if case.get("dropout_p") else None
+    starts, ends = (None, None) if documents is None else (documents.starts, documents.ends)
+    masking = kernel.Masking(lengths, starts, ends, seed, case.get("dropout_p", 0.0))
+    out, dq, dk, dv = (surrounded(torch.zeros(B, n, H, D, device=device)).transpose(1, 2) for n in (T, T, S, S))
+    for x in (out, dq, dk, dv):
+        x.fill_(float("nan"))
+    row_max, row_sum = (torch.full((B, H, T), float("nan"), device=device) for _ in range(2))
+    heads = kernel.Heads.of
+    inputs = [heads(tensors[name]) for name in ("q", "k", "v")]
+    kernel.attention_forward(*inputs, heads(out), row_max, row_sum, masking, 0.3)
+    kernel.attention_backward(
+        heads(tensors["dout"]), *inputs, heads(out), row_max, row_sum, heads(dq), (heads(dk), heads(dv)), masking, 0.3
+    )
+    lse = row_max * math.log(2) + row_sum.log()
+    return tensors, (out, lse, dq, dk, dv), lengths, documents, seed
+
+
+CASES = {
+    "square": {"T": 40, "S": 40},
+    "chunk": {"T": 19, "S": 53},
+    "mixed": {"T": 17, "S": 17, "B": 3, "H": 2},
+    "padding": {"T": 42, "S": 42, "lengths": True},
+    "documents": {"T": 75, "S": 75, "documents": True},
+    "dropout": {"T": 20, "S": 20, "dropout_p": 0.4},
+}
+
+
+def check_launchers(kernel, case, device):
+    case = {"B": 1 if case.get("documents") else 2, "H": 2, "D": 20, "scale": 0.3, "dropout_p": 0.0, **case}
+    tensors, got, lengths, documents, seed = run_launchers(kernel, case, device)
+    B, H, T, S, _ = (case[name] for name in "BHTSD")
+    mask = None
+    if documents is not None:
+        mask = reference.document_mask(documents.cu_seqlens, T)
+    elif lengths is not None:
+        rows = torch.arange(T, device=device) < lengths[:, None]
+        mask = rows[:, None, None, :] & rows[:, None, :, None]
+    keep = None if seed is None else reference.dropout_keep(seed, B, H, T, S, case["dropout_p"])
+    inputs = [tensors[name].nan_to_num() for name in ("q", "k", "v")]
+    hold_all(got, inputs, tensors["dout"].nan_to_num(), case, keep, mask)
+    for value in (got[0], *got[2:]):
+        assert int(value._base.isfinite().sum()) == value.numel(), "written outside its rows"
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 32)])
+def test_launchers_write_their_rows_and_nothing_else(triton_device, tiles, seed, name, blocks):
+    from fastgpt2_kernels import attention
+
+    torch.manual_seed(seed)
+    tiles(blocks)
+    check_launchers(attention, CASES[name], triton_device)
+
+
+# Deliberate faults: what would then be checked wrong, and where it is to be noticed.
+MUTATIONS = {
+    "diagonal off by one": (
+        "square",
+        "offs_s <= offs_t + offset",
+        "offs_s < offs_t + offset",
+    ),
+    "diagonal one too far": (
+        "square",
+        "offs_s <= offs_t + offset",
+        "offs_s <= offs_t + offset + 1",
+    ),
+    "the cache's offset forgotten": (
+        "chunk",
+        "    offset = S - T\n",
+        "    offset = 0 * S\n",
+    ),
+    "whole tiles reach too far": (
+        "square",
+        "(t_start + offset + 1) // BLOCK_S * BLOCK_S",
+        "(t_start + offset + BLOCK_S) // BLOCK_S * BLOCK_S",
+    ),
+    "output not rescaled": (
+        "square",
+        "    acc = acc * alpha[:, None]\n",
+        "",
+    ),
+    "sum not rescaled": (
+        "square",
+        "l = l * alpha + tl.sum(p, 1)",
+        "l = l + tl.sum(p, 1)",
+    ),
+    "scale dropped in the forward": (
+        "square",
+        "p = tl.exp2(x * scale_log2 - m_used[:, None])",
+        "p = tl.exp2(x * LOG2_E - m_used[:, None])",
+    ),
+    "scale dropped from dq": (
+        "square",
+        "_store_tile(dq_ptr, dq * scale,",
+        "_store_tile(dq_ptr, dq,",
+    ),
+    "scale dropped from dk": (
+        "square",
+        "_store_tile(dk_ptr, dk * scale,",
+        "_store_tile(dk_ptr, dk,",
+    ),
+    "delta dropped": (
+        "square",
+        "ds = p * (dp - delta[:, None])",
+        "ds = p * dp",
+    ),
+    "unmasked tail of keys": (
+        "square",
+        "mask=(start + offs_t < limit)[:, None] & (offs_d < D)[None, :], other=0.0)\n        elif",
+        "mask=(start + offs_t < limit + 1)[:, None] & (offs_d < D)[None, :], other=0.0)\n        elif",
+    ),
+    "unmasked columns": (
+        "square",
+        "mask=(offs_d < D)[None, :], other=0.0",
+        "mask=(offs_d < D + 1)[None, :], other=0.0",
+    ),
+    "rows stored past the end": (
+        "square",
+        "tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(start + offs_t < limit)",
+        "tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(start + offs_t < limit + 1)",
+    ),
+    "wrong stride of v": (
+        "chunk",
+        "v = _load_tile(v_ptr, b, h, s, stride_vt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, USE_TMA)",
+        "v = _load_tile(v_ptr, b, h, s, stride_vt + 1, limit, D, BLOCK_S, BLOCK_D, IS_CUT, USE_TMA)",
+    ),
+    "heads mixed up": (
+        "mixed",
+        "b, h = bh // H, bh % H",
+        "b, h = bh % H, bh // H",
+    ),
+    "documents see their neighbours": (
+        "documents",
+        "        allowed = allowed & (offs_s >= doc_start)\n",
+        "        allowed = allowed\n",
+    ),
+    "documents' first tile skipped": (
+        "documents",
+        "num_lead = (whole_start - cut_start) // BLOCK_S",
+        "num_lead = 0",
+    ),
+    "later documents not visited": (
+        "documents",
+        "last = tl.minimum(last, tl.load(doc_end_ptr + s_end - 1))",
+        "last = tl.minimum(last, tl.load(doc_end_ptr + s_start))",
+    ),
+    "padding attended": (
+        "padding",
+        "        s_limit = t_limit\n",
+        "",
+    ),
+    "dropout not scaled": (
+        "dropout",
+        "acc * (keep_scale / l_used)[:, None]",
+        "acc * (1.0 / l_used)[:, None]",
+    ),
+    "dropout's mask transposed": (
+        "dropout",
+        "zero + offs_s, zero + offs_t, zero + bh",
+        "zero + offs_t, zero + offs_s, zero + bh",
+    ),
+    "dropout the same in all heads": (
+        "dropout",
+        "zero + bh",
+        "zero",
+    ),
+    "dropout forgotten in dk": (
+        "dropout",
+        "        dp_t = tl.where(keep, dp_t * keep_scale, 0.0)\n",
+        "",
+    ),
+    "the last queries skipped": (
+        "square",
+        "tl.maximum(tl.cdiv(last - whole_end, BLOCK_T), 0)",
+        "0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_faults_are_caught(triton_device, tiles, tmp_path, name):
+    """The checks above can fail: with this fault in the kernels one of them does."""
+    from fastgpt2_kernels import attention
+
+    if triton_device != "cpu":
+        pytest.skip("a fault may read or write anywhere: only under the interpreter")
+    source = Path(attention.__file__).read_text(encoding="utf-8").split("# -- PyTorch operators")[0]
+    case, right, wrong = MUTATIONS[name]
+    assert right in source, "the fault's place has changed: change it in the table too"
+    path = tmp_path / "faulty_attention.py"
+    path.write_text(source.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("faulty_attention", path)
+    kernel = sys.modules["faulty_attention"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernel)
+    tiles((16, 16))
+    with pytest.raises(AssertionError, match=r"over the budget|outside its rows"):
+        check_launchers(kernel, CASES[case], triton_device)
+
+
+def test_runs_are_bitwise_equal(triton_device, seed):
+    torch.manual_seed(seed)
+    qkv = torch.randn(2, 90, 3 * 48, device=triton_device, requires_grad=True)
+    runs = []
+    for _ in range(2):
+        out = ops.causal_attention_packed(qkv, 3, backend="triton")
+        runs.append((out.detach(), torch.autograd.grad(out.square().sum(), qkv)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_row_does_not_depend_on_its_neighbours(triton_device, seed):
+    torch.manual_seed(seed)
+    qkv = torch.randn(3, 70, 3 * 32, device=triton_device)
+    whole = ops.causal_attention_packed(qkv, 2, backend="triton")
+    alone = ops.causal_attention_packed(qkv[1:2], 2, backend="triton")
+    ragged = ops.causal_attention_packed(
+        qkv, 2, lengths=torch.tensor([3, 70, 0], device=triton_device), backend="triton"
+    )
+    documents = ops.causal_attention_packed(
+        qkv.flatten(0, 1)[None], 2, cu_seqlens=torch.tensor([0, 70, 140, 210], device=triton_device), backend="triton"
+    )
+    assert torch.equal(whole[1:2], alone)
+    assert torch.equal(ragged[1:2], alone)
+    torch.testing.assert_close(documents[:, 70:140], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_rate_and_seed(triton_device, seed):
+    """The share of weights kept, and the mask a function of (seed, offset) and of PyTorch's generator."""
+    torch.manual_seed(seed)
+    T, p = 256, 0.25
+    q = torch.zeros(1, 2, T, 16, device=triton_device)
+    v = torch.ones(1, 2, T, 16, device=triton_device)
+
+    def run(**options):
+        return ops.causal_attention(q, q, v, dropout_p=p, backend="triton", **options)
+
+    # With equal weights every output is the share kept / (1 - p): its mean is 1 and its spread the binomial's.
+    share = run(dropout_seed=torch.tensor([3, 0], device=triton_device))[0, 0, :, 0] * (1 - p)
+    kept = (share * torch.arange(1, T + 1, device=triton_device)).sum().item()
+    weights = T * (T + 1) / 2
+    assert abs(kept - (1 - p) * weights) < 5 * (weights * p * (1 - p)) ** 0.5
+    seeds = [torch.tensor(pair, device=triton_device) for pair in ([3, 0], [3, 0], [3, 1], [4, 0])]
+    outs = [run(dropout_seed=s) for s in seeds]
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    assert not torch.equal(outs[0], outs[3])
+    assert not torch.equal(outs[0][:, 0], outs[0][:, 1]), "heads share a mask"
+    drawn = []
+    for start in (7, 7, 8):
+        torch.manual_seed(start)
+        drawn.append(run())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 0), (2, 2, 0, 5)])
+def test_nothing_to_do(triton_device, shape):
+    B, H, T, S = shape
+    q, k, v = (torch.randn(B, H, n, 16, device=triton_device, requires_grad=True) for n in (T, S, S))
+    out, lse = ops.causal_attention(q, k, v, return_lse=True, backend="triton")
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:3]
+    out.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (q, k, v))
+
+
+def test_offsets_past_32_bits(triton_device):
+    """Rows of a batch and heads more than 2^31 elements apart, in a buffer that is only reserved, not filled."""
+    stride = 2**31 + 16
+    torch.use_deterministic_algorithms(False)  # which would fill it
+    try:
+        store = torch.empty(2 * stride + 64, dtype=torch.float16, device=triton_device)
+    except RuntimeError:
+        pytest.skip("no room for the buffer")
+    for strides in ((stride, 16, 32), (16, stride, 32)):
+        q = torch.as_strided(store, (2, 2, 2, 16), (*strides, 1))
+        q.copy_(torch.randn(2, 2, 2, 16))
+        exact = reference.causal_attention(q.double(), q.double(), q.double())
+        out = ops.causal_attention(q, q, q, backend="triton")
+        assert (out.double() - exact).abs().max() < 1e-2
+
+
+# -- as a PyTorch operator ----------------------------------------------------------------------------------------
+
+
+def test_opcheck(triton_device):
+    import fastgpt2_kernels.attention  # noqa: F401
+
+    q, k, v = (torch.randn(2, 2, n, 16, device=triton_device, requires_grad=True) for n in (5, 7, 7))
+    masks = (None, None, None, torch.tensor([1, 2], device=triton_device), 0.2)
+    torch.library.opcheck(torch.ops.fastgpt2.attention.default, (q, k, v, *masks, 0.3))
+    out, *stats = torch.ops.fastgpt2.attention(q, k, v, *masks, 0.3)
+    saved = [x.detach() for x in (torch.randn_like(out), q, k, v, out, *stats)]
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.fastgpt2.attention_backward.default, (*saved, *masks, 0.3, *needs))
+    qkv = torch.randn(2, 6, 3 * 32, device=triton_device, requires_grad=True)
+    lengths = torch.tensor([4, 6], dtype=torch.int32, device=triton_device)
+    masks = (lengths, None, None, None, 0.0)
+    torch.library.opcheck(torch.ops.fastgpt2.attention_packed.default, (qkv, 2, *masks, 0.3))
+    out, *stats = torch.ops.fastgpt2.attention_packed(qkv.detach(), 2, *masks, 0.3)
+    arguments = (torch.randn_like(out), qkv.detach(), out, *stats, 2, *masks, 0.3)
+    torch.library.opcheck(torch.ops.fastgpt2.attention_packed_backward.default, arguments)
+
+
+def test_compiles_whole(triton_device, seed):
+    """torch.compile(fullgraph=True) takes it without a break, and gives what eager gives, dropout too."""
+    torch.manual_seed(seed)
+    qkv = torch.randn(1, 20, 3 * 32, device=triton_device, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 8, 20], device=triton_device)
+    dropout_seed = torch.tensor([1, 2], device=triton_device)
+
+    def attend(x, **options):
+        q, k, v = (2 * x).view(1, 20, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        packed = ops.causal_attention_packed(x * 2, 2, cu_seqlens=cu_seqlens, backend="triton", **options)
+        return packed + ops.causal_attention(q, k, v, backend="triton", **options).transpose(1, 2).flatten(2)
+
+    for options in ({}, {"dropout_p": 0.3, "dropout_seed": dropout_seed}):
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        results = []
+        for function in (attend, compiled):
+            out = function(qkv, **options)
+            results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast(triton_device, seed):
+    torch.manual_seed(seed)
+    qkv = torch.randn(1, 20, 3 * 32, device=triton_device, requires_grad=True)
+    with torch.autocast(torch.device(triton_device).type, dtype=torch.float16):
+        out = ops.causal_attention_packed(qkv, 2, backend="triton")
+        q = qkv.half()
+        expected = ops.causal_attention_packed(q, 2, backend="triton")
+    assert out.dtype == torch.float16
+    assert torch.equal(out, expected)
+    out.float().sum().backward()
+    assert qkv.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "needed", [needs for needs in itertools.product((False, True), repeat=3) if any(needs)], ids=str
+)
+def test_frozen_inputs(triton_device, seed, needed):
+    torch.manual_seed(seed)
+    inputs = [torch.randn(1, 2, 20, 16, device=triton_device) for _ in range(3)]
+    everything = [x.clone().requires_grad_() for x in inputs]
+    ops.causal_attention(*everything, backend="triton").square().sum().backward()
+    inputs = [x.requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+    ops.causal_attention(*inputs, backend="triton").square().sum().backward()
+    for x, whole, need in zip(inputs, everything, needed, strict=True):
+        assert torch.equal(x.grad, whole.grad) if need else x.grad is None
+
+
+def test_checkpointing_no_grad_and_inference(triton_device, seed):
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(seed)
+    qkv = torch.randn(1, 30, 3 * 32, device=triton_device, requires_grad=True)
+
+    def attend(x):
+        return ops.causal_attention_packed(x, 2, dropout_p=0.3, backend="triton")
+
+    grads = []
+    for run in (attend, lambda x: checkpoint(attend, x, use_reentrant=False)):
+        torch.manual_seed(5)  # checkpointing must draw the same dropout again
+        out = run(qkv)
+        grads.append(torch.autograd.grad(out.square().sum(), qkv)[0])
+    assert torch.equal(*grads)
+    with torch.no_grad():
+        assert not attend(qkv).requires_grad
+    with torch.inference_mode():
+        attend(qkv)
+
+
+def test_second_derivatives_are_refused(triton_device):
+    qkv = torch.randn(1, 5, 3 * 16, device=triton_device, requires_grad=True)
+    out = ops.causal_attention_packed(qkv, 1, backend="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives; use backend='torch'"):
+        grad.sum().backward()
+
+
+def test_tf32_on_request(triton_device, monkeypatch):
+    """What the kernels are told follows PyTorch's own switch."""
+    flags = []
+    shipped = launch.attention_row
+    monkeypatch.setattr(launch, "attention_row", lambda *key: flags.append(key[2]) or shipped(*key))
+    q = torch.randn(1, 1, 4, 16, device=triton_device)
+    was = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            ops.causal_attention(q, q, q, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision(was)
+    assert flags == ["ieee", "tf32"]
+
+
+BAD = {
+    "double": (lambda q: ops.causal_attention(*[q.double()] * 3, backend="triton"), "float32, bfloat16 and float16"),
+    "a wide head": (
+        lambda q: ops.causal_attention(*[q.new_zeros(1, 1, 4, 257)] * 3, backend="triton"),
+        "head sizes up to 256; got 257",
+    ),
+    "a strided last dimension": (
+        lambda q: ops.causal_attention(q, q.new_zeros(1, 1, 16, 4).mT, q, backend="triton"),
+        "stride 1; got 1, 4, 1",
+    ),
+    "rows far apart": (
+        lambda q: ops.causal_attention(*[q.as_strided((1, 1, 1, 16), (0, 0, 2**24, 1))] * 3, backend="triton"),
+        "at most 8388608 elements apart",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_the_kernels_cannot_do_is_said(triton_device, name):
+    call, sentence = BAD[name]
+    with pytest.raises(ValueError, match=sentence):
+        call(torch.zeros(1, 1, 4, 16, device=triton_device))
