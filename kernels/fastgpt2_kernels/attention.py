@@ -8,9 +8,9 @@ For a head's queries Q (T, D), keys K and values V (S, D), S >= T, query t sitti
 
 with Z = keep / (1 - p) the dropout mask, drawn anew wherever it is needed from Philox (Salmon et al. 2011) with the
 key `seed` and the counter (s, t, b H + h, offset): the same whatever the tiles. Exponentials are base 2, with scale and
-log2(e) folded into one factor (so scale > 0). Saved for backward are the inputs, O and, of every row, the maximum m of
-x log2(e) and the sum l of 2^(x log2(e) - m), (B, H, T) in float32: one number, lse = ln 2 (m + log2 l), would have
-P = exp(x - lse) lose what rounding takes from a large lse.
+log2(e) folded into one factor (so scale > 0). Saved for backward are the inputs, O and of every row, (B, H, T) in
+float32, lse / ln 2 for inputs of 16 bits. For float32 that would have P = exp(x - lse) lose what rounding takes from a
+large lse: there it is the maximum m of x log2(e) and, apart, the sum l of 2^(x log2(e) - m).
 
 Forward and dQ own a tile of queries and walk over the keys, dK and dV own a tile of keys and walk over the queries:
 nothing is added up across programs, so results are the same bit for bit in every run. Tiles that the mask empties are
@@ -169,7 +169,8 @@ def _attention_fwd_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, H, T, S, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: its rows of O, m and l."""
     num_tiles = tl.cdiv(T, BLOCK_T)
@@ -216,8 +217,11 @@ def _attention_fwd_kernel(
     acc = tl.where(is_valid[:, None], acc * (keep_scale / l_used)[:, None], 0.0)
     _store_tile(o_ptr, acc, t_start, stride_ot, T, D, BLOCK_T, BLOCK_D)
     rows = bh.to(tl.int64) * T + offs_t
+    if HAS_SUM:
+        tl.store(sum_ptr + rows, tl.where(is_valid, l, 0.0), mask=offs_t < T)
+    else:
+        m += tl.log2(l_used)
     tl.store(max_ptr + rows, tl.where(is_valid, m, float("-inf")), mask=offs_t < T)
-    tl.store(sum_ptr + rows, tl.where(is_valid, l, 0.0), mask=offs_t < T)
 
 
 # -- backward -----------------------------------------------------------------------------------------------------
@@ -228,14 +232,16 @@ def _dq_step(
     dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt, limit, offset,
     doc_start, scale_log2, threshold, keep_scale,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr, HAS_DOCS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq += dS K / scale over the keys s .. s + BLOCK_S."""
     offs_s = s + tl.arange(0, BLOCK_S)
     k = _load_tile(k_ptr, b, h, s, stride_kt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, False)
     v = _load_tile(v_ptr, b, h, s, stride_vt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, False)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(x * scale_log2 - m[:, None]) * inv_l[:, None]
+    p = tl.exp2(x * scale_log2 - m[:, None])
+    if HAS_SUM:
+        p = p * inv_l[:, None]
     if IS_CUT:
         p = tl.where(_allowed(offs_t[:, None], offs_s[None, :], offset, doc_start[:, None], HAS_DOCS), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -253,7 +259,8 @@ def _attention_bwd_dq_kernel(
     stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt,
     H, T, S, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_DQ: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_DQ: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: its rows of delta and, with HAS_DQ, of dQ."""
     num_tiles = tl.cdiv(T, BLOCK_T)
@@ -289,7 +296,9 @@ def _attention_bwd_dq_kernel(
                 q_ptr + b * stride_qb + h * stride_qh, b, h, t_start, stride_qt, t_limit, D, BLOCK_T, BLOCK_D, True,
                 False)  # fmt: skip
             m = tl.load(max_ptr + rows, mask=offs_t < t_limit, other=float("inf"))
-            inv_l = 1.0 / tl.load(sum_ptr + rows, mask=offs_t < t_limit, other=1.0)
+            inv_l = m
+            if HAS_SUM:
+                inv_l = 1.0 / tl.load(sum_ptr + rows, mask=offs_t < t_limit, other=1.0)
             scale_log2 = scale * LOG2_E
             whole_start, whole_end, cut_start, num_lead, num_cut = _key_range(
                 t_start, t_end, offset, doc_start_ptr, BLOCK_T, BLOCK_S, HAS_DOCS)  # fmt: skip
@@ -297,13 +306,13 @@ def _attention_bwd_dq_kernel(
                 dq = _dq_step(
                     dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt,
                     s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_S, BLOCK_D, False, HAS_DOCS,
-                    HAS_DROPOUT, PRECISION)  # fmt: skip
+                    HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
             for i in range(num_cut):
                 s = tl.where(i < num_lead, cut_start + i * BLOCK_S, whole_end + (i - num_lead) * BLOCK_S)
                 dq = _dq_step(
                     dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt,
                     s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_S, BLOCK_D, True, HAS_DOCS,
-                    HAS_DROPOUT, PRECISION)  # fmt: skip
+                    HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
         dq_ptr += b * stride_dqb + h * stride_dqh
         _store_tile(dq_ptr, dq * scale, t_start, stride_dqt, T, D, BLOCK_T, BLOCK_D)
 
@@ -314,7 +323,7 @@ def _dkdv_step(
     stride_dot,
     limit, offset, scale_log2, threshold, keep_scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr, HAS_DOCS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk += dS^T Q / scale and dv += (P o Z)^T dO (1 - p) over the queries t .. t + BLOCK_T."""
     offs_t = t + tl.arange(0, BLOCK_T)
@@ -323,14 +332,14 @@ def _dkdv_step(
     if IS_CUT:
         # Past the last row exp2(x - inf) is 0.
         m = tl.load(max_ptr + offs_t, mask=offs_t < limit, other=float("inf"))
-        l = tl.load(sum_ptr + offs_t, mask=offs_t < limit, other=1.0)
         delta = tl.load(delta_ptr + offs_t, mask=offs_t < limit, other=0.0)
     else:
         m = tl.load(max_ptr + offs_t)
-        l = tl.load(sum_ptr + offs_t)
         delta = tl.load(delta_ptr + offs_t)
     x_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_S, BLOCK_T)
-    p_t = tl.exp2(x_t * scale_log2 - m[None, :]) * (1.0 / l)[None, :]
+    p_t = tl.exp2(x_t * scale_log2 - m[None, :])
+    if HAS_SUM:
+        p_t = p_t * (1.0 / tl.load(sum_ptr + offs_t, mask=offs_t < limit, other=1.0))[None, :]
     if IS_CUT:
         doc_start = offs_t
         if HAS_DOCS:
@@ -356,7 +365,7 @@ def _attention_bwd_dkdv_kernel(
     stride_dob, stride_doh, stride_dot, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
     H, T, S, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one head: its rows of dK and dV."""
     num_heads = tl.num_programs(0) // tl.cdiv(S, BLOCK_S)
@@ -393,13 +402,13 @@ def _attention_bwd_dkdv_kernel(
                 dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, offs_s,
                 stride_qt,
                 stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_D, True, HAS_DOCS,
-                HAS_DROPOUT, PRECISION)  # fmt: skip
+                HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
         for t in range(whole_start, whole_end, BLOCK_T):
             dk, dv = _dkdv_step(
                 dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, offs_s,
                 stride_qt,
                 stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_D, False, HAS_DOCS,
-                HAS_DROPOUT, PRECISION)  # fmt: skip
+                HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
     dk_ptr += b * stride_dkb + h * stride_dkh
     dv_ptr += b * stride_dvb + h * stride_dvh
     _store_tile(dk_ptr, dk * scale, s_start, stride_dkt, S, D, BLOCK_S, BLOCK_D)
@@ -462,7 +471,10 @@ class Masking(NamedTuple):
 def attention_forward(
     q: Heads, k: Heads, v: Heads, out: Heads, row_max: Tensor, row_sum: Tensor, masking: Masking, scale: float
 ) -> None:
-    """Write O into `out`, and each row's m and l into `row_max` and `row_sum` (B, H, T)."""
+    """Write O into `out`, and each row's m and l into `row_max` and `row_sum` (B, H, T).
+
+    For inputs of 16 bits that is m + log2 l in `row_max`, and `row_sum` is not touched.
+    """
     B, H, T, D = q.shape
     if B * H * T == 0:
         return
@@ -593,6 +605,7 @@ def _flags(masking: Masking, x: Tensor) -> dict[str, Any]:
         "HAS_LENGTHS": masking.lengths is not None,
         "HAS_DOCS": masking.doc_start is not None,
         "HAS_DROPOUT": masking.seed is not None,
+        "HAS_SUM": x.dtype == torch.float32,
         "PRECISION": _precision(x),
         **launch.OPTIONS,
     }
@@ -628,8 +641,12 @@ def _new_heads(x: Tensor) -> Tensor:
 
 
 def _new_output(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows = q.shape[:3]
-    return _new_heads(q), q.new_empty(rows, dtype=torch.float32), q.new_empty(rows, dtype=torch.float32)
+    return _new_heads(q), *_new_stats(q, q.shape[:3])
+
+
+def _new_stats(q: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    row_sum = q.new_empty(rows if q.dtype == torch.float32 else (0,), dtype=torch.float32)
+    return q.new_empty(rows, dtype=torch.float32), row_sum
 
 
 def _new_gradients(q: Tensor, k: Tensor, need_dq: bool, need_dkdv: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -640,8 +657,7 @@ def _new_gradients(q: Tensor, k: Tensor, need_dq: bool, need_dkdv: bool) -> tupl
 
 def _new_packed_output(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     B, T, width = qkv.shape
-    row_max, row_sum = (qkv.new_empty((B, num_heads, T), dtype=torch.float32) for _ in range(2))
-    return qkv.new_empty((B, T, width // 3)), row_max, row_sum
+    return qkv.new_empty((B, T, width // 3)), *_new_stats(qkv, (B, num_heads, T))
 
 
 @torch.library.impl("fastgpt2::attention", "default")

@@ -198,7 +198,8 @@ def _use_triton(q: Tensor, k: Tensor, v: Tensor, head_size: int, backend: str) -
 
 
 def _lse(row_max: Tensor, row_sum: Tensor) -> Tensor:
-    return math.log(2) * row_max + row_sum.log()
+    lse = math.log(2) * row_max
+    return lse + row_sum.log() if row_sum.numel() else lse
 
 
 def _autocast(x: Tensor) -> Tensor:
