@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import GPT2Config
+from fastgpt2.files import STAGE_PREFIX
 from fastgpt2.model import GPT2
 
 # The name of the small model that is shipped inside the package.
@@ -531,7 +532,7 @@ def _staged(path: str | PathLike[str]) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: a checkpoint is a folder, and this is a file; name another")
     folder.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    stage = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=folder))
     try:
         yield stage
         files = sorted(stage.iterdir())

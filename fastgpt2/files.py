@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
+
+# How the name of a folder begins in which a checkpoint's files are written before they take their places.
+STAGE_PREFIX = ".saving-"
 
 
 @contextlib.contextmanager
@@ -43,10 +47,14 @@ def link_file(path: Path, link: Path) -> None:
     _sync_folder(link.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes were writing into `folder`."""
-    for path in folder.glob(".*.tmp*"):
-        path.unlink()
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes were writing into `folder` (of the file called `name` only, where one is given)."""
+    leftover = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.tmp\d+")
+    for path in folder.iterdir():
+        if leftover.fullmatch(path.name):
+            path.unlink()
+        elif name is None and path.name.startswith(STAGE_PREFIX):
+            shutil.rmtree(path)
 
 
 def _temporary(path: Path) -> Path:

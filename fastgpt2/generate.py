@@ -430,6 +430,8 @@ class _Engine:
     def _finish_text(self, row: _Row, is_stop: bool) -> None:
         if row.text is not None:
             row.text.finish()
+            if row.text.stopped:  # in text that was held back until now
+                row.sample.finish_reason = "stop"
             row.sample.text = row.text.text
         elif self.model.tokenizer is not None:
             ids = row.sample.token_ids

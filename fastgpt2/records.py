@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastgpt2.files import atomic_file
+from fastgpt2.files import atomic_file, remove_leftovers
 from fastgpt2.generate import Sample
 
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".fasta")
@@ -316,6 +316,7 @@ class Output:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the life of this object)
         try:
             _lock(self._file, path)
+            remove_leftovers(path.parent, self._settings_path.name)
             size = os.path.getsize(path)
             if resume and size:
                 self._check_settings(settings)

@@ -23,6 +23,7 @@ LAYERS = {
     "fastgpt2": 4, "fastgpt2.integrations": 4, "fastgpt2.records": 4,
     "fastgpt2.train": 5,
     "fastgpt2.cli": 6,
+    "fastgpt2.__main__": 7,
 }  # fmt: skip
 PACKAGES = [*sorted((ROOT / "fastgpt2").rglob("*.py")), *sorted((ROOT / "kernels/fastgpt2_kernels").rglob("*.py"))]
 LAZY = ("triton", "transformers", "tokenizers", "safetensors", "tqdm", "huggingface_hub")

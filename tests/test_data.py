@@ -213,9 +213,16 @@ def test_atomic_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     link_file(path, tmp_path / "link")
-    (tmp_path / ".g.tmp123").write_bytes(b"left by a killed process")
+    for name in (".g.tmp123", ".h.tmp123"):
+        (tmp_path / name).write_bytes(b"left by a killed process")
+    (tmp_path / ".saving-abc").mkdir()
+    (tmp_path / ".saving-abc" / "config.json").touch()
+    (tmp_path / ".mine.tmpl").write_bytes(b"of somebody else")
+    remove_leftovers(tmp_path, "g")
+    assert {p.name for p in tmp_path.iterdir()} == {"f", "link", ".h.tmp123", ".saving-abc", ".mine.tmpl"}
     remove_leftovers(tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"f": b"new", "link": b"new"}
+    assert {p.name for p in tmp_path.iterdir()} == {"f", "link", ".mine.tmpl"}
+    assert path.read_bytes() == (tmp_path / "link").read_bytes() == b"new"
 
 
 def test_meta_is_written_last(tmp_path: Path, monkeypatch) -> None:

@@ -38,27 +38,34 @@ class ByteTokenizer:
         return bytes(ids).decode(errors="replace")
 
 
-def step_by_step(
-    model: GPT2, prompt: list[int], config: SamplingConfig, prompt_id: int, sample_index: int
-) -> list[int]:
-    """The loop every introduction has: whole forward, choose, append. No cache, no batch."""
-    ids = list(prompt)
-    stop = config.stop_token_ids or ()
-    for position in range(config.max_new_tokens):
-        if len(ids) > model.config.context_length:
-            break
+def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig) -> int:
+    """`got` is what the loop of every introduction gives: whole forward, choose, append. No cache, no batch.
+
+    Returns at how many tokens rounding decides: the loop's logits, moved by a few roundings, give either token there
+    (two logits or probabilities that nearly tie). Any other difference fails.
+    """
+    ids, stop, ties = list(got.prompt_ids), config.stop_token_ids or (), 0
+    for position, token in enumerate(got.token_ids):
+        assert position < config.max_new_tokens
+        assert len(ids) <= model.config.context_length
+        assert position == 0 or ids[-1] not in stop
         with torch.no_grad():
             logits = model(torch.tensor([ids]))[:, -1]
         seen = torch.zeros(1, V, dtype=torch.bool)
         seen[0, ids] = True
-        uniform = uniforms(config.seed, [prompt_id], [sample_index], [position])
-        ids.append(int(sample(logits, config, uniform, seen)))
-        if ids[-1] in stop:
-            break
-    return ids[len(prompt) :]
+        uniform = uniforms(config.seed, [got.prompt_index], [got.sample_index], [position])
+        if int(sample(logits, config, uniform, seen)) != token:
+            moved = logits + 1e-5 * logits.abs().max() * (2 * torch.rand(200, V) - 1)
+            assert token in sample(moved, config, uniform.expand(200), seen.expand(200, V)).tolist()
+            ties += 1
+        ids.append(token)
+    ended = ids[-1] in stop or len(got.token_ids) == config.max_new_tokens or len(ids) > model.config.context_length
+    assert ended
+    return ties
 
 
-def test_greedy_equals_transformers_on_ragged_batches(seed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_greedy_equals_transformers_on_ragged_batches(seed, dtype):
     transformers = pytest.importorskip("transformers")
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -66,22 +73,31 @@ def test_greedy_equals_transformers_on_ragged_batches(seed):
         vocab_size=V, n_positions=110, n_embd=48, n_layer=2, n_head=3, initializer_range=0.3, eos_token_id=5,
         bos_token_id=None,
     )  # fmt: skip
-    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs = transformers.GPT2LMHeadModel(config).eval().to(dtype)
     from fastgpt2.integrations.transformers import accelerate
 
     ours = accelerate(theirs)
+    ties = 0
     for got in ours.generate(random_prompts(rng, 12), temperature=0, max_new_tokens=64, batch_size=5):
         ids = torch.tensor([got.prompt_ids])
-        expected = theirs.generate(
+        generated = theirs.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=5
         )
-        assert got.token_ids == expected[0, ids.shape[1] :].tolist()
+        expected = generated[0, ids.shape[1] :].tolist()
+        if got.token_ids != expected:
+            # The only excuse is a tie: where they part, their own logits of the two tokens are equal to rounding.
+            pairs = zip(got.token_ids, expected, strict=False)
+            at, mine, other = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
+            logits = theirs(generated[:, : ids.shape[1] + at]).logits[0, -1]
+            assert float(logits[other] - logits[mine]) <= 8 * torch.finfo(dtype).eps * float(logits.abs().max())
+            ties += 1
+    assert ties <= 1
 
 
 def test_alone_in_any_batch_and_step_by_step_are_one(seed):
     """At least 200 random cases: greedy and sampled, filters crossed, any batch size, any number of samples."""
     rng = random.Random(seed)
-    cases = 0
+    cases = ties = 0
     for trial in itertools.count():
         if cases >= 200:
             break
@@ -106,14 +122,12 @@ def test_alone_in_any_batch_and_step_by_step_are_one(seed):
         # Bitwise, probabilities too: a row is computed in the same way whatever is around it.
         assert batched == other
         for got in batched:
-            expected = step_by_step(
-                model, prompts[got.prompt_index], SamplingConfig(**options), got.prompt_index, got.sample_index
-            )
-            assert got.token_ids == expected
+            ties += assert_step_by_step(model, got, SamplingConfig(**options))
             cases += 1
         alone = model.generate([prompts[-1]], sample_ids=[len(prompts) - 1], **options)[0]
         same = batched[(len(prompts) - 1) * num_samples]
         assert (alone.token_ids, alone.logprobs) == (same.token_ids, same.logprobs)
+    assert ties <= 3
 
 
 def test_order_and_skip_change_nothing(seed):
@@ -165,15 +179,16 @@ def test_a_full_context_ends_a_row_and_harms_no_other(seed):
 
 
 def test_stop_tokens(seed):
-    model = tiny_model(seed, eos_token_id=(3, 4))
+    model = tiny_model(seed)
     prompts = random_prompts(random.Random(seed), 8)
+    unstopped = model.generate(prompts, max_new_tokens=60, stop_token_ids=())
+    stop = {sample.token_ids[9] for sample in unstopped[:2]}
+    model.config = model.config.replace(eos_token_id=tuple(stop))
     samples = model.generate(prompts, max_new_tokens=60)
     assert any(s.finish_reason == "stop" for s in samples)
-    for got in samples:
-        assert not {3, 4} & set(got.token_ids[:-1])
-        assert (got.finish_reason == "stop") == (got.token_ids[-1] in (3, 4))
-    unstopped = model.generate(prompts, max_new_tokens=60, stop_token_ids=())
     for got, free in zip(samples, unstopped, strict=True):
+        assert not stop & set(got.token_ids[:-1])
+        assert (got.finish_reason == "stop") == (got.token_ids[-1] in stop)
         assert free.token_ids[: len(got.token_ids)] == got.token_ids
 
 
@@ -206,6 +221,7 @@ def scripted(text: str) -> GPT2:
         ("hello END more", ("ND m", "END"), "hello ", 9),
         ("aaab", ("ab",), "aa", 4),
         ("grüße — 日本語!", ("語",), "grüße — 日本", len("grüße — 日本語".encode())),
+        ("held back \ufffd", ("k \ufffd",), "held bac", 13),  # found only when no more tokens come
         ("nothing here", ("zebra", "herez"), "nothing here", 12),
     ],
 )

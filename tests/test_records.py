@@ -152,6 +152,14 @@ def test_resume_as_another_run_is_refused(tmp_path, seed):
     assert path.read_bytes() == before
 
 
+def test_settings_that_a_killed_run_was_writing_are_cleared_away(tmp_path):
+    for name in (".out.txt.run.json.tmp12", ".other.txt.run.json.tmp12"):
+        (tmp_path / name).write_text("{")
+    with Output(tmp_path / "out.txt", Text(), SETTINGS):
+        pass
+    assert {path.name for path in tmp_path.glob(".*")} == {".other.txt.run.json.tmp12"}
+
+
 def test_resume_of_nothing_begins(tmp_path):
     with Output(tmp_path / "out.txt", Text(), SETTINGS, resume=True) as output:
         assert not output.done

@@ -95,8 +95,7 @@ def assert_same_outcome(out: Path, expected: tuple[Any, dict[str, torch.Tensor],
     assert metrics == expected[0]
     assert all(torch.equal(weights[name], value) for name, value in expected[1].items())
     assert exported == expected[2]
-    leftovers = [p for p in out.rglob(".*") if ".tmp" in p.name]
-    assert leftovers == []
+    assert list(out.rglob(".*")) == [], "left over from a killed run"
 
 
 def test_killed_at_random_moments(text: Path, tmp_path: Path, seed: int) -> None:
@@ -146,6 +145,7 @@ def test_sigterm_writes_a_checkpoint_and_ends(text: Path, tmp_path: Path) -> Non
         time.sleep(0.005)
     process.terminate()
     process.join()
-    assert process.exitcode in (128 + signal.SIGTERM, 0)  # 0: it was quicker than the signal
+    # Otherwise it was quicker than the signal, which then found it finished or on its way out.
+    assert process.exitcode == 128 + signal.SIGTERM or (out / "model.safetensors").exists()
     finish(text, out)
     assert_same_outcome(out, outcome(tmp_path / "whole"))

@@ -6,13 +6,21 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 # Each command is a module of this package with `HELP`, `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = ("generate", "train", "info", "convert")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line too, like all others; the usage is for `--help`."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastgpt2: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastgpt2", description="A Triton-accelerated GPT-2 for PyTorch.")
+    parser = _Parser(prog="fastgpt2", description="A Triton-accelerated GPT-2 for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name in COMMANDS:
         module = importlib.import_module(f"fastgpt2.cli.{name}")
