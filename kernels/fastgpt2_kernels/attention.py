@@ -7,7 +7,8 @@ For a head's queries Q (T, D), keys K and values V (S, D), S >= T, query t sitti
     dQ = scale dS K       dK = scale dS^T Q
 
 with Z = keep / (1 - p) the dropout mask, drawn anew wherever it is needed from Philox (Salmon et al. 2011) with the
-key `seed` and the counter (s, t, b H + h, offset): the same whatever the tiles. Exponentials are base 2, with scale and
+key `seed` and the counter (s // 8, t, b H + h, offset): the same whatever the tiles. Exponentials are base 2,
+with scale and
 log2(e) folded into one factor (so scale > 0). Saved for backward are the inputs, O and of every row, (B, H, T) in
 float32, lse / ln 2 for inputs of 16 bits. For float32 that would have P = exp(x - lse) lose what rounding takes from a
 large lse: there it is the maximum m of x log2(e) and, apart, the sum l of 2^(x log2(e) - m).
@@ -35,6 +36,7 @@ from torch import Tensor
 from fastgpt2_kernels import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every statistical test (Salmon et al. 2011, table 2)
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
@@ -78,13 +80,21 @@ def _store_tile(
 
 
 @triton.jit
-def _keep_mask(seed_ptr, bh, offs_t, offs_s, threshold):
-    """Which weights dropout keeps; `offs_t` and `offs_s` broadcast to the tile. threshold: p in units of 2^-31."""
-    zero = (offs_t + offs_s) * 0
-    bits, _, _, _ = tl.philox(
-        tl.load(seed_ptr), zero + offs_s, zero + offs_t, zero + bh, zero + tl.load(seed_ptr + 1).to(tl.int32)
+def _keep_mask(seed_ptr, bh, t_start, s_start, threshold, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Which weights of a tile dropout keeps, (BLOCK_T, BLOCK_S); threshold: p in units of 2^-16.
+
+    One call of Philox gives 128 bits, 16 for each of 8 neighbouring keys; calls are what dropout costs.
+    """
+    offs_t = (t_start + tl.arange(0, BLOCK_T))[:, None]
+    offs_g = (s_start // 8 + tl.arange(0, BLOCK_S // 8))[None, :]
+    zero = (offs_t + offs_g) * 0
+    counter = tl.load(seed_ptr + 1).to(tl.int32)
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(seed_ptr), zero + offs_g, zero + offs_t, zero + bh, zero + counter, n_rounds=PHILOX_ROUNDS
     )
-    return (bits >> 1).to(tl.int32) >= threshold
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (..., 2, 2), the words in their order
+    keep = tl.join(words & 0xFFFF, words >> 16).to(tl.int32) >= threshold
+    return tl.reshape(keep, (BLOCK_T, BLOCK_S))
 
 
 @triton.jit
@@ -136,10 +146,10 @@ def _allowed(offs_t, offs_s, offset, doc_start, HAS_DOCS: tl.constexpr):
 
 @triton.jit
 def _online_softmax_step(
-    acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt, limit, offset, doc_start,
+    acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt, stride_vt, limit, offset, doc_start,
     scale_log2, threshold,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr, HAS_DOCS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take the keys s .. s + BLOCK_S into the running maximum m, sum l and output acc (before division by l)."""
     offs_s = s + tl.arange(0, BLOCK_S)
@@ -156,7 +166,7 @@ def _online_softmax_step(
     alpha = tl.exp2(m - m_used)
     l = l * alpha + tl.sum(p, 1)
     if HAS_DROPOUT:
-        p = tl.where(_keep_mask(seed_ptr, bh, offs_t[:, None], offs_s[None, :], threshold), p, 0.0)
+        p = tl.where(_keep_mask(seed_ptr, bh, t_start, s, threshold, BLOCK_T, BLOCK_S), p, 0.0)
     acc = acc * alpha[:, None]
     v = _load_tile(v_ptr, b, h, s, stride_vt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, USE_TMA)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -203,14 +213,16 @@ def _attention_fwd_kernel(
             t_start, t_end, offset, doc_start_ptr, BLOCK_T, BLOCK_S, HAS_DOCS)  # fmt: skip
         for s in range(whole_start, whole_end, BLOCK_S):
             acc, m, l = _online_softmax_step(
-                acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt, s_limit, offset,
-                doc_start, scale_log2, threshold, D, BLOCK_S, BLOCK_D, False, HAS_DOCS, HAS_DROPOUT, USE_TMA,
+                acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt, stride_vt, s_limit,
+                offset,
+                doc_start, scale_log2, threshold, D, BLOCK_T, BLOCK_S, BLOCK_D, False, HAS_DOCS, HAS_DROPOUT, USE_TMA,
                 PRECISION)  # fmt: skip
         for i in range(num_cut):
             s = tl.where(i < num_lead, cut_start + i * BLOCK_S, whole_end + (i - num_lead) * BLOCK_S)
             acc, m, l = _online_softmax_step(
-                acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt, s_limit, offset,
-                doc_start, scale_log2, threshold, D, BLOCK_S, BLOCK_D, True, HAS_DOCS, HAS_DROPOUT, USE_TMA,
+                acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt, stride_vt, s_limit,
+                offset,
+                doc_start, scale_log2, threshold, D, BLOCK_T, BLOCK_S, BLOCK_D, True, HAS_DOCS, HAS_DROPOUT, USE_TMA,
                 PRECISION)  # fmt: skip
     is_valid = offs_t < t_limit
     l_used = tl.where(is_valid, l, 1.0)
@@ -229,10 +241,11 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt, limit, offset,
+    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt, stride_vt, limit,
+    offset,
     doc_start, scale_log2, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr, HAS_DOCS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq += dS K / scale over the keys s .. s + BLOCK_S."""
     offs_s = s + tl.arange(0, BLOCK_S)
@@ -246,7 +259,7 @@ def _dq_step(
         p = tl.where(_allowed(offs_t[:, None], offs_s[None, :], offset, doc_start[:, None], HAS_DOCS), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
-        keep = _keep_mask(seed_ptr, bh, offs_t[:, None], offs_s[None, :], threshold)
+        keep = _keep_mask(seed_ptr, bh, t_start, s, threshold, BLOCK_T, BLOCK_S)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -304,14 +317,18 @@ def _attention_bwd_dq_kernel(
                 t_start, t_end, offset, doc_start_ptr, BLOCK_T, BLOCK_S, HAS_DOCS)  # fmt: skip
             for s in range(whole_start, whole_end, BLOCK_S):
                 dq = _dq_step(
-                    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt,
-                    s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_S, BLOCK_D, False, HAS_DOCS,
+                    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt,
+                    stride_vt,
+                    s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_S, BLOCK_D,
+                    False, HAS_DOCS,
                     HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
             for i in range(num_cut):
                 s = tl.where(i < num_lead, cut_start + i * BLOCK_S, whole_end + (i - num_lead) * BLOCK_S)
                 dq = _dq_step(
-                    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, offs_t, stride_kt, stride_vt,
-                    s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_S, BLOCK_D, True, HAS_DOCS,
+                    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt,
+                    stride_vt,
+                    s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_S, BLOCK_D, True,
+                    HAS_DOCS,
                     HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
         dq_ptr += b * stride_dqb + h * stride_dqh
         _store_tile(dq_ptr, dq * scale, t_start, stride_dqt, T, D, BLOCK_T, BLOCK_D)
@@ -319,11 +336,12 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, offs_s, stride_qt,
+    dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, s_start, offs_s,
+    stride_qt,
     stride_dot,
     limit, offset, scale_log2, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr, HAS_DOCS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk += dS^T Q / scale and dv += (P o Z)^T dO (1 - p) over the queries t .. t + BLOCK_T."""
     offs_t = t + tl.arange(0, BLOCK_T)
@@ -348,7 +366,7 @@ def _dkdv_step(
     dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     kept_t = p_t
     if HAS_DROPOUT:
-        keep = _keep_mask(seed_ptr, bh, offs_t[None, :], offs_s[:, None], threshold)
+        keep = tl.trans(_keep_mask(seed_ptr, bh, t, s_start, threshold, BLOCK_T, BLOCK_S))
         kept_t = tl.where(keep, p_t, 0.0)
         dp_t = tl.where(keep, dp_t * keep_scale, 0.0)
     dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -399,15 +417,19 @@ def _attention_bwd_dkdv_kernel(
         for i in range(num_cut):
             t = tl.where(i < num_lead, cut_start + i * BLOCK_T, whole_end + (i - num_lead) * BLOCK_T)
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, offs_s,
+                dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t,
+                s_start, offs_s,
                 stride_qt,
-                stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_D, True, HAS_DOCS,
+                stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_S, BLOCK_D, True,
+                HAS_DOCS,
                 HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
         for t in range(whole_start, whole_end, BLOCK_T):
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, offs_s,
+                dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t,
+                s_start, offs_s,
                 stride_qt,
-                stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_D, False, HAS_DOCS,
+                stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_S, BLOCK_D, False,
+                HAS_DOCS,
                 HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
     dk_ptr += b * stride_dkb + h * stride_dkh
     dv_ptr += b * stride_dvb + h * stride_dvh
@@ -479,7 +501,7 @@ def attention_forward(
     if B * H * T == 0:
         return
     block_d = _block_d(D)
-    row = _row("forward", q.data, block_d)
+    row = _row("forward", q.data, block_d, masking)
     use_tma = row.use_tma and masking.lengths is None and k.fits_descriptor() and v.fits_descriptor()
     _attention_fwd_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
         q.data,
@@ -514,7 +536,7 @@ def attention_backward(
     flags = _flags(masking, q.data)
     delta = torch.empty_like(row_max)
     if B * H * T:
-        row = _row("dq", q.data, block_d)
+        row = _row("dq", q.data, block_d, masking)
         _attention_bwd_dq_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
             q.data,
             k.data,
@@ -541,7 +563,7 @@ def attention_backward(
         )
     if dkdv is not None and B * H * S:
         dk, dv = dkdv
-        row = _row("dkdv", q.data, block_d)
+        row = _row("dkdv", q.data, block_d, masking)
         lengths, doc_start, seed = pointers
         _attention_bwd_dkdv_kernel[(triton.cdiv(S, row.block_s) * B * H,)](
             q.data,
@@ -580,9 +602,15 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def _row(kernel: str, x: Tensor, block_d: int) -> launch.AttentionRow:
-    kind = "half" if x.element_size() == 2 else _precision(x)
-    return launch.attention_row(kernel, launch.architecture(x.device), kind, block_d)
+def _row(kernel: str, x: Tensor, block_d: int, masking: Masking) -> launch.AttentionRow:
+    return launch.attention_row(
+        kernel,
+        launch.architecture(x.device),
+        "half" if x.element_size() == 2 else _precision(x),
+        block_d,
+        has_dropout=masking.seed is not None,
+        has_documents=masking.doc_start is not None,
+    )
 
 
 def _mask_pointers(masking: Masking, unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -597,7 +625,7 @@ def _mask_pointers(masking: Masking, unread: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _scalars(q: Heads, k: Heads, masking: Masking, scale: float) -> tuple[Any, ...]:
     p = masking.dropout_p
-    return q.shape[1], q.shape[2], k.shape[2], scale, round(p * 2**31), 1.0 / (1.0 - p)
+    return q.shape[1], q.shape[2], k.shape[2], scale, round(p * 2**16), 1.0 / (1.0 - p)
 
 
 def _flags(masking: Masking, x: Tensor) -> dict[str, Any]:

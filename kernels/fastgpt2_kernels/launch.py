@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ def cross_entropy_row(vocab_size: int) -> CrossEntropyRow:
 
 
 class AttentionRow(NamedTuple):
-    """block_t, block_s: queries and keys of a tile."""
+    """block_t, block_s: queries and keys of a tile. use_tma: load the tiles walked over by the memory accelerator."""
 
     block_t: int
     block_s: int
@@ -52,16 +53,54 @@ class AttentionRow(NamedTuple):
         }  # fmt: skip
 
 
-_ATTENTION: dict[tuple[str, str, str, int], AttentionRow] = {}
+# By what is multiplied ("half" 16 bits, "tf32", "ieee" float32) and the largest padded head size: forward, dq, dkdv.
+# Registers decide nearly everywhere: a tile's accumulators have to fit beside its scores without spilling.
+# - half, 64: 32 rows a warp in the forward keep the exponentials and the tensor cores equally busy, two programs on a
+#   multiprocessor; pointers in place of descriptors cost a third more instructions. In the backward two score tiles
+#   and one or two accumulators of 64 x 64 over 4 warps are what fits.
+# - half, wider heads: the walked tile shrinks as the accumulators grow.
+# - dropout: drawing the mask takes the registers of half a tile of scores.
+# - ieee: these products run outside the tensor cores, unrolled; more warps mean fewer registers each.
+_ATTENTION: dict[tuple[str, int], tuple[AttentionRow, AttentionRow, AttentionRow]] = {
+    ("half", 64): (AttentionRow(128, 64, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(64, 64, 4, 2)),
+    ("half", 128): (AttentionRow(128, 32, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(32, 64, 4, 2)),
+    ("half", 256): (AttentionRow(64, 32, 4, 2, True), AttentionRow(32, 32, 4, 2), AttentionRow(32, 32, 8, 2)),
+    ("half dropout", 64): (AttentionRow(128, 32, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(64, 64, 4, 2)),
+    ("tf32", 64): (AttentionRow(64, 32, 4, 2), AttentionRow(64, 32, 4, 2), AttentionRow(32, 64, 4, 2)),
+    ("tf32", 128): (AttentionRow(32, 32, 4, 1), AttentionRow(32, 32, 4, 1), AttentionRow(32, 32, 4, 1)),
+    ("tf32", 256): (AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 8, 1)),
+    ("ieee", 32): (AttentionRow(32, 32, 4, 1), AttentionRow(32, 32, 4, 1), AttentionRow(32, 32, 4, 1)),
+    ("ieee", 64): (AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 4, 1)),
+    ("ieee", 128): (AttentionRow(32, 32, 8, 1), AttentionRow(16, 16, 8, 1), AttentionRow(32, 32, 8, 1)),
+}
+# Where the row above would spill on an architecture.
+_ATTENTION_ON: dict[tuple[str, str, int, str], AttentionRow] = {
+    ("sm_80", "half", 128, "forward"): AttentionRow(128, 64, 8, 2),
+    ("sm_80", "half dropout", 64, "dkdv"): AttentionRow(64, 32, 4, 2),
+    ("sm_80", "ieee", 64, "dkdv"): AttentionRow(32, 32, 8, 1),
+    ("sm_80", "ieee", 128, "dkdv"): AttentionRow(16, 16, 8, 1),
+    ("gfx942", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 1),
+    ("gfx942", "half", 256, "dkdv"): AttentionRow(16, 32, 4, 1),
+    ("gfx942", "half dropout", 64, "dkdv"): AttentionRow(32, 64, 4, 1),
+}
+_KERNELS = ("forward", "dq", "dkdv")
 
 
-def attention_row(kernel: str, arch: str, kind: str, block_d: int) -> AttentionRow:
+def attention_row(
+    kernel: str, arch: str, kind: str, block_d: int, *, has_dropout: bool = False, has_documents: bool = False
+) -> AttentionRow:
     """kernel "forward", "dq" or "dkdv"; kind "half", "tf32" or "ieee"; block_d: head size, a power of two from 16."""
-    if kind == "half":
-        if kernel == "forward":
-            return AttentionRow(128, 64, 4, 2 if arch != "sm_80" else 3, arch in ("sm_90", "sm_100"))
-        return AttentionRow(64, 64, 4, 2)
-    return AttentionRow(32, 32, 4, 1)
+    # Documents take as much on Blackwell, whose scores and accumulators come to the registers from a memory of theirs.
+    if kind == "half" and block_d <= 64 and (has_dropout or (has_documents and arch == "sm_100")):
+        kind = "half dropout"
+    widest = next(width for known, width in _ATTENTION if known == kind and block_d <= width)
+    row = _ATTENTION_ON.get((arch, kind, widest, kernel)) or _ATTENTION[kind, widest][_KERNELS.index(kernel)]
+    return row if arch in ("sm_90", "sm_100") else row._replace(use_tma=False)
+
+
+def attention_rows() -> Iterator[tuple[str, str, int]]:
+    """(kernel, kind, widest padded head size) of every row."""
+    yield from ((kernel, kind, width) for kind, width in _ATTENTION for kernel in _KERNELS)
 
 
 @functools.cache

@@ -63,22 +63,24 @@ def _scores(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None, upca
 
 
 def dropout_keep(seed: Tensor, B: int, H: int, T: int, S: int, dropout_p: float) -> Tensor:
-    """The weights (B, H, T, S) bool that attention dropout keeps: Philox 4x32-10 (Salmon et al. 2011).
+    """The weights (B, H, T, S) bool that attention dropout keeps: Philox 4x32-7 (Salmon et al. 2011).
 
-    The first word for the key seed[0] and the counter (s, t, b H + h, seed[1]); `seed` (2,) int64.
+    The key is seed[0], the counter (s // 8, t, b H + h, seed[1]), `seed` (2,) int64. Of the 8 halves of the result's
+    4 words, lower half first, the (s % 8)-th is compared with dropout_p in units of 2^-16.
     """
     word = 0xFFFFFFFF
     key, offset = (int(n) for n in seed.tolist())
     k0, k1 = key & word, key >> 32 & word
-    s, t, bh = (torch.arange(n, dtype=torch.int64, device=seed.device) for n in (S, T, B * H))
-    c0, c1, c2 = torch.broadcast_tensors(s, t[:, None], bh[:, None, None])
+    g, t, bh = (torch.arange(n, dtype=torch.int64, device=seed.device) for n in (-(-S // 8), T, B * H))
+    c0, c1, c2 = torch.broadcast_tensors(g, t[:, None], bh[:, None, None])
     c3 = torch.full_like(c0, offset & word)
-    for _ in range(10):
+    for _ in range(7):
         low0, high0 = _multiply_words(0xD2511F53, c0)
         low2, high2 = _multiply_words(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    return (c0 >> 1 >= round(dropout_p * 2**31)).view(B, H, T, S)
+    halves = torch.stack([half for c in (c0, c1, c2, c3) for half in (c & 0xFFFF, c >> 16)], -1)
+    return (halves.flatten(-2)[..., :S] >= round(dropout_p * 2**16)).view(B, H, T, S)
 
 
 def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

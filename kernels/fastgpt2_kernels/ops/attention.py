@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from fastgpt2_kernels import torch_backend
-from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
+from fastgpt2_kernels.ops.backend import check_same, describe, is_float32_exact, use_triton
 from fastgpt2_kernels.torch_backend import RowPlan
 
 MAX_HEAD_SIZE = 256
+# Float32 products outside the tensor cores would spill beyond this; PyTorch's operator does not.
+MAX_FLOAT32_HEAD_SIZE = 128
 MAX_ROW_STRIDE = 2**23  # offsets within a tile of up to 256 rows are 32-bit
 
 
@@ -187,6 +189,11 @@ def _use_triton(q: Tensor, k: Tensor, v: Tensor, head_size: int, backend: str) -
         reason = f"it takes float32, bfloat16 and float16; got {q.dtype}"
     elif head_size > MAX_HEAD_SIZE:
         reason = f"it takes head sizes up to {MAX_HEAD_SIZE}; got {head_size}"
+    elif head_size > MAX_FLOAT32_HEAD_SIZE and q.dtype == torch.float32 and is_float32_exact():
+        reason = (
+            f"it takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, beyond that in tf32; got {head_size}: "
+            "torch.set_float32_matmul_precision('high') allows it"
+        )
     elif head_size > 1 and any(x.stride(-1) != 1 for x in (q, k, v)):
         got = ", ".join(str(x.stride(-1)) for x in (q, k, v))
         reason = f"the last dimension must have stride 1; got {got}: call .contiguous()"

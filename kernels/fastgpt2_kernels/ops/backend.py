@@ -44,6 +44,11 @@ def interpreter_is_on() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def is_float32_exact() -> bool:
+    """Whether products of float32 must not be rounded to tf32, by PyTorch's own switch."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
