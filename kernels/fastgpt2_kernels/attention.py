@@ -16,7 +16,8 @@ large lse: there it is the maximum m of x log2(e) and, apart, the sum l of 2^(x 
 Forward and dQ own a tile of queries and walk over the keys, dK and dV own a tile of keys and walk over the queries:
 nothing is added up across programs, so results are the same bit for bit in every run. Tiles that the mask empties are
 never visited, and only those that it cuts through pay for it: a walk is one loop over whole tiles, then one over the
-cut ones. The longest walks start first, over all heads. The dQ pass comes first, since it makes delta on its way.
+cut ones. The longest walks start first, but only over SECTION heads at a time, whose keys and values the L2 cache holds
+until their last tile is done. The dQ pass comes first, since it makes delta on its way.
 
 Documents laid end to end (`doc_start`, each token's first visible key) cut a walk at the other end too. Rows at and
 past `lengths` are zero in the outputs, and what lies there in the inputs is never read.
@@ -39,7 +40,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every statistical test (Salmon et al. 2011, table 2)
 
 
+SECTION = tl.constexpr(24)
+
+
 # -- pieces -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(num_tiles):
+    """This program's (head of all heads, rank of its tile): rank after rank over the heads of a section."""
+    num_heads = tl.num_programs(0) // num_tiles
+    section = tl.program_id(0) // (SECTION * num_tiles)
+    within = tl.program_id(0) - section * SECTION * num_tiles
+    heads = tl.minimum(SECTION, num_heads - section * SECTION)
+    return section * SECTION + within % heads, within // heads
 
 
 @triton.jit
@@ -184,9 +198,8 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     """One tile of queries of one head: its rows of O, m and l."""
     num_tiles = tl.cdiv(T, BLOCK_T)
-    num_heads = tl.num_programs(0) // num_tiles
-    bh = tl.program_id(0) % num_heads
-    t_start = (num_tiles - 1 - tl.program_id(0) // num_heads) * BLOCK_T  # the longest walks first
+    bh, rank = _place(num_tiles)
+    t_start = (num_tiles - 1 - rank) * BLOCK_T  # the last queries see the most keys
     b, h = bh // H, bh % H
     offset = S - T
     t_limit, s_limit = T, S
@@ -277,9 +290,8 @@ def _attention_bwd_dq_kernel(
 ):  # fmt: skip
     """One tile of queries of one head: its rows of delta and, with HAS_DQ, of dQ."""
     num_tiles = tl.cdiv(T, BLOCK_T)
-    num_heads = tl.num_programs(0) // num_tiles
-    bh = tl.program_id(0) % num_heads
-    t_start = (num_tiles - 1 - tl.program_id(0) // num_heads) * BLOCK_T
+    bh, rank = _place(num_tiles)
+    t_start = (num_tiles - 1 - rank) * BLOCK_T
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     offset = S - T
     t_limit, s_limit = T, S
@@ -386,9 +398,8 @@ def _attention_bwd_dkdv_kernel(
     HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one head: its rows of dK and dV."""
-    num_heads = tl.num_programs(0) // tl.cdiv(S, BLOCK_S)
-    bh = tl.program_id(0) % num_heads
-    s_start = tl.program_id(0) // num_heads * BLOCK_S  # early keys are seen by the most queries
+    bh, rank = _place(tl.cdiv(S, BLOCK_S))
+    s_start = rank * BLOCK_S  # the first keys are seen by the most queries
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     offset = S - T
     t_limit, s_limit = T, S

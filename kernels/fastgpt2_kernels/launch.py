@@ -56,13 +56,13 @@ class AttentionRow(NamedTuple):
 # By what is multiplied ("half" 16 bits, "tf32", "ieee" float32) and the largest padded head size: forward, dq, dkdv.
 # Registers decide nearly everywhere: a tile's accumulators have to fit beside its scores without spilling.
 # - half, 64: 32 rows a warp in the forward keep the exponentials and the tensor cores equally busy, two programs on a
-#   multiprocessor; pointers in place of descriptors cost a third more instructions. In the backward two score tiles
-#   and one or two accumulators of 64 x 64 over 4 warps are what fits.
+#   multiprocessor; pointers in place of descriptors cost a third more instructions. The backward is bound by shared
+#   memory: the owned tile as large as two score tiles and one or two accumulators leave room for.
 # - half, wider heads: the walked tile shrinks as the accumulators grow.
 # - dropout: drawing the mask takes the registers of half a tile of scores.
 # - ieee: these products run outside the tensor cores, unrolled; more warps mean fewer registers each.
 _ATTENTION: dict[tuple[str, int], tuple[AttentionRow, AttentionRow, AttentionRow]] = {
-    ("half", 64): (AttentionRow(128, 64, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(64, 64, 4, 2)),
+    ("half", 64): (AttentionRow(128, 64, 4, 2, True), AttentionRow(128, 64, 4, 2), AttentionRow(32, 128, 4, 2)),
     ("half", 128): (AttentionRow(128, 32, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(32, 64, 4, 2)),
     ("half", 256): (AttentionRow(64, 32, 4, 2, True), AttentionRow(32, 32, 4, 2), AttentionRow(32, 32, 8, 2)),
     ("half dropout", 64): (AttentionRow(128, 32, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(64, 64, 4, 2)),
@@ -73,12 +73,15 @@ _ATTENTION: dict[tuple[str, int], tuple[AttentionRow, AttentionRow, AttentionRow
     ("ieee", 64): (AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 4, 1)),
     ("ieee", 128): (AttentionRow(32, 32, 8, 1), AttentionRow(16, 16, 8, 1), AttentionRow(32, 32, 8, 1)),
 }
-# Where the row above would spill on an architecture.
+# Where the row above would spill in a loop on an architecture.
 _ATTENTION_ON: dict[tuple[str, str, int, str], AttentionRow] = {
+    ("sm_80", "half", 64, "dq"): AttentionRow(128, 32, 4, 2),
+    ("sm_80", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 2),
     ("sm_80", "half", 128, "forward"): AttentionRow(128, 64, 8, 2),
     ("sm_80", "half dropout", 64, "dkdv"): AttentionRow(64, 32, 4, 2),
     ("sm_80", "ieee", 64, "dkdv"): AttentionRow(32, 32, 8, 1),
     ("sm_80", "ieee", 128, "dkdv"): AttentionRow(16, 16, 8, 1),
+    ("gfx942", "half", 64, "dq"): AttentionRow(64, 64, 4, 2),
     ("gfx942", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 1),
     ("gfx942", "half", 256, "dkdv"): AttentionRow(16, 32, 4, 1),
     ("gfx942", "half dropout", 64, "dkdv"): AttentionRow(32, 64, 4, 1),
