@@ -4,7 +4,7 @@ For a row x of V logits with target t, class weights w, smoothing e and z-loss z
 Chowdhery et al. 2022), with lse = log sum_j exp(x_j) and W = sum_j w_j:
 
     loss   = (1 - e) w_t (lse - x_t) + e/V (W lse - sum_j w_j x_j) + z lse^2
-    grad_j = dloss * (softmax(x)_j [(1 - e) w_t + e W / V + 2 z lse] - (1 - e) w_t [j = t] - e/V w_j)
+    grad_j = dloss * ((1 - e) w_t (p_j - [j = t]) + e/V (W p_j - w_j) + 2 z lse p_j),  p = softmax(x)
 
 The log-sum-exp is online (Milakov and Gimelshein 2018), in float32. Saved for backward are the logits and, of each
 row, the maximum and the log-sum-exp above it, from which the gradient takes one more pass. Fused, forward and backward
@@ -64,25 +64,24 @@ def _online_softmax_step(
 
 @triton.jit
 def _gradient_step(
-    x_ptr, grad_ptr, w_ptr, offs, mask, target, m, inv_sum, target_factor, rest_factor, smooth_factor,
-    HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_REST: tl.constexpr,
+    x_ptr, grad_ptr, w_ptr, offs, mask, target, m, inv_sum, weight_sum, target_factor, smooth_factor, z_factor,
+    HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_Z: tl.constexpr,
 ):  # fmt: skip
-    """grad = target_factor (p - [target]) + rest_factor p - smooth_factor w: differences of equals first."""
+    """grad = target_factor (p - [target]) + smooth_factor (W p - w) + z_factor p: differences of equals first."""
     if HAS_MASK:
         x = tl.load(x_ptr + offs, mask=mask, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
     else:
         x = tl.load(x_ptr + offs, eviction_policy="evict_first").to(tl.float32)
     p = tl.exp2((x - m) * LOG2_E) * inv_sum
     grad = target_factor * tl.where(offs == target, p - 1.0, p)
-    if HAS_REST:
-        rest = rest_factor * p
-        if HAS_SMOOTHING:
-            if HAS_WEIGHT:
-                w = tl.load(w_ptr + offs, mask=mask, other=0.0) if HAS_MASK else tl.load(w_ptr + offs)
-                rest -= smooth_factor * w.to(tl.float32)
-            else:
-                rest -= smooth_factor
-        grad += rest
+    if HAS_SMOOTHING:
+        if HAS_WEIGHT:
+            w = (tl.load(w_ptr + offs, mask=mask, other=0.0) if HAS_MASK else tl.load(w_ptr + offs)).to(tl.float32)
+            grad += smooth_factor * (weight_sum * p - w)
+        else:
+            grad += smooth_factor * (weight_sum * p - 1.0)
+    if HAS_Z:
+        grad += z_factor * p
     grad = grad.to(grad_ptr.dtype.element_ty)
     if HAS_MASK:
         tl.store(grad_ptr + offs, grad, mask=mask)
@@ -97,7 +96,7 @@ def _cross_entropy_kernel(
     stride_lb, stride_lt, stride_tb, stride_tt, stride_gb, stride_gt, stride_d,
     ignore_index, smoothing, z_loss,
     SHIFT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_STATS: tl.constexpr,
-    HAS_REST: tl.constexpr, IS_FORWARD: tl.constexpr, HAS_GRAD: tl.constexpr,
+    HAS_Z: tl.constexpr, IS_FORWARD: tl.constexpr, HAS_GRAD: tl.constexpr,
     ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, BLOCK_V: tl.constexpr, MID_V: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss and lse (IS_FORWARD), its gradient (HAS_GRAD), or both."""
@@ -186,29 +185,30 @@ def _cross_entropy_kernel(
             if HAS_WEIGHT:
                 w_t = tl.load(weight_ptr + target, mask=is_valid, other=0.0).to(tl.float32)
             target_factor = dloss * (1.0 - smoothing) * w_t
-            rest_factor = dloss * 2.0 * z_loss * (m + log_sum)
             smooth_factor = dloss * smoothing / V
+            z_factor = dloss * 2.0 * z_loss * (m + log_sum)
+            grad_weight_sum = 0.0
             if HAS_SMOOTHING:
-                rest_factor += smooth_factor * tl.load(weight_sum_ptr)
+                grad_weight_sum = tl.load(weight_sum_ptr)
             inv_sum = tl.where(is_valid, tl.exp2(-log_sum * LOG2_E), float("nan"))
             gbody_ptr = grad_ptr + tl.multiple_of(grad_start + head, GRAD_ALIGN)
             if head > 0:
                 _gradient_step(
-                    x_ptr, g_ptr, weight_ptr, offs_head, mask_head, target, m, inv_sum, target_factor, rest_factor,
-                    smooth_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+                    x_ptr, g_ptr, weight_ptr, offs_head, mask_head, target, m, inv_sum, grad_weight_sum,
+                    target_factor, smooth_factor, z_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
             _gradient_step(
-                x_ptr, g_ptr, weight_ptr, mid_end + offs_mid, mask_tail, target, m, inv_sum, target_factor,
-                rest_factor, smooth_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+                x_ptr, g_ptr, weight_ptr, mid_end + offs_mid, mask_tail, target, m, inv_sum, grad_weight_sum,
+                target_factor, smooth_factor, z_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
             for i in range(mid_blocks):
                 _gradient_step(
                     body_ptr, gbody_ptr, wbody_ptr, main_blocks * BLOCK_V + i * MID_V + offs_mid, offs_mid < 0,
-                    target - head, m, inv_sum, target_factor, rest_factor, smooth_factor,
-                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+                    target - head, m, inv_sum, grad_weight_sum, target_factor, smooth_factor, z_factor,
+                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
             for i in range(main_blocks):
                 _gradient_step(
                     body_ptr, gbody_ptr, wbody_ptr, (main_blocks - 1 - i) * BLOCK_V + offs_main, offs_main < 0,
-                    target - head, m, inv_sum, target_factor, rest_factor, smooth_factor,
-                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+                    target - head, m, inv_sum, grad_weight_sum, target_factor, smooth_factor, z_factor,
+                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
         else:
             # Whatever the logits are, NaN and inf too: nothing of an ignored row is read.
             zeros = tl.zeros((MID_V,), grad_ptr.dtype.element_ty)
@@ -342,7 +342,7 @@ def _launch(
         HAS_WEIGHT=class_weight is not None,
         HAS_SMOOTHING=label_smoothing != 0.0,
         HAS_STATS=out.entropy.numel() > 0,
-        HAS_REST=label_smoothing != 0.0 or z_loss != 0.0,
+        HAS_Z=z_loss != 0.0,
         IS_FORWARD=forward,
         HAS_GRAD=grad is not None,
         ALIGN=align,
