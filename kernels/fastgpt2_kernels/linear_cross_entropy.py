@@ -22,6 +22,7 @@ Dimension key: N = B * T rows, n rows of a chunk, C width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -103,9 +104,18 @@ def loss_chunks(
     return loss_N
 
 
-def _wide_products(x: Tensor, out: Tensor) -> bool:
+@functools.cache
+def _has_wide_products(device_type: str) -> bool:
+    # ROCm's kernels go by CUDA's name, but refuse it.
+    key = {"cuda": "CUDA", "xpu": "XPU"}.get(device_type)
+    if key is None or torch.version.hip is not None:
+        return False
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}.dtype_out", key) for op in ("mm", "addmm"))
+
+
+def _wide_products(a: Tensor, out: Tensor) -> bool:
     """Whether products of half-precision matrices can leave their float32 sums unrounded."""
-    return x.is_cuda and torch.version.hip is None and out.dtype == torch.float32
+    return out.dtype == torch.float32 and _has_wide_products(a.device.type)
 
 
 def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
