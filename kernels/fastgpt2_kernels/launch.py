@@ -36,7 +36,7 @@ def cross_entropy_row(
     if vocab_size >= 8192:
         registers = None
         if capability is not None and has_extras:
-            registers = 128 if element_size == 2 else 168
+            registers = 128 if element_size == 2 else None
         elif capability is not None and capability < (9, 0):
             registers = 64 if element_size == 2 else 80
         elif capability is not None and capability >= (10, 0):

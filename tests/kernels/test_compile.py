@@ -49,10 +49,9 @@ def test_rows_move_in_128_bits(rows):
         assert row["wide_stores"] > 0 or "forward" in row["case"], row
 
 
-def test_four_programs_fit_a_multiprocessor(rows):
-    """Of the largest blocks, plain: 8 warps of 64 registers (3 on Hopper at an odd vocabulary, fused)."""
+def test_three_programs_or_more_fit_a_multiprocessor(rows):
+    """Of the largest blocks, plain, in bf16: 8 warps, 65536 registers; 4 unless fused, and on Ampere."""
     for row in rows:
-        if row["case"].endswith("block 8192") and row["target"].startswith("sm_"):
+        if row["case"].endswith("bf16 block 8192") and row["target"].startswith("sm_"):
             programs = 65536 // (8 * 32 * (row["registers"] + 7 & ~7))
-            hopper_fused = row["target"] == "sm_90" and "fused" in row["case"]
-            assert programs >= (3 if hopper_fused else 4), row
+            assert programs >= (4 if row["target"] == "sm_80" or "fused" not in row["case"] else 3), row
