@@ -30,16 +30,16 @@ def cross_entropy_row(
     for 3 or 4 programs on a multiprocessor (one block of 65536 leaves room for one). 2048 is the smallest block that
     8 warps still move in 128-bit accesses, so at most 2047 logits of a row go through the masked, narrow tail.
 
-    Registers are said where the compiler by itself takes more (Ampere: 80 to 96, for 2 or 3 programs; 240 with
-    smoothing, class weights or statistics, `has_extras`), or spills a few bytes to take fewer (Blackwell).
+    Registers are said where the compiler by itself takes more (80 to 97, for 2 or 3 programs; up to 240 with smoothing,
+    class weights or statistics, `has_extras`) or spills a few bytes to take fewer (Blackwell). Said, it spills none.
     """
     if vocab_size >= 8192:
         registers = None
         if capability is not None and has_extras:
-            registers = 128 if element_size == 2 else None
+            registers = 128 if element_size == 2 else 168 if capability < (10, 0) else None
         elif capability is not None and capability < (9, 0):
             registers = 64 if element_size == 2 else 80
-        elif capability is not None and capability >= (10, 0):
+        elif capability is not None and (element_size == 2 or capability >= (10, 0)):
             registers = 80
         return CrossEntropyRow(8192, 2048, 8, registers)
     if vocab_size >= 2048:
