@@ -32,3 +32,8 @@ def plain_cross_entropy(
 def shifted(targets: Tensor, ignore_index: int) -> Tensor:
     """What `shift=True` reads: the targets one position on, nothing at the last."""
     return torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)), 1)
+
+
+def as_the_oracle_sees(result: Tensor) -> Tensor:
+    """Of a row whose rest is below 1e-16, float64 makes a loss and a p - 1 of 0; the kernel keeps them."""
+    return result.where((result.abs() > 1e-15) | result.isnan(), 0.0)
