@@ -17,10 +17,12 @@ test: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 # The kernels' tests as on a GPU, compiled by Triton's front end and executed with checks of every access, on the CPU.
-# Optional: the sanitizer is young software.
+# Optional: the sanitizer is young software. Left out is what looks at devices, threads or PyTorch rather than kernels.
+SANITIZED := not compile and not opcheck and not refused and not checkpointing and not autocast and not synchronisation \
+  and not interpreted
 sanitize: $(VENV)/.dev
 	@$(BIN)/python -c 'import ttsem' 2>/dev/null || { echo "make sanitize: needs ttsem: $(BIN)/pip install --ignore-requires-python ttsem"; exit 1; }
-	$(BIN)/python -m ttsem.sanitize pytest tests/kernels -k "not compile and not opcheck"
+	$(BIN)/python -m ttsem.sanitize pytest tests/kernels -k "$(SANITIZED)"
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

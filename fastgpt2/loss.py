@@ -37,7 +37,8 @@ def calculate_loss(
 
     `target_tensor[b, t]` is the token that should follow `input_tensor[b, : t + 1]`: the targets are shifted already
     (`shift_targets` makes them). Targets equal to `ignore_index` count for nothing. The softmax is float32 whatever
-    the model's dtype. `options` go to `fastgpt2.kernels.linear_cross_entropy` (reduction, label_smoothing ...).
+    the model's dtype. `options` go to `fastgpt2.kernels.linear_cross_entropy` (reduction, label_smoothing, z_loss,
+    num_items_in_batch ...).
 
     With `ignore_index=0`, as introductory texts have it, token 0 is never learnt; in GPT-2's vocabulary it is a real
     token ("!"). The default of -100 ignores no token.
@@ -62,17 +63,21 @@ def train_step(
     ignore_index: int = IGNORE_INDEX,
     pad_token_id: int | None = None,
     max_grad_norm: float | None = None,
+    num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
     """One step of next-token training on token ids (B, T): loss, backward, and the optimizer's step when one is given.
 
     The targets are the input shifted by one, the last position ignored, and padding too if `pad_token_id` names it.
-    Without an optimizer the gradients are left in `.grad`, added to what is there (accumulation). Returns the
-    detached loss.
+    Without an optimizer the gradients are left in `.grad`, added to what is there (accumulation); with
+    `num_items_in_batch`, the number of targets that count in all of the batches that are added up, each loss is its sum
+    over that number, and batches of unequal counts add up to the mean of all. Returns the detached loss.
     """
     targets = shift_targets(input_tensor, ignore_index=ignore_index, pad_token_id=pad_token_id)
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)
-    loss = calculate_loss(model, input_tensor, targets, ignore_index=ignore_index)
+    loss = calculate_loss(
+        model, input_tensor, targets, ignore_index=ignore_index, num_items_in_batch=num_items_in_batch
+    )
     loss.backward()
     if max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)

@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "checked targets": (
         lambda: cross_entropy(X, T + 8, check_targets=True),
         ValueError,
-        "neither ignore_index nor in [0, V)",
+        "targets must be in [0, 8) or ignore_index=-100; got 8 in row 0",
     ),
     "checked later": (
         lambda: [check := TargetCheck("cpu"), cross_entropy(X, T + 8, check_targets=check), check.raise_if_bad()],

@@ -64,6 +64,39 @@ def test_without_an_optimizer_gradients_add_up(seed: int) -> None:
         assert_close(parameter.grad, 2 * once[name], name)
 
 
+def test_unequal_batches_add_up_to_the_mean_of_all(seed: int) -> None:
+    model = random_model(seed).double()
+    ids = random_ids(seed, 3, 8)
+    ids[0, 3:] = 9
+    whole = train_step(model, ids, pad_token_id=9)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    items = int((shift_targets(ids, pad_token_id=9) != -100).sum())
+    parts = [train_step(model, ids[i : i + 1], pad_token_id=9, num_items_in_batch=items) for i in range(3)]
+    assert_close(sum(parts), whole)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], name)
+
+
+def test_200_steps_are_those_of_the_unfused_loss(seed: int) -> None:
+    """A small model; every step's loss, where rounding has 200 steps to grow."""
+    torch.manual_seed(seed)
+    fused, unfused = (GPT2(TINY.replace(num_layers=1)).double() for _ in range(2))
+    unfused.load_state_dict(fused.state_dict())
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, betas=(0.9, 0.95)) for m in (fused, unfused)]
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(200):
+        ids = torch.randint(61, (4, 12), generator=generator).cumsum(1) % 61
+        loss = F.cross_entropy(unfused(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+        losses.append((train_step(fused, ids, optimizers[0]), loss.detach()))
+    got, expected = torch.tensor(losses, dtype=torch.float64).T
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
+
+
 def test_training_learns(seed: int) -> None:
     torch.manual_seed(seed)
     model = GPT2(TINY)

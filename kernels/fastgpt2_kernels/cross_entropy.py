@@ -4,12 +4,13 @@ For a row x of V logits with target t, class weights w, smoothing e and z-loss z
 Chowdhery et al. 2022), with lse = log sum_j exp(x_j) and W = sum_j w_j:
 
     loss   = (1 - e) w_t (lse - x_t) + e/V (W lse - sum_j w_j x_j) + z lse^2
-    grad_j = dloss * (softmax(x)_j [(1 - e) w_t + e W / V + 2 z lse] - (1 - e) w_t [j = t] - e/V w_j)
+    grad_j = dloss * ((1 - e) w_t (p_j - [j = t]) + e/V (W p_j - w_j) + 2 z lse p_j),  p = softmax(x)
 
-The log-sum-exp is online (Milakov and Gimelshein 2018), in float32. Saved for backward are the logits and, of each
-row, the maximum and the log-sum-exp above it, from which the gradient takes one more pass. Fused, forward and backward
-are one launch: the gradient's pass follows the forward's in the same program, last block first, while the row still
-lies in the L2 cache.
+The log-sum-exp is online (Milakov and Gimelshein 2018), in float32. Of a row whose target holds all but 1/32 of the
+softmax, the rest is summed once more by itself, for loss = log(1 + rest) and p - 1 = -rest / (1 + rest) to keep their
+bits. Saved for backward are the logits and, of each row, the maximum, the log-sum-exp above it and the target's
+log-probability, from which the gradient takes one more pass. Fused, forward and backward are one launch: the gradient's
+pass follows the forward's in the same program, last block first, while the row still lies in the L2 cache.
 
 Rows need no alignment: a row is a short masked head up to the first 16-byte boundary, whole blocks without a mask
 (128-bit accesses), and a masked tail. A target that is neither ignored nor in [0, V) is never used as an index: its
@@ -33,6 +34,35 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Rows begin anywhere; what comes before the first 16-byte boundary is at most 15 bytes.
 HEAD = tl.constexpr(16)
+# Where the target holds all but this of a row's softmax, the rest is summed once more, by itself.
+CONFIDENT = tl.constexpr(2.0**-5)
+
+
+@triton.jit
+def _log1p_below_half(y):
+    """log(1 + y) for 0 <= y < 1/2 as 2 artanh(y / (2 + y)): the hardware's log2 is inexact next to 1."""
+    s = y / (2.0 + y)
+    s2 = s * s
+    return 2.0 * s * (1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0 + s2 * (1.0 / 9.0)))))
+
+
+@triton.jit
+def _exp_minus_one(y):
+    """exp(y) - 1 for y <= 0, as a series where the two are close."""
+    series = 1.0 + y / 6.0 * (1.0 + y / 7.0 * (1.0 + y / 8.0))
+    series = y * (1.0 + y / 2.0 * (1.0 + y / 3.0 * (1.0 + y / 4.0 * (1.0 + y / 5.0 * series))))
+    return tl.where(y > -0.5, series, tl.exp2(y * LOG2_E) - 1.0)
+
+
+@triton.jit
+def _sum_of_others(x_ptr, V, target, m, BLOCK: tl.constexpr):
+    """sum of exp(x - m) over all but the target: of a confident row, to the bits that adding 1 would round away."""
+    total = 0.0
+    for start in range(0, V, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offs, mask=(offs < V) & (offs != target), other=float("-inf")).to(tl.float32)
+        total += tl.sum(tl.exp2((x - m) * LOG2_E), 0)
+    return total
 
 
 @triton.jit
@@ -64,25 +94,27 @@ def _online_softmax_step(
 
 @triton.jit
 def _gradient_step(
-    x_ptr, grad_ptr, w_ptr, offs, mask, target, m, inv_sum, target_factor, rest_factor, smooth_factor,
-    HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_REST: tl.constexpr,
+    x_ptr, grad_ptr, w_ptr, offs, mask, target, target_grad, m, inv_sum, weight_sum, target_factor,
+    smooth_factor, z_factor,
+    HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_Z: tl.constexpr,
 ):  # fmt: skip
-    """grad = target_factor (p - [target]) + rest_factor p - smooth_factor w: differences of equals first."""
+    """grad = target_factor (p - [target]) + smooth_factor (W p - w) + z_factor p: differences of equals first.
+
+    target_grad is p - 1 of the target, from its log-probability: rounding p first would lose it."""
     if HAS_MASK:
         x = tl.load(x_ptr + offs, mask=mask, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
     else:
         x = tl.load(x_ptr + offs, eviction_policy="evict_first").to(tl.float32)
     p = tl.exp2((x - m) * LOG2_E) * inv_sum
-    grad = target_factor * tl.where(offs == target, p - 1.0, p)
-    if HAS_REST:
-        rest = rest_factor * p
-        if HAS_SMOOTHING:
-            if HAS_WEIGHT:
-                w = tl.load(w_ptr + offs, mask=mask, other=0.0) if HAS_MASK else tl.load(w_ptr + offs)
-                rest -= smooth_factor * w.to(tl.float32)
-            else:
-                rest -= smooth_factor
-        grad += rest
+    grad = target_factor * tl.where(offs == target, target_grad, p)
+    if HAS_SMOOTHING:
+        if HAS_WEIGHT:
+            w = (tl.load(w_ptr + offs, mask=mask, other=0.0) if HAS_MASK else tl.load(w_ptr + offs)).to(tl.float32)
+            grad += smooth_factor * (weight_sum * p - w)
+        else:
+            grad += smooth_factor * (weight_sum * p - 1.0)
+    if HAS_Z:
+        grad += z_factor * p
     grad = grad.to(grad_ptr.dtype.element_ty)
     if HAS_MASK:
         tl.store(grad_ptr + offs, grad, mask=mask)
@@ -97,7 +129,7 @@ def _cross_entropy_kernel(
     stride_lb, stride_lt, stride_tb, stride_tt, stride_gb, stride_gt, stride_d,
     ignore_index, smoothing, z_loss,
     SHIFT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_STATS: tl.constexpr,
-    HAS_REST: tl.constexpr, IS_FORWARD: tl.constexpr, HAS_GRAD: tl.constexpr,
+    HAS_Z: tl.constexpr, IS_FORWARD: tl.constexpr, HAS_GRAD: tl.constexpr,
     ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, BLOCK_V: tl.constexpr, MID_V: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss and lse (IS_FORWARD), its gradient (HAS_GRAD), or both."""
@@ -153,7 +185,10 @@ def _cross_entropy_kernel(
                 m, sum_p, sum_x, sum_px = _online_softmax_step(
                     x_ptr, weight_ptr, offs_head, mask_head, m, sum_p, sum_x, sum_px,
                     True, HAS_WEIGHT, HAS_SMOOTHING, HAS_STATS)  # fmt: skip
-            log_sum = LN_2 * tl.log2(sum_p)
+            above_one = sum_p - 1.0
+            if (x_t == m) & (above_one < CONFIDENT):
+                above_one = _sum_of_others(x_ptr, V, target, m, MID_V)
+            log_sum = tl.where(sum_p < 1.5, _log1p_below_half(above_one), LN_2 * tl.log2(sum_p))
             lse = m + log_sum
             w_t = 1.0
             if HAS_WEIGHT:
@@ -170,13 +205,14 @@ def _cross_entropy_kernel(
         tl.store(loss_ptr + n, loss)
         tl.store(max_ptr + n, m)
         tl.store(log_sum_ptr + n, log_sum)
+        tl.store(logprob_ptr + n, logprob)
         if HAS_STATS:
-            tl.store(logprob_ptr + n, logprob)
             tl.store(entropy_ptr + n, entropy)
             tl.store(correct_ptr + n, correct)
     else:
         m = tl.load(max_ptr + n)
         log_sum = tl.load(log_sum_ptr + n)
+        logprob = tl.load(logprob_ptr + n)
 
     if HAS_GRAD:
         g_ptr = grad_ptr + grad_start
@@ -186,29 +222,32 @@ def _cross_entropy_kernel(
             if HAS_WEIGHT:
                 w_t = tl.load(weight_ptr + target, mask=is_valid, other=0.0).to(tl.float32)
             target_factor = dloss * (1.0 - smoothing) * w_t
-            rest_factor = dloss * 2.0 * z_loss * (m + log_sum)
             smooth_factor = dloss * smoothing / V
+            z_factor = dloss * 2.0 * z_loss * (m + log_sum)
+            grad_weight_sum = 0.0
             if HAS_SMOOTHING:
-                rest_factor += smooth_factor * tl.load(weight_sum_ptr)
+                grad_weight_sum = tl.load(weight_sum_ptr)
+            target_grad = _exp_minus_one(logprob)
             inv_sum = tl.where(is_valid, tl.exp2(-log_sum * LOG2_E), float("nan"))
             gbody_ptr = grad_ptr + tl.multiple_of(grad_start + head, GRAD_ALIGN)
             if head > 0:
                 _gradient_step(
-                    x_ptr, g_ptr, weight_ptr, offs_head, mask_head, target, m, inv_sum, target_factor, rest_factor,
-                    smooth_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+                    x_ptr, g_ptr, weight_ptr, offs_head, mask_head, target, target_grad, m, inv_sum, grad_weight_sum,
+                    target_factor, smooth_factor, z_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
             _gradient_step(
-                x_ptr, g_ptr, weight_ptr, mid_end + offs_mid, mask_tail, target, m, inv_sum, target_factor,
-                rest_factor, smooth_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+                x_ptr, g_ptr, weight_ptr, mid_end + offs_mid, mask_tail, target, target_grad, m, inv_sum,
+                grad_weight_sum, target_factor, smooth_factor, z_factor,
+                True, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
             for i in range(mid_blocks):
                 _gradient_step(
                     body_ptr, gbody_ptr, wbody_ptr, main_blocks * BLOCK_V + i * MID_V + offs_mid, offs_mid < 0,
-                    target - head, m, inv_sum, target_factor, rest_factor, smooth_factor,
-                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+                    target - head, target_grad, m, inv_sum, grad_weight_sum, target_factor, smooth_factor, z_factor,
+                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
             for i in range(main_blocks):
                 _gradient_step(
                     body_ptr, gbody_ptr, wbody_ptr, (main_blocks - 1 - i) * BLOCK_V + offs_main, offs_main < 0,
-                    target - head, m, inv_sum, target_factor, rest_factor, smooth_factor,
-                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_REST)  # fmt: skip
+                    target - head, target_grad, m, inv_sum, grad_weight_sum, target_factor, smooth_factor, z_factor,
+                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
         else:
             # Whatever the logits are, NaN and inf too: nothing of an ignored row is read.
             zeros = tl.zeros((MID_V,), grad_ptr.dtype.element_ty)
@@ -233,7 +272,7 @@ def _scale_rows_kernel(grad_ptr, factor_ptr, T, V, stride_gb, stride_gt, BLOCK_V
 
 
 class RowOutputs(NamedTuple):
-    """Of every row, (B, T) float32 (`correct` int32), zeros for ignored targets. The last three may be empty."""
+    """Of every row, (B, T) float32 (`correct` int32), zeros for ignored targets. The last two may be empty."""
 
     loss: Tensor
     max: Tensor
@@ -269,7 +308,7 @@ def _empty_rows(logits: Tensor, with_stats: bool) -> RowOutputs:
     rows = logits.shape[:2]
     stats = rows if with_stats else (0,)
     loss, row_max, log_sum, logprob, entropy = (
-        logits.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, rows, stats, stats)
+        logits.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, rows, rows, stats)
     )
     return RowOutputs(loss, row_max, log_sum, logprob, entropy, logits.new_empty(stats, dtype=torch.int32))
 
@@ -280,6 +319,7 @@ def cross_entropy_rows_backward(
     targets: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
+    logprob: Tensor,
     grad: Tensor,
     *,
     ignore_index: int,
@@ -290,7 +330,7 @@ def cross_entropy_rows_backward(
 ) -> None:
     """Write the gradient of sum(dloss * loss) into `grad` (B, T, V), which may be `logits` itself."""
     nothing = dloss.new_empty(0)
-    out = RowOutputs(nothing, row_max, log_sum, nothing, nothing, nothing)
+    out = RowOutputs(nothing, row_max, log_sum, logprob, nothing, nothing)
     _launch(logits, targets, out, grad, dloss, ignore_index, class_weight, label_smoothing, z_loss, shift, False)
 
 
@@ -301,7 +341,8 @@ def _launch(
     B, T, V = logits.shape
     if B * T == 0:
         return
-    row = launch.cross_entropy_row(V)
+    has_extras = class_weight is not None or label_smoothing != 0.0 or out.entropy.numel() > 0
+    row = launch.cross_entropy_row(V, _capability(logits), element_size=logits.element_size(), has_extras=has_extras)
     align = _elements_in_16_bytes(logits)
     same_layout = grad is not None and grad.stride() == logits.stride() and _elements_in_16_bytes(grad) == align
     weight_sum = logits  # any tensor: not read
@@ -342,7 +383,7 @@ def _launch(
         HAS_WEIGHT=class_weight is not None,
         HAS_SMOOTHING=label_smoothing != 0.0,
         HAS_STATS=out.entropy.numel() > 0,
-        HAS_REST=label_smoothing != 0.0 or z_loss != 0.0,
+        HAS_Z=z_loss != 0.0,
         IS_FORWARD=forward,
         HAS_GRAD=grad is not None,
         ALIGN=align,
@@ -350,8 +391,13 @@ def _launch(
         BLOCK_V=row.block_v,
         MID_V=row.mid_v,
         num_warps=row.num_warps,
-        **launch.OPTIONS,
+        **row.options,
     )
+
+
+def _capability(x: Tensor) -> tuple[int, int] | None:
+    """Of an NVIDIA GPU that x is on."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.version.hip is None else None
 
 
 def _elements_in_16_bytes(x: Tensor) -> int:
@@ -400,12 +446,23 @@ def _(logits, targets, class_weight, ignore_index, smoothing, z_loss, shift, wit
 
 @torch.library.custom_op("fastgpt2::cross_entropy_backward", mutates_args=())
 def cross_entropy_backward_op(
-    dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
+    dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, logprob: Tensor,
+    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
 ) -> Tensor:  # fmt: skip
     grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
     _backward_into(
-        grad, dloss, logits, targets, row_max, log_sum, class_weight, ignore_index, label_smoothing, z_loss, shift
+        grad,
+        dloss,
+        logits,
+        targets,
+        row_max,
+        log_sum,
+        logprob,
+        class_weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        shift,
     )
     return grad
 
@@ -417,12 +474,23 @@ def _(dloss, logits, *rest):
 
 @torch.library.custom_op("fastgpt2::cross_entropy_backward_", mutates_args=("logits",))
 def cross_entropy_backward_inplace_op(
-    dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
+    dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, logprob: Tensor,
+    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
 ) -> None:  # fmt: skip
     """The gradient takes the logits' place. Their version moves on, so autograd refuses to use them again."""
     _backward_into(
-        logits, dloss, logits, targets, row_max, log_sum, class_weight, ignore_index, label_smoothing, z_loss, shift
+        logits,
+        dloss,
+        logits,
+        targets,
+        row_max,
+        log_sum,
+        logprob,
+        class_weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        shift,
     )
 
 
@@ -452,18 +520,18 @@ def scale_rows_op(grad: Tensor, factor: Tensor) -> None:
 
 
 def _backward_into(
-    grad: Tensor, dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor,
+    grad: Tensor, dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, logprob: Tensor,
     class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
 ) -> None:  # fmt: skip
     cross_entropy_rows_backward(
-        dloss.contiguous(), logits, targets, row_max, log_sum, grad, ignore_index=ignore_index,
+        dloss.contiguous(), logits, targets, row_max, log_sum, logprob, grad, ignore_index=ignore_index,
         class_weight=class_weight, label_smoothing=label_smoothing, z_loss=z_loss, shift=shift,
     )  # fmt: skip
 
 
 def _save_rows(ctx, inputs, output):
     logits, targets, class_weight, *ctx.options, _with_stats, ctx.inplace = inputs
-    ctx.save_for_backward(logits, targets, output[1], output[2], class_weight)
+    ctx.save_for_backward(logits, targets, *output[1:4], class_weight)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -471,8 +539,8 @@ def _save_rows(ctx, inputs, output):
 def _rows_backward(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 9
-    logits, targets, row_max, log_sum, class_weight = ctx.saved_tensors
-    arguments = (dloss, logits, targets, row_max, log_sum, class_weight, *ctx.options)
+    logits, targets, row_max, log_sum, logprob, class_weight = ctx.saved_tensors
+    arguments = (dloss, logits, targets, row_max, log_sum, logprob, class_weight, *ctx.options)
     if ctx.inplace:
         cross_entropy_backward_inplace_op(*arguments)
         return logits, *(None,) * 8

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt2_kernels import linear_cross_entropy as linear
 from fastgpt2_kernels import torch_backend
 from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
 
@@ -30,6 +31,10 @@ class TargetCheck:
             self.flag.zero_()
             raise ValueError("cross_entropy: a target was neither ignore_index nor in [0, V); its row's loss is NaN")
 
+    def look(self, targets: Tensor, vocab_size: int, ignore_index: int, shift: bool) -> None:
+        """Note, without waiting, whether one of these targets is bad."""
+        self.flag |= _are_bad(_used(targets, shift), vocab_size, ignore_index).any().int()
+
 
 class CrossEntropyStats(NamedTuple):
     """Of every row, in the shape of targets, without gradients, zeros where the target is ignored.
@@ -47,7 +52,7 @@ class CrossEntropyStats(NamedTuple):
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
     z_loss: float = 0.0, class_weight: Tensor | None = None, shift: bool = False, empty: str = "nan",
-    check_targets: bool | TargetCheck = False, fuse_backward: bool = False, inplace_backward: bool = False,
+    check_targets: bool | TargetCheck | None = None, fuse_backward: bool = False, inplace_backward: bool = False,
     return_stats: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:  # fmt: skip
     """Softmax cross-entropy of logits (N, V) or (B, T, V) against integer targets (N,) or (B, T), in float32.
@@ -57,7 +62,7 @@ def cross_entropy(
     `empty="zero"` makes a mean over no rows 0 instead of NaN. With `class_weight` (V,) a mean divides by the sum of the
     counted targets' weights. A target that is neither `ignore_index` nor in [0, V) is never used as an index: its row's
     loss and gradient are NaN; `check_targets=True` raises ValueError instead, which waits for the device, and a
-    `TargetCheck` waits where you choose.
+    `TargetCheck` waits where you choose. (None, the default, is True on a CPU, where nothing is waited for.)
 
     For the Triton backend: `fuse_backward=True` computes the gradient in the forward's launch, for when backward is
     sure to follow (not with reduction "none"); `inplace_backward=True` lets backward write the gradient over the
@@ -76,15 +81,7 @@ def cross_entropy(
         raise ValueError(f"{name}: the vocabulary must not be empty; got logits {tuple(logits.shape)}")
     if shift and logits.dim() != 3:
         raise ValueError(f"{name}: shift=True needs to know the rows: logits (B, T, V); got {tuple(logits.shape)}")
-    _check_loss_options(name, reduction, label_smoothing)
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"{name}: z_loss must be finite and >= 0; got {z_loss}")
-    if empty not in ("nan", "zero"):
-        raise ValueError(f"{name}: empty must be 'nan' or 'zero'; got {empty!r}")
-    if class_weight is not None and (class_weight.shape != logits.shape[-1:] or not class_weight.is_floating_point()):
-        raise ValueError(
-            f"{name}: class_weight must be floating-point ({logits.shape[-1]},); got {describe(class_weight)}"
-        )
+    _check_loss_options(name, logits.shape[-1], reduction, label_smoothing, z_loss, class_weight, empty)
     if fuse_backward and reduction == "none":
         raise ValueError(
             f"{name}: fuse_backward needs reduction 'mean' or 'sum': with 'none' every row's factor is open"
@@ -97,8 +94,7 @@ def cross_entropy(
         **({"class_weight": class_weight} if class_weight is not None else {}),
     }
     check_same(name, check_dtype=False, **given)
-    check = TargetCheck(logits.device) if check_targets is True else check_targets or None
-
+    _check_targets(name, check_targets, targets, logits.shape[-1], ignore_index, shift)
     counted = _counted(targets, ignore_index, shift)
     counted_weight = None if reduction != "mean" else _counted_weight(targets, counted, class_weight, shift, empty)
     if use_triton(name, logits.device, backend) and logits.dtype != torch.float64:
@@ -107,17 +103,13 @@ def cross_entropy(
             counted_weight, fuse_backward, inplace_backward, return_stats,
         )  # fmt: skip
     else:
-        own = torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)), 1) if shift else targets
         rows = torch_backend.cross_entropy_rows(
-            logits, own, ignore_index=ignore_index, class_weight=class_weight, label_smoothing=label_smoothing,
+            logits, _shifted(targets, ignore_index) if shift else targets, ignore_index=ignore_index,
+            class_weight=class_weight, label_smoothing=label_smoothing,
             z_loss=z_loss, with_stats=return_stats,
         )  # fmt: skip
         loss = _reduce(rows.loss, reduction, counted_weight)
         stats = tuple(t for t in rows[1:] if t is not None)
-    if check is not None:
-        check.flag |= _bad_targets(targets, logits.shape[-1], ignore_index, shift).int()
-    if check_targets is True and check is not None:
-        check.raise_if_bad()
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 
 
@@ -153,9 +145,37 @@ def _counted(targets: Tensor, ignore_index: int, shift: bool) -> Tensor:
     return F.pad(counted[:, 1:], (0, 1)) if shift else counted
 
 
-def _bad_targets(targets: Tensor, vocab_size: int, ignore_index: int, shift: bool) -> Tensor:
-    targets = targets[:, 1:] if shift else targets
-    return ((targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))).any()
+def _used(targets: Tensor, shift: bool) -> Tensor:
+    return targets[:, 1:] if shift else targets
+
+
+def _shifted(targets: Tensor, ignore_index: int) -> Tensor:
+    return torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)), 1)
+
+
+def _are_bad(targets: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    return (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
+
+
+def _check_targets(
+    operator: str, check: bool | TargetCheck | None, targets: Tensor, vocab_size: int, ignore_index: int, shift: bool
+) -> None:
+    if isinstance(check, TargetCheck):
+        check.look(targets, vocab_size, ignore_index, shift)
+        return
+    if check is None:
+        check = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not check or not targets.numel():
+        return
+    used = _used(targets, shift)
+    is_bad = _are_bad(used, vocab_size, ignore_index)
+    if is_bad.any():
+        place = tuple(is_bad.nonzero()[0].tolist())
+        where = f"row {place[0]}" + (f", token {place[1] + shift}" if len(place) == 2 else "")
+        raise ValueError(
+            f"{operator}: targets must be in [0, {vocab_size}) or ignore_index={ignore_index}; "
+            f"got {int(used[place])} in {where}"
+        )
 
 
 def _counted_weight(targets: Tensor, counted: Tensor, class_weight: Tensor | None, shift: bool, empty: str) -> Tensor:
@@ -177,67 +197,112 @@ def _reduce(loss: Tensor, reduction: str, counted_weight: Tensor | None) -> Tens
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
-    reduction: str = "mean", label_smoothing: float = 0.0, chunk_rows: int | None = None, backend: str = "auto",
+    reduction: str = "mean", num_items_in_batch: int | Tensor | None = None, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, class_weight: Tensor | None = None, logit_scale: float = 1.0, shift: bool = False,
+    empty: str = "nan", check_targets: bool | TargetCheck | None = None, accumulate_into_grad: bool = False,
+    chunk_rows: int | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """`F.cross_entropy(x @ weight.T + bias, targets)` without ever holding the (N, V) logits.
+    """`cross_entropy(logit_scale * (x @ weight.T + bias), targets)` without ever holding the (N, V) logits.
 
     x (N, C) or (B, T, C), weight (V, C), bias (V,), targets (N,) or (B, T) integers; rows whose target is
-    `ignore_index` count for nothing. The softmax is computed in float32 (float64 for float64 inputs), the loss is
-    returned in it. reduction "mean" (over counted rows; NaN when there are none, as `F.cross_entropy`), "sum", or
-    "none" (shape of targets). At most `chunk_rows` rows of logits exist at a time. Differentiable once in x, weight,
-    bias; frozen ones cost nothing. Under autocast the matrix products run in the autocast dtype.
+    `ignore_index` count for nothing. The softmax and the loss are float32 (float64 for float64 inputs). reduction
+    "mean" over counted rows, "sum", or "none" (shape of targets). `num_items_in_batch` makes a mean divide by it
+    instead, an int or a tensor of one element: the counted targets of all the batches whose gradients are added up
+    (as transformers does). label_smoothing, z_loss, class_weight, empty and check_targets are those of
+    `cross_entropy`; with `shift=True`, too, x is not copied. Under autocast the matrix products run in its dtype.
+
+    Differentiable once, in x, weight and bias; frozen ones cost nothing. The gradients are computed along with the loss
+    and given away by the first backward; a second one raises. With reduction "none", and with
+    `accumulate_into_grad=True`, backward computes the logits again instead; the latter then adds the gradient of
+    weight, a leaf, to a float32 `weight.grad` that is there already, and needs no other (V, C) buffer.
+
+    At most `chunk_rows` rows of logits exist at a time: by default on a GPU a sixteenth of the rows, within
+    256 .. 2048; on a CPU about 32 MB of float32, within 128 .. 512. ValueError for arguments that do not fit.
     """
-    if x.dim() not in (2, 3) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    name = "linear_cross_entropy"
+    if x.dim() not in (2, 3) or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(
-            "linear_cross_entropy: x must be (N, C) or (B, T, C) and weight (V, C); "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+            f"{name}: x must be (N, C) or (B, T, C) and weight (V, C); got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    if not x.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(f"{name}: x and weight must be floating-point; got {x.dtype} and {weight.dtype}")
     if targets.shape != x.shape[:-1]:
-        raise ValueError(
-            f"linear_cross_entropy: targets must have shape {tuple(x.shape[:-1])} as x; got {tuple(targets.shape)}"
-        )
+        raise ValueError(f"{name}: targets must have shape {tuple(x.shape[:-1])} as x; got {tuple(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"linear_cross_entropy: targets must be int64 or int32; got {targets.dtype}")
+        raise ValueError(f"{name}: targets must be int64 or int32; got {targets.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_cross_entropy: bias must be ({weight.shape[0]},); got {tuple(bias.shape)}")
-    _check_loss_options("linear_cross_entropy", reduction, label_smoothing)
+        raise ValueError(f"{name}: bias must be ({weight.shape[0]},); got {tuple(bias.shape)}")
+    if shift and x.dim() != 3:
+        raise ValueError(f"{name}: shift=True needs to know the rows: x (B, T, C); got {tuple(x.shape)}")
+    _check_loss_options(name, weight.shape[0], reduction, label_smoothing, z_loss, class_weight, empty)
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale}")
     if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"linear_cross_entropy: chunk_rows must be >= 1; got {chunk_rows}")
-    tensors = {"x": x, "weight": weight, **({"bias": bias} if bias is not None else {})}
-    check_same("linear_cross_entropy", check_dtype=not torch.is_autocast_enabled(x.device.type), **tensors)
-    if targets.device != x.device:
-        raise ValueError(f"linear_cross_entropy: targets are on {targets.device}, x is on {x.device}")
-    flat_x, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    _check_targets(flat_targets, weight.shape[0], ignore_index)
-    on_triton = use_triton("linear_cross_entropy", x.device, backend) and x.dtype != torch.float64
+        raise ValueError(f"{name}: chunk_rows must be >= 1; got {chunk_rows}")
+    _check_num_items(name, num_items_in_batch, reduction)
+    if accumulate_into_grad and (not weight.is_leaf or torch.compiler.is_compiling()):
+        raise ValueError(f"{name}: accumulate_into_grad needs a leaf as weight, and eager mode; leave it out here")
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    options = torch_backend.LossOptions(
+    tensors = {"x": x, "weight": weight, **({"bias": bias} if bias is not None else {})}
+    check_same(name, check_dtype=not autocast, **tensors)
+    tensors = {"x": x, "targets": targets, **({"class_weight": class_weight} if class_weight is not None else {})}
+    check_same(name, check_dtype=False, **tensors)
+    _check_targets(name, check_targets, targets, weight.shape[0], ignore_index, shift)
+
+    flat_x = x.reshape(-1, x.shape[-1])
+    flat_targets = (_shifted(targets, ignore_index) if shift else targets).reshape(-1)
+    compute_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    options = linear.LossOptions(
         ignore_index=ignore_index,
-        reduction=reduction,
         label_smoothing=label_smoothing,
-        chunk_rows=chunk_rows or torch_backend.loss_chunk_rows(flat_x.shape[0], weight.shape[0], x.device),
-        compute_dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
-        use_triton=on_triton,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        chunk_rows=chunk_rows or linear.chunk_rows(flat_x.shape[0], weight.shape[0], x.device),
+        compute_dtype=compute_dtype,
+        use_triton=use_triton(name, x.device, backend) and compute_dtype != torch.float64,
     )
-    with torch.autocast(x.device.type, enabled=False):
-        loss = torch_backend.LinearCrossEntropy.apply(flat_x, weight, bias, flat_targets, options)
-    return loss.view(targets.shape) if reduction == "none" else loss
+    divisor = None
+    if num_items_in_batch is not None:
+        divisor = torch.as_tensor(num_items_in_batch, device=x.device).reshape(()).float()
+    elif reduction == "mean":
+        counted = flat_targets != ignore_index
+        divisor = _counted_weight(flat_targets, counted, class_weight, False, empty)
+    if reduction == "none" or accumulate_into_grad:
+        rows_of = linear.AccumulatingRows.apply if accumulate_into_grad else linear.linear_cross_entropy_rows_op
+        loss = rows_of(flat_x, weight, bias, flat_targets, class_weight, *options)
+        return loss.view(targets.shape) if reduction == "none" else _reduce(loss, reduction, divisor)
+    if divisor is None:
+        divisor = torch.ones((), device=x.device)
+    arguments = (flat_x, weight, bias, flat_targets, divisor, class_weight)
+    if not torch.compiler.is_compiling():
+        return linear.LinearCrossEntropy.apply(*arguments, options)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in arguments[:3]]
+    return linear.linear_cross_entropy_op(*arguments, *options, *needs)[0]
 
 
-def _check_loss_options(operator: str, reduction: str, label_smoothing: float) -> None:
+def _check_num_items(operator: str, num_items: int | Tensor | None, reduction: str) -> None:
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"{operator}: num_items_in_batch is what a mean divides by; got it with {reduction!r}")
+    if num_items.numel() != 1 if isinstance(num_items, Tensor) else num_items < 1:
+        got = describe(num_items) if isinstance(num_items, Tensor) else num_items
+        raise ValueError(f"{operator}: num_items_in_batch must be >= 1, or a tensor of one element; got {got}")
+
+
+def _check_loss_options(
+    operator: str, vocab_size: int, reduction: str, label_smoothing: float, z_loss: float,
+    class_weight: Tensor | None, empty: str,
+) -> None:  # fmt: skip
     if reduction not in REDUCTIONS:
         raise ValueError(f"{operator}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{operator}: label_smoothing must be in [0, 1); got {label_smoothing}")
-
-
-def _check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
-    if targets.device.type != "cpu" or torch.compiler.is_compiling() or not targets.numel():
-        return
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
-    if bad.any():
-        row = int(bad.nonzero()[0])
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{operator}: z_loss must be finite and >= 0; got {z_loss}")
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"{operator}: empty must be 'nan' or 'zero'; got {empty!r}")
+    if class_weight is not None and (class_weight.shape != (vocab_size,) or not class_weight.is_floating_point()):
         raise ValueError(
-            f"linear_cross_entropy: targets must be in [0, {vocab_size}) or ignore_index={ignore_index}; "
-            f"got {int(targets[row])} in row {row}"
+            f"{operator}: class_weight must be floating-point ({vocab_size},); got {describe(class_weight)}"
         )

@@ -1,0 +1,439 @@
+"""Linear cross-entropy: hidden states and the head's weight in, the loss out, the (N, V) logits never stored.
+
+A chunk of n rows at a time, in one buffer that all chunks reuse (Hsu et al. 2024, Liger-Kernel):
+
+    Z  = scale (X W^T + b)          one matrix product into the buffer
+    G  = d(sum_n f_n loss_n) / dZ   `cross_entropy.py` says what it is; G takes Z's place
+    dX = scale G W,  dW += scale G^T X,  db += scale sum_n G
+
+f is what every row's loss is multiplied by. For a mean or a sum it is known before the backward pass, up to one scalar,
+so the gradients are made in the forward pass: three matrix products in all, none twice, and backward multiplies by
+that scalar. Where every row has its own factor (`reduction="none"`), or where dW is to go straight into `weight.grad`,
+backward computes the chunks again, a fourth product, and holds nothing in between.
+
+dW and db are summed over the chunks in float32 (float64 for float64 inputs), whatever the dtype of the products, and
+rounded once. In float16 a mean's division is left to backward too: 1 / N of a probability would underflow there, and
+a loss scale, which is there to prevent that, comes only with backward.
+
+The work on the logits between the products is the Triton kernel's, or PyTorch's operators on any device.
+
+Dimension key: N = B * T rows, n rows of a chunk, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
+    """Rows of logits that are held at a time: of 8192 rows at most a sixteenth, 512.
+
+    On a GPU a sixteenth of the rows, within 256 .. 2048: enough programs to fill the device, and from 2048 rows on the
+    matrix products are as fast as they get. On a CPU about 32 MB of float32, which the last cache level may hold, so
+    that the passes over the logits cost little; but at least 128 rows, below which the products read the weight too
+    often, and at most 512.
+    """
+    if device.type == "cpu":
+        rows = min(512, max(128, (1 << 23) // max(vocab_size, 1)))
+    else:
+        rows = min(2048, max(256, num_rows // 16))
+    return max(1, min(num_rows, rows))
+
+
+class LossOptions(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    logit_scale: float
+    chunk_rows: int
+    compute_dtype: torch.dtype  # of the matrix products; the softmax is float32 (float64 for float64 inputs)
+    use_triton: bool
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+
+class Gradients(NamedTuple):
+    """Where the gradients go; None for what needs none. x in x's dtype, weight and bias are added to, in the wide."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def loss_chunks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weight: Tensor | None,
+    row_grad: Tensor | None, grads: Gradients | None, options: LossOptions,
+) -> Tensor:  # fmt: skip
+    """Loss of every row (N,); with `grads` also the gradients of sum(row_grad * loss), row_grad (N,)."""
+    N, V = x.shape[0], weight.shape[0]
+    compute, wide, scale = options.compute_dtype, options.wide_dtype, options.logit_scale
+    chunk_loss = _triton_chunk_loss if options.use_triton else torch_chunk_loss
+    # For the kernel rows begin at multiples of 64 elements, so that it moves them in 128 bits whatever the vocabulary.
+    # PyTorch's operators want them without gaps.
+    width = -(-V // 64) * 64 if options.use_triton else V
+    with torch.autocast(x.device.type, enabled=False):
+        loss_N = torch.empty(N, dtype=wide, device=x.device)
+        weight_VC = weight.to(compute)
+        bias_V = x.new_zeros((), dtype=compute) if bias is None else bias.to(compute)
+        buffer = torch.empty(min(options.chunk_rows, N), width, dtype=compute, device=x.device)
+        for start in range(0, N, options.chunk_rows):
+            rows = slice(start, min(start + options.chunk_rows, N))
+            x_nC = x[rows].to(compute)
+            logits_nV = buffer[: x_nC.shape[0], :V]
+            beta = 0.0 if bias is None else scale
+            torch.addmm(bias_V, x_nC, weight_VC.t(), beta=beta, alpha=scale, out=logits_nV)
+            # The factor `scale` of all three gradients goes in with the rows' own.
+            row_grad_n = None if row_grad is None or grads is None else row_grad[rows].to(wide) * scale
+            loss_N[rows] = chunk_loss(logits_nV, targets[rows], class_weight, row_grad_n, options)
+            if grads is None:
+                continue
+            grad_nV = logits_nV
+            if grads.x is not None:
+                _write_product(grads.x[rows], grad_nV, weight_VC)
+            if grads.weight is not None:
+                _add_product(grads.weight, grad_nV.t(), x_nC)
+            if grads.bias is not None:
+                grads.bias.add_(grad_nV.sum(0, dtype=wide))
+    return loss_N
+
+
+@functools.cache
+def _has_wide_products(device_type: str) -> bool:
+    # ROCm's kernels go by CUDA's name, but refuse it.
+    key = {"cuda": "CUDA", "xpu": "XPU"}.get(device_type)
+    if key is None or torch.version.hip is not None:
+        return False
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}.dtype_out", key) for op in ("mm", "addmm"))
+
+
+def _wide_products(a: Tensor, out: Tensor) -> bool:
+    """Whether products of half-precision matrices can leave their float32 sums unrounded."""
+    return out.dtype == torch.float32 and _has_wide_products(a.device.type)
+
+
+def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif _wide_products(a, out):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, the sum in total's dtype."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif _wide_products(a, total):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        # A few rows of the half-precision product at a time: they are still in the cache when they are added.
+        for part, a_part in zip(total.split(4096), a.split(4096), strict=True):
+            part += torch.mm(a_part, b)
+
+
+def torch_chunk_loss(
+    raw_nV: Tensor, targets: Tensor, class_weight: Tensor | None, row_grad: Tensor | None, options: LossOptions
+) -> Tensor:
+    """Loss (n,) of logits (n, V), contiguous; they are overwritten: with `row_grad` (n,) by the gradient."""
+    V, smoothing = raw_nV.shape[-1], options.label_smoothing
+    wide = options.wide_dtype
+    target_n = targets.long()
+    counted_n = target_n != options.ignore_index
+    is_valid_n = (target_n >= 0) & (target_n < V)
+    index_n1 = torch.where(counted_n & is_valid_n, target_n, 0)[:, None]
+    # A bad target's factor is NaN: so are its loss and its row of the gradient.
+    row_n = counted_n.to(wide).masked_fill_(counted_n & ~is_valid_n, float("nan"))
+    logits_nV = raw_nV.to(wide)  # the chunk itself where the dtypes are the same
+    max_n, argmax_n = logits_nV.max(-1) if options.z_loss else (None, None)
+    logprob_nV = torch.log_softmax(logits_nV, -1, out=logits_nV)
+    logprob_n = logprob_nV.gather(-1, index_n1).squeeze(-1)
+    weight_V = None if class_weight is None else class_weight.to(wide)
+    weight_n = 1.0 if weight_V is None else weight_V[index_n1.squeeze(-1)]
+    loss_n = (smoothing - 1) * weight_n * logprob_n
+    if smoothing:
+        loss_n -= smoothing / V * (logprob_nV.sum(-1) if weight_V is None else logprob_nV @ weight_V)
+    lse_n = None
+    if max_n is not None and argmax_n is not None:
+        lse_n = max_n - logprob_nV.gather(-1, argmax_n[:, None]).squeeze(-1)
+        loss_n += options.z_loss * lse_n.square()
+    loss_n = torch.where(counted_n, loss_n, 0.0) * row_n
+    if row_grad is None:
+        return loss_n
+    # As the kernel's `_gradient_step`. The target's p - 1 is expm1's: right to the last bit for a p next to 1, too.
+    row_n = torch.where(counted_n, row_grad, 0.0) * row_n
+    target_factor_n, prob_n = (1 - smoothing) * weight_n * row_n, logprob_n.exp()
+    at_target_n, prob_factor_n = target_factor_n * logprob_n.expm1(), target_factor_n
+    if lse_n is not None:
+        z_factor_n = 2 * options.z_loss * lse_n * row_n
+        at_target_n, prob_factor_n = at_target_n + z_factor_n * prob_n, prob_factor_n + z_factor_n
+    smooth_factor_n = row_n * (smoothing / V)
+    if smoothing:
+        weight_sum = V if weight_V is None else weight_V.sum()
+        at_target_n = at_target_n + smooth_factor_n * (weight_sum * prob_n - weight_n)
+        prob_factor_n = prob_factor_n + smooth_factor_n * weight_sum
+    grad_nV = logprob_nV.exp_().mul_(prob_factor_n[:, None])
+    if smoothing and weight_V is None:
+        grad_nV -= smooth_factor_n[:, None]
+    elif smoothing and weight_V is not None:
+        grad_nV.addr_(smooth_factor_n, weight_V, alpha=-1)
+    grad_nV.scatter_(-1, index_n1, at_target_n[:, None])
+    if raw_nV.dtype != wide:
+        raw_nV.copy_(grad_nV)
+    return loss_n
+
+
+def _triton_chunk_loss(
+    logits_nV: Tensor, targets: Tensor, class_weight: Tensor | None, row_grad: Tensor | None, options: LossOptions
+) -> Tensor:
+    """`torch_chunk_loss` in one launch of the cross-entropy kernel."""
+    from fastgpt2_kernels import cross_entropy as kernel
+
+    rows = kernel.cross_entropy_rows(
+        logits_nV[None],
+        targets[None],
+        ignore_index=options.ignore_index,
+        class_weight=class_weight,
+        label_smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        dloss=None if row_grad is None else row_grad[None],
+        grad=None if row_grad is None else logits_nV[None],
+    )
+    return rows.loss[0]
+
+
+# -- PyTorch operators --------------------------------------------------------------------------------------------
+
+
+# The gradients' dtype until backward has divided: in float16 they are sums over many rows.
+def _kept_dtype(compute_dtype: torch.dtype) -> torch.dtype | None:
+    return torch.float32 if compute_dtype == torch.float16 else None
+
+
+@torch.library.custom_op("fastgpt2::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, divisor: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, logit_scale: float, chunk_rows: int,
+    compute_dtype: torch.dtype, use_triton: bool, need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(sum(loss) / divisor, and its gradients in x, weight, bias) of x (N, C); empty where none is needed.
+
+    In float16 the gradients are those of sum(loss); backward divides.
+    """
+    options = LossOptions(ignore_index, label_smoothing, z_loss, logit_scale, chunk_rows, compute_dtype, use_triton)
+    return _loss_and_gradients(
+        x, weight, bias, targets, divisor, class_weight, options, (need_x, need_weight, need_bias)
+    )
+
+
+def _loss_and_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, divisor: Tensor, class_weight: Tensor | None,
+    options: LossOptions, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads, row_grad = None, None
+    if any(needs):
+        grads = _new_gradients(x, weight, needs, options.wide_dtype)
+        row_grad = torch.ones((), dtype=options.wide_dtype, device=x.device)
+        if options.compute_dtype != torch.float16:
+            row_grad = row_grad / divisor
+        row_grad = row_grad.expand(x.shape[0])
+    loss_N = loss_chunks(x, weight, bias, targets, class_weight, row_grad, grads, options)
+    return loss_N.sum() / divisor, *_rounded(grads, x, weight, bias, _kept_dtype(options.compute_dtype))
+
+
+@linear_cross_entropy_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, divisor: Tensor, class_weight: Tensor | None,
+    i: int, s: float, z: float, scale: float, rows: int, compute_dtype: torch.dtype, triton: bool, *needs: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    return x.new_empty((), dtype=wide), *_empty_gradients(x, weight, bias, needs, _kept_dtype(compute_dtype))
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    divisor = inputs[4] if inputs[11] == torch.float16 else None
+    ctx.dtypes = [t.dtype if need else None for t, need in zip(inputs[:3], inputs[13:], strict=True)]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(divisor, *output[1:])
+
+
+def _scaled_gradients(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    divisor, *grads = ctx.saved_tensors
+    factor = grad_output if divisor is None else _divided(grad_output, divisor)
+    return *(g.mul(factor).to(d) if d else None for g, d in zip(grads, ctx.dtypes, strict=True)), *(None,) * 13
+
+
+linear_cross_entropy_op.register_autograd(_scaled_gradients, setup_context=_save_gradients)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """`linear_cross_entropy_op` for eager mode, whose backward scales the gradients where they lie and gives them away.
+
+    (Under torch.compile what is saved may not be changed; there the operator itself serves.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, divisor: Tensor,
+        class_weight: Tensor | None, options: LossOptions,
+    ) -> Tensor:  # fmt: skip
+        needs = ctx.needs_input_grad[:3]
+        loss, *grads = _loss_and_gradients(x, weight, bias, targets, divisor, class_weight, options, needs)
+        ctx.grads, ctx.use_triton = grads, options.use_triton
+        ctx.divisor = divisor if options.compute_dtype == torch.float16 else None
+        ctx.dtypes = [
+            t.dtype if t is not None and need else None for t, need in zip((x, weight, bias), needs, strict=True)
+        ]
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "linear_cross_entropy: backward ran a second time, but the first one gave its gradients away; "
+                "call the loss again"
+            )
+        grads, ctx.grads = ctx.grads, None
+        factor = grad_output if ctx.divisor is None else _divided(grad_output, ctx.divisor)
+        results = [
+            scale_(g, factor, ctx.use_triton).to(d) if d else None for g, d in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return *results, None, None, None, None
+
+
+def _divided(grad_output: Tensor, divisor: Tensor) -> Tensor:
+    """Where nothing is counted the gradients are 0, and stay 0."""
+    return torch.where(divisor != 0, grad_output / divisor, 0.0)
+
+
+def scale_(grad: Tensor, factor: Tensor, use_triton: bool) -> Tensor:
+    """grad *= factor; nothing is moved where the factor is 1, which is not asked of a GPU by waiting for it."""
+    if use_triton and grad.numel():
+        from fastgpt2_kernels import cross_entropy as kernel
+
+        kernel.scale_rows(grad.view(1, -1, grad.shape[-1]), factor)
+    elif factor.device.type != "cpu" or factor != 1:
+        grad.mul_(factor)
+    return grad
+
+
+@torch.library.custom_op("fastgpt2::linear_cross_entropy_rows", mutates_args=())
+def linear_cross_entropy_rows_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, logit_scale: float, chunk_rows: int,
+    compute_dtype: torch.dtype, use_triton: bool,
+) -> Tensor:  # fmt: skip
+    """Loss of every row (N,) of x (N, C). Differentiable any number of times over the same graph."""
+    options = LossOptions(ignore_index, label_smoothing, z_loss, logit_scale, chunk_rows, compute_dtype, use_triton)
+    return loss_chunks(x, weight, bias, targets, class_weight, None, None, options)
+
+
+@linear_cross_entropy_rows_op.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    compute_dtype = rest[-2]
+    return x.new_empty(x.shape[:1], dtype=torch.float64 if compute_dtype == torch.float64 else torch.float32)
+
+
+@torch.library.custom_op("fastgpt2::linear_cross_entropy_rows_backward", mutates_args=())
+def linear_cross_entropy_rows_backward_op(
+    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, logit_scale: float, chunk_rows: int,
+    compute_dtype: torch.dtype, use_triton: bool, need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of sum(dloss * loss) in x, weight, bias; empty where none is needed."""
+    options = LossOptions(ignore_index, label_smoothing, z_loss, logit_scale, chunk_rows, compute_dtype, use_triton)
+    grads = _new_gradients(x, weight, (need_x, need_weight, need_bias), options.wide_dtype)
+    loss_chunks(x, weight, bias, targets, class_weight, dloss, grads, options)
+    return _rounded(grads, x, weight, bias)
+
+
+@linear_cross_entropy_rows_backward_op.register_fake
+def _(dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs = rest[-3:]
+    return _empty_gradients(x, weight, bias, needs)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _rows_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    grads = linear_cross_entropy_rows_backward_op(dloss, *ctx.saved_tensors, *ctx.options, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
+
+
+linear_cross_entropy_rows_op.register_autograd(_rows_backward, setup_context=_save_inputs)
+
+
+class AccumulatingRows(torch.autograd.Function):
+    """`linear_cross_entropy_rows_op` whose backward adds dW to the `weight.grad` that is there, and returns none.
+
+    For eager mode: `.grad` is looked up when backward runs. Where there is none yet, or one that is no float32 sum,
+    dW is returned as usual.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weight: Tensor | None,
+        *options: Any,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, targets, class_weight)
+        ctx.weight, ctx.options = weight, LossOptions(*options)
+        return loss_chunks(x, weight, bias, targets, class_weight, None, None, ctx.options)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, targets, class_weight = ctx.saved_tensors
+        wide, (need_x, need_weight, need_bias) = ctx.options.wide_dtype, ctx.needs_input_grad[:3]
+        there = ctx.weight.grad if need_weight else None
+        if there is not None and (there.dtype != wide or there.layout != torch.strided or there.requires_grad):
+            there = None
+        given = (need_x, need_weight and there is None, need_bias)
+        grads = _new_gradients(x, weight, given, wide)
+        into = grads if there is None else grads._replace(weight=there)
+        loss_chunks(x, weight, bias, targets, class_weight, dloss, into, ctx.options)
+        results = _rounded(grads, x, weight, bias)
+        return *(grad if give else None for grad, give in zip(results, given, strict=True)), *(None,) * 9
+
+
+def _new_gradients(x: Tensor, weight: Tensor, needs: Sequence[bool], wide: torch.dtype) -> Gradients:
+    return Gradients(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None,
+        torch.zeros(weight.shape, dtype=wide, device=x.device) if needs[1] else None,
+        torch.zeros(weight.shape[:1], dtype=wide, device=x.device) if needs[2] else None,
+    )
+
+
+def _rounded(
+    grads: Gradients | None, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in the dtypes of what they are gradients of (or weight's and bias's in `dtype`); empty for None."""
+    dx, dw, db = grads or (None, None, None)
+    return (
+        x.new_empty(0) if dx is None else dx,
+        weight.new_empty(0) if dw is None else dw.to(dtype or weight.dtype),
+        x.new_empty(0) if db is None or bias is None else db.to(dtype or bias.dtype),
+    )
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_rounded` returns, without values."""
+    return (
+        x.new_empty(x.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape, dtype=dtype) if needs[1] else weight.new_empty(0),
+        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape, dtype=dtype),
+    )

@@ -1,0 +1,39 @@
+"""The losses as PyTorch itself spells them, for any option that ours take; in float64 what every loss is held to."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def plain_cross_entropy(
+    logits: Tensor, targets: Tensor, *, wide: torch.dtype, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0, z_loss: float = 0.0, class_weight: Tensor | None = None,
+    num_items: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Of logits (..., V) and targets (...), in the dtype `wide`."""
+    V = logits.shape[-1]
+    counted = targets != ignore_index
+    safe = targets.long().masked_fill(~counted, -100).reshape(-1)
+    weight = None if class_weight is None else class_weight.to(wide)
+    flat = logits.to(wide).reshape(-1, V)
+    loss = F.cross_entropy(flat, safe, weight, reduction="none", label_smoothing=label_smoothing)
+    loss = loss.view(targets.shape)
+    if z_loss:
+        loss = loss + z_loss * flat.logsumexp(-1).view(targets.shape).square() * counted
+    if reduction != "mean":
+        return loss if reduction == "none" else loss.sum()
+    if num_items is not None:
+        return loss.sum() / num_items
+    return loss.sum() / (counted.sum() if weight is None else (weight[targets.long().clamp(0, V - 1)] * counted).sum())
+
+
+def shifted(targets: Tensor, ignore_index: int) -> Tensor:
+    """What `shift=True` reads: the targets one position on, nothing at the last."""
+    return torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)), 1)
+
+
+def as_the_oracle_sees(result: Tensor) -> Tensor:
+    """Of a row whose rest is below 1e-16, float64 makes a loss and a p - 1 of 0; the kernel keeps them."""
+    return result.where((result.abs() > 1e-15) | result.isnan(), 0.0)
