@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: generate test sanitize format clean
+.PHONY: generate test test-package test-kernels sanitize format clean
 
 generate: $(VENV)/.runtime
 	$(BIN)/fastgpt2 generate $(ARGS)
@@ -13,8 +13,15 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-package test-kernels
+	$(BIN)/python -m pytest tests/kernels/test_compile.py
+
+# Side by side, so a thread each: the tensors are small, and two processes that both use all cores wait for each other.
+test-package: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/kernels/test_compile.py $(ARGS)
+
+test-kernels: $(VENV)/.dev
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 # The kernels' tests as on a GPU, compiled by Triton's front end and executed with checks of every access, on the CPU.
 # Optional: the sanitizer is young software. Left out is what looks at devices, threads or PyTorch rather than kernels.

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_WORD = 0xFFFFFFFF
+
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
     """(T, S) bool, True where query t may see key s: the diagonal ends in the last corner."""
@@ -68,19 +70,22 @@ def dropout_keep(seed: Tensor, B: int, H: int, T: int, S: int, dropout_p: float)
     The key is seed[0], the counter (s // 8, t, b H + h, seed[1]), `seed` (2,) int64. Of the 8 halves of the result's
     4 words, lower half first, the (s % 8)-th is compared with dropout_p in units of 2^-16.
     """
-    word = 0xFFFFFFFF
     key, offset = (int(n) for n in seed.tolist())
-    k0, k1 = key & word, key >> 32 & word
     g, t, bh = (torch.arange(n, dtype=torch.int64, device=seed.device) for n in (-(-S // 8), T, B * H))
     c0, c1, c2 = torch.broadcast_tensors(g, t[:, None], bh[:, None, None])
-    c3 = torch.full_like(c0, offset & word)
+    words = philox(c0, c1, c2, torch.full_like(c0, offset & _WORD), key & _WORD, key >> 32 & _WORD)
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
+    return (halves.flatten(-2)[..., :S] >= round(dropout_p * 2**16)).view(B, H, T, S)
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> tuple[Tensor, ...]:
+    """Philox 4x32-7: four random words for each counter (c0, c1, c2, c3), int64 tensors of 32-bit numbers."""
     for _ in range(7):
         low0, high0 = _multiply_words(0xD2511F53, c0)
         low2, high2 = _multiply_words(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    halves = torch.stack([half for c in (c0, c1, c2, c3) for half in (c & 0xFFFF, c >> 16)], -1)
-    return (halves.flatten(-2)[..., :S] >= round(dropout_p * 2**16)).view(B, H, T, S)
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
 
 
 def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from fastgpt2_kernels import attention, launch
+from tests.kernels.compiling import Case
 
 _KERNELS = {
     "forward": attention._attention_fwd_kernel,
@@ -18,8 +18,8 @@ _INDEX_TYPES = {"lengths_ptr": "*i32", "doc_start_ptr": "*i32", "doc_end_ptr": "
 _STATISTICS = ("max_ptr", "sum_ptr", "delta_ptr")
 
 
-def attention_cases(arch: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, dict[str, Any]]]:
-    """(name, kernel, signature, constants, warps, options) of every row, and of head 64 with documents."""
+def attention_cases(arch: str) -> Iterator[Case]:
+    """Every row, and those of head 64 with documents too. Strides are multiples of 16, as heads of 16 n make them."""
     for kernel, kind, width in launch.attention_rows():
         if kind == "half dropout":
             yield _case(arch, kernel, "half", width, ("HAS_DROPOUT",))
@@ -29,9 +29,7 @@ def attention_cases(arch: str) -> Iterator[tuple[str, Any, dict[str, str], dict[
             yield _case(arch, kernel, kind, width, _DOCUMENTS)
 
 
-def _case(
-    arch: str, name: str, kind: str, width: int, flags: tuple[str, ...]
-) -> tuple[str, Any, dict[str, str], dict[str, Any], int, dict[str, Any]]:
+def _case(arch: str, name: str, kind: str, width: int, flags: tuple[str, ...]) -> Case:
     kernel, dtype = _KERNELS[name], "bf16" if kind == "half" else "fp32"
     row = launch.attention_row(
         name, arch, kind, width, has_dropout="HAS_DROPOUT" in flags, has_documents="HAS_DOCS" in flags
@@ -60,4 +58,6 @@ def _case(
         else:
             signature[argument] = "fp32" if argument in ("scale", "keep_scale") else "i32"
     label = " ".join(["attention", name, kind, f"head {width}", f"{row.block_t}x{row.block_s}", *flags])
-    return label, kernel, signature, constants, row.num_warps, {"num_stages": row.num_stages, **launch.OPTIONS}
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride_"))
+    options = {"num_stages": row.num_stages, **launch.OPTIONS}
+    return Case(label, kernel, signature, constants, row.num_warps, options, aligned)

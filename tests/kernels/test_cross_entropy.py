@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastgpt2_kernels import ops
 from tests.helpers import assert_within_budget
 from tests.kernels.losses import as_the_oracle_sees, plain_cross_entropy, shifted
+from tests.kernels.traffic import Traffic
 
 CANARY = -7.5
 VOCABULARIES = [1, 2, 5, 17, 100, 255, 257, 1030, 2100, 5000, 9001]
@@ -358,42 +359,6 @@ def test_large_vocabularies(triton_device, seed, V):
     exact = F.cross_entropy(wide, targets)
     assert_within_budget(got, plain, exact)
     assert_within_budget(got_grad, plain_grad, torch.autograd.grad(exact, wide)[0])
-
-
-class Traffic:
-    """How often launches under Triton's interpreter read and wrote each element of some tensors."""
-
-    def __init__(self, monkeypatch, **tensors):
-        from triton.runtime import interpreter
-
-        self.tensors = tensors
-        self.reads = {name: torch.zeros(t.shape, dtype=torch.int64) for name, t in tensors.items()}
-        self.writes = {name: torch.zeros(t.shape, dtype=torch.int64) for name, t in tensors.items()}
-        load, store = interpreter._interpreter.load, interpreter._interpreter.store
-
-        class Recorder:
-            @staticmethod
-            def load(pointers, mask, *rest):
-                self.count(self.reads, pointers, mask)
-                return load(pointers, mask, *rest)
-
-            @staticmethod
-            def store(pointers, value, mask):
-                self.count(self.writes, pointers, mask)
-                return store(pointers, value, mask)
-
-            def __getattr__(self, name):
-                return getattr(interpreter_module, name)
-
-        interpreter_module = interpreter._interpreter
-        monkeypatch.setattr(interpreter, "_interpreter", Recorder())
-
-    def count(self, into, pointers, mask):
-        pointers = torch.from_numpy(pointers.astype("int64")).flatten()[torch.from_numpy(mask.astype(bool)).flatten()]
-        for name, t in self.tensors.items():
-            index = (pointers - t.data_ptr()) // t.element_size()
-            index = index[(index >= 0) & (index < t.numel())]
-            into[name].view(-1).index_add_(0, index, torch.ones_like(index))
 
 
 def test_interpreted_traffic(monkeypatch, triton_device, seed):

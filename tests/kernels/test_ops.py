@@ -38,6 +38,50 @@ def test_causal_attention_over_random_shapes(seed: int, dtype: torch.dtype, upca
             assert_within_budget(got, plain, exact, what, dtype=dtype)
 
 
+def test_causal_attention_options(seed: int) -> None:
+    """Row lengths, documents, seeded dropout and the log-sum-exp of the PyTorch backend, with gradients, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    B, H, T, D = 3, 2, 17, 4
+    qkv = torch.randn(B, T, 3 * H * D, generator=generator, dtype=torch.float64)
+    lengths = torch.tensor([0, T, 5])
+    rows = torch.arange(T) < lengths[:, None]
+    padded = rows[:, None, None, :] & rows[:, None, :, None]
+    cu_seqlens = torch.tensor([0, 4, 4, 11, B * T])
+    documents = reference.document_mask(cu_seqlens, B * T)
+    dropout_seed = torch.randint(2**62, (2,), generator=generator)
+    flat = qkv.reshape(1, B * T, -1)
+    cases: list[tuple[Tensor, Tensor, dict[str, Any]]] = [
+        (qkv.masked_fill(~rows[..., None], float("nan")), padded, {"lengths": lengths}),
+        (flat, documents, {"cu_seqlens": cu_seqlens}),
+        (flat, documents, {"cu_seqlens": ops.plan_documents(cu_seqlens, B * T)}),
+    ]
+    for given, mask, options in cases:
+        for dropout_p in (0.0, 0.4):
+            leaf, exact_leaf = given.clone().requires_grad_(), given.nan_to_num().requires_grad_()
+            out, lse = ops.causal_attention_packed(
+                leaf, H, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=True, **options
+            )
+            q, k, v = exact_leaf.view(*given.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4)
+            keep = reference.dropout_keep(dropout_seed, *q.shape[:3], q.shape[2], dropout_p)
+            exact = reference.causal_attention(q, k, v, mask=mask, keep=keep, dropout_p=dropout_p)
+            assert_close(out, exact.transpose(1, 2).flatten(2))
+            torch.testing.assert_close(lse.double(), reference.attention_lse(q, k, mask=mask).detach())
+            (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+            (exact_grad,) = torch.autograd.grad(exact.square().sum(), exact_leaf)
+            assert_close(grad, exact_grad)
+
+
+def test_dropout_keep_is_philox() -> None:
+    """The words of Random123's test of philox4x32-7, whose counter and key are all ones or all zeros."""
+    expected = {
+        0: (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
+        -1: (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
+    }
+    for ones, words in expected.items():
+        c = [torch.full((1,), ones & 0xFFFFFFFF)] * 4
+        assert tuple(int(word) for word in reference.philox(*c, ones & 0xFFFFFFFF, ones & 0xFFFFFFFF)) == words
+
+
 def test_the_oracle_is_pytorchs(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, 3, 9, 4, generator=generator, dtype=torch.float64) for _ in range(3))

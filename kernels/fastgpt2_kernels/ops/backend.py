@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -19,6 +18,7 @@ OPERATORS = (
     "cross_entropy",
     "linear_cross_entropy",
 )
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
 _TRITON_OPERATORS = frozenset({"causal_attention", "cached_attention", "cross_entropy", "linear_cross_entropy"})
 
 
@@ -28,16 +28,11 @@ def why_not_triton(operator: str, device: torch.device | str) -> str | None:
         raise ValueError(f"why_not_triton: operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
     if operator not in _TRITON_OPERATORS:
         return f"{operator} has no Triton kernel in this version"
-    if not _triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     if torch.device(device).type != "cuda" and not interpreter_is_on():
         return f"Triton kernels need a GPU or Triton's interpreter; the tensors are on {torch.device(device).type}"
     return None
-
-
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None  # a look at the file system: too slow for every call
 
 
 def interpreter_is_on() -> bool:

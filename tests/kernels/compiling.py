@@ -1,0 +1,98 @@
+"""Compiling a kernel for a GPU that is not there, and reading off what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)([^;]*);")
+
+
+class Case(NamedTuple):
+    """A kernel and what it is specialised to; the arguments named in `aligned` are multiples of 16."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    options: dict[str, Any]
+    aligned: tuple[str, ...]
+
+
+def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
+    """Registers, bytes of shared memory, spills (all, and those in loops), tensor-core and 128-bit instructions."""
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(case.kernel.arg_names) if name in case.aligned
+    }
+    source = ASTSource(case.kernel, case.signature, constexprs=case.constants, attrs=attributes)
+    compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps, **case.options})
+    result = {"case": case.name, "warps": case.num_warps, "shared": compiled.metadata.shared}
+    return result | (_read_amd(compiled.asm) if target.backend == "hip" else _read_nvidia(compiled.asm))
+
+
+def _read_amd(asm: dict[str, Any]) -> dict[str, int]:
+    text = asm["amdgcn"]
+    spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
+    return {
+        "registers": max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text)),
+        "spills": spills,
+        "loop_spills": spills,
+        "tensor_core": len(re.findall(r"v_mfma_", text)),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+        "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+    }
+
+
+def _read_nvidia(asm: dict[str, Any]) -> dict[str, int]:
+    ptx = asm["ptx"]
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    instructions = [(int(at, 16), name, rest) for at, name, rest in _INSTRUCTION.findall(sass)]
+    return {
+        "registers": _number(r"REG:(\d+)", usage),
+        "spills": _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
+        "loop_spills": _loop_spills(instructions),
+        "tensor_core": sum(re.match(r"HMMA|HGMMA|UTC\w*MMA", name) is not None for _, name, _ in instructions),
+        "wide_loads": len(
+            re.findall(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.c\w\.[^;]*, 0x10,|cp\.async\.bulk\.tensor", ptx)
+        ),
+        "wide_stores": len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"cuobjdump printed no {pattern}: {text[:200]}")
+    return int(found[1])
+
+
+def _loop_spills(instructions: list[tuple[int, str, str]]) -> int:
+    """Loads and stores of local memory between a branch backwards and where it leads."""
+    loops = []
+    for at, name, rest in instructions:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if name.split(".")[0] == "BRA" and target is not None and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    local = [at for at, name, _ in instructions if name.split(".")[0] in ("LDL", "STL")]
+    return sum(any(start <= at <= end for start, end in loops) for at in local)
