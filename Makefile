@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: generate test test-package test-kernels sanitize format clean
+.PHONY: generate test test-package test-kernels test-compiled sanitize format clean
 
 generate: $(VENV)/.runtime
 	$(BIN)/fastgpt2 generate $(ARGS)
@@ -13,8 +13,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory --jobs 2 --output-sync test-package test-kernels
-	$(BIN)/python -m pytest tests/kernels/test_compile.py
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-package test-kernels test-compiled
 
 # Side by side, so a thread each: the tensors are small, and two processes that both use all cores wait for each other.
 test-package: $(VENV)/.dev
@@ -22,6 +21,9 @@ test-package: $(VENV)/.dev
 
 test-kernels: $(VENV)/.dev
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+
+test-compiled: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/kernels/test_compile.py
 
 # The kernels' tests as on a GPU, compiled by Triton's front end and executed with checks of every access, on the CPU.
 # Optional: the sanitizer is young software. Left out is what looks at devices, threads or PyTorch rather than kernels.

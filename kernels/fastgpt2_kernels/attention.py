@@ -38,9 +38,9 @@ from fastgpt2_kernels import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every statistical test (Salmon et al. 2011, table 2)
-
-
-SECTION = tl.constexpr(24)
+SECTION = tl.constexpr(
+    24
+)  # heads: at T = 2048, D = 64 and 16 bits their K and V take 12.6 MB of a cache of 40 to 50 MB
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
@@ -112,9 +112,7 @@ def _keep_mask(seed_ptr, bh, t_start, s_start, threshold, BLOCK_T: tl.constexpr,
 
 
 @triton.jit
-def _key_range(
-    t_start, t_end, offset, doc_start_ptr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, HAS_DOCS: tl.constexpr
-):
+def _key_range(t_start, t_end, offset, doc_start_ptr, BLOCK_S: tl.constexpr, HAS_DOCS: tl.constexpr):
     """The keys that the queries t_start .. t_end see, in tiles: (whole_start, whole_end, cut_start, num_lead, num_cut).
 
     Whole tiles lie in whole_start .. whole_end. Of the `num_cut` tiles that the mask cuts through, the first `num_lead`
@@ -133,7 +131,7 @@ def _key_range(
 
 @triton.jit
 def _query_range(s_start, s_end, num_queries, offset, doc_end_ptr, BLOCK_T: tl.constexpr, HAS_DOCS: tl.constexpr):
-    """Queries that see the keys s_start .. s_end, in the same terms as `_key_range`."""
+    """The queries that see the keys s_start .. s_end, in the terms of `_key_range`: diagonal first, documents last."""
     cut_start = tl.maximum(s_start - offset, 0) // BLOCK_T * BLOCK_T
     last, whole_last = num_queries, num_queries
     if HAS_DOCS:
@@ -223,7 +221,7 @@ def _attention_fwd_kernel(
         q = _load_tile(q_ptr, b, h, t_start, stride_qt, t_limit, D, BLOCK_T, BLOCK_D, True, False)
         scale_log2 = scale * LOG2_E
         whole_start, whole_end, cut_start, num_lead, num_cut = _key_range(
-            t_start, t_end, offset, doc_start_ptr, BLOCK_T, BLOCK_S, HAS_DOCS)  # fmt: skip
+            t_start, t_end, offset, doc_start_ptr, BLOCK_S, HAS_DOCS)  # fmt: skip
         for s in range(whole_start, whole_end, BLOCK_S):
             acc, m, l = _online_softmax_step(
                 acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt, stride_vt, s_limit,
@@ -326,7 +324,7 @@ def _attention_bwd_dq_kernel(
                 inv_l = 1.0 / tl.load(sum_ptr + rows, mask=offs_t < t_limit, other=1.0)
             scale_log2 = scale * LOG2_E
             whole_start, whole_end, cut_start, num_lead, num_cut = _key_range(
-                t_start, t_end, offset, doc_start_ptr, BLOCK_T, BLOCK_S, HAS_DOCS)  # fmt: skip
+                t_start, t_end, offset, doc_start_ptr, BLOCK_S, HAS_DOCS)  # fmt: skip
             for s in range(whole_start, whole_end, BLOCK_S):
                 dq = _dq_step(
                     dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt,

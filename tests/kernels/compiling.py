@@ -60,25 +60,26 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, int]:
 
 def _read_nvidia(asm: dict[str, Any]) -> dict[str, int]:
     ptx = asm["ptx"]
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    instructions = [(int(at, 16), name, rest) for at, name, rest in _INSTRUCTION.findall(sass)]
+        usage = _cuobjdump("-res-usage", file.name)
+        spills = _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage)
+        loop_spills = _loop_spills(_cuobjdump("-sass", file.name)) if spills else 0
+    wide_loads = r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.c\w\.[^;]*, 0x10,|cp\.async\.bulk\.tensor"
     return {
         "registers": _number(r"REG:(\d+)", usage),
-        "spills": _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
-        "loop_spills": _loop_spills(instructions),
-        "tensor_core": sum(re.match(r"HMMA|HGMMA|UTC\w*MMA", name) is not None for _, name, _ in instructions),
-        "wide_loads": len(
-            re.findall(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.c\w\.[^;]*, 0x10,|cp\.async\.bulk\.tensor", ptx)
-        ),
+        "spills": spills,
+        "loop_spills": loop_spills,
+        "tensor_core": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
+        "wide_loads": len(re.findall(wide_loads, ptx)),
         "wide_stores": len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
     }
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
 def _number(pattern: str, text: str) -> int:
@@ -88,8 +89,9 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _loop_spills(instructions: list[tuple[int, str, str]]) -> int:
+def _loop_spills(sass: str) -> int:
     """Loads and stores of local memory between a branch backwards and where it leads."""
+    instructions = [(int(at, 16), name, rest) for at, name, rest in _INSTRUCTION.findall(sass)]
     loops = []
     for at, name, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest)

@@ -160,6 +160,40 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: ops.causal_attention_packed(torch.ones(1, 3, 12), 1, cu_seqlens=torch.tensor([0.0, 3.0])),
         "int32 or int64",
     ),
+    "two devices": (lambda: ops.causal_attention(Q, Q.to("meta"), Q), "one device; got q on cpu, k on meta"),
+    "a scale of 0": (lambda: ops.causal_attention(Q, Q, Q, scale=0.0), "scale must be finite and > 0; got 0.0"),
+    "lengths of another batch": (
+        lambda: ops.causal_attention(Q, Q, Q, lengths=torch.tensor([1, 2])),
+        r"lengths must be int32 or int64 of shape \(1,\); got torch.int64 \(2,\)",
+    ),
+    "a negative length": (
+        lambda: ops.causal_attention(Q, Q, Q, lengths=torch.tensor([-1])),
+        r"lengths must be in \[0, T=3\]; got \[-1\]",
+    ),
+    "a length too long": (
+        lambda: ops.causal_attention(Q, Q, Q, lengths=torch.tensor([4])),
+        r"lengths must be in \[0, T=3\]; got \[4\]",
+    ),
+    "lengths after a cache": (
+        lambda: ops.causal_attention(Q[:, :, :1], Q, Q, lengths=torch.tensor([1])),
+        "as many keys as queries; got 3 keys and 1 queries",
+    ),
+    "lengths and documents": (
+        lambda: ops.causal_attention_packed(
+            torch.ones(1, 3, 12), 1, lengths=torch.tensor([3]), cu_seqlens=torch.tensor([0, 3])
+        ),
+        "give lengths or cu_seqlens, not both",
+    ),
+    "documents planned for another row": (
+        lambda: ops.causal_attention_packed(
+            torch.ones(1, 3, 12), 1, cu_seqlens=ops.plan_documents(torch.tensor([0, 2]), 2)
+        ),
+        "planned for 2 tokens; got 3",
+    ),
+    "a dropout seed of one number": (
+        lambda: ops.causal_attention(Q, Q, Q, dropout_p=0.1, dropout_seed=torch.tensor([1])),
+        r"dropout_seed must be int64 of shape \(2,\) on cpu; got torch.int64 \(1,\)",
+    ),
     "a slot in two rows": (lambda: ops.plan_rows([1, 1], [1, 1], [0, 0]), r"one row only; got slots \[1, 1\]"),
     "a row of no tokens": (lambda: ops.plan_rows([1], [0], [0]), "at least one new token"),
     "a full cache": (

@@ -211,7 +211,7 @@ def _lse(row_max: Tensor, row_sum: Tensor) -> Tensor:
 
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
