@@ -116,11 +116,18 @@ def expected(inputs, dout, case, keep, mask):
 
 
 def sizes_of_terms(inputs, dout, case):
-    """Of dq and dk: dS = P (dP - delta) cancels where one key has all the weight, as with a single key."""
+    """How large the summands are: dS = P (dP - delta), say, cancels where one key has all the weight."""
     q, k, v = (x.double().abs() for x in inputs)
-    largest_dp = torch.matmul(dout.double().abs(), v.mT).max().item() / (1 - case["dropout_p"])
+    dout = dout.double().abs()
+    largest_dp = torch.matmul(dout, v.mT).max().item() / (1 - case["dropout_p"])
     scale = case["scale"] or q.shape[-1] ** -0.5
-    return {"dq": scale * largest_dp * k.max().item(), "dk": scale * largest_dp * q.max().item()}
+    return {
+        "output": v.max().item() / (1 - case["dropout_p"]),
+        "lse": scale * torch.matmul(q, k.mT).max().item(),
+        "dq": scale * largest_dp * k.max().item(),
+        "dk": scale * largest_dp * q.max().item(),
+        "dv": dout.max().item() / (1 - case["dropout_p"]),
+    }
 
 
 def hold_all(got, inputs, dout, case, keep, mask):
@@ -132,7 +139,7 @@ def hold_all(got, inputs, dout, case, keep, mask):
             assert torch.equal(value == float("-inf"), exact == float("-inf"))
             value, exact, *plains = (x.masked_fill(x == float("-inf"), 0.0) for x in (value, exact, *plains))
         what = f"{name} of {case}"
-        assert_within_budget(value, plains, exact, what, dtype=dout.dtype, terms=terms.get(name, 0.0))
+        assert_within_budget(value, plains, exact, what, dtype=dout.dtype, terms=terms[name])
 
 
 def check(case: dict, device: str) -> None:

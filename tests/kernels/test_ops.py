@@ -24,6 +24,7 @@ def test_causal_attention_over_random_shapes(seed: int, dtype: torch.dtype, upca
     for _ in range(25):
         B, H, D = rng.choice([0, 1, 2]), rng.choice([1, 3]), rng.choice([1, 5, 16])
         T = rng.choice([0, 1, 2, 7, 33])
+        H = H if T * D >= 64 else 16 * H  # enough numbers that the largest error of a few is not a matter of luck
         S = T + rng.choice([0, 0, 1, 10])
         scale = rng.choice([None, 1.0, 0.3])
         q, k, v = (torch.randn(B, H, n, D, generator=generator).to(dtype) for n in (T, S, S))
