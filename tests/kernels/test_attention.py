@@ -60,8 +60,8 @@ def tiles(monkeypatch):
 
 def random_case(rng: random.Random) -> dict:
     layout = rng.choice(["heads", "heads", "broadcast", "packed", "packed", "documents"])
-    T = rng.choice([1, 2, 3, 15, 16, 17, 31, 32, 33, 50, 60])
-    B, H = rng.choice([(1, 1), (1, 2), (2, 1), (1, 1), (2, 2), (1, 3)])
+    T = rng.choice([1, 2, 3, 15, 16, 17, 31, 32, 33, 33, 50])
+    B, H = rng.choice([(1, 1), (1, 1), (1, 2), (2, 1), (2, 2)])
     if T < 15:  # enough numbers that the largest error of a few is not a matter of luck
         B, H = (1, 8) if layout == "documents" else (4, 2)
     return {
@@ -521,7 +521,7 @@ def test_interpreted_traffic(triton_device, tiles, monkeypatch, use_tma):
 def test_dropout_rate_and_seed(triton_device, seed):
     """The share of weights kept, and the mask a function of (seed, offset) and of PyTorch's generator."""
     torch.manual_seed(seed)
-    T, p = 256, 0.25
+    T, p = 128, 0.25
     q = torch.zeros(1, 2, T, 16, device=triton_device)
     v = torch.ones(1, 2, T, 16, device=triton_device)
 
