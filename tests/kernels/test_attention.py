@@ -263,6 +263,7 @@ CASES = {
     "square": {"T": 40, "S": 40},
     "chunk": {"T": 19, "S": 53},
     "mixed": {"T": 17, "S": 17, "B": 3, "H": 2},
+    "sections": {"T": 17, "S": 17, "B": 5, "H": 6, "D": 8},  # more heads than go together, and a rest
     "padding": {"T": 42, "S": 42, "lengths": True},
     "documents": {"T": 75, "S": 75, "documents": True},
     "dropout": {"T": 20, "S": 20, "dropout_p": 0.4},
@@ -372,6 +373,11 @@ MUTATIONS = {
         "mixed",
         "b, h = bh // H, bh % H",
         "b, h = bh % H, bh // H",
+    ),
+    "every section the first": (
+        "sections",
+        "return section * SECTION + within % heads",
+        "return within % heads",
     ),
     "documents see their neighbours": (
         "documents",
