@@ -38,15 +38,15 @@ def unfused(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def torchs(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-    return F.linear_cross_entropy(x, weight, targets, options=options)  # type: ignore[attr-defined]
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, weight, targets, options=options)
 
 
 class LigerChunks(torch.autograd.Function):
     """Liger-Kernel's `fused_linear_cross_entropy`: its rule for chunks, its order of operations, its dtypes."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, targets):
         (N, C), V = x.shape, weight.shape[0]
         chunks = -(-V // C)
         rows = 1 << (-(-N // chunks) - 1).bit_length()
@@ -67,7 +67,7 @@ class LigerChunks(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_output):
         dx, dw = ctx.saved_tensors
         return (dx, dw, None) if grad_output == 1 else (dx * grad_output, dw * grad_output, None)
 

@@ -182,7 +182,7 @@ def test_large_vocabularies_take_32_bits(tmp_path: Path) -> None:
 
     (tmp_path / "a.txt").write_text("abc\n")
     corpus = find_documents([tmp_path / "a.txt"], val_fraction=0)
-    write_shards(corpus, Wide(), tmp_path / "out", {})  # type: ignore[arg-type]
+    write_shards(corpus, Wide(), tmp_path / "out", {})
     assert TokenData.open(tmp_path / "out").train.tokens.tolist() == [65_540, 69_999]
 
 

@@ -73,7 +73,7 @@ def test_unequal_batches_add_up_to_the_mean_of_all(seed: int) -> None:
     model.zero_grad()
     items = int((shift_targets(ids, pad_token_id=9) != -100).sum())
     parts = [train_step(model, ids[i : i + 1], pad_token_id=9, num_items_in_batch=items) for i in range(3)]
-    assert_close(sum(parts), whole)  # type: ignore[arg-type]
+    assert_close(sum(parts), whole)
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, expected[name], name)
 

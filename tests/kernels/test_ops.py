@@ -217,9 +217,6 @@ def test_refused(what: str) -> None:
 
 
 def test_an_explicit_triton_says_why_it_cannot_be() -> None:
-    reason = ops.why_not_triton("layer_norm", "cpu")
-    if reason is None:
-        pytest.skip("layer_norm has a Triton kernel for this device")
     with pytest.raises(ValueError, match=r"layer_norm: backend='triton' cannot be used: "):
         ops.layer_norm(X, X[0], X[0], 1e-5, backend="triton")
 
