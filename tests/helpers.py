@@ -56,13 +56,16 @@ def assert_within_budget(
     _hold(error, max(plain_errors), exact, dtype or plains[0].dtype, what, terms)
 
 
-def assert_rms_within_budget(got: Tensor, plain: Sequence[Tensor], exact: Tensor, what: str = "result") -> None:
+def assert_rms_within_budget(
+    got: Tensor, plain: Sequence[Tensor], exact: Tensor, what: str = "result", *,
+    dtype: torch.dtype | None = None, terms: float = 0.0,
+) -> None:  # fmt: skip
     """The same budget for root-mean-square errors, which many roundings in a row make far steadier than the largest.
 
     Several plain expressions (transformers has more than one attention): the worst of them counts.
     """
     error, *plain_errors = (_rms(t, exact, what) for t in (got, *plain))
-    _hold(error, max(plain_errors), exact, plain[0].dtype, what)
+    _hold(error, max(plain_errors), exact, dtype or plain[0].dtype, what, terms)
 
 
 def _largest(got: Tensor, exact: Tensor, what: str) -> float:
