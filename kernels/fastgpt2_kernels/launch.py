@@ -139,3 +139,22 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+# -- linear maps of a few rows -------------------------------------------------------------------------------------
+
+
+class LinearDecodeRow(NamedTuple):
+    """block_r rows and block_n outputs of a program, block_k inputs of a step of each of its shares of K."""
+
+    block_r: int
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+def linear_decode_row(
+    num_rows: int, num_outputs: int, num_inputs: int, element_size: int, prologue: str, arch: str
+) -> LinearDecodeRow:
+    """8 rows are the least a tensor-core product takes."""
+    return LinearDecodeRow(8, 16, 128, 8)

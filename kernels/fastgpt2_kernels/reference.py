@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt2_kernels.decode_types import LayerNormWeights
+
 _WORD = 0xFFFFFFFF
 
 
@@ -100,6 +102,30 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     mean = x.mean(-1, keepdim=True)
     var = (x - mean).square().mean(-1, keepdim=True)
     return (x - mean) * torch.rsqrt(var + eps) * weight + bias
+
+
+_layer_norm = layer_norm  # where an argument has its name
+
+
+def linear_decode(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None,
+    layer_norm: LayerNormWeights | None = None, activation: str = "linear", residual: Tensor | None = None,
+    product_dtype: torch.dtype, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """activation(LN(x) weight^T + bias) + residual, x (R, K), weight (N, K): statistics and sums are float32 or wider.
+
+    The operands of the product are rounded to `product_dtype`, nothing else is before the result.
+    """
+    wide = torch.promote_types(product_dtype, torch.float32)
+    if layer_norm is not None:
+        x = _layer_norm(x.to(wide), layer_norm.weight.to(wide), layer_norm.bias.to(wide), layer_norm.eps)
+    y = F.linear(x.to(product_dtype).to(wide), weight.to(product_dtype).to(wide))
+    if weight_scale is not None:
+        y = y * weight_scale.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    y = ACTIVATIONS[activation](y)
+    return (y if residual is None else y + residual.to(wide)).to(out_dtype)
 
 
 def cross_entropy(

@@ -15,11 +15,22 @@ OPERATORS = (
     "layer_norm",
     "activation",
     "linear",
+    "linear_decode",
+    "decode_step",
     "cross_entropy",
     "linear_cross_entropy",
 )
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
-_TRITON_OPERATORS = frozenset({"causal_attention", "cached_attention", "cross_entropy", "linear_cross_entropy"})
+_TRITON_OPERATORS = frozenset(
+    {
+        "causal_attention",
+        "cached_attention",
+        "linear_decode",
+        "decode_step",
+        "cross_entropy",
+        "linear_cross_entropy",
+    }
+)
 
 
 def why_not_triton(operator: str, device: torch.device | str) -> str | None:

@@ -1,0 +1,303 @@
+"""Decoding on a GPU: the rows' state on the device, a CUDA graph for every number of rows, results a step late.
+
+A step (`fastgpt2_kernels/decode_step.py`) is 5 L + 3 launches and no wait for the device. Rows end by themselves there
+(stop tokens, limits, a full context); the host learns of it when it reads that step's tokens, while the next step runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt2.cache import KVCache
+from fastgpt2.config import SamplingConfig
+from fastgpt2.model import GPT2, LayerNorm, Linear
+from fastgpt2_kernels import ops
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not_decode(model: GPT2) -> str | None:
+    """Why `model` cannot be decoded by a `DecodeSession`, in one sentence; None if it can."""
+    config, device = model.config, model.device
+    if model.backend == "torch":
+        return "the model's backend is 'torch'"
+    if model.backend == "auto" and device.type != "cuda":
+        return f"the model is on {device.type}; DecodeSession is for GPUs"
+    if (reason := ops.why_not_triton("decode_step", device)) is not None:
+        return reason
+    if model.dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16; the model is {model.dtype}"
+    if config.head_dim > ops.MAX_HEAD_SIZE:
+        return f"it takes head sizes up to {ops.MAX_HEAD_SIZE}; the model's is {config.head_dim}"
+    if config.activation_function not in ops.TRITON_ACTIVATIONS:
+        return f"the activation {config.activation_function!r} has no Triton kernel"
+    parameters = list(model.parameters())
+    if any(p.device != device or p.dtype != model.dtype for p in parameters):
+        return "the model's parameters are not all on one device and of one dtype"
+    if any(not p.is_contiguous() for p in parameters):
+        return "the model's parameters are not all contiguous"
+    return None
+
+
+class NewRow(NamedTuple):
+    """A row to be started: its cache slot, which holds the prompt's `length` tokens, and its first new token.
+
+    key: the two words of its noise (`ops.row_keys`); limit: the most new tokens, the first one counted.
+    """
+
+    slot: int
+    length: int
+    token: int
+    key: tuple[int, int]
+    limit: int
+
+
+class Results(NamedTuple):
+    """A step's tokens and natural-log probabilities, by slot, on their way to the host."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    ready: torch.cuda.Event | None
+
+    def read(self) -> tuple[list[int], list[float]]:
+        """Wait for that step, not for those after it."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.tokens.tolist(), self.logprobs.tolist()
+
+
+class DecodeSession:
+    """Decoding of up to `num_slots` rows of `model` with one way of sampling.
+
+    cache: the rows' keys and values, of num_slots slots; the session grows and fills it. stop_ids end a row. On a GPU
+    steps are CUDA graphs, one for each power of two of rows, captured when first needed; where capture fails, and on a
+    CPU under Triton's interpreter, they are plain launches. use_pdl: programmatic dependent launch; None tries it on
+    the device (sm_90 and newer) and keeps it where it is faster and equal to the bit. weight_dtype: torch.int8 holds
+    the linear layers' weights in 8 bits, a scale for every output. Raises ValueError where `why_not_decode` says why.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        cache: KVCache,
+        sampling: SamplingConfig,
+        stop_ids: Sequence[int] = (),
+        *,
+        use_graphs: bool = True,
+        use_pdl: bool | None = None,
+        weight_dtype: torch.dtype | None = None,
+    ) -> None:
+        if (reason := why_not_decode(model)) is not None:
+            raise ValueError(f"DecodeSession: cannot be used: {reason}")
+        if weight_dtype not in (None, model.dtype, torch.int8):
+            raise ValueError(f"DecodeSession: weight_dtype must be {model.dtype} or torch.int8; got {weight_dtype}")
+        if cache.keys.device != model.device or cache.keys.dtype not in (model.dtype, torch.float32):
+            raise ValueError(
+                f"DecodeSession: the cache must be on {model.device} in {model.dtype} or float32; "
+                f"got {cache.keys.device} and {cache.keys.dtype}"
+            )
+        self.cache = cache
+        self.num_slots = cache.num_slots
+        self.use_graphs = use_graphs and model.device.type == "cuda"
+        self.use_pdl = use_pdl if use_pdl is not None or self._may_have_pdl(model.device) else False
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._max_rows = self._bucket(self.num_slots)
+        # Rows that fill a bucket up are idle slots past the others, one for each, so that no two programs share any.
+        total = self.num_slots + self._max_rows
+        device = model.device
+        self.slots = ops.SlotState.idle(total, device)
+        self.seen = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(total, model.config.vocab_size, dtype=torch.bool, device=device)
+        self._step = ops.decode_step(
+            step_weights(model, weight_dtype),
+            self.slots,
+            slot_sampling(sampling, total, self.seen, device),
+            torch.tensor(list(stop_ids), dtype=torch.int32, device=device),
+            self._max_rows,
+            cache.keys.dtype,
+        )
+        self._rows: dict[int, tuple[list[int], Tensor]] = {}
+        self._cached: tuple[int, int] | None = None
+
+    @staticmethod
+    def _bucket(rows: int) -> int:
+        return 1 << max(rows - 1, 0).bit_length()
+
+    @staticmethod
+    def _may_have_pdl(device: torch.device) -> bool:
+        return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+
+    def start(self, rows: Sequence[NewRow]) -> None:
+        """Put rows into their slots, whatever these held before. ValueError for a slot or length that does not fit."""
+        for row in rows:
+            if not 0 <= row.slot < self.num_slots:
+                raise ValueError(f"DecodeSession: slots are 0 .. {self.num_slots - 1}; got {row.slot}")
+            if not 0 < row.length <= self.cache.capacity:
+                raise ValueError(
+                    f"DecodeSession: slot {row.slot} cannot hold {row.length} tokens; the cache has room for "
+                    f"{self.cache.capacity}: call cache.reserve"
+                )
+        if not rows:
+            return
+        device, state = self.slots.tokens.device, self.slots
+        columns = [[r.slot, r.length, r.token, r.limit, r.key[0], r.key[1]] for r in rows]
+        slot, length, token, limit, *key = torch.tensor(columns, dtype=torch.int64).to(device).unbind(1)
+        state.tokens[slot] = token.int()
+        state.lengths[slot] = length.int()
+        state.limits[slot] = limit.int()
+        state.produced[slot] = 1
+        state.status[slot] = ops.FRESH
+        state.keys[slot] = torch.stack(key, 1)
+
+    def step(self, slots: Sequence[int]) -> Results:
+        """Enqueue a token for each of `slots`; nothing waits for the device. A row that has ended stands still."""
+        if not 0 < len(slots) <= self.num_slots or len(set(slots)) != len(slots):
+            raise ValueError(f"DecodeSession: a step takes 1 .. {self.num_slots} different slots; got {list(slots)}")
+        cache = (self.cache.keys.data_ptr(), self.cache.capacity)
+        if cache != self._cached:
+            self._step.use_cache(self.cache.keys, self.cache.values)
+            self._cached = cache
+        bucket = self._bucket(len(slots))
+        rows = self._device_rows(bucket, slots)
+        if self.use_graphs:
+            self._replay(bucket, rows)
+        else:
+            self._step.run(rows, use_pdl=bool(self.use_pdl))
+        return self._results()
+
+    def _device_rows(self, bucket: int, slots: Sequence[int]) -> Tensor:
+        """The slots of a bucket's rows, on the device, at the place that its graph knows."""
+        wanted = [*slots, *range(self.num_slots, self.num_slots + bucket - len(slots))]
+        if bucket not in self._rows:
+            self._rows[bucket] = [], torch.empty(bucket, dtype=torch.int32, device=self.slots.tokens.device)
+        held, tensor = self._rows[bucket]
+        if held != wanted:
+            tensor.copy_(torch.tensor(wanted, dtype=torch.int32))
+            self._rows[bucket] = wanted, tensor
+        return tensor
+
+    def _results(self) -> Results:
+        tokens, logprobs = self.slots.tokens, self.slots.logprobs
+        if tokens.device.type != "cuda":
+            return Results(tokens.clone(), logprobs.clone(), None)
+        host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (tokens, logprobs)]
+        for to, of in zip(host, (tokens, logprobs), strict=True):
+            to.copy_(of, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Results(host[0], host[1], ready)
+
+    # -- graphs -------------------------------------------------------------------------------------------------
+
+    def _replay(self, bucket: int, rows: Tensor) -> None:
+        if bucket not in self._graphs:
+            self._capture(bucket, rows)
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
+        else:
+            self._step.run(rows, use_pdl=bool(self.use_pdl))
+
+    def _capture(self, bucket: int, rows: Tensor) -> None:
+        """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
+        held = rows.clone()
+        # Idle rows meanwhile: launches compile, and the self-test runs, without a row taking a step.
+        rows.copy_(torch.arange(self.num_slots, self.num_slots + bucket, dtype=torch.int32))
+        try:
+            if self.use_pdl is None:
+                self.use_pdl = self._pdl_is_better(rows)
+            self._graphs[bucket] = self._captured(rows, self.use_pdl)
+        except RuntimeError as error:
+            self.use_graphs = False
+            warnings.warn(f"DecodeSession: no CUDA graph ({error}); steps are launched one by one", stacklevel=4)
+        finally:
+            rows.copy_(held)
+
+    def _captured(self, rows: Tensor, use_pdl: bool) -> torch.cuda.CUDAGraph:
+        self._step.run(rows, use_pdl=use_pdl)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step.run(rows, use_pdl=use_pdl)
+        return graph
+
+    def _pdl_is_better(self, rows: Tensor) -> bool:
+        """Whether programmatic dependent launch gives the same logits to the bit, in less time, on this device."""
+        times, logits = [], []
+        try:
+            graphs = [self._captured(rows, use_pdl) for use_pdl in (False, True)]
+        except RuntimeError:
+            return False
+        for graph in graphs:
+            graph.replay()
+            logits.append(self._step.buffers.logits[: len(rows)].clone())
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(20):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return torch.equal(*logits) and times[1] < times[0]
+
+
+# -- what a session is made of --------------------------------------------------------------------------------------
+
+
+def step_weights(model: GPT2, weight_dtype: torch.dtype | None = None) -> ops.StepWeights:
+    """The model's weights as a step reads them: where they lie, or with torch.int8 the linear layers' in 8 bits."""
+
+    def linear(layer: Linear) -> ops.LinearWeights:
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        if weight_dtype == torch.int8:
+            return ops.LinearWeights(*ops.quantize_rows(weight), bias=bias)
+        return ops.LinearWeights(weight, bias=bias)
+
+    def layer_norm(layer: LayerNorm) -> ops.LayerNormWeights:
+        return ops.LayerNormWeights(layer.weight.detach(), layer.bias.detach(), layer.eps)
+
+    transformer = model.transformer
+    layers = [
+        ops.LayerWeights(
+            ln_1=layer_norm(block.ln_1),
+            qkv=linear(block.attn.c_attn),
+            projection=linear(block.attn.c_proj),
+            ln_2=layer_norm(block.ln_2),
+            up=linear(block.mlp.c_fc),
+            down=linear(block.mlp.c_proj),
+            attention_scale=block.scale,
+        )
+        for block in transformer.h
+    ]
+    return ops.StepWeights(
+        wte=transformer.wte.weight.detach(),
+        wpe=transformer.wpe.weight.detach(),
+        layers=tuple(layers),
+        ln_f=layer_norm(transformer.ln_f),
+        head=linear(model.lm_head),
+        num_heads=model.config.num_heads,
+        activation=model.config.activation_function,
+    )
+
+
+def slot_sampling(config: SamplingConfig, num_slots: int, seen: Tensor | None, device: torch.device) -> ops.SlotSampling:
+    """`config` for every slot; what it leaves off is None, so that the kernel has no code for it."""
+
+    def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((num_slots,), value, dtype=dtype, device=device)
+
+    penalty = None if seen is None else full(config.repetition_penalty)
+    if config.is_greedy:
+        return ops.SlotSampling(penalty=penalty, seen=seen)
+    return ops.SlotSampling(
+        temperature=full(config.temperature),
+        top_k=None if config.top_k is None else full(config.top_k, torch.int32),
+        top_p=None if config.top_p is None or config.top_p >= 1.0 else full(config.top_p),
+        min_p=full(config.min_p) if config.min_p else None,
+        penalty=penalty,
+        seen=seen,
+    )
