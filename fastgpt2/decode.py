@@ -45,14 +45,13 @@ def why_not_decode(model: GPT2) -> str | None:
 
 
 class NewRow(NamedTuple):
-    """A row to be started: its cache slot, which holds the prompt's `length` tokens, and its first new token.
+    """A row to be begun: its cache slot, which holds the prompt's tokens already.
 
-    key: the two words of its noise (`ops.row_keys`); limit: the most new tokens, the first one counted.
+    key: the two words of its noise (`ops.row_keys`); limit: the most new tokens.
     """
 
     slot: int
-    length: int
-    token: int
+    prompt_ids: Sequence[int]
     key: tuple[int, int]
     limit: int
 
@@ -102,6 +101,7 @@ class DecodeSession:
                 f"got {cache.keys.device} and {cache.keys.dtype}"
             )
         self.cache = cache
+        self._vocab_size = model.config.vocab_size
         self.num_slots = cache.num_slots
         self.use_graphs = use_graphs and model.device.type == "cuda"
         self.use_pdl = use_pdl if use_pdl is not None or self._may_have_pdl(model.device) else False
@@ -133,27 +133,39 @@ class DecodeSession:
     def _may_have_pdl(device: torch.device) -> bool:
         return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
 
-    def start(self, rows: Sequence[NewRow]) -> None:
-        """Put rows into their slots, whatever these held before. ValueError for a slot or length that does not fit."""
+    def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
+        """Put rows into their slots, whatever these held, and choose their first tokens from logits (rows, V) float32.
+
+        ValueError for a slot or a prompt that does not fit.
+        """
         for row in rows:
             if not 0 <= row.slot < self.num_slots:
                 raise ValueError(f"DecodeSession: slots are 0 .. {self.num_slots - 1}; got {row.slot}")
-            if not 0 < row.length <= self.cache.capacity:
+            if not 0 < len(row.prompt_ids) <= self.cache.capacity:
                 raise ValueError(
-                    f"DecodeSession: slot {row.slot} cannot hold {row.length} tokens; the cache has room for "
+                    f"DecodeSession: slot {row.slot} cannot hold {len(row.prompt_ids)} tokens; the cache has room for "
                     f"{self.cache.capacity}: call cache.reserve"
                 )
-        if not rows:
-            return
-        device, state = self.slots.tokens.device, self.slots
-        columns = [[r.slot, r.length, r.token, r.limit, r.key[0], r.key[1]] for r in rows]
-        slot, length, token, limit, *key = torch.tensor(columns, dtype=torch.int64).to(device).unbind(1)
-        state.tokens[slot] = token.int()
-        state.lengths[slot] = length.int()
-        state.limits[slot] = limit.int()
-        state.produced[slot] = 1
-        state.status[slot] = ops.FRESH
-        state.keys[slot] = torch.stack(key, 1)
+        if logits.shape != (len(rows), self._vocab_size) or logits.dtype != torch.float32:
+            raise ValueError(
+                f"DecodeSession: logits must be float32 of shape {(len(rows), self._vocab_size)}; "
+                f"got {logits.dtype} {tuple(logits.shape)}"
+            )
+        state, device = self.slots, self.slots.tokens.device
+        columns = [[row.slot, len(row.prompt_ids), row.limit, *row.key] for row in rows]
+        slots, lengths, limits, *key = torch.tensor(columns, dtype=torch.int64).to(device).unbind(1)
+        state.lengths[slots] = lengths.int()
+        state.limits[slots] = limits.int()
+        state.keys[slots] = torch.stack(key, 1)
+        state.status[slots] = ops.FRESH
+        state.produced[slots] = 0  # the position of the token that is chosen now
+        if self.seen is not None:
+            self.seen[slots] = False
+            seen = [(row.slot, token) for row in rows for token in set(row.prompt_ids)]
+            self.seen[tuple(torch.tensor(seen).to(device).unbind(1))] = True
+        self._step.choose(logits, slots.int())
+        state.produced[slots] = 1
+        return self._results()
 
     def step(self, slots: Sequence[int]) -> Results:
         """Enqueue a token for each of `slots`; nothing waits for the device. A row that has ended stands still."""

@@ -130,6 +130,10 @@ class DecodeStep:
             self._linear(x, layer.up, hidden, layer_norm=layer.ln_2, activation=weights.activation, use_pdl=use_pdl)
             self._linear(hidden, layer.down, x, residual=x, use_pdl=use_pdl)
         self._linear(x, weights.head, logits, layer_norm=weights.ln_f, use_pdl=use_pdl)
+        self.choose(logits, slots)
+
+    def choose(self, logits: Tensor, slots: Tensor) -> None:
+        """The next token of each of the slots (R,) int32 from logits (R, V) float32, into the slots' state."""
         choice, state = self.sampling, self.slots
         sample_rows(
             logits, state.tokens, state.logprobs, slots=slots, keys=state.keys, positions=state.produced,
