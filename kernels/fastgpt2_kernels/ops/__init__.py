@@ -20,6 +20,7 @@ from fastgpt2_kernels.ops.attention import (
 from fastgpt2_kernels.ops.backend import BACKENDS, OPERATORS, check_backend, why_not_triton
 from fastgpt2_kernels.ops.layers import activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
+from fastgpt2_kernels.ops.sampling import row_keys, sample
 from fastgpt2_kernels.reference import ACTIVATIONS
 from fastgpt2_kernels.torch_backend import (
     MIN_PACKED_ROWS,
@@ -54,5 +55,7 @@ __all__ = [
     "pack_linear",
     "plan_documents",
     "plan_rows",
+    "row_keys",
+    "sample",
     "why_not_triton",
 ]

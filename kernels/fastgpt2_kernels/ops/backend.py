@@ -17,9 +17,12 @@ OPERATORS = (
     "linear",
     "cross_entropy",
     "linear_cross_entropy",
+    "sample",
 )
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
-_TRITON_OPERATORS = frozenset({"causal_attention", "cached_attention", "cross_entropy", "linear_cross_entropy"})
+_TRITON_OPERATORS = frozenset(
+    {"causal_attention", "cached_attention", "cross_entropy", "linear_cross_entropy", "sample"}
+)
 
 
 def why_not_triton(operator: str, device: torch.device | str) -> str | None:
