@@ -14,6 +14,8 @@ from fastgpt2_kernels.ops import (
     pack_linear,
     plan_documents,
     plan_rows,
+    row_keys,
+    sample,
     why_not_triton,
 )
 
@@ -31,5 +33,7 @@ __all__ = [
     "pack_linear",
     "plan_documents",
     "plan_rows",
+    "row_keys",
+    "sample",
     "why_not_triton",
 ]

@@ -51,6 +51,28 @@ def cross_entropy_row(
     return CrossEntropyRow(1024, 256, 1)
 
 
+class SamplingRow(NamedTuple):
+    """block_v: logits that a step of a pass takes, a multiple of 4, and the lanes that top-k deals the row out to."""
+
+    block_v: int
+    num_warps: int
+
+
+def sampling_row(vocab_size: int, arch: str, *, num_filters: int = 0, has_penalty: bool = False) -> SamplingRow:
+    """One program, and so one multiprocessor, a row of logits: as many threads as the registers allow.
+
+    With filters (top-k, top-p, min-p) the lanes' state and its copies in the loops fill 128 registers a thread at 4
+    lanes a thread; on Ampere, with a penalty too, they would spill.
+    """
+    if vocab_size > 2048 and num_filters:
+        block_v, threads = 2048, 256 if arch == "sm_80" and has_penalty and num_filters > 1 else 512
+    elif vocab_size > 2048:
+        block_v, threads = 4096, 1024
+    else:
+        block_v, threads = (1024, 256) if vocab_size > 256 else (256, 64)
+    return SamplingRow(block_v, threads // (64 if arch == "gfx942" else 32))
+
+
 # -- attention ----------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from fastgpt2_kernels.ops.backend import BACKENDS, OPERATORS, check_backend, why
 from fastgpt2_kernels.ops.decode import TRITON_ACTIVATIONS, decode_step, linear_decode, quantize_rows
 from fastgpt2_kernels.ops.layers import activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
+from fastgpt2_kernels.ops.sampling import row_keys, sample
 from fastgpt2_kernels.reference import ACTIVATIONS
 from fastgpt2_kernels.torch_backend import (
     MIN_PACKED_ROWS,
@@ -81,5 +82,7 @@ __all__ = [
     "plan_documents",
     "plan_rows",
     "quantize_rows",
+    "row_keys",
+    "sample",
     "why_not_triton",
 ]

@@ -19,6 +19,7 @@ OPERATORS = (
     "decode_step",
     "cross_entropy",
     "linear_cross_entropy",
+    "sample",
 )
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
 _TRITON_OPERATORS = frozenset(
@@ -29,6 +30,7 @@ _TRITON_OPERATORS = frozenset(
         "decode_step",
         "cross_entropy",
         "linear_cross_entropy",
+        "sample",
     }
 )
 
