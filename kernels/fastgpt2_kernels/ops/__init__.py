@@ -14,6 +14,7 @@ from fastgpt2_kernels.ops.attention import (
     cached_attention,
     causal_attention,
     causal_attention_packed,
+    decode_attention,
     plan_documents,
     plan_rows,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "causal_attention_packed",
     "check_backend",
     "cross_entropy",
+    "decode_attention",
     "fingerprint",
     "layer_norm",
     "linear",

@@ -12,6 +12,7 @@ BACKENDS = ("auto", "triton", "torch")
 OPERATORS = (
     "causal_attention",
     "cached_attention",
+    "decode_attention",
     "layer_norm",
     "activation",
     "linear",
@@ -19,7 +20,9 @@ OPERATORS = (
     "linear_cross_entropy",
 )
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
-_TRITON_OPERATORS = frozenset({"causal_attention", "cached_attention", "cross_entropy", "linear_cross_entropy"})
+_TRITON_OPERATORS = frozenset(
+    {"causal_attention", "cached_attention", "decode_attention", "cross_entropy", "linear_cross_entropy"}
+)
 
 
 def why_not_triton(operator: str, device: torch.device | str) -> str | None:
