@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
-from fastgpt2.model import GPT2, LayerNorm, Linear
+from fastgpt2.model import GPT2, Block, LayerNorm, Linear
 from fastgpt2_kernels import ops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -266,15 +266,15 @@ def step_weights(model: GPT2, weight_dtype: torch.dtype | None = None) -> ops.St
     def linear(layer: Linear) -> ops.LinearWeights:
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         if weight_dtype == torch.int8:
-            return ops.LinearWeights(*ops.quantize_rows(weight), bias=bias)
-        return ops.LinearWeights(weight, bias=bias)
+            weight, scale = ops.quantize_rows(weight)
+            return ops.LinearWeights(weight, bias, scale)
+        return ops.LinearWeights(weight, bias)
 
     def layer_norm(layer: LayerNorm) -> ops.LayerNormWeights:
         return ops.LayerNormWeights(layer.weight.detach(), layer.bias.detach(), layer.eps)
 
-    transformer = model.transformer
-    layers = [
-        ops.LayerWeights(
+    def block_weights(block: Block) -> ops.LayerWeights:
+        return ops.LayerWeights(
             ln_1=layer_norm(block.ln_1),
             qkv=linear(block.attn.c_attn),
             projection=linear(block.attn.c_proj),
@@ -283,12 +283,12 @@ def step_weights(model: GPT2, weight_dtype: torch.dtype | None = None) -> ops.St
             down=linear(block.mlp.c_proj),
             attention_scale=block.scale,
         )
-        for block in transformer.h
-    ]
+
+    transformer = model.transformer
     return ops.StepWeights(
         wte=transformer.wte.weight.detach(),
         wpe=transformer.wpe.weight.detach(),
-        layers=tuple(layers),
+        layers=tuple(block_weights(block) for block in transformer.h if isinstance(block, Block)),
         ln_f=layer_norm(transformer.ln_f),
         head=linear(model.lm_head),
         num_heads=model.config.num_heads,
@@ -296,7 +296,9 @@ def step_weights(model: GPT2, weight_dtype: torch.dtype | None = None) -> ops.St
     )
 
 
-def slot_sampling(config: SamplingConfig, num_slots: int, seen: Tensor | None, device: torch.device) -> ops.SlotSampling:
+def slot_sampling(
+    config: SamplingConfig, num_slots: int, seen: Tensor | None, device: torch.device
+) -> ops.SlotSampling:
     """`config` for every slot; what it leaves off is None, so that the kernel has no code for it."""
 
     def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -400,9 +400,7 @@ class _Engine:
             yield from self._accept_all(list(zip(rows, *self._sample(rows, stacked), strict=True)), successors)
             rows, logits = successors, [row.prompt.logits for row in successors]
 
-    def _accept_all(
-        self, chosen: list[tuple[_Row, int, float]], successors: list[_Row]
-    ) -> Iterator[TokenEvent]:
+    def _accept_all(self, chosen: list[tuple[_Row, int, float]], successors: list[_Row]) -> Iterator[TokenEvent]:
         """Add a token to each row's sample; rows that take over the slots of those that end go to `successors`."""
         for row, _, logprob in chosen:
             if math.isnan(logprob):

@@ -71,9 +71,12 @@ class SlotState(NamedTuple):
 
     @classmethod
     def idle(cls, num_slots: int, device: torch.device) -> SlotState:
-        five = (torch.zeros(num_slots, dtype=torch.int32, device=device) for _ in range(5))
-        keys = torch.zeros(num_slots, 2, dtype=torch.int64, device=device)
-        return cls(*five, keys, torch.zeros(num_slots, dtype=torch.float32, device=device))
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        n = num_slots
+        keys, logprobs = zeros(n, 2, dtype=torch.int64), zeros(n, dtype=torch.float32)
+        return cls(zeros(n), zeros(n), zeros(n), zeros(n), zeros(n), keys, logprobs)
 
 
 class SlotSampling(NamedTuple):

@@ -163,6 +163,31 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
+# -- decoding -----------------------------------------------------------------------------------------------------
+
+
+class DecodeRow(NamedTuple):
+    """split_s: keys of a split, which is one tile; block_c: columns that a program combines, a warp."""
+
+    split_s: int
+    num_warps: int
+    block_c: int = 128
+
+
+def decode_row(element_size: int, block_d: int) -> DecodeRow:
+    """element_size: bytes of a cached number; block_d: head size, a power of two from 16.
+
+    Nothing else may decide: where splits begin shows in the last bits of a row's result. 16 KB of keys and as much of
+    values are what 4 warps have room for beside their float32 products.
+    """
+    row_bytes = block_d * element_size
+    if row_bytes <= 128:
+        return DecodeRow(128, 4)
+    if row_bytes <= 256:
+        return DecodeRow(64, 4)
+    return DecodeRow(64, 8) if row_bytes <= 512 else DecodeRow(32, 8)
+
+
 # -- linear maps of a few rows -------------------------------------------------------------------------------------
 
 

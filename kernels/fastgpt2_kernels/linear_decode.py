@@ -137,9 +137,7 @@ def _linear_decode_kernel(
     for i in range(STEPS):
         if STEPS > 1:  # the next step's operands, on their way while this one multiplies
             mask_next = (i + 1) * BLOCK_K + offs_b < share_end
-            w_next = tl.load(
-                w_ptrs + (i + 1) * BLOCK_K, mask=mask_next[:, None, :] & mask_n[None, :, None], other=0.0
-            )
+            w_next = tl.load(w_ptrs + (i + 1) * BLOCK_K, mask=mask_next[:, None, :] & mask_n[None, :, None], other=0.0)
             if PROLOGUE == "combine":
                 x_next = _load_attended(
                     x_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, slots_ptr, counts_ptr, offs_r, mask_r,

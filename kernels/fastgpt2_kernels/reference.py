@@ -66,6 +66,26 @@ def _scores(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None, upca
     return (torch.matmul(q, k.transpose(-1, -2)) * scale).masked_fill(~allowed, -math.inf)
 
 
+def decode_attention(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, starts: Tensor | None = None,
+    counts: Tensor | None = None, slots: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """`ops.decode_attention` row by row: writes the caches and returns (N, C) in qkv's dtype."""
+    H, D = k_cache.shape[1], k_cache.shape[3]
+    rows = torch.arange(qkv.shape[0] if starts is None else starts.shape[0]).tolist()
+    firsts = rows if starts is None else starts.tolist()
+    numbers = [1] * len(rows) if counts is None else counts.tolist()
+    out = qkv.new_zeros((qkv.shape[0], H * D))
+    for slot, first, count in zip(rows if slots is None else slots.tolist(), firsts, numbers, strict=True):
+        past = int(lengths[slot])
+        seen = slice(past + count)
+        q, k, v = qkv[first : first + count].to(k_cache.dtype).view(count, 3, H, D).permute(1, 2, 0, 3)
+        k_cache[slot, :, past : past + count], v_cache[slot, :, past : past + count] = k, v
+        y = causal_attention(q[None], k_cache[slot, None, :, seen], v_cache[slot, None, :, seen], scale=scale)
+        out[first : first + count] = y[0].transpose(0, 1).flatten(1).to(qkv.dtype)
+    return out
+
+
 def dropout_keep(seed: Tensor, B: int, H: int, T: int, S: int, dropout_p: float) -> Tensor:
     """The weights (B, H, T, S) bool that attention dropout keeps: Philox 4x32-7 (Salmon et al. 2011).
 

@@ -38,13 +38,15 @@ def test_every_row_is_there(rows):
     assert kinds["attention"] == 4 * (len(list(launch.attention_rows())) + 3)
     assert kinds["cross_entropy"] >= 4 * 32
     assert kinds["sample"] == 4 * 10
+    assert kinds["decode_attention"] == 4 * 15
+    assert kinds["decode_combine"] == 4 * 2
 
 
 def test_no_spills(rows):
     """None in a loop; none at all but in attention kernels of other architectures than Hopper, beside their loops."""
     for row in rows:
         assert row["loop_spills"] == 0, row
-        may_spill = "attention" in row["case"] and (row["target"] != "sm_90" or "forward" not in row["case"])
+        may_spill = row["case"].startswith("attention") and (row["target"] != "sm_90" or "forward" not in row["case"])
         assert row["spills"] == 0 or may_spill, row
 
 
@@ -55,6 +57,8 @@ def test_shared_memory_fits(rows):
 def test_rows_move_in_128_bits(rows):
     """Cross-entropy at an odd vocabulary too: its signatures know no row stride to be a multiple of anything."""
     for row in rows:
+        if row["case"].startswith("decode"):
+            continue
         # Sampling holds 4 logits a thread: 64 bits in bf16.
         assert row["wide_loads"] > 0 or row["case"].startswith("sample bf16"), row
         # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
@@ -65,8 +69,21 @@ def test_rows_move_in_128_bits(rows):
 
 def test_attention_multiplies_on_tensor_cores(rows):
     for row in rows:
-        if "attention" in row["case"] and "ieee" not in row["case"]:
+        is_dot = row["case"].startswith("attention") and "ieee" not in row["case"]
+        if is_dot or row["case"].startswith("decode_attention dot"):
             assert row["tensor_core"] > 0, row
+
+
+def test_decoding_reads_keys_and_values_in_128_bits(rows):
+    """All of them, whether their address comes as an argument or out of memory."""
+    for row in rows:
+        if row["case"].startswith("decode_attention"):
+            fields = row["case"].split()
+            element_size, head_size = (4 if fields[4] == "fp32" else 2), int(fields[6])
+            threads = row["warps"] * (64 if row["target"] == "gfx942" else 32)
+            block_d = max(16, 1 << (head_size - 1).bit_length())
+            tile = launch.decode_row(element_size, block_d).split_s * block_d * element_size
+            assert row["wide_loads"] >= 2 * tile // (16 * threads), row
 
 
 def test_three_programs_or_more_fit_a_multiprocessor(rows):

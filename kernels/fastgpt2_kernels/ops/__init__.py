@@ -26,6 +26,7 @@ from fastgpt2_kernels.ops.attention import (
     cached_attention,
     causal_attention,
     causal_attention_packed,
+    decode_attention,
     plan_documents,
     plan_rows,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "causal_attention_packed",
     "check_backend",
     "cross_entropy",
+    "decode_attention",
     "decode_step",
     "fingerprint",
     "layer_norm",

@@ -12,6 +12,7 @@ BACKENDS = ("auto", "triton", "torch")
 OPERATORS = (
     "causal_attention",
     "cached_attention",
+    "decode_attention",
     "layer_norm",
     "activation",
     "linear",
@@ -26,6 +27,7 @@ _TRITON_OPERATORS = frozenset(
     {
         "causal_attention",
         "cached_attention",
+        "decode_attention",
         "linear_decode",
         "decode_step",
         "cross_entropy",
