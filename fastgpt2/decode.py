@@ -18,6 +18,8 @@ from fastgpt2.config import SamplingConfig
 from fastgpt2.model import GPT2, Block, LayerNorm, Linear
 from fastgpt2_kernels import ops
 
+# Without it the device can only be a stand-in, as a kernel sanitizer has it: no graphs, no events.
+_HAS_GPU_RUNTIME = bool(torch.version.cuda or torch.version.hip)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -103,8 +105,10 @@ class DecodeSession:
         self.cache = cache
         self._vocab_size = model.config.vocab_size
         self.num_slots = cache.num_slots
-        self.use_graphs = use_graphs and model.device.type == "cuda"
-        self.use_pdl = use_pdl if use_pdl is not None or self._may_have_pdl(model.device) else False
+        self._is_asynchronous = model.device.type == "cuda" and _HAS_GPU_RUNTIME
+        self.use_graphs = use_graphs and self._is_asynchronous
+        self.use_table = self.use_graphs  # a graph knows no other way to find a cache that has grown
+        self.use_pdl = use_pdl if use_pdl is not None or self._may_have_pdl() else False
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._max_rows = self._bucket(self.num_slots)
         # Rows that fill a bucket up are idle slots past the others, one for each, so that no two programs share any.
@@ -129,9 +133,9 @@ class DecodeSession:
     def _bucket(rows: int) -> int:
         return 1 << max(rows - 1, 0).bit_length()
 
-    @staticmethod
-    def _may_have_pdl(device: torch.device) -> bool:
-        return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+    def _may_have_pdl(self) -> bool:
+        """Whether there is a device to try it on."""
+        return self.use_graphs and not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9
 
     def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
         """Put rows into their slots, whatever these held, and choose their first tokens from logits (rows, V) float32.
@@ -180,7 +184,7 @@ class DecodeSession:
         if self.use_graphs:
             self._replay(bucket, rows)
         else:
-            self._step.run(rows, use_pdl=bool(self.use_pdl))
+            self._step.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
         return self._results()
 
     def _device_rows(self, bucket: int, slots: Sequence[int]) -> Tensor:
@@ -196,14 +200,13 @@ class DecodeSession:
 
     def _results(self) -> Results:
         tokens, logprobs = self.slots.tokens, self.slots.logprobs
-        if tokens.device.type != "cuda":
+        if not self._is_asynchronous:
             return Results(tokens.clone(), logprobs.clone(), None)
-        host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (tokens, logprobs)]
-        for to, of in zip(host, (tokens, logprobs), strict=True):
-            to.copy_(of, non_blocking=True)
+        # To pinned memory, without waiting.
+        tokens, logprobs = (t.to("cpu", non_blocking=True) for t in (tokens, logprobs))
         ready = torch.cuda.Event()
         ready.record()
-        return Results(host[0], host[1], ready)
+        return Results(tokens, logprobs, ready)
 
     # -- graphs -------------------------------------------------------------------------------------------------
 
@@ -213,7 +216,7 @@ class DecodeSession:
         if bucket in self._graphs:
             self._graphs[bucket].replay()
         else:
-            self._step.run(rows, use_pdl=bool(self.use_pdl))
+            self._step.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
 
     def _capture(self, bucket: int, rows: Tensor) -> None:
         """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
@@ -231,10 +234,10 @@ class DecodeSession:
             rows.copy_(held)
 
     def _captured(self, rows: Tensor, use_pdl: bool) -> torch.cuda.CUDAGraph:
-        self._step.run(rows, use_pdl=use_pdl)
+        self._step.run(rows, use_table=True, use_pdl=use_pdl)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._step.run(rows, use_pdl=use_pdl)
+            self._step.run(rows, use_table=True, use_pdl=use_pdl)
         return graph
 
     def _pdl_is_better(self, rows: Tensor) -> bool:

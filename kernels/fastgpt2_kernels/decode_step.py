@@ -78,7 +78,7 @@ class Buffers(NamedTuple):
 class DecodeStep:
     """The launches of a step, over tensors that stay where they are: `run` may be captured in a CUDA graph.
 
-    The cache is found through a table on the device, so it may move (`use_cache`) without another capture.
+    `run` may find the cache through a table on the device: it can then move (`use_cache`) without another capture.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class DecodeStep:
         (V, C), context = wte.shape, weights.wpe.shape[0]
         H, inner = weights.num_heads, weights.layers[0].up.weight.shape[0]
         self.weights, self.slots, self.sampling, self.stop_ids = weights, slots, sampling, stop_ids
-        self.cache_like = torch.empty(0, H, 0, C // H, dtype=cache_dtype, device=device)
+        self.keys = self.values = torch.empty(0, 0, H, 0, C // H, dtype=cache_dtype, device=device)
         self.cache_table = torch.zeros(5, dtype=torch.int64, device=device)
         qkv = torch.zeros(max_rows, 3 * C, dtype=dtype, device=device)
         # Rows of logits begin at multiples of 64, so that they move in 128 bits whatever the vocabulary.
@@ -102,28 +102,32 @@ class DecodeStep:
             logits=logits,
             counts=torch.zeros(max_rows, dtype=torch.int32, device=device),
             starts=torch.arange(max_rows, dtype=torch.int32, device=device),
-            parts=Parts.empty(qkv, H, num_splits(context, self.cache_like, C // H)),
+            parts=Parts.empty(qkv, H, num_splits(context, self.keys, C // H)),
         )
 
     def use_cache(self, keys: Tensor, values: Tensor) -> None:
         """The cache of this step and those after it: keys, values (L, S, H, T, D), both of one set of strides."""
         if keys.stride() != values.stride():
             raise ValueError(f"use_cache: keys and values must share strides; got {keys.stride()}, {values.stride()}")
+        self.keys, self.values = keys, values
         table = [keys.data_ptr(), values.data_ptr(), *keys.stride()[:3]]
         self.cache_table.copy_(torch.tensor(table, dtype=torch.int64))
 
-    def run(self, slots: Tensor, *, use_pdl: bool = False) -> None:
+    def run(self, slots: Tensor, *, use_table: bool = False, use_pdl: bool = False) -> None:
         """A token for each of the slots (R,) int32, no two the same."""
         self._begin(slots)
         weights, (R,) = self.weights, slots.shape
         x, qkv, hidden, logits, counts, starts = (t[:R] for t in self.buffers[:6])
         parts = Parts(*(t[:R] for t in self.buffers.parts))
         rows = Rows(R, self.slots.lengths, slots, starts, counts)
-        like = self.cache_like
-        row = launch.decode_row(like.element_size(), max(16, triton.next_power_of_2(like.shape[3])))
+        block_d = max(16, triton.next_power_of_2(self.keys.shape[4]))
+        row = launch.decode_row(self.keys.element_size(), block_d)
         attended = Attended(parts, rows, row.split_s)
         for i, layer in enumerate(weights.layers):
-            cache = Cache(like, like, weights.wpe.shape[0], self.cache_table, i)
+            if use_table:
+                cache = Cache(self.keys[0], self.values[0], weights.wpe.shape[0], self.cache_table, i)
+            else:
+                cache = Cache(self.keys[i], self.values[i], self.keys.shape[3])
             self._linear(x, layer.qkv, qkv, layer_norm=layer.ln_1, use_pdl=use_pdl)
             decode_splits(qkv, cache, rows, parts, layer.attention_scale)
             self._linear(attended, layer.projection, x, residual=x, use_pdl=use_pdl)
