@@ -192,11 +192,11 @@ def _row_counts(
     """`_counts` of the tokens 0 .. end."""
     offs = tl.arange(0, BLOCK)
     tail = end // BLOCK * BLOCK
-    counts = _counts(
-        _load(x_ptr, seen_ptr, tail + offs, end, penalty, HAS_PENALTY, True)[1], f1, f2, f3)  # fmt: skip
+    _, y = _load(x_ptr, seen_ptr, tail + offs, end, penalty, HAS_PENALTY, True)
+    counts = _counts(y, f1, f2, f3)
     for start in range(0, tail, BLOCK):
-        counts += _counts(
-            _load(x_ptr, seen_ptr, start + offs, end, penalty, HAS_PENALTY, False)[1], f1, f2, f3)  # fmt: skip
+        _, y = _load(x_ptr, seen_ptr, start + offs, end, penalty, HAS_PENALTY, False)
+        counts += _counts(y, f1, f2, f3)
     return tl.sum(counts, 0)
 
 
@@ -206,18 +206,23 @@ def _mass(y, low, y_max, scale_log2):
 
 
 @triton.jit
-def _row_mass(
-    x_ptr, seen_ptr, end, penalty, low, y_max, scale_log2, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr
+def _mass_from(
+    x_ptr, seen_ptr, end, penalty, low, y_max, scale_log2, top1, top2,
+    HAS_PENALTY: tl.constexpr, HAS_TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sum of exp((y - y_max) / T) over the tokens 0 .. end with y >= low."""
+    """sum of exp((y - y_max) / T) where y >= low: over the tokens 0 .. end, or, if end is 0, over the lanes' two."""
+    mass = tl.zeros((BLOCK,), tl.float32)
+    if HAS_TOP_K:  # noqa: SIM102
+        if end == 0:
+            mass = _mass(top1, low, y_max, scale_log2) + _mass(top2, low, y_max, scale_log2)
     offs = tl.arange(0, BLOCK)
     tail = end // BLOCK * BLOCK
-    mass = _mass(
-        _load(x_ptr, seen_ptr, tail + offs, end, penalty, HAS_PENALTY, True)[1], low, y_max, scale_log2)  # fmt: skip
     for start in range(0, tail, BLOCK):
-        mass += _mass(
-            _load(x_ptr, seen_ptr, start + offs, end, penalty, HAS_PENALTY, False)[1], low, y_max,
-            scale_log2)  # fmt: skip
+        _, y = _load(x_ptr, seen_ptr, start + offs, end, penalty, HAS_PENALTY, False)
+        mass += _mass(y, low, y_max, scale_log2)
+    if tail < end:
+        _, y = _load(x_ptr, seen_ptr, tail + offs, end, penalty, HAS_PENALTY, True)
+        mass += _mass(y, low, y_max, scale_log2)
     return tl.sum(mass, 0)
 
 
@@ -357,10 +362,8 @@ def _sample_kernel(
                 lo, hi, n = _narrow(counts, k, p1, p2, p3, lo, hi, n)
             low = _from_key(lo)
         if HAS_TOP_P:
-            held = tl.sum(_mass(best, low, y_max, scale_log2) + _mass(second, low, y_max, scale_log2), 0)
-            mass = held
-            if end > 0:
-                mass = _row_mass(x_ptr, s_ptr, V, penalty, low, y_max, scale_log2, HAS_PENALTY, BLOCK)
+            mass = _mass_from(
+                x_ptr, s_ptr, end, penalty, low, y_max, scale_log2, best, second, HAS_PENALTY, True, BLOCK)  # fmt: skip
         chosen = tl.zeros((), tl.int32)
         y = float("nan")  # nothing is chosen yet
     else:
@@ -382,7 +385,8 @@ def _sample_kernel(
         best_score, second_score = best, second
         if HAS_TOP_K:
             best_score += temperature * _gumbel_at(key, position, best_id)
-            second_score += temperature * _gumbel_at(key, position, second_id)
+            if tl.max(second, 0) >= low:
+                second_score += temperature * _gumbel_at(key, position, second_id)
         limit = float("inf")
         if HAS_TOP_P:
             top_p = tl.load(top_p_ptr + slot)
@@ -400,15 +404,10 @@ def _sample_kernel(
             is_open = is_open & False
             if HAS_TOP_P:
                 above = _from_key(_to_key(y) + 1)
-                if HAS_TOP_K:
-                    mass_above = tl.sum(
-                        _mass(best, above, y_max, scale_log2) + _mass(second, above, y_max, scale_log2), 0
-                    )
-                    if end > 0:
-                        mass_above = _row_mass(x_ptr, s_ptr, V, penalty, above, y_max, scale_log2, HAS_PENALTY, BLOCK)
-                else:
-                    mass_above = _row_mass(x_ptr, s_ptr, V, penalty, above, y_max, scale_log2, HAS_PENALTY, BLOCK)
-                is_open = mass_above >= limit
+                mass_above = _mass_from(
+                    x_ptr, s_ptr, end, penalty, above, y_max, scale_log2, best, second, HAS_PENALTY, HAS_TOP_K,
+                    BLOCK)  # fmt: skip
+                is_open = (mass_above >= limit) & (mass_above > 0)
                 low = tl.where(is_open, tl.maximum(low, above), low)
 
     chosen = tl.where(is_good, chosen, 0)
@@ -438,10 +437,8 @@ def sample_rows(
         return
     if temperature is None:
         top_k = top_p = min_p = None  # the largest logit stays, whatever the filters
-    row = launch.sampling_row(
-        V, launch.architecture(logits.device), num_filters=sum(t is not None for t in (top_k, top_p, min_p)),
-        has_penalty=penalty is not None,
-    )  # fmt: skip
+    num_filters = sum(setting is not None for setting in (top_k, top_p, min_p))
+    row = launch.sampling_row(V, launch.architecture(logits.device), num_filters=num_filters)
     _sample_kernel[(R,)](
         logits, ids, logprobs, slots, keys, positions, temperature, top_k, top_p, min_p, penalty,
         None if seen is None else seen.view(torch.uint8),
