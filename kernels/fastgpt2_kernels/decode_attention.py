@@ -380,6 +380,8 @@ def combine_splits(parts: Parts, cache: Cache, rows: Rows, out: Tensor) -> None:
 def decode_attention(qkv: Tensor, cache: Cache, rows: Rows, out: Tensor, scale: float) -> None:
     """Append the rows' new tokens of qkv (N, 3C) to the cache and write what they attend to into `out` (N, C)."""
     H, D = cache.k.shape[1], cache.k.shape[3]
+    if qkv.numel() == 0:
+        return
     parts = Parts.empty(qkv, H, num_splits(cache.capacity, cache.k, D))
     decode_splits(qkv, cache, rows, parts, scale)
     combine_splits(parts, cache, rows, out)
