@@ -102,6 +102,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return (x - mean) * torch.rsqrt(var + eps) * weight + bias
 
 
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(LayerNorm of s, s) for s = x + residual."""
+    s = x + residual
+    return layer_norm(s, weight, bias, eps), s
+
+
+def bias_activation(x: Tensor, bias: Tensor, name: str) -> Tensor:
+    """The activation `name` of x + bias."""
+    return ACTIVATIONS[name](x + bias)
+
+
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0
 ) -> Tensor:

@@ -18,7 +18,7 @@ from fastgpt2_kernels.ops.attention import (
     plan_rows,
 )
 from fastgpt2_kernels.ops.backend import BACKENDS, OPERATORS, check_backend, why_not_triton
-from fastgpt2_kernels.ops.layers import activation, layer_norm, linear
+from fastgpt2_kernels.ops.layers import TRITON_ACTIVATIONS, activation, bias_activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
 from fastgpt2_kernels.reference import ACTIVATIONS
 from fastgpt2_kernels.torch_backend import (
@@ -35,12 +35,14 @@ __all__ = [
     "BACKENDS",
     "MIN_PACKED_ROWS",
     "OPERATORS",
+    "TRITON_ACTIVATIONS",
     "CrossEntropyStats",
     "Documents",
     "PackedLinear",
     "RowPlan",
     "TargetCheck",
     "activation",
+    "bias_activation",
     "cached_attention",
     "can_pack",
     "causal_attention",
