@@ -36,7 +36,7 @@ def why_not_decode(model: GPT2) -> str | None:
         return f"it takes float32, bfloat16 and float16; the model is {model.dtype}"
     if config.head_dim > ops.MAX_HEAD_SIZE:
         return f"it takes head sizes up to {ops.MAX_HEAD_SIZE}; the model's is {config.head_dim}"
-    if config.activation_function not in ops.TRITON_ACTIVATIONS:
+    if config.activation_function != "linear" and config.activation_function not in ops.TRITON_ACTIVATIONS:
         return f"the activation {config.activation_function!r} has no Triton kernel"
     parameters = list(model.parameters())
     if any(p.device != device or p.dtype != model.dtype for p in parameters):
@@ -295,7 +295,7 @@ def step_weights(model: GPT2, weight_dtype: torch.dtype | None = None) -> ops.St
         ln_f=layer_norm(transformer.ln_f),
         head=linear(model.lm_head),
         num_heads=model.config.num_heads,
-        activation=model.config.activation_function,
+        activation=ops.TRITON_ACTIVATIONS.get(model.config.activation_function, "linear"),
     )
 
 

@@ -43,7 +43,7 @@ class LayerWeights(NamedTuple):
 
 
 class StepWeights(NamedTuple):
-    """wte (V, C), wpe (context, C), head (V, C); `activation` is a name of `reference.ACTIVATIONS`."""
+    """wte (V, C), wpe (context, C), head (V, C); `activation` is a value of `ops.TRITON_ACTIVATIONS`, or "linear"."""
 
     wte: Tensor
     wpe: Tensor

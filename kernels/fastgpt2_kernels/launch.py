@@ -205,3 +205,63 @@ def linear_decode_row(
 ) -> LinearDecodeRow:
     """8 rows are the least a tensor-core product takes."""
     return LinearDecodeRow(8, 16, 128, 8)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 1 for the interpreter, so that a program has several rows there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# -- layer norm, activations --------------------------------------------------------------------------------------
+
+
+class LayerNormRow(NamedTuple):
+    """block_c: a whole row in registers, or a block of a longer one. programs: of a multiprocessor."""
+
+    block_c: int
+    num_warps: int
+    programs: int
+
+
+def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
+    """kernel "forward" or "backward".
+
+    A thread holds 16 or 8 numbers of a row: 16 bytes of half precision twice, or once where five such rows (weight, its
+    gradient, ...) stay in registers. As many programs as are resident together, each with a row on its way: 18 KB, more
+    than memory's latency needs. More would wait for the first, and in the backward each writes a partial row.
+    """
+    block = max(256, 1 << (width - 1).bit_length())
+    lanes = 64 if arch == "gfx942" else 32
+    held, widest = (16, 16384) if kernel == "forward" else (8, 8192)
+    num_warps = min(16, max(1, block // (held * lanes)))
+    return LayerNormRow(min(block, widest), num_warps, max(2, 24 // num_warps))
+
+
+class ActivationRow(NamedTuple):
+    """block_n, block_c: rows and columns of a tile; bwd_block_n: rows in the backward, which holds more of each.
+    programs: of a multiprocessor in the backward."""
+
+    block_n: int
+    bwd_block_n: int
+    block_c: int
+    num_warps: int
+    programs: int
+
+
+# 256 columns divide the inner widths of all GPT-2s, 6400 too, and are 512 bytes of half precision, one warp's access.
+ACTIVATION = ActivationRow(16, 8, 256, 4, 8)
+
+
+class PartialSumsRow(NamedTuple):
+    """block_p, block_c: partial rows and columns of a tile."""
+
+    block_p: int
+    block_c: int
+    num_warps: int
+
+
+def partial_sums_row(width: int) -> PartialSumsRow:
+    """16 columns, 64 bytes, and more where that made over 128 programs: a few hundred columns still spread widely."""
+    block_c = max(16, (1 << (width - 1).bit_length()) // 128)
+    return PartialSumsRow(max(1, 2048 // block_c), block_c, 4)

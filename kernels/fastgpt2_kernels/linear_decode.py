@@ -28,6 +28,7 @@ from triton.language.extra import cuda
 
 from fastgpt2_kernels import launch
 from fastgpt2_kernels.decode_types import LayerNormWeights
+from fastgpt2_kernels.gelu import _activation
 
 if TYPE_CHECKING:
     from fastgpt2_kernels.decode_attention import Parts, Rows
@@ -35,14 +36,6 @@ if TYPE_CHECKING:
 # Shares of K, a warp each. The same in every launch row: it decides the order of summing.
 SPLIT_K = 8
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _activation(x, NAME: tl.constexpr):
-    if NAME == "gelu_new":
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        x = x / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * inner))
-    return x
 
 
 @triton.jit
@@ -161,7 +154,8 @@ def _linear_decode_kernel(
         y *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     if HAS_BIAS:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    y = _activation(y, ACTIVATION)
+    if ACTIVATION != "linear":
+        y = _activation(y, ACTIVATION)
     mask = mask_n[:, None] & mask_r[None, :]
     rows = offs_r.to(tl.int64)[None, :]
     if HAS_RESIDUAL:

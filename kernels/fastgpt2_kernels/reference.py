@@ -219,6 +219,17 @@ def linear_decode(
     return (y if residual is None else y + residual.to(wide)).to(out_dtype)
 
 
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(LayerNorm of s, s) for s = x + residual."""
+    s = x + residual
+    return layer_norm(s, weight, bias, eps), s
+
+
+def bias_activation(x: Tensor, bias: Tensor, name: str) -> Tensor:
+    """The activation `name` of x + bias."""
+    return ACTIVATIONS[name](x + bias)
+
+
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0
 ) -> Tensor:

@@ -331,15 +331,13 @@ def test_bad_inputs(device):
         DecodeSession(plain, cache, GREEDY)
     with pytest.raises(ValueError, match=r"weight_dtype must be torch.float32 or torch.int8; got torch.float16"):
         DecodeSession(ours, cache, GREEDY, weight_dtype=torch.float16)
-    with pytest.raises(ValueError, match="the cache must be on .* in torch.float32 or float32; got .* torch.float16"):
+    with pytest.raises(ValueError, match=r"cache must be on .* in torch.float32 or float32; got .* torch.float16"):
         DecodeSession(ours, KVCache(ours.config, 2, 8, dtype=torch.float16, device=device), GREEDY)
     session = DecodeSession(ours, cache, GREEDY)
     logits = torch.zeros(1, TINY.vocab_size, device=device)
     with pytest.raises(ValueError, match=r"slots are 0 .. 1; got 2"):
         session.begin([NewRow(2, [1], (0, 0), 5)], logits)
-    with pytest.raises(
-        ValueError, match=r"slot 1 cannot hold 25 tokens; the cache has room for 24: call cache.reserve"
-    ):
+    with pytest.raises(ValueError, match=r"slot 1 cannot hold 25 tokens; the cache has room for 24"):
         session.begin([NewRow(1, [1] * 25, (0, 0), 5)], logits)
     with pytest.raises(ValueError, match=r"logits must be float32 of shape \(1, 61\); got torch.float16 \(1, 61\)"):
         session.begin([NewRow(1, [1], (0, 0), 5)], logits.half())

@@ -31,8 +31,8 @@ from fastgpt2_kernels.ops.attention import (
     plan_rows,
 )
 from fastgpt2_kernels.ops.backend import BACKENDS, OPERATORS, check_backend, why_not_triton
-from fastgpt2_kernels.ops.decode import TRITON_ACTIVATIONS, decode_step, linear_decode, quantize_rows
-from fastgpt2_kernels.ops.layers import activation, layer_norm, linear
+from fastgpt2_kernels.ops.decode import decode_step, linear_decode, quantize_rows
+from fastgpt2_kernels.ops.layers import TRITON_ACTIVATIONS, activation, bias_activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
 from fastgpt2_kernels.ops.sampling import row_keys, sample
 from fastgpt2_kernels.reference import ACTIVATIONS
@@ -67,6 +67,7 @@ __all__ = [
     "StepWeights",
     "TargetCheck",
     "activation",
+    "bias_activation",
     "cached_attention",
     "can_pack",
     "causal_attention",

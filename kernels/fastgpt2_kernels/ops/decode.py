@@ -11,12 +11,11 @@ from torch import Tensor
 from fastgpt2_kernels import reference
 from fastgpt2_kernels.decode_types import LayerNormWeights, SlotSampling, SlotState, StepWeights
 from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
+from fastgpt2_kernels.ops.layers import TRITON_ACTIVATIONS
 
 if TYPE_CHECKING:
     from fastgpt2_kernels.decode_step import DecodeStep
 
-# TEMP
-TRITON_ACTIVATIONS = frozenset({"linear", "gelu_new"})
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +43,7 @@ def linear_decode(
     beside it. weight: float32, bfloat16, float16, or int8 with `weight_scale` (N,) float32 (`quantize_rows`). x, bias
     (N,), residual (R, N) and the LayerNorm may be of any of the float dtypes; products are of the weight's (for int8
     the bias's, the LayerNorm's or x's), sums and statistics float32. out_dtype defaults to the residual's, else to the
-    products'. activation: a name of `TRITON_ACTIVATIONS`. No gradients. ValueError for what does not go together.
+    products'. activation: a name of `ACTIVATIONS`. No gradients. ValueError for what does not go together.
     """
     name = "linear_decode"
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
@@ -78,7 +77,8 @@ def linear_decode(
         import fastgpt2_kernels.linear_decode  # noqa: F401
 
         norm = (None, None, 0.0) if layer_norm is None else layer_norm
-        return torch.ops.fastgpt2.linear_decode(x, weight, bias, weight_scale, *norm, activation, residual, dtype)
+        kernels_name = TRITON_ACTIVATIONS.get(activation, activation)
+        return torch.ops.fastgpt2.linear_decode(x, weight, bias, weight_scale, *norm, kernels_name, residual, dtype)
     return reference.linear_decode(
         x, weight, bias, weight_scale=weight_scale, layer_norm=layer_norm, activation=activation, residual=residual,
         product_dtype=product, out_dtype=dtype,
@@ -94,7 +94,7 @@ def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: L
 def _why_not(product: torch.dtype, activation: str, given: dict[str, Tensor]) -> str | None:
     if product not in _FLOATS:
         return f"it multiplies float32, bfloat16 and float16; got {product}"
-    if activation not in TRITON_ACTIVATIONS:
+    if activation != "linear" and activation not in TRITON_ACTIVATIONS:
         return f"the activation {activation!r} has no Triton kernel"
     strided = [part for part, t in given.items() if t.shape[-1] > 1 and t.stride(-1) != 1]
     return f"{', '.join(strided)} must have stride 1 in the last dimension: call .contiguous()" if strided else None
