@@ -7,6 +7,7 @@ A step (`fastgpt2_kernels/decode_step.py`) is 5 L + 3 launches and no wait for t
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -128,6 +129,7 @@ class DecodeSession:
         )
         self._rows: dict[int, tuple[list[int], Tensor]] = {}
         self._cached: tuple[int, int] | None = None
+        self.fits: tuple[object, ...] = ()
 
     @staticmethod
     def _bucket(rows: int) -> int:
@@ -136,6 +138,18 @@ class DecodeSession:
     def _may_have_pdl(self) -> bool:
         """Whether there is a device to try it on."""
         return self.use_graphs and not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9
+
+    def configure(self, sampling: SamplingConfig) -> None:
+        """Choose tokens by `sampling` from now on. ValueError where it filters by what the session's did not."""
+        old, new = (
+            self._step.sampling,
+            slot_sampling(sampling, len(self.slots.tokens), self.seen, self.slots.tokens.device),
+        )
+        if [t is None for t in old] != [t is None for t in new]:
+            raise ValueError("DecodeSession: made for another set of filters; make a new one")
+        for to, of in zip(old, new, strict=True):
+            if to is not None and of is not None and to is not self.seen:
+                to.copy_(of)
 
     def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
         """Put rows into their slots, whatever these held, and choose their first tokens from logits (rows, V) float32.
@@ -258,6 +272,37 @@ class DecodeSession:
             end.synchronize()
             times.append(start.elapsed_time(end))
         return torch.equal(*logits) and times[1] < times[0]
+
+
+# -- sessions that are kept -----------------------------------------------------------------------------------------
+
+_KEPT: weakref.WeakKeyDictionary[GPT2, DecodeSession] = weakref.WeakKeyDictionary()
+
+
+def take_session(model: GPT2, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> DecodeSession:
+    """A session with an empty cache: the one that was given back last, if it fits, with its graphs; else a new one."""
+    kept = _KEPT.pop(model, None)
+    if kept is not None and kept.fits == _fits(model, num_slots, sampling, stop_ids):
+        kept.configure(sampling)
+        kept.cache.lengths = [0] * num_slots
+        return kept
+    del kept
+    cache = KVCache(model.config, num_slots, 1, dtype=model.dtype, device=model.device)
+    session = DecodeSession(model, cache, sampling, stop_ids)
+    session.fits = _fits(model, num_slots, sampling, stop_ids)
+    return session
+
+
+def give_back(model: GPT2, session: DecodeSession) -> None:
+    """Keep the session, its cache too, for the model's next run; it goes with the model."""
+    _KEPT[model] = session
+
+
+def _fits(model: GPT2, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> tuple[object, ...]:
+    """What a session's graphs know for good: the weights' places, the flags of the kernels, the stop tokens."""
+    filters = [t is None for t in slot_sampling(sampling, 0, None, torch.device("cpu"))]
+    weights = [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
+    return num_slots, sampling.repetition_penalty == 1.0, tuple(filters), tuple(stop_ids), tuple(weights), model.backend
 
 
 # -- what a session is made of --------------------------------------------------------------------------------------

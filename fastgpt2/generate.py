@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
-from fastgpt2.decode import DecodeSession, NewRow, Results, why_not_decode
+from fastgpt2.decode import DecodeSession, NewRow, Results, give_back, take_session, why_not_decode
 from fastgpt2.model import GPT2
 from fastgpt2.sampling import sample, uniforms
 from fastgpt2_kernels import ops
@@ -266,14 +266,16 @@ class _Engine:
         self.want_text = want_text or bool(sampling.stop_strings)
         stop = sampling.stop_token_ids
         self.stop_ids = frozenset(model.config.eos_token_ids if stop is None else stop)
-        dtype = KVCache.best_dtype(model.dtype, model.device)
-        self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
+        self.session = None
+        if why_not_decode(model) is None:
+            self.session = take_session(model, batch_size, sampling, sorted(self.stop_ids))
+            self.cache = self.session.cache
+        else:
+            dtype = KVCache.best_dtype(model.dtype, model.device)
+            self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
         self.free = list(reversed(range(batch_size)))
         self.rows: list[_Row] = []
         self.on_device: tuple[list[_Row], Results] | None = None  # the step that is on its way
-        self.session = None
-        if why_not_decode(model) is None:
-            self.session = DecodeSession(model, self.cache, sampling, sorted(self.stop_ids))
         # Which tokens each slot's sequence holds, for the repetition penalty; a session keeps its own.
         penalized = sampling.repetition_penalty != 1.0 and self.session is None
         self.seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool) if penalized else None
@@ -283,7 +285,7 @@ class _Engine:
     def run(self) -> Iterator[TokenEvent]:
         training = self.model.training
         self.model.eval()
-        self.packed = self.pack_weights and self.model.pack()
+        self.packed = self.pack_weights and self.session is None and self.model.pack()
         try:
             while True:
                 # Prompts whose samples all end on their first token free their slots at once, so fill until full.
@@ -299,6 +301,8 @@ class _Engine:
                 yield from self._choose(rows, self._decode(rows))
         finally:
             self.model.train(training)
+            if self.session is not None:
+                give_back(self.model, self.session)
 
     def _step_ahead(self, session: DecodeSession) -> Generator[TokenEvent, None, bool]:
         """Ask the device for a step, and read the one before it while this one runs. False when nothing is left."""

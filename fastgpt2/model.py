@@ -107,7 +107,8 @@ class MLP(nn.Module):
         self.activation_name = "linear" if learned else config.activation_function
 
     def up(self, x: Tensor, packed: bool, backend: str) -> Tensor:
-        backend = backend if self.activation_name in ops.TRITON_ACTIVATIONS else "auto"
+        has_kernel = self.activation_name in ops.TRITON_ACTIVATIONS and not packed
+        backend = backend if has_kernel else "auto"
         x = self.c_fc(x, activation=self.activation_name, packed=packed, backend=backend)
         return x if self.act is None else self.act(x)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastgpt2 import GPT2, GPT2Config
+from fastgpt2 import GPT2, GPT2Config, decode
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
 from fastgpt2.decode import DecodeSession, NewRow, why_not_decode
@@ -17,6 +17,8 @@ from tests.helpers import TINY, assert_within_budget, random_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SMALL = {"num_layers": 2, "num_heads": 2}
+# What the interpreter is quick with, for whole generations.
+TINIEST = {"num_layers": 1, "hidden_size": 32, "feedforward_dim": 32, "vocab_size": 31}
 GREEDY = SamplingConfig(temperature=0)
 
 
@@ -60,7 +62,7 @@ def logits_of(session: DecodeSession, rows: int) -> torch.Tensor:
 
 def test_greedy_tokens_are_the_reference_paths(device):
     """64 tokens of ragged prompts in float32, to the token."""
-    ours, plain = pair(device, context_length=72, num_layers=1, feedforward_dim=64)
+    ours, plain = pair(device, context_length=72, **TINIEST)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8]]
     options = {"max_new_tokens": 64, "temperature": 0, "stop_token_ids": ()}
     got, want = ours.generate(prompts, **options), plain.generate(prompts, **options)
@@ -214,11 +216,12 @@ def test_rows_end_on_the_device(device):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_generation_is_the_hosts(device, batch_size):
     """Refilled slots, several samples of a prompt, stop tokens and full contexts: what the loop on the host gives."""
-    ours, plain = pair(device)
+    ours, plain = pair(device, 4, tie_word_embeddings=False, **TINIEST)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3] * 20]
     options = {"max_new_tokens": 5, "temperature": 0, "num_samples": 2}
-    first = plain.generate(prompts[:1], stop_token_ids=(), **options)[0].token_ids
-    options["stop_token_ids"] = (first[1], 60)
+    unstopped = [set(s.token_ids) for s in plain.generate(prompts, stop_token_ids=(), **options)]
+    stop = next(t for t in set.union(*unstopped) if not all(t in tokens for tokens in unstopped))
+    options["stop_token_ids"] = (stop,)
     got = ours.generate(prompts, batch_size=batch_size, **options)
     want = plain.generate(prompts, batch_size=batch_size, **options)
     assert [(s.token_ids, s.finish_reason) for s in got] == [(s.token_ids, s.finish_reason) for s in want]
@@ -228,7 +231,7 @@ def test_generation_is_the_hosts(device, batch_size):
 def test_stop_strings_and_text(device):
     """A stop string is found on the host, a step late; the sample ends where it says all the same."""
     tokenizer = Tokenizer.train(["def add(a, b):\n    return a + b\n"] * 4, 280)
-    ours, plain = pair(device, vocab_size=tokenizer.vocab_size)
+    ours, plain = pair(device, **{**TINIEST, "vocab_size": tokenizer.vocab_size})
     ours.tokenizer = plain.tokenizer = tokenizer
     text = plain.generate(["def"], max_new_tokens=8, temperature=0, stop_token_ids=())[0].text
     assert text
@@ -242,7 +245,7 @@ def test_stop_strings_and_text(device):
 
 
 def test_samples_depend_on_seed_prompt_and_sample_alone(device):
-    ours, _ = pair(device)
+    ours, _ = pair(device, **TINIEST)
     options = {"max_new_tokens": 4, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3, "stop_token_ids": ()}
     prompts = [[1, 2], [3, 4], [1, 2]]
     together = ours.generate(prompts, num_samples=2, batch_size=6, seed=7, **options)
@@ -277,6 +280,29 @@ def test_the_cache_may_grow_between_steps(device, use_table):
         for row, token in zip(got, tokens, strict=False):
             row.append(token)
     assert got == want
+
+
+def test_a_session_is_kept_for_the_next_run(device):
+    """With new settings of the same filters; weights that have moved, or other filters, take a new one."""
+    ours, plain = pair(device, **TINIEST)
+    options = {"max_new_tokens": 3, "stop_token_ids": ()}
+    ours.generate([[1]], top_k=3, **options)
+    first = decode._KEPT[ours]
+    ours.generate([[1, 2]], top_k=1, **options)
+    ours.generate([[1, 2]], top_k=5, temperature=1e-6, **options)
+    assert decode._KEPT[ours] is not first
+    kept = decode._KEPT[ours]
+    got = ours.generate([[1, 2]], top_k=2, temperature=1e-6, **options)
+    assert decode._KEPT[ours] is kept
+    assert got[0].token_ids == plain.generate([[1, 2]], temperature=0, **options)[0].token_ids
+    with torch.no_grad():
+        ours.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+        plain.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+    got = ours.generate([[1, 2]], top_k=2, temperature=1e-6, **options)
+    assert got[0].token_ids == plain.generate([[1, 2]], temperature=0, **options)[0].token_ids
+    ours.transformer.h[0].mlp.c_fc.weight.data = ours.transformer.h[0].mlp.c_fc.weight.data.clone()
+    ours.generate([[1, 2]], top_k=2, **options)
+    assert decode._KEPT[ours] is not kept
 
 
 def test_int8_weights(device):
