@@ -347,7 +347,7 @@ def decode_splits(qkv: Tensor, cache: Cache, rows: Rows, parts: Parts, scale: fl
         BLOCK_T=1 if rows.max_new == 1 else _DOT_ROWS if use_dot else MAX_NEW,
         SPLIT_S=row.split_s,
         USE_DOT=use_dot,
-        num_warps=row.num_warps,
+        num_warps=row.one_warps if rows.max_new == 1 else row.few_warps,
         **_flags(cache, rows),
     )
 
