@@ -300,7 +300,11 @@ MUTATIONS = {
     "a negative length": ("full", "(past >= 0) & (count", "(count"),
     "a slot too many": ("full", "(slot >= 0) & (slot < num_slots)", "(slot >= 0) & (slot <= num_slots)"),
     "tokens before the first": ("full", "(start >= 0) & (start <= N - count)", "(start <= N - count)"),
-    "NaN in the first token only": ("full", "        for t in range(0, count):\n", "        for t in range(0, 1):\n"),
+    "NaN in the first token only": (
+        "full",
+        "range(tl.maximum(-start, 0), tl.minimum(count, N - start)):",
+        "range(0, 1):",
+    ),
 }
 
 
