@@ -230,13 +230,12 @@ def _decode_attention_kernel(
                 tl.store(part_max_ptr + at, m)
                 tl.store(part_sum_ptr + at, l)
     elif (split == 0) & (not fits):
-        # Nothing of a row that does not fit is written to the cache, and NaN is all that its tokens give.
-        for t in range(0, count):
-            if (start + t >= 0) & (start + t < N):
-                at = part + tl.cast(t, tl.int64) * (H * MAX_SPLITS)
-                tl.store(part_out_ptr + at * D + offs_d, tl.full((BLOCK_D,), float("nan"), tl.float32), mask=mask_d)
-                tl.store(part_max_ptr + at, float("nan"))
-                tl.store(part_sum_ptr + at, float("nan"))
+        # Nothing of a row that does not fit is written to the cache, and those of its tokens that there are give NaN.
+        for t in range(tl.maximum(-start, 0), tl.minimum(count, N - start)):
+            at = part + tl.cast(t, tl.int64) * (H * MAX_SPLITS)
+            tl.store(part_out_ptr + at * D + offs_d, tl.full((BLOCK_D,), float("nan"), tl.float32), mask=mask_d)
+            tl.store(part_max_ptr + at, float("nan"))
+            tl.store(part_sum_ptr + at, float("nan"))
 
 
 @triton.jit(
@@ -256,9 +255,10 @@ def _combine_kernel(
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     h = offs_c // D
     # One turn, but for a row that does not fit because it has too many tokens: all of them are NaN.
-    for t in range(tl.program_id(2), count, tl.num_programs(2)):
+    t_first = tl.maximum(-start, 0) + tl.program_id(2)
+    for t in range(t_first, tl.minimum(count, N - start), tl.num_programs(2)):
         n = tl.cast(start + t, tl.int64)
-        mask = offs_c < tl.where((n >= 0) & (n < N), H * D, 0)
+        mask = offs_c < H * D
         num_splits = tl.where(mask, tl.where(fits, tl.cdiv(past + t + 1, SPLIT_S), 1), 0)
         out = _combine_splits(
             part_out_ptr, part_max_ptr, part_sum_ptr, n * H + h, offs_c - h * D, num_splits, MAX_SPLITS, D)  # fmt: skip
@@ -347,7 +347,7 @@ def decode_splits(qkv: Tensor, cache: Cache, rows: Rows, parts: Parts, scale: fl
         BLOCK_T=1 if rows.max_new == 1 else _DOT_ROWS if use_dot else MAX_NEW,
         SPLIT_S=row.split_s,
         USE_DOT=use_dot,
-        num_warps=row.num_warps,
+        num_warps=row.one_warps if rows.max_new == 1 else row.few_warps,
         **_flags(cache, rows),
     )
 

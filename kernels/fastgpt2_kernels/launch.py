@@ -167,25 +167,30 @@ def architecture(device: torch.device) -> str:
 
 
 class DecodeRow(NamedTuple):
-    """split_s: keys of a split, which is one tile; block_c: columns that a program combines, a warp."""
+    """split_s: keys of a split, which is one tile; one_warps, few_warps: for one new token a row, for several.
+
+    block_c: columns that a program combines, one warp.
+    """
 
     split_s: int
-    num_warps: int
+    one_warps: int
+    few_warps: int
     block_c: int = 128
 
 
 def decode_row(element_size: int, block_d: int) -> DecodeRow:
     """element_size: bytes of a cached number; block_d: head size, a power of two from 16.
 
-    Nothing else may decide: where splits begin shows in the last bits of a row's result. 16 KB of keys and as much of
-    values are what 4 warps have room for beside their float32 products.
+    Nothing else may decide: where splits begin shows in the last bits of a row's result. 2 warps hold 16 KB of keys and
+    as much of values in their registers beside the float32 products; more warps add up more partial sums for the same
+    bytes, and several new tokens need the room.
     """
     row_bytes = block_d * element_size
     if row_bytes <= 128:
-        return DecodeRow(128, 4)
+        return DecodeRow(128, 2, 4)
     if row_bytes <= 256:
-        return DecodeRow(64, 4)
-    return DecodeRow(64, 8) if row_bytes <= 512 else DecodeRow(32, 8)
+        return DecodeRow(64, 2, 4)
+    return DecodeRow(64 if row_bytes <= 512 else 32, 4, 8)
 
 
 # -- linear maps of a few rows -------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ def _attention(width: int, dtype: str, max_new: int, flags: tuple[str, ...]) -> 
     constants = {"D": width, "BLOCK_D": block_d, "BLOCK_T": 16 if use_dot else max_new, "SPLIT_S": row.split_s}
     label = f"decode_attention {'dot' if use_dot else 'cores'} {max_new} new {dtype} head {width}"
     kernel = decode_attention._decode_attention_kernel
-    return _case(label, kernel, dtype, {**constants, "USE_DOT": use_dot}, row.num_warps, flags)
+    num_warps = row.one_warps if max_new == 1 else row.few_warps
+    return _case(label, kernel, dtype, {**constants, "USE_DOT": use_dot}, num_warps, flags)
 
 
 def _combine(width: int, dtype: str, flags: tuple[str, ...]) -> Case:
