@@ -299,7 +299,7 @@ def _sample_kernel(
     k = V
     if HAS_TOP_K:
         k = tl.load(top_k_ptr + slot).to(tl.int32)
-        k = tl.where((k <= 0) | (k > V), V, k)
+        k = tl.where(k <= 0, V, k)
         temperature = tl.where(k == 1, 0.0, temperature)  # as greedy: the lowest index among equals
     if HAS_TOP_P or HAS_TOP_K:
         scale_log2 = tl.minimum(1.0 / temperature, MAX_INVERSE) * LOG2_E
@@ -437,8 +437,8 @@ def sample_rows(
         return
     if temperature is None:
         top_k = top_p = min_p = None  # the largest logit stays, whatever the filters
-    num_filters = sum(setting is not None for setting in (top_k, top_p, min_p))
-    row = launch.sampling_row(V, launch.architecture(logits.device), num_filters=num_filters)
+    has_filters = top_k is not None or top_p is not None or min_p is not None
+    row = launch.sampling_row(V, launch.architecture(logits.device), has_filters=has_filters)
     _sample_kernel[(R,)](
         logits, ids, logprobs, slots, keys, positions, temperature, top_k, top_p, min_p, penalty,
         None if seen is None else seen.view(torch.uint8),
