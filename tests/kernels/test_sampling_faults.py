@@ -22,7 +22,9 @@ MUTATIONS = {
     "only half of the key": ("low_word | (", "low_word | 0 * (", "plain"),
     "another row's position": ("tl.load(positions_ptr + slot)", "tl.load(positions_ptr + row)", "plain"),
     "another row's temperature": ("tl.load(temperature_ptr + slot)", "tl.load(temperature_ptr + row)", "plain"),
-    "noise without temperature": ("y += temperature * _gumbel_block", "y += _gumbel_block", "plain"),
+    "noise without temperature": ("scores = y + temperature * _gumbel", "scores = y + _gumbel", "plain"),
+    "a bar too high": ("* scale_log2 + 1e-4)", "* scale_log2 - 8.0)", "blocks"),
+    "a bar that forgets temperature": ("(y - bar) * scale_log2", "(y - bar) * LOG2_E", "blocks"),
     "the last of equals": ("is_best = y > best\n    best_id", "is_best = y >= best\n    best_id", "ties"),
     "the second is the best's": ("tl.where(is_best, best_id, tl.where(", "tl.where(is_best, offs, tl.where(", "lanes"),
     "the second keeps its place": ("tl.where(is_best, best, tl.maximum(second, y))", "tl.maximum(second, y)", "lanes"),
@@ -47,6 +49,7 @@ PLAIN = {
 }  # fmt: skip
 CASES = {
     "plain": {},
+    "blocks": {"V": 9001},
     "greedy": {"temperature": None, "mark_seen": True, "penalty": 1.3, "kind": "ties"},
     "ties": {"temperature": None, "V": 5003, "kind": "flat"},
     "penalty": {"penalty": 5.0, "temperature": 6.0},
