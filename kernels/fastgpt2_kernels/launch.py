@@ -58,14 +58,14 @@ class SamplingRow(NamedTuple):
     num_warps: int
 
 
-def sampling_row(vocab_size: int, arch: str, *, num_filters: int = 0) -> SamplingRow:
+def sampling_row(vocab_size: int, arch: str, *, has_filters: bool = False) -> SamplingRow:
     """One program, and so one multiprocessor, a row of logits: as many threads as the registers allow.
 
     With filters (top-k, top-p, min-p) the lanes' state and its copies in the loops fill 128 registers a thread at 4
-    lanes a thread; on Ampere several filters would spill.
+    lanes a thread.
     """
-    if vocab_size > 2048 and num_filters:
-        block_v, threads = 2048, 256 if arch == "sm_80" and num_filters > 1 else 512
+    if vocab_size > 2048 and has_filters:
+        block_v, threads = 2048, 512
     elif vocab_size > 2048:
         block_v, threads = 4096, 1024
     else:

@@ -66,12 +66,28 @@ def _gumbel(word):
 
 
 @triton.jit
-def _gumbel_block(key, position, start, BLOCK: tl.constexpr):
-    """The noise of the tokens start .. start + BLOCK, start a multiple of 4: one call of Philox for every four."""
+def _words(key, position, start, BLOCK: tl.constexpr):
+    """The random words of the tokens start .. start + BLOCK, start a multiple of 4: one call of Philox for four."""
     groups = start // 4 + tl.arange(0, BLOCK // 4)
     zero = groups * 0
     w0, w1, w2, w3 = tl.philox(key, groups, zero + position, zero, zero, n_rounds=PHILOX_ROUNDS)
-    return _gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,)))  # the words in their order
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))  # the words in their order
+
+
+@triton.jit
+def _scores(y, bar, temperature, scale_log2, key, position, start, BLOCK: tl.constexpr):
+    """y + T g of the tokens start .. start + BLOCK, and the new bar; -inf if none of them can beat `bar`, a score.
+
+    The logarithms are most of what noise costs. y + T g > bar means -log u < exp((y - bar) / T), and -log u >= 1 - u:
+    one exponential tells, and says yes to a block about as often as the maximum moves, 3 times in 12 blocks.
+    """
+    words = _words(key, position, start, BLOCK)
+    may_win = words.to(tl.float32) * 2.0**-32 <= tl.exp2((y - bar) * scale_log2 + 1e-4)  # with room for rounding
+    scores = tl.full((BLOCK,), float("-inf"), tl.float32)
+    if tl.max(may_win.to(tl.int32), 0) > 0:
+        scores = y + temperature * _gumbel(words)
+        bar = tl.maximum(bar, tl.max(scores, 0))
+    return scores, bar
 
 
 @triton.jit
@@ -133,7 +149,7 @@ def _online_softmax_step(m, rest, x, scale_log2):
 @triton.jit
 def _first_step(
     x_ptr, seen_ptr, start, V, penalty, temperature, scale_log2, key, position,
-    m, rest, y_max, y_rest, best, best_id, second, second_id, third,
+    m, rest, y_max, y_rest, bar, best, best_id, second, second_id, third,
     HAS_PENALTY: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
     IS_GREEDY: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -155,11 +171,11 @@ def _first_step(
         elif HAS_MIN_P:
             y_max = tl.maximum(y_max, y)
         if not IS_GREEDY:
-            y += temperature * _gumbel_block(key, position, start, BLOCK)
+            y, bar = _scores(y, bar, temperature, scale_log2, key, position, start, BLOCK)
         is_best = y > best
     best_id = tl.where(is_best, offs, best_id)
     best = tl.where(is_best, y, best)
-    return m, rest, y_max, y_rest, best, best_id, second, second_id, third
+    return m, rest, y_max, y_rest, bar, best, best_id, second, second_id, third
 
 
 @triton.jit
@@ -228,14 +244,15 @@ def _mass_from(
 
 @triton.jit
 def _draw_step(
-    x_ptr, seen_ptr, start, end, penalty, temperature, key, position, low, best, best_id,
+    x_ptr, seen_ptr, start, end, penalty, temperature, scale_log2, key, position, low, bar, best, best_id,
     HAS_PENALTY: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = start + tl.arange(0, BLOCK)
     _, y = _load(x_ptr, seen_ptr, offs, end, penalty, HAS_PENALTY, HAS_MASK)
-    score = tl.where(y >= low, y + temperature * _gumbel_block(key, position, start, BLOCK), float("-inf"))
+    y = tl.where(y >= low, y, float("-inf"))
+    score, bar = _scores(y, bar, temperature, scale_log2, key, position, start, BLOCK)
     is_best = score > best
-    return tl.where(is_best, score, best), tl.where(is_best, offs, best_id)
+    return bar, tl.where(is_best, score, best), tl.where(is_best, offs, best_id)
 
 
 @triton.jit
@@ -246,8 +263,8 @@ def _first_best(best, best_id):
 
 @triton.jit
 def _draw(
-    x_ptr, seen_ptr, end, penalty, temperature, key, position, low, top1, top1_score, top1_id, top2, top2_score,
-    top2_id, HAS_PENALTY: tl.constexpr, HAS_TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, seen_ptr, end, penalty, temperature, scale_log2, key, position, low, top1, top1_score, top1_id, top2,
+    top2_score, top2_id, HAS_PENALTY: tl.constexpr, HAS_TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """argmax of y + T g where y >= low: over the tokens 0 .. end, or, if end is 0, over those that the lanes hold."""
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -259,15 +276,16 @@ def _draw(
             is_other = (other > best) | ((other == best) & (top2_id < top1_id))
             best_id = tl.where(is_other, top2_id, top1_id)
             best = tl.where(is_other, other, best)
+    bar = tl.full((), float("-inf"), tl.float32)
     tail = end // BLOCK * BLOCK
     for start in range(0, tail, BLOCK):
-        best, best_id = _draw_step(
-            x_ptr, seen_ptr, start, end, penalty, temperature, key, position, low, best, best_id, HAS_PENALTY, False,
-            BLOCK)  # fmt: skip
+        bar, best, best_id = _draw_step(
+            x_ptr, seen_ptr, start, end, penalty, temperature, scale_log2, key, position, low, bar, best, best_id,
+            HAS_PENALTY, False, BLOCK)  # fmt: skip
     if tail < end:
-        best, best_id = _draw_step(
-            x_ptr, seen_ptr, tail, end, penalty, temperature, key, position, low, best, best_id, HAS_PENALTY, True,
-            BLOCK)  # fmt: skip
+        bar, best, best_id = _draw_step(
+            x_ptr, seen_ptr, tail, end, penalty, temperature, scale_log2, key, position, low, bar, best, best_id,
+            HAS_PENALTY, True, BLOCK)  # fmt: skip
     return _first_best(best, best_id)
 
 
@@ -299,9 +317,9 @@ def _sample_kernel(
     k = V
     if HAS_TOP_K:
         k = tl.load(top_k_ptr + slot).to(tl.int32)
-        k = tl.where((k <= 0) | (k > V), V, k)
+        k = tl.where(k <= 0, V, k)
         temperature = tl.where(k == 1, 0.0, temperature)  # as greedy: the lowest index among equals
-    if HAS_TOP_P or HAS_TOP_K:
+    if not IS_GREEDY:
         scale_log2 = tl.minimum(1.0 / temperature, MAX_INVERSE) * LOG2_E
 
     # The first pass.
@@ -310,16 +328,17 @@ def _sample_kernel(
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_id = tl.zeros((BLOCK,), tl.int32)
     lane_max, lane_rest, second, second_id, third = m, rest, best, best_id, best
+    bar = tl.full((), float("-inf"), tl.float32)
     tail = V // BLOCK * BLOCK
     for start in range(0, tail, BLOCK):
-        m, rest, lane_max, lane_rest, best, best_id, second, second_id, third = _first_step(
+        m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third = _first_step(
             x_ptr, s_ptr, start, V, penalty, temperature, scale_log2, key, position,
-            m, rest, lane_max, lane_rest, best, best_id, second, second_id, third,
+            m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third,
             HAS_PENALTY, HAS_TOP_K, HAS_TOP_P, HAS_MIN_P, IS_GREEDY, False, BLOCK)  # fmt: skip
     if tail < V:
-        m, rest, lane_max, lane_rest, best, best_id, second, second_id, third = _first_step(
+        m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third = _first_step(
             x_ptr, s_ptr, tail, V, penalty, temperature, scale_log2, key, position,
-            m, rest, lane_max, lane_rest, best, best_id, second, second_id, third,
+            m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third,
             HAS_PENALTY, HAS_TOP_K, HAS_TOP_P, HAS_MIN_P, IS_GREEDY, True, BLOCK)  # fmt: skip
     row_max = tl.max(m, 0)
     # All but one largest logit, whose 1 would round the rest of a confident row away.
@@ -395,8 +414,8 @@ def _sample_kernel(
         while is_open:
             if not (y >= low):
                 chosen = _draw(
-                    x_ptr, s_ptr, end, penalty, temperature, key, position, low, best, best_score, best_id, second,
-                    second_score, second_id, HAS_PENALTY, HAS_TOP_K, BLOCK)  # fmt: skip
+                    x_ptr, s_ptr, end, penalty, temperature, scale_log2, key, position, low, best, best_score,
+                    best_id, second, second_score, second_id, HAS_PENALTY, HAS_TOP_K, BLOCK)  # fmt: skip
                 chosen = tl.minimum(chosen, V - 1)
                 y = tl.load(x_ptr + chosen).to(tl.float32)
                 if HAS_PENALTY:
@@ -437,8 +456,8 @@ def sample_rows(
         return
     if temperature is None:
         top_k = top_p = min_p = None  # the largest logit stays, whatever the filters
-    num_filters = sum(setting is not None for setting in (top_k, top_p, min_p))
-    row = launch.sampling_row(V, launch.architecture(logits.device), num_filters=num_filters)
+    has_filters = top_k is not None or top_p is not None or min_p is not None
+    row = launch.sampling_row(V, launch.architecture(logits.device), has_filters=has_filters)
     _sample_kernel[(R,)](
         logits, ids, logprobs, slots, keys, positions, temperature, top_k, top_p, min_p, penalty,
         None if seen is None else seen.view(torch.uint8),

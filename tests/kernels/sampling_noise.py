@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels.sampling import _gumbel, _gumbel_at, _gumbel_block
+from fastgpt2_kernels.sampling import _gumbel, _gumbel_at, _words
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _of_token(out_ptr, key_ptr, positions_ptr, V, N: tl.constexpr):
 def _of_block(out_ptr, key_ptr, positions_ptr, V, BLOCK: tl.constexpr):
     n, start = tl.program_id(0), tl.program_id(1) * BLOCK
     offs = start + tl.arange(0, BLOCK)
-    noise = _gumbel_block(tl.load(key_ptr), tl.load(positions_ptr + n), start, BLOCK)
+    noise = _gumbel(_words(tl.load(key_ptr), tl.load(positions_ptr + n), start, BLOCK))
     tl.store(out_ptr + n * V + offs, noise, mask=offs < V)
 
 

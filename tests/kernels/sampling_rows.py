@@ -31,7 +31,7 @@ def sampling_cases(arch: str) -> Iterator[Case]:
     cases = [(50257, "fp32", flags) for flags in VARIANTS]
     cases += [(50257, "bf16", VARIANTS[-1]), (2000, "fp32", VARIANTS[-1]), (200, "fp32", VARIANTS[-1])]
     for vocab_size, dtype, flags in cases:
-        row = launch.sampling_row(vocab_size, arch, num_filters=len(FILTERS & set(flags)))
+        row = launch.sampling_row(vocab_size, arch, has_filters=bool(FILTERS & set(flags)))
         constants = {flag: flag in flags for flag in FLAGS}
         constants |= {"HAS_SLOTS": True, "MARK_SEEN": "HAS_PENALTY" in flags, "BLOCK": row.block_v}
         signature = {}

@@ -19,14 +19,18 @@ VOCABULARIES = [1, 2, 5, 13, 255, 257, 1024, 1030, 2100, 5003]
 WORD = 2**32
 
 
-def some_logits(rng: random.Random, R: int, V: int) -> Tensor:
-    kind = rng.choice(["plain", "plain", "wide", "huge", "ties", "flat", "holes", "signs"])
+KINDS = ("plain", "plain", "wide", "huge", "ties", "flat", "holes", "signs", "lanes")
+
+
+def some_logits(kind: str, R: int, V: int) -> Tensor:
     logits = torch.randn(R, V) * {"wide": 20.0, "huge": 1e4, "flat": 0.0, "signs": 0.01}.get(kind, 3.0)
     if kind == "ties":
         logits = logits.round()
     if kind == "holes":
         logits[torch.rand(R, V) < 0.7] = -math.inf
         logits[:, -1] = 0.5
+    if kind == "lanes":  # the largest a block apart from each other
+        logits[:, 5::2048] = 20.0 + torch.rand(logits[:, 5::2048].shape)
     if kind == "signs":
         logits = logits.round(decimals=2)  # zeros of both signs
     return logits
@@ -36,6 +40,7 @@ def random_case(rng: random.Random) -> dict:
     V = rng.choice(VOCABULARIES)
     return {
         "V": V,
+        "kind": rng.choice(KINDS),
         "R": rng.choice([1, 1, 1, 1, 2, 3]),
         "dtype": rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
         "padding": rng.choice([0, 1, 8, 64 - V % 64]),
@@ -75,7 +80,7 @@ def check(kernel, case: dict, rng: random.Random, device: str) -> int:
     """Holds the kernel's choice to the float64 reference's; returns in how many rows rounding decided."""
     R, V = case["R"], case["V"]
     buffer = torch.full((R, V + case["padding"]), 1e9)
-    buffer[:, :V] = some_logits(rng, R, V)
+    buffer[:, :V] = some_logits(case["kind"], R, V)
     logits = buffer.to(case["dtype"]).to(device)[:, :V]
     slots = R + 3 if case["slots"] else R
     at = torch.randperm(slots)[:R] if case["slots"] else torch.arange(R)
