@@ -44,7 +44,8 @@ def linear_decode(
     beside it. weight: float32, bfloat16, float16, or int8 with `weight_scale` (N,) float32 (`quantize_rows`). x, bias
     (N,), residual (R, N) and the LayerNorm may be of any of the float dtypes; products are of the weight's (for int8
     the bias's, the LayerNorm's or x's), sums and statistics float32. out_dtype defaults to the residual's, else to the
-    products'. activation: a name of `TRITON_ACTIVATIONS`. No gradients. Raises ValueError for what does not go together.
+    products'. activation: a name of `TRITON_ACTIVATIONS`. No gradients. Raises ValueError for what does
+    not go together.
     """
     name = "linear_decode"
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
@@ -85,9 +86,7 @@ def linear_decode(
     )  # fmt: skip
 
 
-def _product_dtype(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: LayerNormWeights | None
-) -> torch.dtype:
+def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: LayerNormWeights | None) -> torch.dtype:
     if weight.is_floating_point():
         return weight.dtype
     return next(t.dtype for t in (bias, None if layer_norm is None else layer_norm.weight, x) if t is not None)
