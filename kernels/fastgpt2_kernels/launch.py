@@ -196,20 +196,58 @@ def decode_row(element_size: int, block_d: int) -> DecodeRow:
 # -- linear maps of a few rows -------------------------------------------------------------------------------------
 
 
+SPLIT_K = 8  # shares of K, a warp each
+
+
 class LinearDecodeRow(NamedTuple):
     """block_r rows and block_n outputs of a program, block_k inputs of a step of each of its shares of K."""
 
     block_r: int
     block_n: int
     block_k: int
-    num_warps: int
+    num_warps: int = SPLIT_K
+
+
+def linear_decode_share(num_inputs: int) -> int:
+    """Inputs of a share: whole products of 16, also where K is not."""
+    return max(1, -(-num_inputs // (16 * SPLIT_K))) * 16
 
 
 def linear_decode_row(
     num_rows: int, num_outputs: int, num_inputs: int, element_size: int, prologue: str, arch: str
 ) -> LinearDecodeRow:
-    """8 rows are the least a tensor-core product takes."""
-    return LinearDecodeRow(8, 16, 128, 8)
+    """element_size: of what is multiplied. prologue "none", "layer_norm" or "combine".
+
+    A number must not depend on how many rows are beside it. So LayerNorm's block_k, the tile that its sums run over,
+    depends on the architecture, element_size and num_inputs alone, and on AMD so does block_r, which would choose the
+    matrix instruction and which warp adds up what. All else changes no order of additions.
+
+    - 8 rows or fewer are bound by the weight's bytes: the most of it under way, in the most programs.
+    - more: twice the rows and outputs a program halve what is read of x and of the weight from the L2 cache.
+    - LayerNorm in one step keeps x in registers, a whole share of it.
+    - registers decide the rest.
+    """
+    share = 1 << (linear_decode_share(num_inputs) - 1).bit_length()
+    is_few = num_rows <= 8
+    if element_size == 4:  # outside the tensor cores, unrolled
+        return LinearDecodeRow(16 if arch == "gfx942" else 8, 16, min(share, 32))
+    if arch == "gfx942":
+        return LinearDecodeRow(16, 16, min(share, 128))
+    if prologue == "layer_norm":
+        block_k = min(share, 256)
+        if is_few:
+            # A vocabulary's many programs take turns on a multiprocessor; fewer outputs each would read x more often.
+            return LinearDecodeRow(8, 32 if num_outputs >= 16384 and block_k <= 128 else 16, block_k)
+        return LinearDecodeRow(16, 16 if arch == "sm_80" and block_k > 128 else 32, block_k)
+    if prologue == "combine":
+        return (
+            LinearDecodeRow(8, 16, min(share, 128 if share <= 128 else 64)) if is_few else LinearDecodeRow(16, 32, 32)
+        )
+    if is_few:
+        return LinearDecodeRow(8, 16, min(share, 128))
+    if -(-num_rows // 16) * -(-num_outputs // 32) <= 128:
+        return LinearDecodeRow(16, 32, min(share, 64))
+    return LinearDecodeRow(32, 32, min(share, 32))
 
 
 @functools.cache

@@ -33,8 +33,6 @@ from fastgpt2_kernels.gelu import _activation
 if TYPE_CHECKING:
     from fastgpt2_kernels.decode_attention import Parts, Rows
 
-# Shares of K, a warp each. The same in every launch row: it decides the order of summing.
-SPLIT_K = 8
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -50,7 +48,8 @@ def _load_attended(
     """
     slot = tl.load(slots_ptr + offs_r, mask=mask_r, other=0) if HAS_SLOTS else offs_r
     past = tl.load(lengths_ptr + slot, mask=mask_r, other=0)
-    num_splits = tl.where(mask_r, past // SPLIT_S + 1, 0)
+    # A row that does not fit has its NaN in the first split.
+    num_splits = tl.where(mask_r, tl.minimum(past // SPLIT_S + 1, MAX_SPLITS), 0)
     if HAS_COUNTS:
         num_splits = tl.where(tl.load(counts_ptr + offs_r, mask=mask_r, other=0) > 0, num_splits, 0)
     GRAINS: tl.constexpr = BLOCK_K // GRAIN
@@ -76,6 +75,17 @@ def _load_attended(
         m = m_new
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, :, None, :]
     return tl.reshape(acc, (SHARES, BLOCK_K, BLOCK_R))
+
+
+@triton.jit
+def _sum_shares(acc, SHARES: tl.constexpr):
+    """acc (SHARES, BLOCK_N, BLOCK_R), 8 shares -> (BLOCK_R, BLOCK_N). In pairs: no layout can order those otherwise."""
+    tl.static_assert(SHARES == 8)
+    acc = tl.reshape(acc, (2, 2, 2, acc.shape[1], acc.shape[2])).permute(4, 3, 0, 1, 2)
+    for _ in tl.static_range(3):
+        even, odd = tl.split(acc)
+        acc = even + odd
+    return acc
 
 
 @triton.jit
@@ -149,18 +159,18 @@ def _linear_decode_kernel(
         if STEPS > 1:
             w, x = w_next, x_next
 
-    y = tl.sum(acc, 0)  # (BLOCK_N, BLOCK_R)
+    y = _sum_shares(acc, SHARES)
     if HAS_SCALE:
-        y *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        y *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "linear":
         y = _activation(y, ACTIVATION)
-    mask = mask_n[:, None] & mask_r[None, :]
-    rows = offs_r.to(tl.int64)[None, :]
+    mask = mask_r[:, None] & mask_n[None, :]
+    rows = offs_r.to(tl.int64)[:, None]
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + rows * stride_rr + offs_n[:, None], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows * stride_or + offs_n[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)
+        y += tl.load(residual_ptr + rows * stride_rr + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * stride_or + offs_n[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # -- launcher -----------------------------------------------------------------------------------------------------
@@ -201,7 +211,6 @@ def linear_decode_out(
     if not product.is_floating_point:
         product = next(t.dtype for t in (bias, layer_norm and layer_norm.weight, source) if t is not None)
     row = launch.linear_decode_row(R, N, K, product.itemsize, prologue, launch.architecture(weight.device))
-    share = -(-K // (16 * SPLIT_K)) * 16
     options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
     _linear_decode_kernel[(triton.cdiv(R, row.block_r), triton.cdiv(N, row.block_n))](
         source,
@@ -243,8 +252,8 @@ def linear_decode_out(
         BLOCK_R=row.block_r,
         BLOCK_N=row.block_n,
         BLOCK_K=row.block_k,
-        SHARES=SPLIT_K,
-        STEPS=triton.cdiv(share, row.block_k),
+        SHARES=launch.SPLIT_K,
+        STEPS=triton.cdiv(launch.linear_decode_share(K), row.block_k),
         num_warps=row.num_warps,
         num_stages=1,
         **launch.OPTIONS,
