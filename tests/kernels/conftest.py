@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from tests.kernels.poison import Poison
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -25,3 +27,8 @@ def triton_device() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "cpu"
     pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
+    return Poison(monkeypatch)

@@ -37,6 +37,9 @@ def test_every_row_is_there(rows):
     kinds = Counter(row["case"].split()[0] for row in rows)
     assert kinds["attention"] == 4 * (len(list(launch.attention_rows())) + 3)
     assert kinds["cross_entropy"] >= 4 * 32
+    assert kinds["layer_norm"] == 4 * 20
+    assert kinds["bias_activation"] == 4 * 8
+    assert kinds["partial_sums"] == 4
 
 
 def test_no_spills(rows):
@@ -56,7 +59,11 @@ def test_rows_move_in_128_bits(rows):
     for row in rows:
         assert row["wide_loads"] > 0, row
         # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
-        narrow = "cross_entropy forward" in row["case"] or (row["target"] == "gfx942" and "half" in row["case"])
+        narrow = (
+            "partial_sums" in row["case"]
+            or "cross_entropy forward" in row["case"]
+            or (row["target"] == "gfx942" and "half" in row["case"])
+        )
         assert row["wide_stores"] > 0 or narrow, row
 
 
