@@ -44,6 +44,13 @@ def _sigmoids(w):
 
 
 @triton.jit
+def _gate_slope(z, s, rest, dw):
+    """Of z sigmoid(w): sigmoid(w) + z w' sigmoid(w) sigmoid(-w), where 0 times an overflow is 0."""
+    product = s * rest
+    return s + tl.where(product == 0, 0.0, z * product * dw)
+
+
+@triton.jit
 def _tanh(z):
     """1 - 2 / (1 + exp(2 |z|)) with z's sign; a series where that would be a difference of nearly equal numbers."""
     e = tl.exp2(tl.abs(z) * (-2.0 * LOG2_E))
@@ -104,22 +111,22 @@ def _activation(z, NAME: tl.constexpr):
         y = tl.where(z > 0, z, z * 0.01)
     else:
         tl.static_assert(NAME == "hardswish", "no such activation")
-        y = z * tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, 6.0, z + 3.0)) * (1.0 / 6.0)
+        y = z * tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, 1.0, (z + 3.0) * (1.0 / 6.0)))
     return y
 
 
 @triton.jit
 def _slope(z, NAME: tl.constexpr):
-    """f'(z). Of z sigmoid(w): sigmoid(w) + z w' sigmoid(w) sigmoid(-w)."""
+    """f'(z)."""
     if NAME == "gelu_tanh":
         s, rest = _sigmoids(z * (z * z * CUBIC + 1.0) * TWO_SQRT_2_OVER_PI)
-        slope = s + z * (s * rest) * ((z * z * (3.0 * CUBIC) + 1.0) * TWO_SQRT_2_OVER_PI)
+        slope = _gate_slope(z, s, rest, (z * z * (3.0 * CUBIC) + 1.0) * TWO_SQRT_2_OVER_PI)
     elif NAME == "silu":
         s, rest = _sigmoids(z)
-        slope = s + z * (s * rest)
+        slope = _gate_slope(z, s, rest, 1.0)
     elif NAME == "quick_gelu":
         s, rest = _sigmoids(z * 1.702)
-        slope = s + z * (s * rest) * 1.702
+        slope = _gate_slope(z, s, rest, 1.702)
     elif NAME == "gelu":
         slope = _normal_cdf(z) + z * _normal_density(z)
     elif NAME == "gelu_10":

@@ -265,6 +265,11 @@ class LayerNormRow(NamedTuple):
     block_c: int
     num_warps: int
     programs: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, bool | int]:
+        return OPTIONS if self.max_registers is None else {**OPTIONS, "maxnreg": self.max_registers}
 
 
 def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
@@ -273,12 +278,14 @@ def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
     A thread holds 16 or 8 numbers of a row: 16 bytes of half precision twice, or once where five such rows (weight, its
     gradient, ...) stay in registers. As many programs as are resident together, each with a row on its way: 18 KB, more
     than memory's latency needs. More would wait for the first, and in the backward each writes a partial row.
+    Registers are said where the compiler by itself spills a few bytes to take 56 of them (Blackwell).
     """
     block = max(256, 1 << (width - 1).bit_length())
     lanes = 64 if arch == "gfx942" else 32
     held, widest = (16, 16384) if kernel == "forward" else (8, 8192)
     num_warps = min(16, max(1, block // (held * lanes)))
-    return LayerNormRow(min(block, widest), num_warps, max(2, 24 // num_warps))
+    registers = 80 if arch == "sm_100" and kernel == "forward" and block <= 4096 else None
+    return LayerNormRow(min(block, widest), num_warps, max(2, 24 // num_warps), registers)
 
 
 class ActivationRow(NamedTuple):

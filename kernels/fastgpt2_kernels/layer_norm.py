@@ -12,8 +12,8 @@ and for the gradients, with h = (s - mean) rstd, g = weight dy and means over th
 
 All in float32. The variance takes two passes over the row in registers: differences to the mean first, then squares.
 The mean itself is rounded; what is left of it, the mean of the differences, is taken off once more, so that a mean far
-larger than the spread costs no digits. Saved are s (or x), the mean and rstd of each row: 8 bytes a row, where
-computing them again would be two more reductions, each waiting for the one before.
+larger than the spread costs no digits. Saved are s (or x) and of each row the mean, what was left, and rstd: 12 bytes,
+where computing them again would be three more reductions, each waiting for the one before.
 
 In backward a fixed number of programs walks over the rows; each sums its share of dweight and dbias in registers and
 writes one partial row, and `partial_sums` adds those. Rows too long for the registers are walked over in blocks.
@@ -55,7 +55,7 @@ def _load_sum(x_ptr, residual_ptr, s_ptr, offs, mask, HAS_RESIDUAL: tl.constexpr
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr, N, T,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, left_ptr, rstd_ptr, N, T,
     stride_xb, stride_xt, stride_rb, stride_rt, eps,
     C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -76,13 +76,14 @@ def _layer_norm_fwd_kernel(
         rstd = tl.rsqrt(tl.sum(d * d, 0) / C + eps)
         y = d * rstd * weight + bias
         tl.store(y_ptr + out + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(mean_ptr + n, mean + left)
+        tl.store(mean_ptr + n, mean)
+        tl.store(left_ptr + n, left)
         tl.store(rstd_ptr + n, rstd)
 
 
 @triton.jit
 def _layer_norm_wide_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr, N, T,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, left_ptr, rstd_ptr, N, T,
     stride_xb, stride_xt, stride_rb, stride_rt, eps,
     C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -116,13 +117,14 @@ def _layer_norm_wide_fwd_kernel(
         bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         y = ((s - mean) - left) * rstd * weight + bias
         tl.store(y_ptr + out + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + n, mean + left)
+    tl.store(mean_ptr + n, mean)
+    tl.store(left_ptr + n, left)
     tl.store(rstd_ptr + n, rstd)
 
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr, ds_after_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, ds_ptr, partials_ptr, N, T,
+    dy_ptr, ds_after_ptr, s_ptr, weight_ptr, mean_ptr, left_ptr, rstd_ptr, ds_ptr, partials_ptr, N, T,
     stride_dyb, stride_dyt, stride_ab, stride_at, stride_sb, stride_st,
     C: tl.constexpr, HAS_AFTER: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -141,7 +143,7 @@ def _layer_norm_bwd_kernel(
             s_row = s_ptr + _row_start(n, T, stride_sb, stride_st, ALIGN)
             s = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + n)
-            h = tl.where(mask, (s - tl.load(mean_ptr + n)) * rstd, 0.0)
+            h = tl.where(mask, ((s - tl.load(mean_ptr + n)) - tl.load(left_ptr + n)) * rstd, 0.0)
         if NEEDS_DS:
             g = weight * dy
             ds = rstd * ((g - tl.sum(g, 0) / C) - h * (tl.sum(g * h, 0) / C))
@@ -162,7 +164,7 @@ def _layer_norm_bwd_kernel(
 
 @triton.jit
 def _layer_norm_wide_bwd_kernel(
-    dy_ptr, ds_after_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, ds_ptr, partials_ptr, N, T,
+    dy_ptr, ds_after_ptr, s_ptr, weight_ptr, mean_ptr, left_ptr, rstd_ptr, ds_ptr, partials_ptr, N, T,
     stride_dyb, stride_dyt, stride_ab, stride_at, stride_sb, stride_st,
     C: tl.constexpr, HAS_AFTER: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -176,12 +178,13 @@ def _layer_norm_wide_bwd_kernel(
             after_row = ds_after_ptr + _row_start(n, T, stride_ab, stride_at, ALIGN)
             ds_row = ds_ptr + tl.cast(n, tl.int64) * C
             mean = tl.load(mean_ptr + n)
+            left = tl.load(left_ptr + n)
             rstd = tl.load(rstd_ptr + n)
             sums_g = tl.zeros((BLOCK_C,), tl.float32)
             sums_gh = tl.zeros((BLOCK_C,), tl.float32)
             for start in range(0, C, BLOCK_C):
                 offs = start + tl.arange(0, BLOCK_C)
-                g, h = _load_g_and_h(dy_row, s_row, weight_ptr, offs, offs < C, mean, rstd)
+                g, h = _load_g_and_h(dy_row, s_row, weight_ptr, offs, offs < C, mean, left, rstd)
                 sums_g += g
                 sums_gh += g * h
             mean_g = tl.sum(sums_g, 0) / C
@@ -189,7 +192,7 @@ def _layer_norm_wide_bwd_kernel(
             for start in range(0, C, BLOCK_C):
                 offs = start + tl.arange(0, BLOCK_C)
                 mask = offs < C
-                g, h = _load_g_and_h(dy_row, s_row, weight_ptr, offs, mask, mean, rstd)
+                g, h = _load_g_and_h(dy_row, s_row, weight_ptr, offs, mask, mean, left, rstd)
                 ds = rstd * ((g - mean_g) - h * mean_gh)
                 if HAS_AFTER:
                     ds += tl.load(after_row + offs, mask=mask, other=0.0).to(tl.float32)
@@ -208,7 +211,8 @@ def _layer_norm_wide_bwd_kernel(
                 if NEEDS_DW:
                     s_row = s_ptr + _row_start(n, T, stride_sb, stride_st, ALIGN)
                     s = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
-                    dweight += dy * ((s - tl.load(mean_ptr + n)) * tl.load(rstd_ptr + n))
+                    d = (s - tl.load(mean_ptr + n)) - tl.load(left_ptr + n)
+                    dweight += dy * (d * tl.load(rstd_ptr + n))
             if NEEDS_DW:
                 tl.store(partial + offs, dweight, mask=mask)
             if NEEDS_DB:
@@ -216,22 +220,23 @@ def _layer_norm_wide_bwd_kernel(
 
 
 @triton.jit
-def _load_g_and_h(dy_row, s_row, weight_ptr, offs, mask, mean, rstd):
+def _load_g_and_h(dy_row, s_row, weight_ptr, offs, mask, mean, left, rstd):
     dy = tl.load(dy_row + offs, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return weight * dy, tl.where(mask, (s - mean) * rstd, 0.0)
+    return weight * dy, tl.where(mask, ((s - mean) - left) * rstd, 0.0)
 
 
 # -- launchers ----------------------------------------------------------------------------------------------------
 
 
 class Outputs(NamedTuple):
-    """y (B, T, C); s = x + residual, of no elements where there is no residual; mean and rstd (B, T) float32."""
+    """y (B, T, C); s = x + residual, of no elements where there is no residual; (B, T) float32: mean, left, rstd."""
 
     y: Tensor
     s: Tensor
     mean: Tensor
+    left: Tensor
     rstd: Tensor
 
 
@@ -245,8 +250,8 @@ class Gradients(NamedTuple):
 
 def _empty_outputs(x: Tensor, residual: Tensor | None) -> Outputs:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    return Outputs(x.new_empty(x.shape, dtype=dtype), empty_unless(residual is not None, x, x.shape, dtype), mean, rstd)
+    stats = [x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(3)]
+    return Outputs(x.new_empty(x.shape, dtype=dtype), empty_unless(residual is not None, x, x.shape, dtype), *stats)
 
 
 def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> Outputs:
@@ -267,6 +272,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
         y_ptr=out.y,
         s_ptr=out.y if residual is None else out.s,
         mean_ptr=out.mean,
+        left_ptr=out.left,
         rstd_ptr=out.rstd,
         N=B * T,
         T=T,
@@ -280,7 +286,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
         ALIGN=row_alignment(x, residual),
         BLOCK_C=row.block_c,
         num_warps=row.num_warps,
-        **launch.OPTIONS,
+        **row.options,
     )
     return out
 
@@ -290,7 +296,7 @@ def _num_programs(row: launch.LayerNormRow, x: Tensor) -> int:
 
 
 def layer_norm_backward(
-    dy: Tensor, ds_after: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, *,
+    dy: Tensor, ds_after: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, left: Tensor, rstd: Tensor, *,
     bias_dtype: torch.dtype, needs_ds: bool, needs_dweight: bool, needs_dbias: bool,
 ) -> Gradients:  # fmt: skip
     """dy, ds_after, s (B, T, C) of any strides but 1 in the last dimension; only what is needed is computed."""
@@ -312,6 +318,7 @@ def layer_norm_backward(
         s_ptr=s,
         weight_ptr=weight,
         mean_ptr=mean,
+        left_ptr=left,
         rstd_ptr=rstd,
         ds_ptr=out.ds,
         partials_ptr=partials,
@@ -331,7 +338,7 @@ def layer_norm_backward(
         ALIGN=row_alignment(dy, ds_after, s),
         BLOCK_C=row.block_c,
         num_warps=row.num_warps,
-        **launch.OPTIONS,
+        **row.options,
     )
     if sums:
         sum_partials(partials, sums)
@@ -354,8 +361,8 @@ def _empty_gradients(
 @torch.library.custom_op("fastgpt2::layer_norm", mutates_args=())
 def layer_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, s, mean, rstd) as `Outputs`, differentiable in y and s."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, s, mean, left, rstd) as `Outputs`, differentiable in y and s."""
     return layer_norm_forward(x, weight, bias, residual, eps)
 
 
@@ -366,41 +373,41 @@ def _(x, weight, bias, residual, eps):
 
 @torch.library.custom_op("fastgpt2::layer_norm_backward", mutates_args=())
 def layer_norm_backward_op(
-    dy: Tensor, ds_after: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    dy: Tensor, ds_after: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, left: Tensor, rstd: Tensor,
     bias_dtype: torch.dtype, needs_ds: bool, needs_dweight: bool, needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     ds_after = ds_after if ds_after is None or ds_after.stride(-1) == 1 else ds_after.contiguous()
     return layer_norm_backward(
-        dy, ds_after, s, weight, mean, rstd, bias_dtype=bias_dtype, needs_ds=needs_ds, needs_dweight=needs_dweight,
-        needs_dbias=needs_dbias,
+        dy, ds_after, s, weight, mean, left, rstd, bias_dtype=bias_dtype, needs_ds=needs_ds,
+        needs_dweight=needs_dweight, needs_dbias=needs_dbias,
     )  # fmt: skip
 
 
 @layer_norm_backward_op.register_fake
-def _(dy, ds_after, s, weight, mean, rstd, bias_dtype, needs_ds, needs_dweight, needs_dbias):
+def _(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, needs_ds, needs_dweight, needs_dbias):
     return tuple(_empty_gradients(s, weight, bias_dtype, needs_ds, needs_dweight, needs_dbias))
 
 
 def _save(ctx, inputs, output):
     x, weight, bias, residual, _eps = inputs
-    _, s, mean, rstd = output
-    ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
+    _, s, *stats = output
+    ctx.save_for_backward(x if residual is None else s, weight, *stats)
     ctx.dtypes = (x.dtype, bias.dtype, None if residual is None else residual.dtype)
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(*stats)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, ds_after, _dmean, _drstd):
+def _backward(ctx, dy, ds_after, *_):
     needs_x, needs_dweight, needs_dbias, needs_residual, _ = ctx.needs_input_grad
     x_dtype, bias_dtype, residual_dtype = ctx.dtypes
     if residual_dtype is None:
         ds_after = None
     ds, dweight, dbias = ds_after, None, None
     if dy is not None:
-        s, weight, mean, rstd = ctx.saved_tensors
+        s, weight, mean, left, rstd = ctx.saved_tensors
         needs = (needs_x or needs_residual, needs_dweight, needs_dbias)
-        results = layer_norm_backward_op(dy, ds_after, s, weight, mean, rstd, bias_dtype, *needs)
+        results = layer_norm_backward_op(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, *needs)
         ds, dweight, dbias = (t if needed else None for t, needed in zip(results, needs, strict=True))
     dx = ds.to(x_dtype) if needs_x and ds is not None else None
     dresidual = ds.to(residual_dtype) if needs_residual and ds is not None else None

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from tests.kernels.poison import Poison
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -46,3 +48,8 @@ def fixed_order_dot(monkeypatch) -> None:
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
+    return Poison(monkeypatch)

@@ -40,6 +40,9 @@ def test_every_row_is_there(rows):
     assert kinds["sample"] == 4 * 10
     assert kinds["decode_attention"] == 4 * 15
     assert kinds["decode_combine"] == 4 * 2
+    assert kinds["layer_norm"] == 4 * 20
+    assert kinds["bias_activation"] == 4 * 8
+    assert kinds["partial_sums"] == 4
 
 
 def test_no_spills(rows):
@@ -62,8 +65,8 @@ def test_rows_move_in_128_bits(rows):
         # Sampling holds 4 logits a thread: 64 bits in bf16.
         assert row["wide_loads"] > 0 or row["case"].startswith("sample bf16"), row
         # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
-        is_read_only = row["case"].startswith(("cross_entropy forward", "sample"))
-        narrow = is_read_only or (row["target"] == "gfx942" and "half" in row["case"])
+        is_narrow = row["case"].startswith(("cross_entropy forward", "sample", "partial_sums"))
+        narrow = is_narrow or (row["target"] == "gfx942" and "half" in row["case"])
         assert row["wide_stores"] > 0 or narrow, row
 
 

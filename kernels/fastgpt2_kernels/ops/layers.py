@@ -70,7 +70,7 @@ def layer_norm(
     from fastgpt2_kernels import layer_norm as kernel
 
     flat = None if residual is None else _as_3d(residual)
-    y, s, _, _ = kernel.layer_norm_op(_as_3d(x), weight.contiguous(), bias.contiguous(), flat, eps)
+    y, s, *_ = kernel.layer_norm_op(_as_3d(x), weight.contiguous(), bias.contiguous(), flat, eps)
     return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
 
 
@@ -116,7 +116,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str =
     if on_triton and name in TRITON_ACTIVATIONS:
         from fastgpt2_kernels import gelu as kernel
 
-        rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(0, 1)
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         bias = None if bias is None else bias.contiguous()
         return kernel.bias_activation_op(rows, bias, TRITON_ACTIVATIONS[name]).view(x.shape)
