@@ -46,7 +46,7 @@ def sdpa(qkv: Tensor, heads: int) -> Tensor:
 
 def cases(settings: Settings) -> Iterator[Case]:
     sizes = hidden_sizes()
-    lengths = settings.pick((256, 512, 1024, 2048, 4096), (256, 1024), (16,))
+    lengths = settings.pick((256, 512, 1024, 2048, 4096), (256, 512), (16,))
     for T in lengths:
         for backward in (False, True):
             for dtype in ("bfloat16", "float32") if settings.scale != "toy" else ("float32",):
@@ -81,7 +81,7 @@ def tunables(settings: Settings) -> Iterator[Tunable]:
 
 
 def _case(settings: Settings, T: int, width: int, heads: int, dtype: str, backward: bool) -> Case:
-    B = max(1, 16384 // T) if settings.on_gpu else 1
+    B = max(1, 16384 // T) if settings.on_gpu and settings.scale != "toy" else 1
     products = B * T * T * width  # FLOPs of one matrix product under the causal triangle
     element = getattr(torch, dtype).itemsize
     return Case(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Call, Case, Contender, LeftOutError, Settings
-from benchmarks.peers import compiled, hidden_sizes, need, need_gpu, need_triton
+from benchmarks.peers import compiled, hidden_sizes, need, need_gpu, need_time, need_triton
 from benchmarks.tune import Tunable
 from fastgpt2_kernels import launch, ops
 
@@ -35,7 +35,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     if settings.on_gpu:
         rows = settings.pick((1024, 4096, 8192, 16384, 65536), (4096, 8192), (8,))
     else:
-        rows = settings.pick((1024, 4096, 65536), (512, 65536), (8,))
+        rows = settings.pick((1024, 4096, 65536), (256, 65536), (8,))
     C, V = (hidden_sizes()["gpt2"][0], 50257) if settings.scale != "toy" else (16, 67)
     for linear in (False, True):
         for N in rows:
@@ -181,6 +181,11 @@ def _cut(settings: Settings) -> Loss:
     return need("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
 
 
+def _liger_chunks(settings: Settings) -> Loss:
+    need_time(settings, "its chunks of a few rows take minutes on a CPU")
+    return LigerChunks.apply
+
+
 class LigerChunks(torch.autograd.Function):
     """Liger's `fused_linear_cross_entropy` by PyTorch's operators: its rule for chunks, its order, its dtypes."""
 
@@ -220,6 +225,6 @@ PLAIN: dict[str, Callable[[Settings], Loss]] = {
 LINEAR: dict[str, Callable[[Settings], Loss]] = {
     **PLAIN,
     "torch chunked": _torch_linear,
-    "liger's chunks": lambda settings: LigerChunks.apply,
+    "liger's chunks": _liger_chunks,
     "cut-cross-entropy": _cut,
 }

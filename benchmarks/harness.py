@@ -417,14 +417,20 @@ def version(package: str) -> str | None:
 # -- launches and memory ------------------------------------------------------------------------------------------
 
 
-def count_launches(call: Call) -> int:
-    """Kernels that one call runs on the GPU, copies and fills included; a CUDA graph's count one by one."""
+def count_launches(call: Call) -> int | None:
+    """Kernels that one call runs on the GPU, copies and fills included; a CUDA graph's count one by one.
+
+    None where PyTorch's profiler cannot see them (built or run without its tracer).
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+    except (RuntimeError, AssertionError):
+        return None
     return sum(event.count for event in profiler.key_averages() if event.device_type == DeviceType.CUDA)
 
 

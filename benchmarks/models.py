@@ -10,6 +10,7 @@ import torch
 from benchmarks.harness import Settings
 from benchmarks.peers import need
 from fastgpt2 import GPT2, GPT2Config
+from fastgpt2.checkpoint import hf_state_dict
 
 
 def fresh(settings: Settings, config: GPT2Config, dtype: torch.dtype = torch.float32) -> GPT2:
@@ -21,11 +22,10 @@ def fresh(settings: Settings, config: GPT2Config, dtype: torch.dtype = torch.flo
 def transformers_twin(model: GPT2) -> Any:
     """transformers' model with a copy of the weights, laid out as transformers itself lays them out."""
     transformers = need("transformers")
-    from fastgpt2.integrations.transformers import to_transformers
-
     config = transformers.GPT2Config(**model.config.to_hf(), loss_type="ForCausalLM")
     twin = transformers.GPT2LMHeadModel(config).to(model.device, model.dtype)
-    twin.load_state_dict(to_transformers(model).state_dict())
+    state = hf_state_dict(model)
+    twin.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
     return twin.train(model.training)
 
 
@@ -37,4 +37,4 @@ def shared(settings: Settings, config: GPT2Config, dtype: torch.dtype) -> GPT2:
 
 @functools.cache
 def shared_twin(settings: Settings, config: GPT2Config, dtype: torch.dtype) -> Any:
-    return transformers_twin(shared(settings, config, dtype))
+    return transformers_twin(shared(settings, config, torch.float32)).to(dtype)

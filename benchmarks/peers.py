@@ -38,12 +38,19 @@ def need_triton(settings: Settings, operator: str) -> None:
         raise LeftOutError(f"absent: {reason}")
 
 
-def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+def need_time(settings: Settings, why: str) -> None:
+    if not settings.on_gpu and settings.scale == "quick":
+        raise LeftOutError(f"skipped: {why}; leave out --quick")
+
+
+def compiled(function: Callable[..., Any], settings: Settings, fullgraph: bool = True) -> Callable[..., Any]:
     """`torch.compile`, which on a CPU takes a minute that a quick run has not."""
     if not settings.on_gpu and settings.scale != "full":
         raise LeftOutError("skipped: torch.compile takes a minute on a CPU; leave out --quick")
-    torch._functorch.config.donated_buffer = False  # a backward is timed again and again on one graph
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    from torch._functorch import config
+
+    config.donated_buffer = False  # a backward is timed again and again on one graph
+    return torch.compile(function, fullgraph=fullgraph, dynamic=False)
 
 
 @functools.cache
