@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -30,7 +31,9 @@ def cases(target: str) -> list[Case]:
 
 def compiled(job: tuple[str, int]) -> dict[str, Any]:
     target, index = job
-    return {"target": target, **compile_case(cases(target)[index], TARGETS[target])}
+    start = time.perf_counter()
+    row = compile_case(cases(target)[index], TARGETS[target])
+    return {"target": target, **row, "seconds": time.perf_counter() - start}
 
 
 def main() -> None:

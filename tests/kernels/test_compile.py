@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compile_report
 from fastgpt2_kernels import launch
 
 ROOT = Path(__file__).parents[2]
@@ -95,3 +97,14 @@ def test_three_programs_or_more_fit_a_multiprocessor(rows):
         if row["case"].endswith("bf16 block 8192") and row["target"].startswith("sm_"):
             programs = 65536 // (8 * 32 * (row["registers"] + 7 & ~7))
             assert programs >= (4 if row["target"] == "sm_80" or "fused" not in row["case"] else 3), row
+
+
+def test_the_compile_report_is_current(rows):
+    """Its rows always; their figures under the Triton version that it was written with."""
+    renew = "renew it: python -m benchmarks compile-report --write"
+    version, written = compile_report.committed()
+    compiled = {(row["target"], row["case"]): compile_report.cells(row) for row in rows}
+    assert len(compiled) == len(rows), "two rows bear one name"
+    assert written.keys() == compiled.keys(), renew
+    if version == importlib.metadata.version("triton"):
+        assert written == compiled, renew
