@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt2_kernels import launch
 from fastgpt2_kernels.sampling import _gumbel, _gumbel_at, _words
 
 
@@ -36,7 +37,7 @@ def _of_block(out_ptr, key_ptr, positions_ptr, V, BLOCK: tl.constexpr):
 def of_words(words: Tensor, device: str) -> Tensor:
     """words (N,) int64, N a multiple of 1024 -> (N,) float64."""
     out = torch.full(words.shape, math.nan, device=device)
-    _of_words[(len(words) // 1024,)](out, words.to(device), 1024)
+    _of_words[(len(words) // 1024,)](out, words.to(device), 1024, **launch.OPTIONS)
     return out.cpu().double()
 
 
@@ -46,8 +47,8 @@ def of_tokens(key: Tensor, positions: Tensor, vocab_size: int, device: str, *, i
     out = torch.full((N, vocab_size), math.nan, device=device)
     packed = (key[:1] | key[1:] << 32).to(device)
     if in_blocks:
-        _of_block[(N, triton.cdiv(vocab_size, 64))](out, packed, positions.to(device), vocab_size, 64)
+        _of_block[(N, triton.cdiv(vocab_size, 64))](out, packed, positions.to(device), vocab_size, 64, **launch.OPTIONS)
     else:
         block = min(N, 2**15) if device == "cpu" else min(N, 1024)
-        _of_token[(N // block, vocab_size)](out, packed, positions.to(device), vocab_size, block)
+        _of_token[(N // block, vocab_size)](out, packed, positions.to(device), vocab_size, block, **launch.OPTIONS)
     return out.cpu()
