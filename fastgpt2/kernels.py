@@ -2,6 +2,7 @@
 
 from fastgpt2_kernels.ops import (
     CrossEntropyStats,
+    LayerNormWeights,
     TargetCheck,
     activation,
     bias_activation,
@@ -13,9 +14,11 @@ from fastgpt2_kernels.ops import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    linear_decode,
     pack_linear,
     plan_documents,
     plan_rows,
+    quantize_rows,
     row_keys,
     sample,
     why_not_triton,
@@ -23,6 +26,7 @@ from fastgpt2_kernels.ops import (
 
 __all__ = [
     "CrossEntropyStats",
+    "LayerNormWeights",
     "TargetCheck",
     "activation",
     "bias_activation",
@@ -34,9 +38,11 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_decode",
     "pack_linear",
     "plan_documents",
     "plan_rows",
+    "quantize_rows",
     "row_keys",
     "sample",
     "why_not_triton",
