@@ -279,7 +279,7 @@ def agree(case: Case, contender: Contender, device: torch.device) -> Call:
 
 
 def _take_turns(ready: list[_Ready], case: Case, settings: Settings, device: torch.device) -> None:
-    min_turns, max_turns = settings.pick((5, 200), (3, 15), (2, 2))
+    min_turns, max_turns = settings.pick((5, 200), (3, 7), (2, 2))
     clock = clock_for(case, device)
 
     def timed(one: _Ready, repeats: int) -> float:
@@ -374,12 +374,12 @@ def limits(device: torch.device, dtype: str) -> dict[str, float] | None:
     kind = getattr(torch, dtype)
     if not kind.is_floating_point:
         return None
-    return {"bandwidth": _bandwidth(device), "flops": measured_matmul_flops(device, kind)}
+    return {"bandwidth": _bandwidth(device), "flops": measured_matmul_flops(device, kind, repeats=20)}
 
 
 @functools.cache
 def _bandwidth(device: torch.device) -> float:
-    return measured_bandwidth(device)
+    return measured_bandwidth(device, repeats=10)
 
 
 def known_limits(device: torch.device) -> dict[str, Any]:

@@ -112,6 +112,8 @@ def _lines(rows: list[Result], value: Callable[[Result], float | None], label: s
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name, **style)
         axis.set_xscale("log", base=2)
+        lengths = sorted({r.shape[across] for r in shown})
+        axis.set_xticks(lengths, map(str, lengths))
         axis.set_yscale("log")
         axis.set(title=" ".join(panel), xlabel=across, ylabel=label)
     return _finish(figure, axes.flat, rows, path)
