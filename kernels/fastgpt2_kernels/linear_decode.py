@@ -78,14 +78,26 @@ def _load_attended(
 
 
 @triton.jit
-def _sum_shares(acc, SHARES: tl.constexpr):
-    """acc (SHARES, BLOCK_N, BLOCK_R), 8 shares -> (BLOCK_R, BLOCK_N). In pairs: no layout can order those otherwise."""
-    tl.static_assert(SHARES == 8)
-    acc = tl.reshape(acc, (2, 2, 2, acc.shape[1], acc.shape[2])).permute(4, 3, 0, 1, 2)
+def _sum_eight(x):
+    """(..., 2, 2, 2) -> (...). In pairs: no layout can order those otherwise."""
     for _ in tl.static_range(3):
-        even, odd = tl.split(acc)
-        acc = even + odd
-    return acc
+        even, odd = tl.split(x)
+        x = even + odd
+    return x
+
+
+@triton.jit
+def _sum_shares(acc, SHARES: tl.constexpr):
+    """acc (SHARES, BLOCK_N, BLOCK_R) -> (BLOCK_R, BLOCK_N)."""
+    tl.static_assert(SHARES == 8)
+    return _sum_eight(tl.reshape(acc, (2, 2, 2, acc.shape[1], acc.shape[2])).permute(4, 3, 0, 1, 2))
+
+
+@triton.jit
+def _sum_inputs(x, SHARES: tl.constexpr):
+    """x (SHARES, BLOCK_K, BLOCK_R) -> (BLOCK_R,). Along BLOCK_K the tile's layout decides the order."""
+    tl.static_assert(SHARES == 8)
+    return _sum_eight(tl.reshape(tl.sum(x, 1), (2, 2, 2, x.shape[2])).permute(3, 0, 1, 2))
 
 
 @triton.jit
@@ -126,7 +138,7 @@ def _linear_decode_kernel(
         for i in range(1, STEPS):
             mask = (i * BLOCK_K + offs_b < share_end)[:, :, None] & mask_r[None, None, :]
             total += tl.load(x_ptrs + i * BLOCK_K, mask=mask, other=0.0).to(tl.float32)
-        mean = (tl.sum(tl.sum(total, 1), 0) / K)[None, None, :]
+        mean = (_sum_inputs(total, SHARES) / K)[None, None, :]
         centred = tl.where(mask_k[:, :, None], x.to(tl.float32) - mean, 0.0)
         total = centred * centred
         for i in range(1, STEPS):
@@ -134,7 +146,7 @@ def _linear_decode_kernel(
             x_i = tl.load(x_ptrs + i * BLOCK_K, mask=mask & mask_r[None, None, :], other=0.0).to(tl.float32)
             centred = tl.where(mask, x_i - mean, 0.0)
             total += centred * centred
-        rstd = (1.0 / tl.sqrt_rn(tl.sum(tl.sum(total, 1), 0) / K + eps))[None, None, :]
+        rstd = (1.0 / tl.sqrt_rn(_sum_inputs(total, SHARES) / K + eps))[None, None, :]
 
     acc = tl.zeros((SHARES, BLOCK_N, BLOCK_R), tl.float32)
     for i in range(STEPS):

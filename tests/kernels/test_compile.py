@@ -42,6 +42,8 @@ def test_every_row_is_there(rows):
     assert kinds["sample"] == 4 * 10
     assert kinds["decode_attention"] == 4 * 15
     assert kinds["decode_combine"] == 4 * 2
+    assert kinds["decode_begin"] == 4
+    assert kinds["linear_decode"] == 4 * 17 + 2
     assert kinds["layer_norm"] == 4 * 20
     assert kinds["bias_activation"] == 4 * 8
     assert kinds["partial_sums"] == 4
@@ -62,20 +64,22 @@ def test_shared_memory_fits(rows):
 def test_rows_move_in_128_bits(rows):
     """Cross-entropy at an odd vocabulary too: its signatures know no row stride to be a multiple of anything."""
     for row in rows:
-        if row["case"].startswith("decode"):
+        if row["case"].startswith("decode_"):
             continue
         # Sampling holds 4 logits a thread: 64 bits in bf16.
         assert row["wide_loads"] > 0 or row["case"].startswith("sample bf16"), row
         # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
-        is_narrow = row["case"].startswith(("cross_entropy forward", "sample", "partial_sums"))
+        is_narrow = row["case"].startswith(("cross_entropy forward", "linear_decode", "sample", "partial_sums"))
         narrow = is_narrow or (row["target"] == "gfx942" and "half" in row["case"])
         assert row["wide_stores"] > 0 or narrow, row
 
 
-def test_attention_multiplies_on_tensor_cores(rows):
+def test_half_precision_multiplies_on_tensor_cores(rows):
     for row in rows:
         is_dot = row["case"].startswith("attention") and "ieee" not in row["case"]
-        if is_dot or row["case"].startswith("decode_attention dot"):
+        if is_dot or (
+            row["case"].startswith(("decode_attention dot", "linear_decode")) and " fp32 " not in row["case"]
+        ):
             assert row["tensor_core"] > 0, row
 
 
@@ -89,6 +93,17 @@ def test_decoding_reads_keys_and_values_in_128_bits(rows):
             block_d = max(16, 1 << (head_size - 1).bit_length())
             tile = launch.decode_row(element_size, block_d).split_s * block_d * element_size
             assert row["wide_loads"] >= 2 * tile // (16 * threads), row
+
+
+def test_linear_rows_add_up_in_one_order(rows):
+    """LayerNorm's sums before a linear map: the same parts of a row in the same lanes, whatever rows are beside it."""
+    orders: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        if row["case"].startswith("linear_decode layer_norm"):
+            product, inputs = row["case"].split()[2:4]
+            orders.setdefault((row["target"], product, inputs), set()).add(str(row["reductions"]))
+    assert len(orders) == 4 * 4
+    assert all(len(found) == 1 and found != {"[]"} for found in orders.values()), orders
 
 
 def test_three_programs_or_more_fit_a_multiprocessor(rows):
