@@ -34,7 +34,7 @@ def layer_cases(arch: str) -> Iterator[Case]:
         constants |= {"BLOCK_N": row.block_n, "BLOCK_C": row.block_c}
         kernel = gelu._bias_activation_fwd_kernel
         yield case(f"bias_activation {name} forward {dtype} {C}", kernel, dtype, constants, row)
-        constants |= {"NEEDS_DX": True, "NEEDS_DB": True, "BLOCK_N": row.bwd_block_n}
+        constants = constants | {"NEEDS_DX": True, "NEEDS_DB": True, "BLOCK_N": row.bwd_block_n}
         kernel = gelu._bias_activation_bwd_kernel
         yield case(f"bias_activation {name} backward {dtype} {C}", kernel, dtype, constants, row)
     sums = launch.partial_sums_row(768)

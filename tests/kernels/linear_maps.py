@@ -153,7 +153,8 @@ def check(kernel: ModuleType, case: dict[str, Any], device: str) -> Tensor:
         residual = surrounded(draw(R, N, dtype=case["residual"]))
     before = None if residual is None else residual.clone()
     kernel.linear_decode_out(
-        x, weight, out, bias=bias, weight_scale=scale, layer_norm=layer_norm, activation=case["activation"],
+        x, weight, out, bias=bias, weight_scale=scale, layer_norm=layer_norm,
+        activation=ops.TRITON_ACTIVATIONS.get(case["activation"], "linear"),
         residual=residual,
     )  # fmt: skip
 

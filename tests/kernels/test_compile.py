@@ -76,10 +76,8 @@ def test_rows_move_in_128_bits(rows):
 
 def test_half_precision_multiplies_on_tensor_cores(rows):
     for row in rows:
-        is_dot = row["case"].startswith("attention") and "ieee" not in row["case"]
-        if is_dot or (
-            row["case"].startswith(("decode_attention dot", "linear_decode")) and " fp32 " not in row["case"]
-        ):
+        is_half = " fp32 " not in row["case"] and " ieee " not in row["case"]
+        if is_half and row["case"].startswith(("attention", "decode_attention dot", "linear_decode")):
             assert row["tensor_core"] > 0, row
 
 

@@ -16,8 +16,8 @@ from tests.kernels.test_linear_decode import BASE
 SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/linear_decode.py"
 MUTATIONS = {
     "a variance in one pass": (
-        "tl.sum(tl.sum(total, 1), 0) / K + eps",
-        "tl.abs(tl.sum(tl.sum(x * x, 1), 0) / K - tl.reshape(mean * mean, (BLOCK_R,))) + eps",
+        "_sum_inputs(total, SHARES) / K + eps",
+        "tl.abs(_sum_inputs(x * x, SHARES) / K - tl.reshape(mean * mean, (BLOCK_R,))) + eps",
     ),
     "no eps": ("/ K + eps", "/ K"),
     "what is masked away counts in the variance": (
@@ -39,10 +39,10 @@ MUTATIONS = {
     ),
     "shares overlap": ("mask_k = offs_b < share_end", "mask_k = offs_b < K - first_k"),
     "the first step's operand is used again": ("w, x = w_next, x_next", "w = w_next"),
-    "half of the shares": ("acc = even + odd", "acc = even"),
+    "half of the shares": ("x = even + odd", "x = even"),
     "the scale of the next output": ("scale_ptr + offs_n,", "scale_ptr + offs_n + 1,"),
     "no bias": ("if HAS_BIAS:", "if HAS_BIAS and HAS_SCALE:"),
-    "no activation": ("    y = _activation(y, ACTIVATION)\n", ""),
+    "no activation": ("y = _activation(y, ACTIVATION)", "y = y"),
     "the residual's rows are as far apart as out's": ("rows * stride_rr", "rows * stride_or"),
     "one output too many": ("offs_r < R, offs_n < N", "offs_r < R, offs_n < N + 1"),
     "one row too many": ("offs_r < R, offs_n < N", "offs_r < R + 1, offs_n < N"),
