@@ -1,4 +1,5 @@
-"""python -m benchmarks [attention|cross_entropy|decode|train|generate|all] [--quick] [--json FILE] [--plot DIR]
+"""python -m benchmarks [attention|cross_entropy|layers|decode|decode_step|train|generate|all]
+                     [--quick] [--json FILE] [--plot DIR]
 python -m benchmarks attention|cross_entropy --tune
 python -m benchmarks plot FILE.jsonl DIR
 python -m benchmarks compare OLD.jsonl NEW.jsonl
