@@ -182,7 +182,8 @@ def linear_decode_row(
     if arch == "gfx942":
         return LinearDecodeRow(16, 16, min(share, 128))
     if prologue == "layer_norm":
-        block_k = min(share, 256)
+        # From 128 on a thread holds all of the shares, however many rows there are; below, warps would divide them.
+        block_k = max(128, min(share, 256))
         if is_few:
             # A vocabulary's many programs take turns on a multiprocessor; fewer outputs each would read x more often.
             return LinearDecodeRow(8, 32 if num_outputs >= 16384 and block_k <= 128 else 16, block_k)

@@ -17,11 +17,12 @@ from typing import Any
 from tests.kernels.attention_rows import attention_cases
 from tests.kernels.compiling import TARGETS, Case, compile_case
 from tests.kernels.cross_entropy_rows import cross_entropy_cases
+from tests.kernels.linear_rows import linear_cases
 
 
 @functools.cache
 def cases(target: str) -> list[Case]:
-    return [*attention_cases(target), *cross_entropy_cases(target)]
+    return [*attention_cases(target), *cross_entropy_cases(target), *linear_cases(target)]
 
 
 def compiled(job: tuple[str, int]) -> dict[str, Any]:

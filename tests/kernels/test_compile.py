@@ -37,6 +37,7 @@ def test_every_row_is_there(rows):
     kinds = Counter(row["case"].split()[0] for row in rows)
     assert kinds["attention"] == 4 * (len(list(launch.attention_rows())) + 3)
     assert kinds["cross_entropy"] >= 4 * 32
+    assert kinds["linear_decode"] == 4 * 17 + 2
 
 
 def test_no_spills(rows):
@@ -57,6 +58,8 @@ def test_rows_move_in_128_bits(rows):
         assert row["wide_loads"] > 0, row
         # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
         narrow = "cross_entropy forward" in row["case"] or (row["target"] == "gfx942" and "half" in row["case"])
+        # A linear map's few outputs are next to nothing beside its weight.
+        narrow = narrow or "linear_decode" in row["case"]
         assert row["wide_stores"] > 0 or narrow, row
 
 
@@ -64,6 +67,31 @@ def test_attention_multiplies_on_tensor_cores(rows):
     for row in rows:
         if "attention" in row["case"] and "ieee" not in row["case"]:
             assert row["tensor_core"] > 0, row
+
+
+def test_weights_of_a_few_rows_move_in_128_bits(rows):
+    """Every one of a program's first weights, of 8 shares, by 256 threads (on AMD 512), and tensor cores take them."""
+    for row in rows:
+        if "linear_decode" in row["case"]:
+            block_n, block_k = (int(n) for n in row["case"].split()[5].split("x")[1:])
+            size = 1 if "i8" in row["case"] else 4 if "fp32" in row["case"] else 2
+            threads = 512 if row["target"] == "gfx942" else 256
+            assert row["wide_loads"] * threads * 16 >= 8 * block_n * block_k * size, row
+            assert row["tensor_core"] > 0 or "fp32" in row["case"], row
+
+
+def test_layer_norm_adds_in_one_order_whatever_the_rows(rows):
+    """What lies where along the dimensions that are added up, of each number of inputs: a row alone and in a batch."""
+    found: dict[tuple, list] = {}
+    for row in rows:
+        if "linear_decode layer_norm bf16" in row["case"]:
+            tile = row["case"].split()[5]
+            found.setdefault((row["target"], *row["case"].split()[3:5]), []).append((tile, row["reductions"]))
+    assert len(found) == 4 * 3
+    for key, tiles in found.items():
+        assert len({tile for tile, _ in tiles}) > 1 or key[0] == "gfx942", key  # AMD has one tile for any rows
+        assert len(tiles[0][1]) == 4, key
+        assert all(reductions == tiles[0][1] for _, reductions in tiles), (key, tiles)
 
 
 def test_three_programs_or_more_fit_a_multiprocessor(rows):
