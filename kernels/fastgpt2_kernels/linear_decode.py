@@ -156,13 +156,14 @@ def _linear_decode_kernel(
             else:
                 mask = mask_next[:, :, None] & mask_r[None, None, :]
                 x_next = tl.load(x_ptrs + (i + 1) * BLOCK_K, mask=mask, other=0.0)
+        operand = x
         if PROLOGUE == "layer_norm":
             offs_k = i * BLOCK_K + offs_b
             mask = offs_k < share_end
             g = tl.load(ln_weight_ptr + first_k + offs_k, mask=mask, other=0.0).to(tl.float32)[:, :, None]
             b = tl.load(ln_bias_ptr + first_k + offs_k, mask=mask, other=0.0).to(tl.float32)[:, :, None]
-            x = (x.to(tl.float32) - mean) * rstd * g + b
-        acc = tl.dot(w.to(PRODUCT_TYPE), x.to(PRODUCT_TYPE), acc, input_precision=PRECISION)
+            operand = (x.to(tl.float32) - mean) * rstd * g + b
+        acc = tl.dot(w.to(PRODUCT_TYPE), operand.to(PRODUCT_TYPE), acc, input_precision=PRECISION)
         if STEPS > 1:
             w, x = w_next, x_next
 
