@@ -27,7 +27,7 @@ _STEP: list[tuple[str, str, int, int, int, dict[str, Any]]] = [
     ("layer_norm", "bf16", 1, 3072, 768, _INT8 | _GELU),
     ("layer_norm", "bf16", 1, 6400, 1600, _GELU),
     ("layer_norm", "bf16", 16, 4800, 1600, {}),
-    ("layer_norm", "bf16", 1, 384, 128, {}),
+    ("layer_norm", "bf16", 1, 384, 128, {"x": "bf16"}),
     ("layer_norm", "bf16", 64, 512, 128, _GELU | {"x": "bf16"}),
     ("layer_norm", "fp32", 1, 2304, 768, {"x": "bf16"}),
     ("combine", "bf16", 1, 768, 768, {}),

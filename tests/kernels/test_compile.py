@@ -86,11 +86,13 @@ def test_layer_norm_adds_in_one_order_whatever_the_rows(rows):
     for row in rows:
         if "linear_decode layer_norm bf16" in row["case"]:
             tile = row["case"].split()[5]
-            found.setdefault((row["target"], *row["case"].split()[3:5]), []).append((tile, row["reductions"]))
+            # Of two numbers there is but one sum.
+            reductions = [reduction for reduction in row["reductions"] if reduction[0] > 2]
+            found.setdefault((row["target"], *row["case"].split()[3:5]), []).append((tile, reductions))
     assert len(found) == 4 * 3
     for key, tiles in found.items():
         assert len({tile for tile, _ in tiles}) > 1 or key[0] == "gfx942", key  # AMD has one tile for any rows
-        assert len(tiles[0][1]) == 4, key
+        assert len(tiles[0][1]) == 2, key
         assert all(reductions == tiles[0][1] for _, reductions in tiles), (key, tiles)
 
 

@@ -16,7 +16,7 @@ from tests.kernels.test_linear_decode import BASE
 SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/linear_decode.py"
 MUTATIONS = {
     "a variance in one pass": (
-        "tl.sum(tl.sum(total, 1), 0) / K + eps",
+        "_sum_each(total, SHARES, BLOCK_R) / K + eps",
         "tl.abs(tl.sum(tl.sum(x * x, 1), 0) / K - tl.reshape(mean * mean, (BLOCK_R,))) + eps",
     ),
     "no eps": ("/ K + eps", "/ K"),
