@@ -232,13 +232,14 @@ def linear_decode_row(
     if element_size == 4:  # outside the tensor cores, unrolled
         return LinearDecodeRow(16 if arch == "gfx942" else 8, 16, min(share, 32))
     if arch == "gfx942":
-        return LinearDecodeRow(16, 16, min(share, 128))
+        return LinearDecodeRow(16, 16, 128)
     if prologue == "layer_norm":
-        block_k = min(share, 256)
+        # Below 128, how many neighbours along K a thread holds would depend on block_r.
+        block_k = max(128, min(share, 256))
         if is_few:
             # A vocabulary's many programs take turns on a multiprocessor; fewer outputs each would read x more often.
             return LinearDecodeRow(8, 32 if num_outputs >= 16384 and block_k <= 128 else 16, block_k)
-        return LinearDecodeRow(16, 16 if arch == "sm_80" and block_k > 128 else 32, block_k)
+        return LinearDecodeRow(16, 16 if arch != "sm_90" and block_k > 128 else 32, block_k)
     if prologue == "combine":
         return (
             LinearDecodeRow(8, 16, min(share, 128 if share <= 128 else 64)) if is_few else LinearDecodeRow(16, 32, 32)

@@ -50,7 +50,8 @@ def test_random_cases(triton_device, kernel, monkeypatch, seed, part):
 def test_a_few_cases(triton_device, kernel, seed, prologue, int8, product):
     """One of every kind, few enough for every access to be checked."""
     torch.manual_seed(seed)
-    changes = {"prologue": prologue, "int8": int8, "product": product, "residual": "out", "activation": "gelu_new"}
+    changes = {"prologue": prologue, "int8": int8, "product": product, "x_dtype": product}
+    changes |= {"residual": "out", "activation": "gelu_new"}
     linear_maps.check(kernel, {**BASE, **changes}, triton_device)
 
 
