@@ -279,7 +279,7 @@ def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
     A thread holds 16 or 8 numbers of a row: 16 bytes of half precision twice, or once where five such rows (weight, its
     gradient, ...) stay in registers. As many programs as are resident together, each with a row on its way: 18 KB, more
     than memory's latency needs. More would wait for the first, and in the backward each writes a partial row.
-    Registers are said where the compiler by itself spills to take fewer: 56 on Blackwell, 64 of rows in blocks on Ampere.
+    Registers are said where the compiler by itself spills to take fewer: 56 (Blackwell), 64 (Ampere, rows in blocks).
     """
     block = max(256, 1 << (width - 1).bit_length())
     lanes = 64 if arch == "gfx942" else 32

@@ -101,14 +101,6 @@ def _sum_inputs(x, SHARES: tl.constexpr):
 
 
 @triton.jit
-def _sum_each(x, SHARES: tl.constexpr, BLOCK_R: tl.constexpr):
-    """x (SHARES, BLOCK_K, BLOCK_R), 8 shares -> (BLOCK_R,): along K as the layout has it, then the shares in pairs."""
-    tl.static_assert(SHARES == 8)
-    x = tl.sum(tl.reshape(tl.sum(x, 1), (2, 4, BLOCK_R)), 0)
-    return tl.sum(tl.sum(tl.reshape(x, (2, 2, BLOCK_R)), 0), 0)
-
-
-@triton.jit
 def _linear_decode_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, ln_weight_ptr, ln_bias_ptr,
     part_max_ptr, part_sum_ptr, lengths_ptr, slots_ptr, counts_ptr,
@@ -146,7 +138,7 @@ def _linear_decode_kernel(
         for i in range(1, STEPS):
             mask = (i * BLOCK_K + offs_b < share_end)[:, :, None] & mask_r[None, None, :]
             total += tl.load(x_ptrs + i * BLOCK_K, mask=mask, other=0.0).to(tl.float32)
-        mean = (_sum_each(total, SHARES, BLOCK_R) / K)[None, None, :]
+        mean = (_sum_inputs(total, SHARES) / K)[None, None, :]
         centred = tl.where(mask_k[:, :, None], x.to(tl.float32) - mean, 0.0)
         total = centred * centred
         for i in range(1, STEPS):
@@ -154,7 +146,7 @@ def _linear_decode_kernel(
             x_i = tl.load(x_ptrs + i * BLOCK_K, mask=mask & mask_r[None, None, :], other=0.0).to(tl.float32)
             centred = tl.where(mask, x_i - mean, 0.0)
             total += centred * centred
-        rstd = (1.0 / tl.sqrt_rn(_sum_each(total, SHARES, BLOCK_R) / K + eps))[None, None, :]
+        rstd = (1.0 / tl.sqrt_rn(_sum_inputs(total, SHARES) / K + eps))[None, None, :]
 
     acc = tl.zeros((SHARES, BLOCK_N, BLOCK_R), tl.float32)
     for i in range(STEPS):

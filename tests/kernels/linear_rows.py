@@ -13,12 +13,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastgpt2_kernels import launch, linear_decode
+from fastgpt2_kernels import decode_step, launch, linear_decode
 from tests.kernels.compiling import Case
 
 _KERNEL = linear_decode._linear_decode_kernel
 _INT8 = {"weight": "i8"}
-_GELU = {"ACTIVATION": "gelu_new"}
+_GELU = {"ACTIVATION": "gelu_tanh"}
 _STEP: list[tuple[str, str, int, int, int, dict[str, Any]]] = [
     # prologue, product, rows, outputs, inputs
     ("layer_norm", "bf16", 1, 2304, 768, {}),
@@ -42,10 +42,22 @@ _STEP: list[tuple[str, str, int, int, int, dict[str, Any]]] = [
 
 
 def linear_cases(arch: str) -> Iterator[Case]:
+    yield _begin_case()
     for prologue, product, R, N, K, changes in _STEP:
         yield _case(arch, prologue, product, R, N, K, changes)
     if arch in ("sm_90", "sm_100"):
         yield _case(arch, "combine", "bf16", 1, 768, 768, {"USE_PDL": True})
+
+
+def _begin_case() -> Case:
+    """The kernel that a step begins with."""
+    kernel = decode_step._begin_step_kernel
+    signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    signature |= {"wte_ptr": "*bf16", "wpe_ptr": "*bf16", "x_ptr": "*fp32"}
+    constants = {"BLOCK_C": 1024, "BLOCK_STOPS": 1}
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = ("wte_ptr", "wpe_ptr", "x_ptr", "C", "stride_te", "stride_pe", "stride_xr")
+    return Case("decode_begin bf16", kernel, signature, constants, 4, dict(launch.OPTIONS), aligned)
 
 
 def _case(arch: str, prologue: str, product: str, R: int, N: int, K: int, changes: dict[str, Any]) -> Case:
@@ -73,8 +85,9 @@ def _case(arch: str, prologue: str, product: str, R: int, N: int, K: int, change
             signature[name] = "*" + pointers.get(name, product)
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
-    kinds = [types["weight"], *(name for name in changes if name.isupper())]
-    label = f"linear_decode {prologue} {product} inputs {K} {row.block_r}x{row.block_n}x{row.block_k} {' '.join(kinds)}"
+    kinds = [*(["int8"] if types["weight"] == "i8" else []), *(name for name in changes if name.isupper())]
+    tile = f"{row.block_r}x{row.block_n}x{row.block_k}"
+    label = " ".join([f"linear_decode {prologue} {product} {K} to {N}, {R} rows, {tile}", *kinds])
     # Weights of nn.Linear and the step's buffers; a head's outputs are any number.
     aligned = tuple(name for name in _KERNEL.arg_names if name.endswith("_ptr") or name == "K" or "stride" in name)
     return Case(label, _KERNEL, signature, constants, row.num_warps, {"num_stages": 1, **launch.OPTIONS}, aligned)

@@ -39,7 +39,14 @@ def test_every_row_is_there(rows):
     kinds = Counter(row["case"].split()[0] for row in rows)
     assert kinds["attention"] == 4 * (len(list(launch.attention_rows())) + 3)
     assert kinds["cross_entropy"] >= 4 * 32
+    assert kinds["sample"] == 4 * 10
+    assert kinds["decode_attention"] == 4 * 15
+    assert kinds["decode_combine"] == 4 * 2
+    assert kinds["decode_begin"] == 4
     assert kinds["linear_decode"] == 4 * 17 + 2
+    assert kinds["layer_norm"] == 4 * 20
+    assert kinds["bias_activation"] == 4 * 8
+    assert kinds["partial_sums"] == 4
 
 
 def test_no_spills(rows):
@@ -62,9 +69,8 @@ def test_rows_move_in_128_bits(rows):
         # Sampling holds 4 logits a thread: 64 bits in bf16.
         assert row["wide_loads"] > 0 or row["case"].startswith("sample bf16"), row
         # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
-        narrow = "cross_entropy forward" in row["case"] or (row["target"] == "gfx942" and "half" in row["case"])
-        # A linear map's few outputs are next to nothing beside its weight.
-        narrow = narrow or "linear_decode" in row["case"]
+        is_narrow = row["case"].startswith(("cross_entropy forward", "linear_decode", "sample", "partial_sums"))
+        narrow = is_narrow or (row["target"] == "gfx942" and "half" in row["case"])
         assert row["wide_stores"] > 0 or narrow, row
 
 
@@ -75,31 +81,27 @@ def test_half_precision_multiplies_on_tensor_cores(rows):
             assert row["tensor_core"] > 0, row
 
 
-def test_weights_of_a_few_rows_move_in_128_bits(rows):
-    """Every one of a program's first weights, of 8 shares, by 256 threads (on AMD 512), and tensor cores take them."""
+def test_decoding_reads_keys_and_values_in_128_bits(rows):
+    """All of them, whether their address comes as an argument or out of memory."""
     for row in rows:
-        if "linear_decode" in row["case"]:
-            block_n, block_k = (int(n) for n in row["case"].split()[5].split("x")[1:])
-            size = 1 if "i8" in row["case"] else 4 if "fp32" in row["case"] else 2
-            threads = 512 if row["target"] == "gfx942" else 256
-            assert row["wide_loads"] * threads * 16 >= 8 * block_n * block_k * size, row
-            assert row["tensor_core"] > 0 or "fp32" in row["case"], row
+        if row["case"].startswith("decode_attention"):
+            fields = row["case"].split()
+            element_size, head_size = (4 if fields[4] == "fp32" else 2), int(fields[6])
+            threads = row["warps"] * (64 if row["target"] == "gfx942" else 32)
+            block_d = max(16, 1 << (head_size - 1).bit_length())
+            tile = launch.decode_row(element_size, block_d).split_s * block_d * element_size
+            assert row["wide_loads"] >= 2 * tile // (16 * threads), row
 
 
-def test_layer_norm_adds_in_one_order_whatever_the_rows(rows):
-    """What lies where along the dimensions that are added up, of each number of inputs: a row alone and in a batch."""
-    found: dict[tuple, list] = {}
+def test_linear_rows_add_up_in_one_order(rows):
+    """LayerNorm's sums before a linear map: the same parts of a row in the same lanes, whatever rows are beside it."""
+    orders: dict[tuple[str, ...], set[str]] = {}
     for row in rows:
-        if "linear_decode layer_norm bf16" in row["case"]:
-            tile = row["case"].split()[5]
-            # Of two numbers there is but one sum.
-            reductions = [reduction for reduction in row["reductions"] if reduction[0] > 2]
-            found.setdefault((row["target"], *row["case"].split()[3:5]), []).append((tile, reductions))
-    assert len(found) == 4 * 3
-    for key, tiles in found.items():
-        assert len({tile for tile, _ in tiles}) > 1 or key[0] == "gfx942", key  # AMD has one tile for any rows
-        assert len(tiles[0][1]) == 2, key
-        assert all(reductions == tiles[0][1] for _, reductions in tiles), (key, tiles)
+        if row["case"].startswith("linear_decode layer_norm"):
+            product, inputs = row["case"].split()[2:4]
+            orders.setdefault((row["target"], product, inputs), set()).add(str(row["reductions"]))
+    assert len(orders) == 4 * 4
+    assert all(len(found) == 1 and found != {"[]"} for found in orders.values()), orders
 
 
 def test_three_programs_or_more_fit_a_multiprocessor(rows):

@@ -16,8 +16,8 @@ from tests.kernels.test_linear_decode import BASE
 SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/linear_decode.py"
 MUTATIONS = {
     "a variance in one pass": (
-        "_sum_each(total, SHARES, BLOCK_R) / K + eps",
-        "tl.abs(tl.sum(tl.sum(x * x, 1), 0) / K - tl.reshape(mean * mean, (BLOCK_R,))) + eps",
+        "_sum_inputs(total, SHARES) / K + eps",
+        "tl.abs(_sum_inputs(x * x, SHARES) / K - tl.reshape(mean * mean, (BLOCK_R,))) + eps",
     ),
     "no eps": ("/ K + eps", "/ K"),
     "what is masked away counts in the variance": (
