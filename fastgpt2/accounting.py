@@ -96,6 +96,23 @@ def measured_matmul_flops(device: torch.device | str, dtype: torch.dtype, repeat
     return 2.0 * size**3 / best_s
 
 
+def measured_bandwidth(device: torch.device | str, repeats: int = 5) -> float:
+    """Bytes a second of the best of `repeats` copies (read and written) or sums (read) of more than any cache holds."""
+    device = torch.device(device)
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
+    target = torch.empty_like(source)
+    num_bytes = source.numel() * source.element_size()
+    best = 0.0
+    for _ in range(repeats + 1):
+        for moved, run in ((2 * num_bytes, lambda: target.copy_(source)), (num_bytes, source.sum)):
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            best = max(best, moved / (time.perf_counter() - start))
+    return best
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -64,9 +64,9 @@ class KVCache:
             self.values = self._grown(self.values, self._round(tokens))
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
+        # All there was room for, not up to `lengths`: decoding on a GPU counts on the device, ahead of the host.
         new = old.new_empty((*old.shape[:3], capacity, old.shape[4]))
-        for slot, length in enumerate(self.lengths):
-            new[:, slot, :, :length] = old[:, slot, :, :length]
+        new[:, :, :, : old.shape[3]] = old
         return new
 
     def fork(self, source: int, targets: list[int]) -> None:

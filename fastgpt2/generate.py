@@ -6,8 +6,9 @@ next sample of its prompt (whose prefix lies there already) or to the next promp
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence, Sized
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
+from fastgpt2.decode import DecodeSession, NewRow, Results, give_back, take_session, why_not_decode
 from fastgpt2.model import GPT2
 from fastgpt2.sampling import sample, uniforms
 from fastgpt2_kernels import ops
@@ -104,6 +106,7 @@ class _Row:
     prompt: _Prompt
     sample: Sample
     text: _TextStream | None
+    asked: int = 0  # tokens that a device was asked for, those on their way among them
 
 
 class _TextStream:
@@ -263,12 +266,18 @@ class _Engine:
         self.want_text = want_text or bool(sampling.stop_strings)
         stop = sampling.stop_token_ids
         self.stop_ids = frozenset(model.config.eos_token_ids if stop is None else stop)
-        dtype = KVCache.best_dtype(model.dtype, model.device)
-        self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
+        self.session = None
+        if why_not_decode(model) is None:
+            self.session = take_session(model, batch_size, sampling, sorted(self.stop_ids))
+            self.cache = self.session.cache
+        else:
+            dtype = KVCache.best_dtype(model.dtype, model.device)
+            self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
         self.free = list(reversed(range(batch_size)))
         self.rows: list[_Row] = []
-        # Which tokens each slot's sequence holds, for the repetition penalty.
-        penalized = sampling.repetition_penalty != 1.0
+        self.on_device: tuple[list[_Row], Results] | None = None  # the step that is on its way
+        # Which tokens each slot's sequence holds, for the repetition penalty; a session keeps its own.
+        penalized = sampling.repetition_penalty != 1.0 and self.session is None
         self.seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool) if penalized else None
         if self.seen is not None:
             self.seen = self.seen.to(model.device)
@@ -276,19 +285,45 @@ class _Engine:
     def run(self) -> Iterator[TokenEvent]:
         training = self.model.training
         self.model.eval()
-        self.packed = self.pack_weights and self.model.pack()
+        self.packed = self.pack_weights and self.session is None and self.model.pack()
         try:
             while True:
                 # Prompts whose samples all end on their first token free their slots at once, so fill until full.
                 while started := self._start_rows():
-                    logits = torch.stack([row.prompt.logits for row in started])
-                    yield from self._choose(started, logits)
+                    yield from self._choose(started, [row.prompt.logits for row in started])
+                if self.session is not None:
+                    if not (yield from self._step_ahead(self.session)):
+                        return
+                    continue
                 if not self.rows:
                     return
                 rows = self.rows
                 yield from self._choose(rows, self._decode(rows))
         finally:
             self.model.train(training)
+            if self.session is not None:
+                give_back(self.model, self.session)
+
+    def _step_ahead(self, session: DecodeSession) -> Generator[TokenEvent, None, bool]:
+        """Ask the device for a step, and read the one before it while this one runs. False when nothing is left."""
+        rows = [row for row in self.rows if row.asked < self._limit(row)]
+        for row in rows:
+            row.asked += 1
+        asked = (rows, session.step([row.slot for row in rows])) if rows else None
+        ready, self.on_device = self.on_device, asked
+        if ready is not None:
+            rows, results = ready
+            still_here = {id(row) for row in self.rows}
+            tokens, logprobs = results.read()
+            chosen = [(row, tokens[row.slot], logprobs[row.slot]) for row in rows if id(row) in still_here]
+            successors: list[_Row] = []
+            yield from self._accept_all(chosen, successors)
+            yield from self._choose(successors, [row.prompt.logits for row in successors])
+        return ready is not None or asked is not None
+
+    def _limit(self, row: _Row) -> int:
+        """The most new tokens that the row can have: the last one needs no room in the context."""
+        return min(self.sampling.max_new_tokens, self.model.config.context_length - len(row.prompt.ids) + 1)
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -358,39 +393,46 @@ class _Engine:
 
     # -- tokens -------------------------------------------------------------------------------------------------
 
-    def _choose(self, rows: list[_Row], logits: Tensor) -> Iterator[TokenEvent]:
+    def _choose(self, rows: list[_Row], logits: Tensor | list[Tensor]) -> Iterator[TokenEvent]:
         """Choose the next token of `rows` from logits (R, V); rows that end leave, and their slots are taken over.
 
         A row that takes a slot over has its first logits at hand, so it chooses its first token here as well.
         """
         while rows:
-            chosen = self._sample(rows, logits)
+            stacked = torch.stack(logits) if isinstance(logits, list) else logits
             successors: list[_Row] = []
-            gone: set[int] = set()
-            events = []
-            for row, token, logprob in zip(rows, *chosen, strict=True):
-                event = self._accept(row, token, logprob)
-                events.append(event)
-                if event.finished is not None:
-                    gone.add(id(row))
-                    if (successor := self._leave(row)) is not None:
-                        successors.append(successor)
-            if gone:
-                self.rows = [row for row in self.rows if id(row) not in gone] + successors
-            yield from events
-            rows = successors
-            if rows:
-                logits = torch.stack([row.prompt.logits for row in rows])
+            yield from self._accept_all(list(zip(rows, *self._sample(rows, stacked), strict=True)), successors)
+            rows, logits = successors, [row.prompt.logits for row in successors]
+
+    def _accept_all(self, chosen: list[tuple[_Row, int, float]], successors: list[_Row]) -> Iterator[TokenEvent]:
+        """Add a token to each row's sample; rows that take over the slots of those that end go to `successors`."""
+        for row, _, logprob in chosen:
+            if math.isnan(logprob):
+                raise RuntimeError(
+                    f"generate: the model's logits for prompt {row.prompt.index} after {len(row.sample.token_ids)} "
+                    "tokens are NaN or infinite; check the weights, or use a wider dtype"
+                )
+        gone: set[int] = set()
+        events = []
+        for row, token, logprob in chosen:
+            event = self._accept(row, token, logprob)
+            events.append(event)
+            if event.finished is not None:
+                gone.add(id(row))
+                if (successor := self._leave(row)) is not None:
+                    successors.append(successor)
+        if gone:
+            self.rows = [row for row in self.rows if id(row) not in gone] + successors
+        yield from events
 
     @torch.no_grad()
     def _sample(self, rows: list[_Row], logits: Tensor) -> tuple[list[int], list[float]]:
+        """The rows' next tokens and their log-probabilities, NaN where the logits are not finite."""
+        if self.session is not None:
+            return self._begin_on_device(self.session, rows, logits)
         lse = logits.logsumexp(-1)
         if not bool(torch.isfinite(lse).all()):
-            row = rows[int((~torch.isfinite(lse)).nonzero()[0])]
-            raise RuntimeError(
-                f"generate: the model's logits for prompt {row.prompt.index} after {len(row.sample.token_ids)} tokens "
-                "are NaN or infinite; check the weights, or use a wider dtype"
-            )
+            return [0] * len(rows), lse.where(torch.isfinite(lse), math.nan).tolist()
         uniform = None
         if not self.sampling.is_greedy:
             uniform = uniforms(
@@ -405,6 +447,21 @@ class _Engine:
             self.seen[slots, ids] = True
         logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - lse
         return ids.tolist(), logprobs.tolist()
+
+    def _begin_on_device(
+        self, session: DecodeSession, rows: list[_Row], logits: Tensor
+    ) -> tuple[list[int], list[float]]:
+        """The first tokens of new rows, which the device goes on from."""
+        identities = [row.prompt.identity for row in rows]
+        keys = ops.row_keys(self.sampling.seed, identities, [row.sample.sample_index for row in rows]).tolist()
+        new = [
+            NewRow(row.slot, row.prompt.ids, (key[0], key[1]), self._limit(row))
+            for row, key in zip(rows, keys, strict=True)
+        ]
+        tokens, logprobs = session.begin(new, logits).read()
+        for row in rows:
+            row.asked = 1
+        return [tokens[row.slot] for row in rows], [logprobs[row.slot] for row in rows]
 
     def _accept(self, row: _Row, token: int, logprob: float) -> TokenEvent:
         """Add a token to its row's sample and see whether that ends it."""

@@ -48,10 +48,13 @@ class Linear(nn.Module):
         return {**self.__dict__, "_pack": None}
 
     def forward(
-        self, x: Tensor, *, activation: str = "linear", residual: Tensor | None = None, packed: bool = False
-    ) -> Tensor:
+        self, x: Tensor, *, activation: str = "linear", residual: Tensor | None = None, packed: bool = False,
+        backend: str = "auto",
+    ) -> Tensor:  # fmt: skip
         pack = self._pack if packed else None
-        return ops.linear(x, self.weight, self.bias, activation=activation, residual=residual, packed=pack)
+        return ops.linear(
+            x, self.weight, self.bias, activation=activation, residual=residual, packed=pack, backend=backend
+        )
 
 
 class LayerNorm(nn.Module):
@@ -61,8 +64,13 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(
+        self, x: Tensor, *, residual: Tensor | None = None, backend: str = "auto"
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Of x; with a residual of the sum of both, and the sum."""
+        if residual is None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps, backend=backend)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=backend)
 
 
 class XIELU(nn.Module):
@@ -98,8 +106,10 @@ class MLP(nn.Module):
         self.act = learned() if learned else None
         self.activation_name = "linear" if learned else config.activation_function
 
-    def up(self, x: Tensor, packed: bool) -> Tensor:
-        x = self.c_fc(x, activation=self.activation_name, packed=packed)
+    def up(self, x: Tensor, packed: bool, backend: str) -> Tensor:
+        has_kernel = self.activation_name in ops.TRITON_ACTIVATIONS and not packed
+        backend = backend if has_kernel else "auto"
+        x = self.c_fc(x, activation=self.activation_name, packed=packed, backend=backend)
         return x if self.act is None else self.act(x)
 
 
@@ -116,15 +126,21 @@ class Block(nn.Module):
         self.scale = config.attention_scale(layer)
         self.residual_dropout = config.residual_dropout
 
-    def forward(self, x: Tensor, attend: Attend, packed: bool = False) -> Tensor:
-        y = attend(self.attn.c_attn(self.ln_1(x), packed=packed), self.layer, self.scale)
-        x = self._add(self.attn.c_proj, y, x, packed)
-        return self._add(self.mlp.c_proj, self.mlp.up(self.ln_2(x), packed), x, packed)
-
-    def _add(self, project: Linear, y: Tensor, x: Tensor, packed: bool) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, packed: bool = False, backend: str = "auto") -> Tensor:
+        qkv = self.attn.c_attn(self.ln_1(x, backend=backend), packed=packed)
+        y = attend(qkv, self.layer, self.scale)
+        if packed:  # the product itself adds to x
+            x = self.attn.c_proj(y, residual=x, packed=True)
+            y = self.ln_2(x, backend=backend)
+        else:
+            y, x = self.ln_2(self._drop(self.attn.c_proj(y)), residual=x, backend=backend)
+        y = self.mlp.up(y, packed, backend)
         if self.training and self.residual_dropout:
-            return x + F.dropout(project(y), self.residual_dropout)
-        return project(y, residual=x, packed=packed)
+            return x + self._drop(self.mlp.c_proj(y))
+        return self.mlp.c_proj(y, residual=x, packed=packed)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.residual_dropout) if self.training and self.residual_dropout else x
 
 
 class Transformer(nn.Module):
@@ -354,8 +370,8 @@ class GPT2(nn.Module):
         x = self.transformer.wte(input_ids) + self.transformer.wpe(position_ids)
         x = F.dropout(x, self.config.embedding_dropout, self.training)
         for block in self.transformer.h:
-            x = block(x, attend, packed)
-        return self.transformer.ln_f(x)
+            x = block(x, attend, packed, self.backend)
+        return self.transformer.ln_f(x, backend=self.backend)
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:

@@ -97,7 +97,7 @@ def test_dropout_rates(seed: int) -> None:
     seen: dict[str, Tensor] = {}
     block = model.transformer.h[0]
     block.ln_1.register_forward_pre_hook(lambda _, inputs: seen.update(embedded=inputs[0]))
-    block.ln_2.register_forward_pre_hook(lambda _, inputs: seen.update(attended=inputs[0]))
+    block.ln_2.register_forward_hook(lambda _, inputs, outputs: seen.update(attended=outputs[1]))
     model.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: seen.update(out=inputs[0]))
     model(random_ids(seed, 1, 24))
     bound = 6 * math.sqrt(p * (1 - p) / n)

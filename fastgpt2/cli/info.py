@@ -86,13 +86,10 @@ def _device() -> dict[str, Any]:
 def _operators(device: str) -> dict[str, dict[str, str]]:
     """For every operator the backend that "auto" is on this machine, and why it is not Triton."""
     reasons = {operator: ops.why_not_triton(operator, device) for operator in ops.OPERATORS}
-    operators = {
+    return {
         operator: {"backend": "triton"} if reason is None else {"backend": "torch", "why_not_triton": reason}
         for operator, reason in reasons.items()
     }
-    if reasons["cached_attention"] is None:
-        operators["cached_attention"]["why_not_triton"] = "new tokens after cached ones run on PyTorch's operator"
-    return operators
 
 
 def _model(config: GPT2Config) -> dict[str, Any]:

@@ -51,6 +51,28 @@ def cross_entropy_row(
     return CrossEntropyRow(1024, 256, 1)
 
 
+class SamplingRow(NamedTuple):
+    """block_v: logits that a step of a pass takes, a multiple of 4, and the lanes that top-k deals the row out to."""
+
+    block_v: int
+    num_warps: int
+
+
+def sampling_row(vocab_size: int, arch: str, *, has_filters: bool = False) -> SamplingRow:
+    """One program, and so one multiprocessor, a row of logits: as many threads as the registers allow.
+
+    With filters (top-k, top-p, min-p) the lanes' state and its copies in the loops fill 128 registers a thread at 4
+    lanes a thread.
+    """
+    if vocab_size > 2048 and has_filters:
+        block_v, threads = 2048, 512
+    elif vocab_size > 2048:
+        block_v, threads = 4096, 1024
+    else:
+        block_v, threads = (1024, 256) if vocab_size > 256 else (256, 64)
+    return SamplingRow(block_v, threads // (64 if arch == "gfx942" else 32))
+
+
 # -- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -139,3 +161,159 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+# -- decoding -----------------------------------------------------------------------------------------------------
+
+
+class DecodeRow(NamedTuple):
+    """split_s: keys of a split, which is one tile; one_warps, few_warps: for one new token a row, for several.
+
+    block_c: columns that a program combines, one warp.
+    """
+
+    split_s: int
+    one_warps: int
+    few_warps: int
+    block_c: int = 128
+
+
+def decode_row(element_size: int, block_d: int) -> DecodeRow:
+    """element_size: bytes of a cached number; block_d: head size, a power of two from 16.
+
+    Nothing else may decide: where splits begin shows in the last bits of a row's result. 2 warps hold 16 KB of keys and
+    as much of values in their registers beside the float32 products; more warps add up more partial sums for the same
+    bytes, and several new tokens need the room.
+    """
+    row_bytes = block_d * element_size
+    if row_bytes <= 128:
+        return DecodeRow(128, 2, 4)
+    if row_bytes <= 256:
+        return DecodeRow(64, 2, 8)
+    return DecodeRow(64 if row_bytes <= 512 else 32, 4, 8)
+
+
+# -- linear maps of a few rows -------------------------------------------------------------------------------------
+
+
+SPLIT_K = 8  # shares of K, a warp each
+
+
+class LinearDecodeRow(NamedTuple):
+    """block_r rows and block_n outputs of a program, block_k inputs of a step of each of its shares of K."""
+
+    block_r: int
+    block_n: int
+    block_k: int
+    num_warps: int = SPLIT_K
+
+
+def linear_decode_share(num_inputs: int) -> int:
+    """Inputs of a share: whole products of 16, also where K is not."""
+    return max(1, -(-num_inputs // (16 * SPLIT_K))) * 16
+
+
+def linear_decode_row(
+    num_rows: int, num_outputs: int, num_inputs: int, element_size: int, prologue: str, arch: str
+) -> LinearDecodeRow:
+    """element_size: of what is multiplied. prologue "none", "layer_norm" or "combine".
+
+    A number must not depend on how many rows are beside it. So LayerNorm's block_k, the tile that its sums run over,
+    depends on the architecture, element_size and num_inputs alone, and on AMD so does block_r, which would choose the
+    matrix instruction and which warp adds up what. All else changes no order of additions.
+
+    - 8 rows or fewer are bound by the weight's bytes: the most of it under way, in the most programs.
+    - more: twice the rows and outputs a program halve what is read of x and of the weight from the L2 cache.
+    - LayerNorm in one step keeps x in registers, a whole share of it.
+    - registers decide the rest.
+    """
+    share = 1 << (linear_decode_share(num_inputs) - 1).bit_length()
+    is_few = num_rows <= 8
+    if element_size == 4:  # outside the tensor cores, unrolled
+        return LinearDecodeRow(16 if arch == "gfx942" else 8, 16, min(share, 32))
+    if arch == "gfx942":
+        return LinearDecodeRow(16, 16, 128)
+    if prologue == "layer_norm":
+        # Below 128, how many neighbours along K a thread holds would depend on block_r.
+        block_k = max(128, min(share, 256))
+        if is_few:
+            # A vocabulary's many programs take turns on a multiprocessor; fewer outputs each would read x more often.
+            return LinearDecodeRow(8, 32 if num_outputs >= 16384 and block_k <= 128 else 16, block_k)
+        return LinearDecodeRow(16, 16 if arch != "sm_90" and block_k > 128 else 32, block_k)
+    if prologue == "combine":
+        return (
+            LinearDecodeRow(8, 16, min(share, 128 if share <= 128 else 64)) if is_few else LinearDecodeRow(16, 32, 32)
+        )
+    if is_few:
+        return LinearDecodeRow(8, 16, min(share, 128))
+    if -(-num_rows // 16) * -(-num_outputs // 32) <= 128:
+        return LinearDecodeRow(16, 32, min(share, 64))
+    return LinearDecodeRow(32, 32, min(share, 32))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 1 for the interpreter, so that a program has several rows there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# -- layer norm, activations --------------------------------------------------------------------------------------
+
+
+class LayerNormRow(NamedTuple):
+    """block_c: a whole row in registers, or a block of a longer one. programs: of a multiprocessor."""
+
+    block_c: int
+    num_warps: int
+    programs: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, bool | int]:
+        return OPTIONS if self.max_registers is None else {**OPTIONS, "maxnreg": self.max_registers}
+
+
+def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
+    """kernel "forward" or "backward".
+
+    A thread holds 16 or 8 numbers of a row: 16 bytes of half precision twice, or once where five such rows (weight, its
+    gradient, ...) stay in registers. As many programs as are resident together, each with a row on its way: 18 KB, more
+    than memory's latency needs. More would wait for the first, and in the backward each writes a partial row.
+    Registers are said where the compiler by itself spills to take fewer: 56 (Blackwell), 64 (Ampere, rows in blocks).
+    """
+    block = max(256, 1 << (width - 1).bit_length())
+    lanes = 64 if arch == "gfx942" else 32
+    held, widest = (16, 16384) if kernel == "forward" else (8, 8192)
+    num_warps = min(16, max(1, block // (held * lanes)))
+    registers = 80 if arch == "sm_100" and kernel == "forward" and block <= 4096 else None
+    registers = 96 if arch == "sm_80" and kernel == "backward" and block > widest else registers
+    return LayerNormRow(min(block, widest), num_warps, max(2, 24 // num_warps), registers)
+
+
+class ActivationRow(NamedTuple):
+    """block_n, block_c: rows and columns of a tile; bwd_block_n: rows in the backward, which holds more of each.
+    programs: of a multiprocessor in the backward."""
+
+    block_n: int
+    bwd_block_n: int
+    block_c: int
+    num_warps: int
+    programs: int
+
+
+# 256 columns divide the inner widths of all GPT-2s, 6400 too, and are 512 bytes of half precision, one warp's access.
+ACTIVATION = ActivationRow(16, 8, 256, 4, 8)
+
+
+class PartialSumsRow(NamedTuple):
+    """block_p, block_c: partial rows and columns of a tile."""
+
+    block_p: int
+    block_c: int
+    num_warps: int
+
+
+def partial_sums_row(width: int) -> PartialSumsRow:
+    """16 columns, 64 bytes, and more where that made over 128 programs: a few hundred columns still spread widely."""
+    block_c = max(16, (1 << (width - 1).bit_length()) // 128)
+    return PartialSumsRow(max(1, 2048 // block_c), block_c, 4)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt2_kernels.decode_types import LayerNormWeights
+
 _WORD = 0xFFFFFFFF
 
 
@@ -64,6 +66,26 @@ def _scores(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None, upca
     return (torch.matmul(q, k.transpose(-1, -2)) * scale).masked_fill(~allowed, -math.inf)
 
 
+def decode_attention(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, starts: Tensor | None = None,
+    counts: Tensor | None = None, slots: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """`ops.decode_attention` row by row: writes the caches and returns (N, C) in qkv's dtype."""
+    H, D = k_cache.shape[1], k_cache.shape[3]
+    rows = torch.arange(qkv.shape[0] if starts is None else starts.shape[0]).tolist()
+    firsts = rows if starts is None else starts.tolist()
+    numbers = [1] * len(rows) if counts is None else counts.tolist()
+    out = qkv.new_zeros((qkv.shape[0], H * D))
+    for slot, first, count in zip(rows if slots is None else slots.tolist(), firsts, numbers, strict=True):
+        past = int(lengths[slot])
+        seen = slice(past + count)
+        q, k, v = qkv[first : first + count].to(k_cache.dtype).view(count, 3, H, D).permute(1, 2, 0, 3)
+        k_cache[slot, :, past : past + count], v_cache[slot, :, past : past + count] = k, v
+        y = causal_attention(q[None], k_cache[slot, None, :, seen], v_cache[slot, None, :, seen], scale=scale)
+        out[first : first + count] = y[0].transpose(0, 1).flatten(1).to(qkv.dtype)
+    return out
+
+
 def dropout_keep(seed: Tensor, B: int, H: int, T: int, S: int, dropout_p: float) -> Tensor:
     """The weights (B, H, T, S) bool that attention dropout keeps: Philox 4x32-7 (Salmon et al. 2011).
 
@@ -78,8 +100,8 @@ def dropout_keep(seed: Tensor, B: int, H: int, T: int, S: int, dropout_p: float)
     return (halves.flatten(-2)[..., :S] >= round(dropout_p * 2**16)).view(B, H, T, S)
 
 
-def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> tuple[Tensor, ...]:
-    """Philox 4x32-7: four random words for each counter (c0, c1, c2, c3), int64 tensors of 32-bit numbers."""
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int | Tensor, k1: int | Tensor) -> tuple[Tensor, ...]:
+    """Philox 4x32-7: four random words for each counter (c0, c1, c2, c3), all int64 numbers of 32 bits."""
     for _ in range(7):
         low0, high0 = _multiply_words(0xD2511F53, c0)
         low2, high2 = _multiply_words(0xCD9E8D57, c2)
@@ -95,11 +117,117 @@ def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (high & 0xFFFF) << 16 | low & 0xFFFF, high >> 16
 
 
+def gumbel(keys: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """The noise -log(-log u) of every token, (R, V) float64, for keys (R, 2) and positions (R,).
+
+    The key is the row's two 32-bit words, the counter (v // 4, position, 0, 0); with word v % 4 of what comes out,
+    1 - u = (word + 1/2) / 2^32.
+    """
+    k0, k1 = (keys.long() & _WORD).unsqueeze(-1).unbind(1)
+    groups = torch.arange(-(-vocab_size // 4), device=keys.device).expand(len(keys), -1)
+    counts = (positions.long() & _WORD)[:, None].expand_as(groups)
+    words = torch.stack(philox(groups, counts, groups * 0, groups * 0, k0, k1), -1).flatten(-2)[:, :vocab_size]
+    is_low = words < 2**31
+    v = (words.where(is_low, _WORD - words).double() + 0.5) * 2.0**-32  # the smaller of u and 1 - u
+    return -torch.log(torch.where(is_low, -torch.log1p(-v), -torch.log(v)))
+
+
+def penalized_logits(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """CTRL's repetition penalty (Keskar et al. 2019), (R,): logits (R, V) of tokens `seen` become less likely."""
+    penalty = penalty[:, None]
+    return torch.where(seen.bool(), torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def filtered_logits(
+    logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
+    """logits (R, V) with -inf where a filter leaves the token out, each setting (R,); see `sampling.py`."""
+    V = logits.shape[-1]
+    descending = logits.sort(-1, descending=True).values
+    low = torch.full_like(logits[:, :1], -math.inf)
+    if top_k is not None:
+        k = torch.where((top_k <= 0) | (top_k > V), V, top_k).long()
+        low = descending.gather(-1, k[:, None] - 1)
+    if top_p is not None:
+        inverse = (1 / temperature).clamp_max(1e30)[:, None]
+        mass = torch.exp((descending - descending[:, :1]) * inverse).masked_fill(descending < low, 0.0).cumsum(-1)
+        # The first prefix that holds top_p of the mass ends at the threshold.
+        is_short = (mass < top_p.to(mass.dtype)[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(V - 1)
+        threshold = descending.gather(-1, is_short)
+        low = torch.where(top_p[:, None] < 1, torch.maximum(low, threshold), low)
+    if min_p is not None:
+        low = torch.maximum(low, descending[:, :1] + (temperature * min_p.log()).where(min_p > 0, -math.inf)[:, None])
+    return logits.masked_fill(logits < low, -math.inf)
+
+
+def sampling_scores(
+    logits: Tensor, *, temperature: Tensor | None = None, top_k: Tensor | None = None, top_p: Tensor | None = None,
+    min_p: Tensor | None = None, penalty: Tensor | None = None, seen: Tensor | None = None, keys: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What the argmax is taken of, (R, V) in logits' dtype: y + T g where the filters keep y, -inf elsewhere."""
+    if penalty is not None and seen is not None:
+        logits = penalized_logits(logits, seen, penalty.to(logits.dtype))
+    if temperature is None or keys is None or positions is None:
+        return logits
+    temperature = temperature.to(logits.dtype).clamp(0.0, 1e30)
+    if top_k is not None:
+        temperature = temperature.masked_fill(top_k == 1, 0.0)
+    kept = filtered_logits(logits, temperature, top_k, top_p, None if min_p is None else min_p.to(logits.dtype))
+    return kept + temperature[:, None] * gumbel(keys, positions, logits.shape[-1]).to(logits.dtype)
+
+
+def sample(logits: Tensor, **settings: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The token of every row of logits (R, V) and its log-probability under softmax(logits): `sampling_scores`' argmax.
+
+    (0, NaN) where a logit is NaN or +inf, or all are -inf.
+    """
+    is_good = logits.amax(-1).isfinite()  # amax hands NaN on
+    ids = sampling_scores(logits, **settings).argmax(-1).where(is_good, 0)
+    logprobs = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    return ids, logprobs.masked_fill(~is_good, math.nan)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016), biased variance."""
     mean = x.mean(-1, keepdim=True)
     var = (x - mean).square().mean(-1, keepdim=True)
     return (x - mean) * torch.rsqrt(var + eps) * weight + bias
+
+
+_layer_norm = layer_norm  # where an argument has its name
+
+
+def linear_decode(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None,
+    layer_norm: LayerNormWeights | None = None, activation: str = "linear", residual: Tensor | None = None,
+    product_dtype: torch.dtype, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """activation(LN(x) weight^T + bias) + residual, x (R, K), weight (N, K): statistics and sums are float32 or wider.
+
+    The operands of the product are rounded to `product_dtype`, nothing else is before the result.
+    """
+    wide = torch.promote_types(product_dtype, torch.float32)
+    if layer_norm is not None:
+        x = _layer_norm(x.to(wide), layer_norm.weight.to(wide), layer_norm.bias.to(wide), layer_norm.eps)
+    y = F.linear(x.to(product_dtype).to(wide), weight.to(product_dtype).to(wide))
+    if weight_scale is not None:
+        y = y * weight_scale.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    y = ACTIVATIONS[activation](y)
+    return (y if residual is None else y + residual.to(wide)).to(out_dtype)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(LayerNorm of s, s) for s = x + residual."""
+    s = x + residual
+    return layer_norm(s, weight, bias, eps), s
+
+
+def bias_activation(x: Tensor, bias: Tensor, name: str) -> Tensor:
+    """The activation `name` of x + bias."""
+    return ACTIVATIONS[name](x + bias)
 
 
 def cross_entropy(

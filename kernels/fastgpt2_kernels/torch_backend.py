@@ -7,7 +7,7 @@ for the linear layers (2 to 4 times a plain `F.linear` on a few rows), one fused
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,30 +117,71 @@ def _documents(qkv: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     return [qkv[:, start:end] for start, end in itertools.pairwise(cu_seqlens.tolist()) if end > start]
 
 
+class Documents(NamedTuple):
+    """Where documents laid end to end in T tokens lie: `ops.plan_documents` makes it once, every layer uses it.
+
+    cu_seqlens (documents + 1,) int32. starts, ends (T,) int32: the borders of each token's document.
+    """
+
+    cu_seqlens: Tensor
+    starts: Tensor
+    ends: Tensor
+
+
+class DecodeRows(NamedTuple):
+    """Rows that go through `decode_attention` together, all with one new token (max_new = 1) or all with several.
+
+    starts, counts, slots: (R,) int32, each row's first new token, how many it has, and its cache slot.
+    """
+
+    starts: Tensor
+    counts: Tensor
+    slots: Tensor
+    max_new: int
+
+
+class KernelPlan(NamedTuple):
+    """Which kernel takes which rows of a `RowPlan`; a row's kernel depends on nothing but the row.
+
+    lengths: (slots,) int32, the tokens that each slot holds, up to the largest slot of the plan.
+    decode: rows of few new tokens after cached ones; their kernel writes the cache.
+    fresh: of every run of rows without cached tokens the first token, the end, and the rows as documents.
+    long: (slot, first token, number of new tokens, cached tokens) of the other rows.
+    appended: (tokens,) int64, which tokens of fresh and long rows are still to be written to the cache; None: all.
+    """
+
+    lengths: Tensor
+    decode: tuple[DecodeRows, ...]
+    fresh: tuple[tuple[int, int, Documents], ...]
+    long: tuple[tuple[int, int, int, int], ...]
+    appended: Tensor | None
+
+
 class RowPlan(NamedTuple):
     """Where the new tokens of one step go: made once a step, used by every layer.
 
     rows: for every row its cache slot, its number of new tokens, its number of cached tokens.
     slots, positions: (N,) int64, the cache slot and the position of each of the N new tokens, row after row.
-    cu_seqlens: (rows + 1,) int32, the rows' borders among the N tokens; None if some row has cached tokens already.
+    kernels: what the Triton backend needs; None where it cannot run.
     """
 
     rows: tuple[tuple[int, int, int], ...]
     slots: Tensor
     positions: Tensor
-    cu_seqlens: Tensor | None
+    kernels: KernelPlan | None = None
 
 
-def append_to_cache(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan) -> None:
-    """Write the new keys and values of qkv (N, 3C) to the caches (R, H, S, D)."""
+def append_to_cache(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor) -> None:
+    """Write the new keys and values of qkv (N, 3C) to the caches (R, H, S, D), each to its slot and position (N,)."""
     _, k_NHD, v_NHD = _split_tokens(qkv, k_cache)
-    k_cache[plan.slots, :, plan.positions] = k_NHD
-    v_cache[plan.slots, :, plan.positions] = v_NHD
+    k_cache[slots, :, positions] = k_NHD
+    v_cache[slots, :, positions] = v_NHD
 
 
 def attend_row_by_row(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Tensor:
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Iterable[tuple[int, int, int]],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
     """The queries of qkv (N, 3C) against the caches that hold their keys already -> (N, C).
 
     One fused call a row: rows of any lengths cost what they hold (no padding is computed), and a row's result does
@@ -148,7 +189,7 @@ def attend_row_by_row(
     """
     q_NHD = _split_tokens(qkv, k_cache)[0]
     outs, start = [], 0
-    for slot, count, past in plan.rows:
+    for slot, count, past in rows:
         q = q_NHD[start : start + count].transpose(0, 1).unsqueeze(0)
         out = attend(q, k_cache[slot : slot + 1, :, : past + count], v_cache[slot : slot + 1, :, : past + count])
         outs.append(out.transpose(1, 2).reshape(count, -1))

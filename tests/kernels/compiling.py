@@ -18,6 +18,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_LEVELS = ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 
@@ -34,14 +35,37 @@ class Case(NamedTuple):
 
 
 def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
-    """Registers, bytes of shared memory, spills (all, and those in loops), tensor-core and 128-bit instructions."""
+    """Registers, bytes of shared memory, spills (all, and those in loops), tensor-core and 128-bit instructions.
+
+    And by "reductions", which decide the order that numbers are added up in: see `_reductions`.
+    """
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(case.kernel.arg_names) if name in case.aligned
     }
     source = ASTSource(case.kernel, case.signature, constexprs=case.constants, attrs=attributes)
     compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps, **case.options})
     result = {"case": case.name, "warps": case.num_warps, "shared": compiled.metadata.shared}
+    result["reductions"] = _reductions(compiled.asm["ttgir"])
     return result | (_read_amd(compiled.asm) if target.backend == "hip" else _read_nvidia(compiled.asm))
+
+
+def _reductions(ttgir: str) -> list[list[int]]:
+    """Of each tt.reduce over a blocked layout: the length that is reduced, and how many of it lie in neighbouring
+    registers of a thread, in lanes, in warps."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ttgir, re.MULTILINE))
+    found = []
+    for reduce in re.finditer(
+        r'"tt\.reduce"\(.*?axis = (\d+)[^:]*: i32.*?\}\) : \(tensor<((?:\d+x)+)(.*?)>\) ->', ttgir, re.DOTALL
+    ):
+        axis, shape, layout = int(reduce[1]), reduce[2].split("x"), reduce[3]
+        length = int(shape[axis])
+        for dim in re.findall(r"dim = (\d+)", layout)[::-1]:  # slices, the innermost parent last
+            axis += axis >= int(dim)
+        name = re.search(r"#(?!ttg)\w+", layout)
+        if name is not None and name[0] in layouts:
+            sizes = [re.search(rf"{of} = \[(.*?)\]", layouts[name[0]]) for of in _LEVELS]
+            found.append([length, *(int(size[1].split(",")[axis]) for size in sizes if size)])
+    return found
 
 
 def _read_amd(asm: dict[str, Any]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compile_report
 from fastgpt2_kernels import launch
 
 ROOT = Path(__file__).parents[2]
@@ -37,13 +39,21 @@ def test_every_row_is_there(rows):
     kinds = Counter(row["case"].split()[0] for row in rows)
     assert kinds["attention"] == 4 * (len(list(launch.attention_rows())) + 3)
     assert kinds["cross_entropy"] >= 4 * 32
+    assert kinds["sample"] == 4 * 10
+    assert kinds["decode_attention"] == 4 * 15
+    assert kinds["decode_combine"] == 4 * 2
+    assert kinds["decode_begin"] == 4
+    assert kinds["linear_decode"] == 4 * 17 + 2
+    assert kinds["layer_norm"] == 4 * 20
+    assert kinds["bias_activation"] == 4 * 8
+    assert kinds["partial_sums"] == 4
 
 
 def test_no_spills(rows):
     """None in a loop; none at all but in attention kernels of other architectures than Hopper, beside their loops."""
     for row in rows:
         assert row["loop_spills"] == 0, row
-        may_spill = "attention" in row["case"] and (row["target"] != "sm_90" or "forward" not in row["case"])
+        may_spill = row["case"].startswith("attention") and (row["target"] != "sm_90" or "forward" not in row["case"])
         assert row["spills"] == 0 or may_spill, row
 
 
@@ -54,16 +64,44 @@ def test_shared_memory_fits(rows):
 def test_rows_move_in_128_bits(rows):
     """Cross-entropy at an odd vocabulary too: its signatures know no row stride to be a multiple of anything."""
     for row in rows:
-        assert row["wide_loads"] > 0, row
+        if row["case"].startswith("decode_"):
+            continue
+        # Sampling holds 4 logits a thread: 64 bits in bf16.
+        assert row["wide_loads"] > 0 or row["case"].startswith("sample bf16"), row
         # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
-        narrow = "cross_entropy forward" in row["case"] or (row["target"] == "gfx942" and "half" in row["case"])
+        is_narrow = row["case"].startswith(("cross_entropy forward", "linear_decode", "sample", "partial_sums"))
+        narrow = is_narrow or (row["target"] == "gfx942" and "half" in row["case"])
         assert row["wide_stores"] > 0 or narrow, row
 
 
-def test_attention_multiplies_on_tensor_cores(rows):
+def test_half_precision_multiplies_on_tensor_cores(rows):
     for row in rows:
-        if "attention" in row["case"] and "ieee" not in row["case"]:
+        is_half = " fp32 " not in row["case"] and " ieee " not in row["case"]
+        if is_half and row["case"].startswith(("attention", "decode_attention dot", "linear_decode")):
             assert row["tensor_core"] > 0, row
+
+
+def test_decoding_reads_keys_and_values_in_128_bits(rows):
+    """All of them, whether their address comes as an argument or out of memory."""
+    for row in rows:
+        if row["case"].startswith("decode_attention"):
+            fields = row["case"].split()
+            element_size, head_size = (4 if fields[4] == "fp32" else 2), int(fields[6])
+            threads = row["warps"] * (64 if row["target"] == "gfx942" else 32)
+            block_d = max(16, 1 << (head_size - 1).bit_length())
+            tile = launch.decode_row(element_size, block_d).split_s * block_d * element_size
+            assert row["wide_loads"] >= 2 * tile // (16 * threads), row
+
+
+def test_linear_rows_add_up_in_one_order(rows):
+    """LayerNorm's sums before a linear map: the same parts of a row in the same lanes, whatever rows are beside it."""
+    orders: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        if row["case"].startswith("linear_decode layer_norm"):
+            product, inputs = row["case"].split()[2:4]
+            orders.setdefault((row["target"], product, inputs), set()).add(str(row["reductions"]))
+    assert len(orders) == 4 * 4
+    assert all(len(found) == 1 and found != {"[]"} for found in orders.values()), orders
 
 
 def test_three_programs_or_more_fit_a_multiprocessor(rows):
@@ -72,3 +110,14 @@ def test_three_programs_or_more_fit_a_multiprocessor(rows):
         if row["case"].endswith("bf16 block 8192") and row["target"].startswith("sm_"):
             programs = 65536 // (8 * 32 * (row["registers"] + 7 & ~7))
             assert programs >= (4 if row["target"] == "sm_80" or "fused" not in row["case"] else 3), row
+
+
+def test_the_compile_report_is_current(rows):
+    """Its rows always; their figures under the Triton version that it was written with."""
+    renew = "renew it: python -m benchmarks compile-report --write"
+    version, written = compile_report.committed()
+    compiled = {(row["target"], row["case"]): compile_report.cells(row) for row in rows}
+    assert len(compiled) == len(rows), "two rows bear one name"
+    assert written.keys() == compiled.keys(), renew
+    if version == importlib.metadata.version("triton"):
+        assert written == compiled, renew

@@ -9,17 +9,32 @@ Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = 
 
 from __future__ import annotations
 
+from fastgpt2_kernels.decode_types import (
+    FRESH,
+    IDLE,
+    RUNNING,
+    LayerNormWeights,
+    LayerWeights,
+    LinearWeights,
+    SlotSampling,
+    SlotState,
+    StepWeights,
+)
 from fastgpt2_kernels.ops.attention import (
+    MAX_HEAD_SIZE,
     Documents,
     cached_attention,
     causal_attention,
     causal_attention_packed,
+    decode_attention,
     plan_documents,
     plan_rows,
 )
 from fastgpt2_kernels.ops.backend import BACKENDS, OPERATORS, check_backend, why_not_triton
-from fastgpt2_kernels.ops.layers import activation, layer_norm, linear
+from fastgpt2_kernels.ops.decode import decode_step, linear_decode, quantize_rows
+from fastgpt2_kernels.ops.layers import TRITON_ACTIVATIONS, activation, bias_activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
+from fastgpt2_kernels.ops.sampling import row_keys, sample
 from fastgpt2_kernels.reference import ACTIVATIONS
 from fastgpt2_kernels.torch_backend import (
     MIN_PACKED_ROWS,
@@ -33,26 +48,44 @@ from fastgpt2_kernels.torch_backend import (
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "FRESH",
+    "IDLE",
+    "MAX_HEAD_SIZE",
     "MIN_PACKED_ROWS",
     "OPERATORS",
+    "RUNNING",
+    "TRITON_ACTIVATIONS",
     "CrossEntropyStats",
     "Documents",
+    "LayerNormWeights",
+    "LayerWeights",
+    "LinearWeights",
     "PackedLinear",
     "RowPlan",
+    "SlotSampling",
+    "SlotState",
+    "StepWeights",
     "TargetCheck",
     "activation",
+    "bias_activation",
     "cached_attention",
     "can_pack",
     "causal_attention",
     "causal_attention_packed",
     "check_backend",
     "cross_entropy",
+    "decode_attention",
+    "decode_step",
     "fingerprint",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_decode",
     "pack_linear",
     "plan_documents",
     "plan_rows",
+    "quantize_rows",
+    "row_keys",
+    "sample",
     "why_not_triton",
 ]

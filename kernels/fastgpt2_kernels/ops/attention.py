@@ -6,30 +6,20 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastgpt2_kernels import torch_backend
-from fastgpt2_kernels.ops.backend import check_same, describe, is_float32_exact, use_triton
-from fastgpt2_kernels.torch_backend import RowPlan
+from fastgpt2_kernels.ops.backend import check_same, describe, interpreter_is_on, is_float32_exact, use_triton
+from fastgpt2_kernels.torch_backend import DecodeRows, Documents, KernelPlan, RowPlan
 
 MAX_HEAD_SIZE = 256
 # Float32 products outside the tensor cores would spill beyond this; PyTorch's operator does not.
 MAX_FLOAT32_HEAD_SIZE = 128
 MAX_ROW_STRIDE = 2**23  # offsets within a tile of up to 256 rows are 32-bit
-
-
-class Documents(NamedTuple):
-    """Where documents laid end to end in T tokens lie: `plan_documents` makes it once, every layer uses it.
-
-    cu_seqlens (documents + 1,) int32. starts, ends (T,) int32: the borders of each token's document.
-    """
-
-    cu_seqlens: Tensor
-    starts: Tensor
-    ends: Tensor
+MAX_DECODE_TOKENS = 8  # new tokens of a row that go through decode_attention
 
 
 def plan_documents(cu_seqlens: Tensor, num_tokens: int) -> Documents:
@@ -176,7 +166,8 @@ def causal_attention_packed(
 
 def _kernels() -> Any:
     """The registered operators; the first call loads Triton."""
-    import fastgpt2_kernels.attention  # noqa: F401
+    import fastgpt2_kernels.attention
+    import fastgpt2_kernels.decode_attention  # noqa: F401
 
     return torch.ops.fastgpt2
 
@@ -262,13 +253,49 @@ def plan_rows(
         raise ValueError(f"plan_rows: every row needs at least one new token and a length >= 0; got {rows}")
     if len(set(slots)) != len(rows):
         raise ValueError(f"plan_rows: a cache slot can be in one row only; got slots {list(slots)}")
-    slot_N = torch.tensor([slot for slot, count, _ in rows for _ in range(count)], dtype=torch.int64)
-    position_N = torch.tensor([past + i for _, count, past in rows for i in range(count)], dtype=torch.int64)
-    ends_R = None
-    if all(past == 0 for _, _, past in rows):
-        ends = itertools.accumulate((count for _, count, _ in rows), initial=0)
-        ends_R = torch.tensor(list(ends), dtype=torch.int32).to(device)
-    return RowPlan(rows, slot_N.to(device), position_N.to(device), ends_R)
+    slot_N = torch.tensor([slot for slot, count, _ in rows for _ in range(count)], dtype=torch.int64).to(device)
+    position_N = torch.tensor([past + i for _, count, past in rows for i in range(count)], dtype=torch.int64).to(device)
+    may_use_kernels = torch.device(device).type != "cpu" or interpreter_is_on()
+    return RowPlan(rows, slot_N, position_N, _plan_kernels(rows, device) if may_use_kernels and rows else None)
+
+
+def _plan_kernels(rows: Sequence[tuple[int, int, int]], device: torch.device | str) -> KernelPlan:
+    starts = [0, *itertools.accumulate(count for _, count, _ in rows)]
+    one: list[tuple[int, int, int]] = []
+    few: list[tuple[int, int, int]] = []
+    long: list[tuple[int, int, int, int]] = []
+    fresh: list[list[int]] = []
+    appended: list[int] = []
+    for (slot, count, past), start in zip(rows, starts, strict=False):
+        if past and count <= MAX_DECODE_TOKENS:
+            (one if count == 1 else few).append((start, count, slot))
+            continue
+        appended += range(start, start + count)
+        if past:
+            long.append((slot, start, count, past))
+        elif fresh and fresh[-1][-1] == start:
+            fresh[-1].append(start + count)
+        else:
+            fresh.append([start, start + count])
+    slot_lengths = [0] * (1 + max(slot for slot, _, _ in rows))
+    for slot, _, past in rows:
+        slot_lengths[slot] = past
+    # One copy to the device for all of them.
+    parts = [slot_lengths, *zip(*one, strict=True), *zip(*few, strict=True)]
+    flat = torch.tensor([number for part in parts for number in part], dtype=torch.int32).to(device)
+    lengths_S, *row_parts = flat.split([len(part) for part in parts])
+    decode = []
+    for group, max_new in ((one, 1), (few, MAX_DECODE_TOKENS)):
+        if group:
+            starts_R, counts_R, slots_R, *row_parts = row_parts
+            decode.append(DecodeRows(starts_R, counts_R, slots_R, max_new))
+    runs = []
+    for borders in fresh:
+        cu_seqlens = torch.tensor([border - borders[0] for border in borders], dtype=torch.int32).to(device)
+        runs.append((borders[0], borders[-1], plan_documents(cu_seqlens, borders[-1] - borders[0])))
+    is_all = len(appended) == starts[-1]
+    appended_N = None if is_all else torch.tensor(appended, dtype=torch.int64).to(device)
+    return KernelPlan(lengths_S, tuple(decode), tuple(runs), tuple(long), appended_N)
 
 
 def cached_attention(
@@ -279,39 +306,179 @@ def cached_attention(
 
     k_cache, v_cache (R, H, S, D), in qkv's dtype or float32, written in place at the plan's slots and positions. Each
     new token sees its slot's earlier tokens and itself, nothing else. Not differentiable (the caches are overwritten).
-    On Triton, rows without earlier tokens (prefill) are one launch, as documents of one packed row.
+    On Triton, neighbouring rows without earlier tokens (prefill) are one launch, as documents of one packed row; rows
+    of up to 8 new tokens after earlier ones go through `decode_attention` together, longer ones one by one.
     Raises ValueError when the cache is too short or the shapes do not go together.
     """
-    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+    name = "cached_attention"
+    R, H, S, D = _check_cache(name, qkv, k_cache, v_cache)
+    if qkv.shape[0] != plan.slots.shape[0]:
         raise ValueError(
-            "cached_attention: k_cache and v_cache must share shape (R, H, S, D); "
-            f"got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
-        )
-    R, H, S, D = k_cache.shape
-    if qkv.shape != (plan.slots.shape[0], 3 * H * D):
-        raise ValueError(
-            f"cached_attention: qkv must be ({plan.slots.shape[0]}, {3 * H * D}) for this plan and cache; "
-            f"got {tuple(qkv.shape)}"
+            f"{name}: qkv must be ({plan.slots.shape[0]}, {3 * H * D}) for this plan; got {tuple(qkv.shape)}"
         )
     for slot, count, past in plan.rows:
         if not 0 <= slot < R or past + count > S:
             raise ValueError(
-                f"cached_attention: slot {slot} needs room for {past + count} tokens; the cache has {R} slots of {S}"
+                f"{name}: slot {slot} needs room for {past + count} tokens; the cache has {R} slots of {S}"
             )
-    check_same("cached_attention", k_cache=k_cache, v_cache=v_cache)
-    if k_cache.dtype not in (qkv.dtype, torch.float32):
-        raise ValueError(f"cached_attention: the caches must be {qkv.dtype} as qkv or float32; got {k_cache.dtype}")
-    if k_cache.device != qkv.device:
-        raise ValueError(f"cached_attention: qkv is on {qkv.device}, the caches are on {k_cache.device}")
-    scale = _check_scale("cached_attention", D**-0.5 if scale is None else scale)
-    torch_backend.append_to_cache(qkv, k_cache, v_cache, plan)
-    on_triton = use_triton("cached_attention", qkv.device, backend)
-    if on_triton and plan.cu_seqlens is not None and qkv.dtype == k_cache.dtype:
-        return causal_attention_packed(
-            qkv[None], H, scale=scale, cu_seqlens=plan.cu_seqlens, upcast=upcast, backend=backend
-        )[0]
-    # One new token a row is PyTorch's job until there is a kernel made for it; it can be asked of Triton.
-    attend = functools.partial(
-        causal_attention, scale=scale, upcast=upcast, backend="triton" if backend == "triton" else "torch"
+    scale = _check_scale(name, D**-0.5 if scale is None else scale)
+    if _use_triton_decoding(name, qkv, k_cache, v_cache, backend) and plan.kernels is not None:
+        return _cached_attention_kernels(qkv.detach(), k_cache, v_cache, plan, plan.kernels, scale, backend)
+    torch_backend.append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
+    attend = functools.partial(causal_attention, scale=scale, upcast=upcast, backend="torch")
+    return torch_backend.attend_row_by_row(qkv, k_cache, v_cache, plan.rows, attend)
+
+
+def _cached_attention_kernels(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan, kernels: KernelPlan, scale: float, backend: str
+) -> Tensor:
+    H = k_cache.shape[1]
+    if kernels.appended is None:
+        torch_backend.append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
+    elif kernels.appended.shape[0]:
+        where = kernels.appended
+        torch_backend.append_to_cache(qkv[where], k_cache, v_cache, plan.slots[where], plan.positions[where])
+    out = qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
+    for rows in kernels.decode:
+        _kernels().decode_attention(
+            qkv, k_cache, v_cache, out, kernels.lengths, rows.slots, rows.starts, rows.counts, rows.max_new, scale
+        )
+    for start, end, documents in kernels.fresh:
+        part = causal_attention_packed(qkv[None, start:end], H, scale=scale, cu_seqlens=documents, backend=backend)[0]
+        if end - start == qkv.shape[0]:
+            return part
+        out[start:end] = part
+    attend = functools.partial(causal_attention, scale=scale, backend=backend)
+    for slot, start, count, past in kernels.long:
+        end = start + count
+        out[start:end] = torch_backend.attend_row_by_row(
+            qkv[start:end], k_cache, v_cache, [(slot, count, past)], attend
+        )
+    return out
+
+
+def decode_attention(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, starts: Tensor | None = None,
+    counts: Tensor | None = None, slots: Tensor | None = None, scale: float | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Append up to 8 new tokens a row to a KV cache and attend: qkv (N, 3C), the packed projection -> (N, C).
+
+    k_cache, v_cache (slots, H, S, D), in qkv's dtype or float32, are written in place. `lengths` (slots,): tokens that
+    each slot holds; it stays as it is. `starts`, `counts` (R,): row r has counts[r] tokens, 0 to 8, from token
+    starts[r] of the N on; None: N rows of one token. `slots` (R,): the rows' cache slots, no two the same; None: slot
+    r. All int32 or int64. A token sees its slot's earlier tokens, the row's new ones up to itself and nothing else; a
+    token that is in no row gives 0. `scale` defaults to 1/sqrt(D). Not differentiable.
+
+    Nothing waits for the device, so a CUDA graph may hold it: on a GPU the values of the integers are not looked at,
+    and a row that has too many tokens, does not fit in its cache or names a slot or tokens that there are not writes
+    nothing to the cache and gives NaN. The PyTorch backend reads them on the host, row by row. On Triton a row's result
+    is the same to the bit whatever the other rows are (keys are split as Flash-Decoding does, Dao et al. 2023, at
+    places that depend on dtype and D alone). Raises ValueError for shapes, dtypes or devices that do not go together,
+    and where values are looked at for rows that do not fit.
+    """
+    name = "decode_attention"
+    num_slots, H, _, D = _check_cache(name, qkv, k_cache, v_cache)
+    N = qkv.shape[0]
+    if (starts is None) != (counts is None):
+        raise ValueError(
+            f"{name}: give starts and counts together; got only {'counts' if starts is None else 'starts'}"
+        )
+    num_rows = N if starts is None else starts.shape[0] if starts.dim() else -1
+    lengths = _check_integers(name, "lengths", lengths, num_slots, qkv.device)
+    starts, counts, slots = (
+        None if given is None else _check_integers(name, what, given, num_rows, qkv.device)
+        for what, given in (("starts", starts), ("counts", counts), ("slots", slots))
     )
-    return torch_backend.attend_row_by_row(qkv, k_cache, v_cache, plan, attend)
+    if slots is None and num_rows > num_slots:
+        raise ValueError(f"{name}: row r is slot r without slots; got {num_rows} rows and {num_slots} cache slots")
+    scale = _check_scale(name, D**-0.5 if scale is None else scale)
+    on_triton = _use_triton_decoding(name, qkv, k_cache, v_cache, backend)
+    qkv = qkv.detach()
+    rows = []
+    if not on_triton or (qkv.device.type == "cpu" and not torch.compiler.is_compiling()):
+        rows = _rows_on_host(name, N, k_cache.shape[2], num_rows, lengths, starts, counts, slots)
+    out = qkv.new_zeros((N, H * D)) if starts is not None else qkv.new_empty((N, H * D))
+    if on_triton:
+        max_new = 1 if starts is None else MAX_DECODE_TOKENS
+        _kernels().decode_attention(qkv, k_cache, v_cache, out, lengths, slots, starts, counts, max_new, scale)
+    elif rows:
+        tokens = [(start + i, slot, past + i) for slot, start, count, past in rows for i in range(count)]
+        index, token_slots, positions = torch.tensor(tokens, device=qkv.device).unbind(1)
+        torch_backend.append_to_cache(qkv[index], k_cache, v_cache, token_slots, positions)
+        attend = functools.partial(causal_attention, scale=scale, backend="torch")
+        plan = [(slot, count, past) for slot, _, count, past in rows]
+        out[index] = torch_backend.attend_row_by_row(qkv[index], k_cache, v_cache, plan, attend)
+    return out
+
+
+def _rows_on_host(
+    name: str, N: int, capacity: int, num_rows: int, lengths: Tensor, starts: Tensor | None, counts: Tensor | None,
+    slots: Tensor | None,
+) -> list[tuple[int, int, int, int]]:  # fmt: skip
+    """(slot, first token, number of new tokens, cached tokens) of every row that has a new token. ValueError."""
+    held = lengths.tolist()
+    slot_R = list(range(num_rows)) if slots is None else slots.tolist()
+    start_R = list(range(num_rows)) if starts is None else starts.tolist()
+    count_R = [1] * num_rows if counts is None else counts.tolist()
+    rows = []
+    for slot, start, count in zip(slot_R, start_R, count_R, strict=True):
+        if not 0 <= count <= MAX_DECODE_TOKENS or start < 0 or start + count > N:
+            raise ValueError(
+                f"{name}: a row has 0 to {MAX_DECODE_TOKENS} of the {N} tokens; got {count} from token {start} on"
+            )
+        if not 0 <= slot < len(held):
+            raise ValueError(f"{name}: slots must be in [0, {len(held)}); got {slot}")
+        if not 0 <= held[slot] <= capacity - count:
+            raise ValueError(
+                f"{name}: slot {slot} holds {held[slot]} tokens and gets {count}; the cache has room for {capacity}"
+            )
+        if count:
+            rows.append((slot, start, count, held[slot]))
+    if len({slot for slot, *_ in rows}) != len(rows):
+        raise ValueError(f"{name}: a cache slot can be in one row only; got slots {slot_R}")
+    return rows
+
+
+def _check_cache(name: str, qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[int, ...]:
+    """The caches' shape (slots, H, S, D)."""
+    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"{name}: k_cache and v_cache must share shape (R, H, S, D); "
+            f"got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        )
+    width = 3 * k_cache.shape[1] * k_cache.shape[3]
+    if qkv.dim() != 2 or qkv.shape[1] != width:
+        raise ValueError(f"{name}: qkv must be (N, {width}) for this cache; got {tuple(qkv.shape)}")
+    check_same(name, k_cache=k_cache, v_cache=v_cache)
+    if k_cache.dtype not in (qkv.dtype, torch.float32):
+        raise ValueError(f"{name}: the caches must be {qkv.dtype} as qkv or float32; got {k_cache.dtype}")
+    if k_cache.device != qkv.device:
+        raise ValueError(f"{name}: qkv is on {qkv.device}, the caches are on {k_cache.device}")
+    return tuple(k_cache.shape)
+
+
+def _check_integers(name: str, what: str, given: Tensor, count: int, device: torch.device) -> Tensor:
+    if given.shape != (count,) or given.dtype not in (torch.int32, torch.int64) or given.device != device:
+        raise ValueError(
+            f"{name}: {what} must be int32 or int64 of shape ({count},) on {device}; "
+            f"got {describe(given)} on {given.device}"
+        )
+    return given.to(torch.int32).contiguous()
+
+
+def _use_triton_decoding(name: str, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str) -> bool:
+    if not use_triton(name, qkv.device, backend):
+        return False
+    D = k_cache.shape[3]
+    reason = None
+    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reason = f"it takes float32, bfloat16 and float16; got {qkv.dtype}"
+    elif D > MAX_HEAD_SIZE:
+        reason = f"it takes head sizes up to {MAX_HEAD_SIZE}; got {D}"
+    elif qkv.stride(1) != 1 or qkv.stride(0) > MAX_ROW_STRIDE:
+        reason = f"qkv must have stride 1 in its last dimension and at most {MAX_ROW_STRIDE} between tokens"
+    elif any((D > 1 and x.stride(3) != 1) or (x.shape[2] > 1 and x.stride(2) != D) for x in (k_cache, v_cache)):
+        reason = "the caches' last two dimensions, tokens and head size, must lie without gaps"
+    if reason is not None and backend == "triton":
+        raise ValueError(f"{name}: backend='triton' cannot be used: {reason}")
+    return reason is None

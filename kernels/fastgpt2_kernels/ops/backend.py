@@ -12,14 +12,32 @@ BACKENDS = ("auto", "triton", "torch")
 OPERATORS = (
     "causal_attention",
     "cached_attention",
+    "decode_attention",
     "layer_norm",
     "activation",
+    "bias_activation",
     "linear",
+    "linear_decode",
+    "decode_step",
     "cross_entropy",
     "linear_cross_entropy",
+    "sample",
 )
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
-_TRITON_OPERATORS = frozenset({"causal_attention", "cached_attention", "cross_entropy", "linear_cross_entropy"})
+_TRITON_OPERATORS = frozenset(
+    {
+        "causal_attention",
+        "cached_attention",
+        "decode_attention",
+        "linear_decode",
+        "decode_step",
+        "cross_entropy",
+        "linear_cross_entropy",
+        "sample",
+        "layer_norm",
+        "bias_activation",
+    }
+)
 
 
 def why_not_triton(operator: str, device: torch.device | str) -> str | None:
@@ -49,7 +67,8 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
 
 
-def use_triton(operator: str, device: torch.device, backend: str) -> bool:
+def use_triton(operator: str, device: torch.device, backend: str, dtype: torch.dtype | None = None) -> bool:
+    """`dtype`, where it is given, is that of an operator whose kernels compute in float32: not for float64."""
     check_backend(backend)
     if backend == "torch":
         return False
@@ -57,6 +76,8 @@ def use_triton(operator: str, device: torch.device, backend: str) -> bool:
     if backend == "auto" and device.type == "cpu":
         return False
     reason = why_not_triton(operator, device)
+    if reason is None and dtype == torch.float64:
+        reason = "it computes in float32; got float64"
     if reason is not None and backend == "triton":
         raise ValueError(f"{operator}: backend='triton' cannot be used: {reason}")
     return reason is None

@@ -97,7 +97,7 @@ def cross_entropy(
     _check_targets(name, check_targets, targets, logits.shape[-1], ignore_index, shift)
     counted = _counted(targets, ignore_index, shift)
     counted_weight = None if reduction != "mean" else _counted_weight(targets, counted, class_weight, shift, empty)
-    if _use_triton(name, logits.device, logits.dtype, backend):
+    if use_triton(name, logits.device, backend, logits.dtype):
         loss, stats = _triton_cross_entropy(
             logits, targets, ignore_index, reduction, label_smoothing, z_loss, class_weight, shift, counted,
             counted_weight, fuse_backward, inplace_backward, return_stats,
@@ -137,13 +137,6 @@ def _triton_cross_entropy(
     if not return_stats:
         return loss, ()
     return loss, ((row_max + log_sum).view(shape), logprob.view(shape), entropy.view(shape), correct.view(shape).bool())
-
-
-def _use_triton(operator: str, device: torch.device, dtype: torch.dtype, backend: str) -> bool:
-    on_triton = use_triton(operator, device, backend)
-    if on_triton and dtype == torch.float64 and backend == "triton":
-        raise ValueError(f"{operator}: backend='triton' cannot be used: it computes in float32; got float64")
-    return on_triton and dtype != torch.float64
 
 
 def _counted(targets: Tensor, ignore_index: int, shift: bool) -> Tensor:
@@ -266,7 +259,7 @@ def linear_cross_entropy(
         logit_scale=logit_scale,
         chunk_rows=chunk_rows or linear.chunk_rows(flat_x.shape[0], weight.shape[0], x.device),
         compute_dtype=compute_dtype,
-        use_triton=_use_triton(name, x.device, compute_dtype, backend),
+        use_triton=use_triton(name, x.device, backend, compute_dtype),
     )
     divisor = None
     if num_items_in_batch is not None:

@@ -1,0 +1,168 @@
+"""Greedy generation end to end: prompts of equal and of mixed lengths, and the time to the first token.
+
+Every engine gets the same random weights. They agree when each token chosen is one that float64 could have chosen but
+for the rounding of the contender's dtype: its exact logit is below the best one by at most twice the 2x rule's budget.
+So a near tie may go either way, at any precision, and a wrong cache or mask cannot pass. int8 is measured by the plain
+expression in which weights (by output) and activations (by token) are rounded to 8 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import engines
+from benchmarks.harness import Call, Case, Contender, Settings
+from benchmarks.models import fresh, shared, shared_twin
+from benchmarks.peers import need_gpu
+from fastgpt2 import GPT2Config
+from fastgpt2.accounting import cache_bytes_per_token, forward_flops_per_token, weight_bytes
+
+TOY = GPT2Config(vocab_size=67, context_length=48, hidden_size=32, num_layers=2, num_heads=2, initializer_range=0.2)
+CHECKED_ROWS = 2
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10, "int8": 2.0**-7}
+
+
+class Inputs(NamedTuple):
+    prompts: list[list[int]]
+    new_tokens: int
+    config: GPT2Config
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    config = TOY if settings.scale == "toy" else GPT2Config.preset("gpt2", bos_token_id=None, eos_token_id=None)
+    length, new = settings.pick((64, 128), (64, 8), (8, 4))
+    for R in settings.pick((1, 8, 32, 64) if settings.on_gpu else (1, 8, 32), (1, 8), (2,)):
+        yield _case(settings, config, "generate", [length] * R, new)
+    for R in settings.pick((8, 32), (4,), (3,)):
+        yield _case(
+            settings, config, "generate mixed", [length // 4 + r * (3 * length // 2) // R for r in range(R)], new
+        )
+    yield _case(settings, config, "first token", [settings.pick(512, 128, 16)], 1)
+
+
+def _case(settings: Settings, config: GPT2Config, name: str, lengths: list[int], new: int) -> Case:
+    prompt_tokens, R = sum(lengths), len(lengths)
+    steps = new - 1  # the prompt's own forward gives the first token
+    flops = forward_flops_per_token(config, max(lengths) + new) * (prompt_tokens + R * steps)
+    flops -= 2.0 * config.vocab_size * config.hidden_size * (prompt_tokens - R)  # the head is for a prompt's last token
+    cached = sum(R * i + prompt_tokens for i in range(1, new))
+
+    def least_bytes(dtype: str) -> float:
+        kind = getattr(torch, dtype)
+        return weight_bytes(config, kind) * (1 + steps) + cache_bytes_per_token(config, kind) * cached
+
+    return Case(
+        name=name,
+        shape={"R": R, "T": max(lengths), "new": new},
+        dtype="float32",
+        contenders=[
+            Contender(label, functools.partial(build, settings, dtype), label.startswith("ours"), dtype=dtype)
+            for label, dtypes, build in CONTENDERS
+            for dtype in dtypes
+            if settings.scale != "toy" or dtype == "float32"
+        ],
+        inputs=functools.partial(_inputs, config, lengths, new),
+        disagrees=functools.partial(_disagrees, settings),
+        flops=flops,
+        bytes=least_bytes,
+        tokens=R * new,
+        end_to_end=True,
+        measures_memory=settings.scale != "quick",
+    )  # fmt: skip
+
+
+def _inputs(config: GPT2Config, lengths: list[int], new: int) -> Inputs:
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    return Inputs(prompts, new, config)
+
+
+# -- agreement ----------------------------------------------------------------------------------------------------
+
+
+def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result: list[list[int]]) -> str | None:
+    counts = [len(ids) for ids in result]
+    if counts != [inputs.new_tokens] * len(inputs.prompts):
+        return f"{inputs.new_tokens} new tokens of {len(inputs.prompts)} rows were due, not {counts}"
+    dtype = contender.dtype or "float32"
+    for row in sorted({0, len(result) - 1})[:CHECKED_ROWS]:
+        prompt, ids = inputs.prompts[row], result[row]
+        sequence = tuple(prompt + ids[:-1])
+        exact = _exact_logits(settings, inputs.config, sequence)[len(prompt) - 1 :]
+        rounding = _rounding(settings, inputs.config, tuple(prompt), dtype)
+        budget = 2 * 2 * (rounding + EPS[dtype] * exact.abs().max().item())
+        regret = exact.max(-1).values - exact.gather(-1, torch.tensor(ids, device=exact.device)[:, None])[:, 0]
+        if regret.max() > budget:
+            at = int(regret.argmax())
+            return f"row {row}, token {at}: its logit is {regret[at]:.3g} below the best, the budget is {budget:.3g}"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+@torch.no_grad()
+def _exact_logits(settings: Settings, config: GPT2Config, ids: tuple[int, ...]) -> Tensor:
+    model = shared_twin(settings, config, torch.float64)
+    return model(torch.tensor([ids], device=settings.device)).logits[0]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.no_grad()
+def _rounding(settings: Settings, config: GPT2Config, ids: tuple[int, ...], dtype: str) -> float:
+    """The largest error of the plain expression's logits in `dtype`."""
+    if dtype == "int8":
+        model = engines.rounded_to_int8(shared_twin(settings, config, torch.float32))
+    else:
+        model = shared_twin(settings, config, getattr(torch, dtype))
+    logits = model(torch.tensor([ids], device=settings.device)).logits[0]
+    return (logits.double() - _exact_logits(settings, config, ids)).abs().max().item()
+
+
+# -- contenders ---------------------------------------------------------------------------------------------------
+
+
+def _ours(settings: Settings, dtype: str, inputs: Inputs, backend: str = "auto") -> Call:
+    if backend == "torch":
+        need_gpu(settings)  # elsewhere it is what "auto" is
+    model = shared(settings, inputs.config, getattr(torch, dtype))
+    if backend != "auto":
+        model = fresh(settings, inputs.config, getattr(torch, dtype))
+        model.backend = backend
+
+    def call() -> list[list[int]]:
+        rows = len(inputs.prompts)
+        samples = model.generate(inputs.prompts, max_new_tokens=inputs.new_tokens, temperature=0, batch_size=rows)
+        return [sample.token_ids for sample in samples]
+
+    return call
+
+
+def _transformers(settings: Settings, dtype: str, inputs: Inputs) -> Call:
+    model = shared_twin(settings, inputs.config, getattr(torch, dtype))
+    ids, mask = (t.to(settings.device) for t in engines.left_padded(inputs.prompts))
+
+    def call() -> list[list[int]]:
+        new = inputs.new_tokens
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+        return out[:, ids.shape[1] :].tolist()
+
+    return call
+
+
+Build = Callable[[Settings, str, Any], Call]
+CONTENDERS: list[tuple[str, tuple[str, ...], Build]] = [
+    ("transformers", ("float32", "bfloat16"), _transformers),
+    ("ours", ("float32", "bfloat16"), _ours),
+    ("ours torch", ("bfloat16",), functools.partial(_ours, backend="torch")),
+    ("onnxruntime", ("float32", "int8"), engines.onnxruntime),
+    ("ctranslate2", ("float32", "bfloat16", "int8"), engines.ctranslate2),
+    ("llama.cpp", ("float32", "bfloat16"), engines.llama_cpp),
+    ("openvino", ("float32", "bfloat16", "int8"), engines.openvino),
+    ("vllm", ("bfloat16",), engines.vllm),
+]

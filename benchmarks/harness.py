@@ -1,0 +1,505 @@
+"""A case and its contenders: first they must agree, then they take turns, and what was measured becomes `Result`s.
+
+Agreement is the tests' rule: a contender's error against float64 is at most 2 x (the plain PyTorch expression's own
+error in the same dtype + eps x max|exact|). One that is over it is "wrong" and never timed. Turns alternate in one
+process, so that a slow moment hits everybody; ratios are medians over neighbouring turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import importlib
+import importlib.metadata
+import math
+import multiprocessing
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt2.accounting import measured_bandwidth, measured_matmul_flops, synchronize
+
+Call = Callable[[], Any]
+FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
+
+
+class LeftOutError(Exception):
+    """A contender cannot take part here; its text is the status that stands in its row."""
+
+
+NEEDS_GPU = "needs a GPU"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run: scale "full", "quick" (minutes) or "toy" (for tests); on which device; at most how long a case."""
+
+    device: str = "cpu"
+    scale: str = "full"
+    seconds: float = 20.0
+    memory: bool = True
+    folder: str = ""  # for what peers make of the weights; without one they are left out
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    def pick(self, full: Any, quick: Any, toy: Any) -> Any:
+        return {"full": full, "quick": quick, "toy": toy}[self.scale]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`build(inputs)` prepares and returns the call to time; it raises LeftOutError where it cannot.
+
+    is_plain: the plain PyTorch expression of its dtype, whose own error is the measure for the others.
+    """
+
+    name: str
+    build: Callable[[Any], Call]
+    is_ours: bool = False
+    is_plain: bool = False
+    dtype: str | None = None  # where it differs from the case's
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to compute. `shape` and `dtype` identify it together with `name`.
+
+    inputs(): what `Contender.build` is given, the same at every call.
+    exact(inputs): the float64 results. sample(results): those of a contender's that are compared (all by default).
+    disagrees(inputs, contender, result): None or why it is wrong, in place of `exact` where numbers do not tell.
+    flops, bytes: what has to be computed, and read and written at least. tokens: produced by one call.
+    end_to_end: timed by the wall clock, the host's work included; otherwise a GPU's own time, its cache flushed.
+    measures_memory: on a CPU each contender's takes a process of its own, on a GPU it is always known.
+    """
+
+    name: str
+    shape: dict[str, int]
+    dtype: str
+    contenders: Sequence[Contender] = ()
+    inputs: Callable[[], Any] = dict
+    exact: Callable[[Any], list[Tensor]] | None = None
+    sample: Callable[[Any], list[Tensor]] = list
+    disagrees: Callable[[Any, Contender, Any], str | None] | None = None
+    flops: float = 0.0
+    bytes: float | Callable[[str], float] = 0.0  # of a contender's dtype, where they differ
+    tokens: int = 0
+    end_to_end: bool = False
+    needs_gpu: bool = False
+    measures_memory: bool = True
+    seconds: float = 0.0  # that a case wants more than the settings give
+
+    @property
+    def title(self) -> str:
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.shape.items()), self.dtype])
+
+
+@dataclass
+class Result:
+    """One line of a result file. Seconds are of one call; ratios are of speed, above 1 where this contender is faster.
+
+    status: "ok", or "absent: ", "failed: ", "wrong: ", "skipped: " with the reason, or "needs a GPU".
+    ratio_peer: to `peer`, the fastest contender of the same dtype that is not ours; ratio_base: to `base`, the case's
+    first. share: of the measured limit (bandwidth or matrix products, whichever binds). peak_bytes: what one call
+    needs beside its inputs and results; resident_bytes: a whole process that does only this. cold_seconds: building
+    and the first call.
+    """
+
+    module: str
+    case: str
+    shape: dict[str, int]
+    dtype: str
+    contender: str
+    status: str
+    is_ours: bool = False
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    turns: int = 0
+    peer: str | None = None
+    ratio_peer: float | None = None
+    base: str | None = None
+    ratio_base: float | None = None
+    ratio_base_p20: float | None = None
+    ratio_base_p80: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    share: float | None = None
+    intensity: float | None = None
+    tokens_per_second: float | None = None
+    peak_bytes: int | None = None
+    resident_bytes: int | None = None
+    launches: int | None = None
+    cold_seconds: float | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+def load(module: str, settings: Settings) -> list[Case]:
+    return list(importlib.import_module(f"benchmarks.{module}").cases(settings))
+
+
+# -- agreement ----------------------------------------------------------------------------------------------------
+
+
+def error_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    if len(result) != len(exact):
+        raise ValueError(f"{len(result)} results where there are {len(exact)} to compare")
+    errors = []
+    for got, want in zip(result, exact, strict=True):
+        if got.shape != want.shape:
+            raise ValueError(f"a result of shape {tuple(got.shape)} where {tuple(want.shape)} was due")
+        errors.append((got.double() - want).abs().max().item())
+    return errors
+
+
+def out_of_budget(errors: Sequence[float], plain: Sequence[float], exact: Sequence[Tensor], dtype: str) -> str | None:
+    """Why the errors break the 2x rule, or None. The plain expression's own may be sqrt(eps) of the scale at most."""
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    for i, (error, plain_error, want) in enumerate(zip(errors, plain, exact, strict=True)):
+        scale = want.abs().max().item()
+        budget = 2 * (min(plain_error, math.sqrt(eps) * scale) + eps * scale)
+        if not error <= budget:
+            return f"result {i} is off by {error:.3g}, the budget is {budget:.3g}"
+    return None
+
+
+# -- one case -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Ready:
+    contender: Contender
+    call: Call
+    cold: float
+    times: list[float] = field(default_factory=list)
+    failure: str | None = None
+
+
+def run_case(module: str, case: Case, settings: Settings) -> list[Result]:
+    """Results of every contender, in their order."""
+    device = torch.device(settings.device)
+    results = {id(c): _blank(module, case, c, device) for c in case.contenders}
+    if case.needs_gpu and not settings.on_gpu:
+        return [Result(module, case.name, case.shape, case.dtype, "all", NEEDS_GPU, machine=machine(device))]
+    try:
+        inputs = case.inputs()
+        exact = None if case.exact is None else case.exact(inputs)
+    except Exception as error:  # as a GPU that is too small
+        return [Result(module, case.name, case.shape, case.dtype, "all", _failure(error), machine=machine(device))]
+    ready = []
+    for contender, outcome in _agreed(case, inputs, exact, device):
+        if isinstance(outcome, str):
+            results[id(contender)].status = outcome
+        else:
+            ready.append(outcome)
+    _take_turns(ready, case, settings, device)
+    for one in [one for one in ready if one.failure]:
+        results[id(one.contender)].status = one.failure
+        ready.remove(one)
+    for one in ready:
+        result = results[id(one.contender)]
+        _summarise(result, one, ready, case, device)
+        if settings.on_gpu:
+            result.launches = count_launches(one.call)
+            result.peak_bytes = _gpu_peak(one.call)
+    del inputs, exact, ready
+    gc.collect()
+    if settings.on_gpu:
+        torch.cuda.empty_cache()
+    if settings.memory and case.measures_memory and not settings.on_gpu:
+        for index, result in enumerate(results.values()):
+            if result.status == "ok":
+                peaks = peak_in_child(module, settings, case.title, index)
+                result.peak_bytes, result.resident_bytes = peaks or (None, None)
+    return list(results.values())
+
+
+def _blank(module: str, case: Case, contender: Contender, device: torch.device) -> Result:
+    dtype = contender.dtype or case.dtype
+    return Result(
+        module, case.name, case.shape, dtype, contender.name, "ok", is_ours=contender.is_ours, machine=machine(device)
+    )
+
+
+def _failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:160]}"
+
+
+def _agreed(
+    case: Case, inputs: Any, exact: list[Tensor] | None, device: torch.device
+) -> Iterator[tuple[Contender, str | _Ready]]:
+    """Each contender, ready to be timed, or what stands in its row instead."""
+    plain: dict[str, list[float]] = {}
+    for contender in sorted(case.contenders, key=lambda c: not c.is_plain):
+        dtype = contender.dtype or case.dtype
+        try:
+            start = time.perf_counter()
+            call = contender.build(inputs)
+            result = call()
+            synchronize(device)
+            cold = time.perf_counter() - start
+            if case.disagrees is not None:
+                why = case.disagrees(inputs, contender, result)
+            else:
+                errors = error_of(case.sample(result), exact or [])
+                if contender.is_plain:
+                    plain[dtype] = errors
+                why = out_of_budget(errors, plain.get(dtype, [0.0] * len(errors)), exact or [], dtype)
+            del result
+        except LeftOutError as left_out:
+            yield contender, str(left_out)
+        except Exception as error:  # a peer's failure is a row of the table, whatever it is
+            yield contender, _failure(error)
+        else:
+            yield contender, f"wrong: {why}" if why else _Ready(contender, call, cold)
+
+
+def agree(case: Case, contender: Contender, device: torch.device) -> Call:
+    """The call of one contender that agrees; LeftOutError where it cannot run, ValueError where it is wrong."""
+    needed = [c for c in case.contenders if c.is_plain and c is not contender]
+    inputs = case.inputs()
+    exact = None if case.exact is None else case.exact(inputs)
+    chosen = dataclasses.replace(case, contenders=[*needed, contender])
+    for one, outcome in _agreed(chosen, inputs, exact, device):
+        if one is contender:
+            if isinstance(outcome, _Ready):
+                return outcome.call
+            is_fault = outcome.startswith("wrong") or (contender.is_ours and outcome.startswith("failed"))
+            raise (ValueError if is_fault else LeftOutError)(outcome)
+    raise ValueError(f"{case.title} has no {contender.name}")
+
+
+def _take_turns(ready: list[_Ready], case: Case, settings: Settings, device: torch.device) -> None:
+    min_turns, max_turns = settings.pick((5, 200), (3, 7), (2, 2))
+    clock = clock_for(case, device)
+
+    def timed(one: _Ready, repeats: int) -> float:
+        if one.failure is None:
+            try:
+                return clock(one.call, device, repeats)
+            except Exception as error:
+                one.failure = _failure(error)
+        return math.inf
+
+    # A call of less than a millisecond is repeated within its turn: the clock and the loop cost a microsecond.
+    repeats = [1 if case.end_to_end else math.ceil(1e-3 / min(max(timed(one, 1), 1e-7), 1e-3)) for one in ready]
+    stop = time.perf_counter() + max(settings.seconds, case.seconds)
+    for turn in range(max_turns):
+        if not ready or (turn >= min_turns and time.perf_counter() > stop):
+            return
+        for one, number in zip(ready, repeats, strict=True):
+            one.times.append(timed(one, number))
+
+
+def clock_for(case: Case, device: torch.device) -> Callable[[Call, torch.device, int], float]:
+    return _wall_clock if case.end_to_end or device.type != "cuda" else _gpu_clock
+
+
+def _wall_clock(call: Call, device: torch.device, repeats: int) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _gpu_clock(call: Call, device: torch.device, repeats: int) -> float:
+    """A GPU's own time of one call with a cold cache; writing the cache full also gives the host its head start."""
+    total = 0.0
+    for _ in range(min(repeats, 10)):
+        _flush_buffer(device).zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        total += start.elapsed_time(end) * 1e-3
+    return total / min(repeats, 10)
+
+
+@functools.cache
+def _flush_buffer(device: torch.device) -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+
+def _summarise(result: Result, one: _Ready, ready: list[_Ready], case: Case, device: torch.device) -> None:
+    result.turns, result.cold_seconds = len(one.times), one.cold
+    result.median, result.p20, result.p80 = quantiles(one.times)
+    base = next((r for r in ready if r.contender is case.contenders[0]), None)
+    if base is not None:
+        result.base = base.contender.name
+        ratios = quantiles([b / t for b, t in zip(base.times, one.times, strict=True)])
+        result.ratio_base, result.ratio_base_p20, result.ratio_base_p80 = ratios
+    dtype = one.contender.dtype or case.dtype
+    peers = [r for r in ready if not r.contender.is_ours and (r.contender.dtype or case.dtype) == dtype]
+    if best := min((r for r in peers if r is not one), key=lambda r: statistics.median(r.times), default=None):
+        result.peer = best.contender.name
+        result.ratio_peer = statistics.median(b / t for b, t in zip(best.times, one.times, strict=True))
+    limit = limits(device, dtype)
+    moved = case.bytes(dtype) if callable(case.bytes) else case.bytes
+    if case.flops:
+        result.tflops = case.flops / result.median / 1e12
+    if moved:
+        result.gbps = moved / result.median / 1e9
+        result.intensity = case.flops / moved
+    if limit is not None and (case.flops or moved):
+        result.share = max(case.flops / limit["flops"], moved / limit["bandwidth"]) / result.median
+    if case.tokens:
+        result.tokens_per_second = case.tokens / result.median
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    ordered = sorted(values)
+    at = [ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8)]
+    return statistics.median(ordered), at[0], at[1]
+
+
+# -- what a machine can do ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def limits(device: torch.device, dtype: str) -> dict[str, float] | None:
+    """Bytes a second of a copy or a sum, FLOP/s of a matrix product, measured at the first call; None for integers."""
+    kind = getattr(torch, dtype)
+    if not kind.is_floating_point:
+        return None
+    return {"bandwidth": _bandwidth(device), "flops": measured_matmul_flops(device, kind, repeats=20)}
+
+
+@functools.cache
+def _bandwidth(device: torch.device) -> float:
+    return measured_bandwidth(device, repeats=10)
+
+
+def known_limits(device: torch.device) -> dict[str, Any]:
+    return {dtype: limits(device, dtype) for dtype in ("float32", "bfloat16")}
+
+
+@functools.cache
+def machine(device: torch.device) -> dict[str, Any]:
+    names = ("torch", "triton", "transformers")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "limits": known_limits(device),
+        "versions": {"python": platform.python_version(), **{n: v for n in names if (v := version(n))}},
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        name = ""
+    return name or platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# -- launches and memory ------------------------------------------------------------------------------------------
+
+
+def count_launches(call: Call) -> int | None:
+    """Kernels that one call runs on the GPU, copies and fills included; a CUDA graph's count one by one.
+
+    None where PyTorch's profiler cannot see them (built or run without its tracer).
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+    except (RuntimeError, AssertionError):
+        return None
+    return sum(event.count for event in profiler.key_averages() if event.device_type == DeviceType.CUDA)
+
+
+def _gpu_peak(call: Call) -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - _bytes_of(result)
+
+
+def _bytes_of(result: Any) -> int:
+    if isinstance(result, Tensor):
+        return result.numel() * result.element_size()
+    return sum(map(_bytes_of, result)) if isinstance(result, (list, tuple)) else 0
+
+
+def peak_in_child(module: str, settings: Settings, title: str, contender: int) -> tuple[int, int] | None:
+    """(growth of resident memory over one call, results not counted; all of it) in a process of its own, on a CPU.
+
+    None where it cannot be had: without psutil, or where the process dies.
+    """
+    if version("psutil") is None:
+        return None
+    # Forked from a process that has imported the libraries and started no thread: a child costs no import.
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(["torch", "transformers"])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(sender, module, settings, title, contender))
+    child.start()
+    sender.close()
+    try:
+        peaks = receiver.recv()
+    except EOFError:
+        peaks = None
+    child.join()
+    return peaks
+
+
+def _child(sender: Any, module: str, settings: Settings, title: str, contender: int) -> None:
+    case = next(case for case in load(module, settings) if case.title == title)
+    chosen = case.contenders[contender]
+    # What the libraries set up for themselves is set up by a toy case first.
+    toys = load(module, dataclasses.replace(settings, scale="toy"))
+    toy = next((toy for toy in toys if toy.name == case.name), toys[0])
+    next((c for c in toy.contenders if c.name == chosen.name), toy.contenders[0]).build(toy.inputs())()
+    sender.send(resident_peak(chosen.build(case.inputs())))
+
+
+def resident_peak(call: Call) -> tuple[int, int]:
+    import psutil
+
+    gc.collect()
+    process, done = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.0005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = call()
+    done.set()
+    watcher.join()
+    peak = max(peak, process.memory_info().rss)
+    return max(0, peak - before - _bytes_of(result)), peak

@@ -1,0 +1,365 @@
+"""Decoding on a GPU: the rows' state on the device, a CUDA graph for every number of rows, results a step late.
+
+A step (`fastgpt2_kernels/decode_step.py`) is 5 L + 3 launches and no wait for the device. Rows end by themselves there
+(stop tokens, limits, a full context); the host learns of it when it reads that step's tokens, while the next step runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt2.cache import KVCache
+from fastgpt2.config import SamplingConfig
+from fastgpt2.model import GPT2, Block, LayerNorm, Linear
+from fastgpt2_kernels import ops
+
+# Without it the device can only be a stand-in, as a kernel sanitizer has it: no graphs, no events.
+_HAS_GPU_RUNTIME = bool(torch.version.cuda or torch.version.hip)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not_decode(model: GPT2) -> str | None:
+    """Why `model` cannot be decoded by a `DecodeSession`, in one sentence; None if it can."""
+    config, device = model.config, model.device
+    if model.backend == "torch":
+        return "the model's backend is 'torch'"
+    if model.backend == "auto" and device.type != "cuda":
+        return f"the model is on {device.type}; DecodeSession is for GPUs"
+    if (reason := ops.why_not_triton("decode_step", device)) is not None:
+        return reason
+    if model.dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16; the model is {model.dtype}"
+    if config.head_dim > ops.MAX_HEAD_SIZE:
+        return f"it takes head sizes up to {ops.MAX_HEAD_SIZE}; the model's is {config.head_dim}"
+    if config.activation_function != "linear" and config.activation_function not in ops.TRITON_ACTIVATIONS:
+        return f"the activation {config.activation_function!r} has no Triton kernel"
+    parameters = list(model.parameters())
+    if any(p.device != device or p.dtype != model.dtype for p in parameters):
+        return "the model's parameters are not all on one device and of one dtype"
+    if any(not p.is_contiguous() for p in parameters):
+        return "the model's parameters are not all contiguous"
+    return None
+
+
+class NewRow(NamedTuple):
+    """A row to be begun: its cache slot, which holds the prompt's tokens already.
+
+    key: the two words of its noise (`ops.row_keys`); limit: the most new tokens.
+    """
+
+    slot: int
+    prompt_ids: Sequence[int]
+    key: tuple[int, int]
+    limit: int
+
+
+class Results(NamedTuple):
+    """A step's tokens and natural-log probabilities, by slot, on their way to the host."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    ready: torch.cuda.Event | None
+
+    def read(self) -> tuple[list[int], list[float]]:
+        """Wait for that step, not for those after it."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.tokens.tolist(), self.logprobs.tolist()
+
+
+class DecodeSession:
+    """Decoding of up to `num_slots` rows of `model` with one way of sampling.
+
+    cache: the rows' keys and values, of num_slots slots; the session grows and fills it. stop_ids end a row. On a GPU
+    steps are CUDA graphs, one for each power of two of rows, captured when first needed; where capture fails, and on a
+    CPU under Triton's interpreter, they are plain launches. use_pdl: programmatic dependent launch; None tries it on
+    the device (sm_90 and newer) and keeps it where it is faster and equal to the bit. weight_dtype: torch.int8 holds
+    the linear layers' weights in 8 bits, a scale for every output. Raises ValueError where `why_not_decode` says why.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        cache: KVCache,
+        sampling: SamplingConfig,
+        stop_ids: Sequence[int] = (),
+        *,
+        use_graphs: bool = True,
+        use_pdl: bool | None = None,
+        weight_dtype: torch.dtype | None = None,
+    ) -> None:
+        if (reason := why_not_decode(model)) is not None:
+            raise ValueError(f"DecodeSession: cannot be used: {reason}")
+        if weight_dtype not in (None, model.dtype, torch.int8):
+            raise ValueError(f"DecodeSession: weight_dtype must be {model.dtype} or torch.int8; got {weight_dtype}")
+        if cache.keys.device != model.device or cache.keys.dtype not in (model.dtype, torch.float32):
+            raise ValueError(
+                f"DecodeSession: the cache must be on {model.device} in {model.dtype} or float32; "
+                f"got {cache.keys.device} and {cache.keys.dtype}"
+            )
+        self.cache = cache
+        self._vocab_size = model.config.vocab_size
+        self.num_slots = cache.num_slots
+        self._is_asynchronous = model.device.type == "cuda" and _HAS_GPU_RUNTIME
+        self.use_graphs = use_graphs and self._is_asynchronous
+        self.use_table = self.use_graphs  # a graph knows no other way to find a cache that has grown
+        self.use_pdl = use_pdl if use_pdl is not None or self._may_have_pdl() else False
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._max_rows = self._bucket(self.num_slots)
+        # Rows that fill a bucket up are idle slots past the others, one for each, so that no two programs share any.
+        total = self.num_slots + self._max_rows
+        device = model.device
+        self.slots = ops.SlotState.idle(total, device)
+        self.seen = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(total, model.config.vocab_size, dtype=torch.bool, device=device)
+        self._step = ops.decode_step(
+            step_weights(model, weight_dtype),
+            self.slots,
+            slot_sampling(sampling, total, self.seen, device),
+            torch.tensor(list(stop_ids), dtype=torch.int32, device=device),
+            self._max_rows,
+            cache.keys.dtype,
+        )
+        self._rows: dict[int, tuple[list[int], Tensor]] = {}
+        self._cached: tuple[int, int] | None = None
+        self.fits: tuple[object, ...] = ()
+
+    @staticmethod
+    def _bucket(rows: int) -> int:
+        return 1 << max(rows - 1, 0).bit_length()
+
+    def _may_have_pdl(self) -> bool:
+        """Whether there is a device to try it on."""
+        return self.use_graphs and not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9
+
+    def configure(self, sampling: SamplingConfig) -> None:
+        """Choose tokens by `sampling` from now on. ValueError where it filters by what the session's did not."""
+        old, new = (
+            self._step.sampling,
+            slot_sampling(sampling, len(self.slots.tokens), self.seen, self.slots.tokens.device),
+        )
+        if [t is None for t in old] != [t is None for t in new]:
+            raise ValueError("DecodeSession: made for another set of filters; make a new one")
+        for to, of in zip(old, new, strict=True):
+            if to is not None and of is not None and to is not self.seen:
+                to.copy_(of)
+
+    def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
+        """Put rows into their slots, whatever these held, and choose their first tokens from logits (rows, V) float32.
+
+        ValueError for a slot or a prompt that does not fit.
+        """
+        for row in rows:
+            if not 0 <= row.slot < self.num_slots:
+                raise ValueError(f"DecodeSession: slots are 0 .. {self.num_slots - 1}; got {row.slot}")
+            if not 0 < len(row.prompt_ids) <= self.cache.capacity:
+                raise ValueError(
+                    f"DecodeSession: slot {row.slot} cannot hold {len(row.prompt_ids)} tokens; the cache has room for "
+                    f"{self.cache.capacity}: call cache.reserve"
+                )
+        if logits.shape != (len(rows), self._vocab_size) or logits.dtype != torch.float32:
+            raise ValueError(
+                f"DecodeSession: logits must be float32 of shape {(len(rows), self._vocab_size)}; "
+                f"got {logits.dtype} {tuple(logits.shape)}"
+            )
+        state, device = self.slots, self.slots.tokens.device
+        columns = [[row.slot, len(row.prompt_ids), row.limit, *row.key] for row in rows]
+        slots, lengths, limits, *key = torch.tensor(columns, dtype=torch.int64).to(device).unbind(1)
+        state.lengths[slots] = lengths.int()
+        state.limits[slots] = limits.int()
+        state.keys[slots] = torch.stack(key, 1)
+        state.status[slots] = ops.FRESH
+        state.produced[slots] = 0  # the position of the token that is chosen now
+        if self.seen is not None:
+            self.seen[slots] = False
+            seen = [(row.slot, token) for row in rows for token in set(row.prompt_ids)]
+            self.seen[tuple(torch.tensor(seen).to(device).unbind(1))] = True
+        self._step.choose(logits, slots.int())
+        state.produced[slots] = 1
+        return self._results()
+
+    def step(self, slots: Sequence[int]) -> Results:
+        """Enqueue a token for each of `slots`; nothing waits for the device. A row that has ended stands still."""
+        if not 0 < len(slots) <= self.num_slots or len(set(slots)) != len(slots):
+            raise ValueError(f"DecodeSession: a step takes 1 .. {self.num_slots} different slots; got {list(slots)}")
+        cache = (self.cache.keys.data_ptr(), self.cache.capacity)
+        if cache != self._cached:
+            self._step.use_cache(self.cache.keys, self.cache.values)
+            self._cached = cache
+        bucket = self._bucket(len(slots))
+        rows = self._device_rows(bucket, slots)
+        if self.use_graphs:
+            self._replay(bucket, rows)
+        else:
+            self._step.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
+        return self._results()
+
+    def _device_rows(self, bucket: int, slots: Sequence[int]) -> Tensor:
+        """The slots of a bucket's rows, on the device, at the place that its graph knows."""
+        wanted = [*slots, *range(self.num_slots, self.num_slots + bucket - len(slots))]
+        if bucket not in self._rows:
+            self._rows[bucket] = [], torch.empty(bucket, dtype=torch.int32, device=self.slots.tokens.device)
+        held, tensor = self._rows[bucket]
+        if held != wanted:
+            tensor.copy_(torch.tensor(wanted, dtype=torch.int32))
+            self._rows[bucket] = wanted, tensor
+        return tensor
+
+    def _results(self) -> Results:
+        tokens, logprobs = self.slots.tokens, self.slots.logprobs
+        if not self._is_asynchronous:
+            return Results(tokens.clone(), logprobs.clone(), None)
+        # To pinned memory, without waiting.
+        tokens, logprobs = (t.to("cpu", non_blocking=True) for t in (tokens, logprobs))
+        ready = torch.cuda.Event()
+        ready.record()
+        return Results(tokens, logprobs, ready)
+
+    # -- graphs -------------------------------------------------------------------------------------------------
+
+    def _replay(self, bucket: int, rows: Tensor) -> None:
+        if bucket not in self._graphs:
+            self._capture(bucket, rows)
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
+        else:
+            self._step.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
+
+    def _capture(self, bucket: int, rows: Tensor) -> None:
+        """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
+        held = rows.clone()
+        # Idle rows meanwhile: launches compile, and the self-test runs, without a row taking a step.
+        rows.copy_(torch.arange(self.num_slots, self.num_slots + bucket, dtype=torch.int32))
+        try:
+            if self.use_pdl is None:
+                self.use_pdl = self._pdl_is_better(rows)
+            self._graphs[bucket] = self._captured(rows, self.use_pdl)
+        except RuntimeError as error:
+            self.use_graphs = False
+            warnings.warn(f"DecodeSession: no CUDA graph ({error}); steps are launched one by one", stacklevel=4)
+        finally:
+            rows.copy_(held)
+
+    def _captured(self, rows: Tensor, use_pdl: bool) -> torch.cuda.CUDAGraph:
+        self._step.run(rows, use_table=True, use_pdl=use_pdl)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step.run(rows, use_table=True, use_pdl=use_pdl)
+        return graph
+
+    def _pdl_is_better(self, rows: Tensor) -> bool:
+        """Whether programmatic dependent launch gives the same logits to the bit, in less time, on this device."""
+        times, logits = [], []
+        try:
+            graphs = [self._captured(rows, use_pdl) for use_pdl in (False, True)]
+        except RuntimeError:
+            return False
+        for graph in graphs:
+            graph.replay()
+            logits.append(self._step.buffers.logits[: len(rows)].clone())
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(20):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return torch.equal(*logits) and times[1] < times[0]
+
+
+# -- sessions that are kept -----------------------------------------------------------------------------------------
+
+_KEPT: weakref.WeakKeyDictionary[GPT2, DecodeSession] = weakref.WeakKeyDictionary()
+
+
+def take_session(model: GPT2, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> DecodeSession:
+    """A session with an empty cache: the one that was given back last, if it fits, with its graphs; else a new one."""
+    kept = _KEPT.pop(model, None)
+    if kept is not None and kept.fits == _fits(model, num_slots, sampling, stop_ids):
+        kept.configure(sampling)
+        kept.cache.lengths = [0] * num_slots
+        return kept
+    del kept
+    cache = KVCache(model.config, num_slots, 1, dtype=model.dtype, device=model.device)
+    session = DecodeSession(model, cache, sampling, stop_ids)
+    session.fits = _fits(model, num_slots, sampling, stop_ids)
+    return session
+
+
+def give_back(model: GPT2, session: DecodeSession) -> None:
+    """Keep the session, its cache too, for the model's next run; it goes with the model."""
+    _KEPT[model] = session
+
+
+def _fits(model: GPT2, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> tuple[object, ...]:
+    """What a session's graphs know for good: the weights' places, the flags of the kernels, the stop tokens."""
+    filters = [t is None for t in slot_sampling(sampling, 0, None, torch.device("cpu"))]
+    weights = [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
+    return num_slots, sampling.repetition_penalty == 1.0, tuple(filters), tuple(stop_ids), tuple(weights), model.backend
+
+
+# -- what a session is made of --------------------------------------------------------------------------------------
+
+
+def step_weights(model: GPT2, weight_dtype: torch.dtype | None = None) -> ops.StepWeights:
+    """The model's weights as a step reads them: where they lie, or with torch.int8 the linear layers' in 8 bits."""
+
+    def linear(layer: Linear) -> ops.LinearWeights:
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        if weight_dtype == torch.int8:
+            weight, scale = ops.quantize_rows(weight)
+            return ops.LinearWeights(weight, bias, scale)
+        return ops.LinearWeights(weight, bias)
+
+    def layer_norm(layer: LayerNorm) -> ops.LayerNormWeights:
+        return ops.LayerNormWeights(layer.weight.detach(), layer.bias.detach(), layer.eps)
+
+    def block_weights(block: Block) -> ops.LayerWeights:
+        return ops.LayerWeights(
+            ln_1=layer_norm(block.ln_1),
+            qkv=linear(block.attn.c_attn),
+            projection=linear(block.attn.c_proj),
+            ln_2=layer_norm(block.ln_2),
+            up=linear(block.mlp.c_fc),
+            down=linear(block.mlp.c_proj),
+            attention_scale=block.scale,
+        )
+
+    transformer = model.transformer
+    return ops.StepWeights(
+        wte=transformer.wte.weight.detach(),
+        wpe=transformer.wpe.weight.detach(),
+        layers=tuple(block_weights(block) for block in transformer.h if isinstance(block, Block)),
+        ln_f=layer_norm(transformer.ln_f),
+        head=linear(model.lm_head),
+        num_heads=model.config.num_heads,
+        activation=ops.TRITON_ACTIVATIONS.get(model.config.activation_function, "linear"),
+    )
+
+
+def slot_sampling(
+    config: SamplingConfig, num_slots: int, seen: Tensor | None, device: torch.device
+) -> ops.SlotSampling:
+    """`config` for every slot; what it leaves off is None, so that the kernel has no code for it."""
+
+    def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((num_slots,), value, dtype=dtype, device=device)
+
+    penalty = None if seen is None else full(config.repetition_penalty)
+    if config.is_greedy:
+        return ops.SlotSampling(penalty=penalty, seen=seen)
+    return ops.SlotSampling(
+        temperature=full(config.temperature),
+        top_k=None if config.top_k is None else full(config.top_k, torch.int32),
+        top_p=None if config.top_p is None or config.top_p >= 1.0 else full(config.top_p),
+        min_p=full(config.min_p) if config.min_p else None,
+        penalty=penalty,
+        seen=seen,
+    )

@@ -1,0 +1,428 @@
+"""Attention of a few new tokens to a KV cache, append fused, split over the keys (Flash-Decoding, Dao et al. 2023).
+
+Row r adds count new tokens, 1 to 8, to a cache slot that holds `past` keys and values; its token t sits at position
+p = past + t and sees the positions 0 .. p. Split i is the positions [i SPLIT_S, (i + 1) SPLIT_S). For every token, head
+and split, over the positions s that the token sees in the split:
+
+    x_s = scale log2(e) q k_s     m = max x_s     l = sum 2^(x_s - m)     a = sum 2^(x_s - m) v_s
+
+and then, over the token's ceil((p + 1) / SPLIT_S) splits in their order, O = sum 2^(m_i - m) a_i / sum 2^(m_i - m) l_i.
+
+The new keys and values come from the projection, never from the cache: the program whose split holds a position writes
+it there, and nobody reads it in the same launch. SPLIT_S depends on nothing but the launch row, and every split is
+added up by itself: a row's result is the same bit for bit whatever other rows are beside it. The grid covers the
+capacity, not the lengths: a captured graph stays right as the rows grow, and programs past a row's end leave at once.
+
+One new token takes 4 D operations a key of 2 D numbers: memory is all that counts. A split is one tile, all of its keys
+and values under way at once, and its products are made outside the tensor cores. Several tokens share the tile: in
+tensor-core products, padded to 16 queries, or in float32, which those would round, one token after the other.
+
+Dimension key: R rows, N new tokens, S cache positions, H heads, D head size, C = H D.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2_kernels import launch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_NEW = 8  # new tokens of one row
+UNROLLED_SPLITS = tl.constexpr(8)  # a context of 1024
+_DOT_ROWS = 16  # the fewest queries that a tensor-core product takes
+
+
+# -- pieces -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _find_row(
+    r, lengths_ptr, slots_ptr, starts_ptr, counts_ptr, table_ptr, N, num_slots, S, max_new,
+    D: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SLOTS: tl.constexpr, INDIRECT: tl.constexpr,
+):  # fmt: skip
+    """Row r's (cache slot, first new token, number of new tokens, cached tokens, whether all of that fits)."""
+    slot, start, count = r, r, 1
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + r)
+    if HAS_STARTS:
+        start = tl.load(starts_ptr + r)
+        count = tl.load(counts_ptr + r)
+    capacity = S
+    if INDIRECT:
+        # Slots and heads are whole blocks of (S, D), one inside the other: the smaller stride is one block.
+        block = tl.minimum(tl.load(table_ptr + 3), tl.load(table_ptr + 4))
+        capacity = tl.minimum(block // D, S).to(tl.int32)
+    is_slot = (slot >= 0) & (slot < num_slots)
+    past = tl.load(lengths_ptr + slot, mask=is_slot, other=-1)
+    # Differences, since sums of what nobody has checked could overflow.
+    fits = (past >= 0) & (count <= max_new) & (past <= capacity - count) & (start >= 0) & (start <= N - count)
+    return slot, start, count, past, fits
+
+
+@triton.jit
+def _find_cache(
+    k_ptr, v_ptr, table_ptr, layer, slot, h, stride_ks, stride_kh, stride_vs, stride_vh,
+    D: tl.constexpr, INDIRECT: tl.constexpr,
+):  # fmt: skip
+    """Where the keys and the values of a slot's head begin."""
+    slot, h = tl.cast(slot, tl.int64), tl.cast(h, tl.int64)
+    if INDIRECT:
+        # All strides are multiples of D; said, and the addresses' alignment too, accesses are 128 bits wide.
+        ALIGN: tl.constexpr = 16 if D % 16 == 0 else 8 if D % 8 == 0 else 1
+        BYTES: tl.constexpr = 16
+        stride_layer = tl.multiple_of(tl.load(table_ptr + 2), ALIGN)
+        stride_slot = tl.multiple_of(tl.load(table_ptr + 3), ALIGN)
+        stride_head = tl.multiple_of(tl.load(table_ptr + 4), ALIGN)
+        offset = layer * stride_layer + slot * stride_slot + h * stride_head
+        k_type: tl.constexpr = tl.pointer_type(k_ptr.dtype.element_ty)
+        v_type: tl.constexpr = tl.pointer_type(v_ptr.dtype.element_ty)
+        k_ptr = tl.multiple_of(tl.load(table_ptr).to(k_type), BYTES) + offset
+        v_ptr = tl.multiple_of(tl.load(table_ptr + 1).to(v_type), BYTES) + offset
+    else:
+        k_ptr += slot * stride_ks + h * stride_kh
+        v_ptr += slot * stride_vs + h * stride_vh
+    return k_ptr, v_ptr
+
+
+@triton.jit
+def _combine_splits(part_out_ptr, part_max_ptr, part_sum_ptr, rows, offs_d, num_splits, MAX_SPLITS, D: tl.constexpr):
+    """Attention's output in float32 from the splits' parts, for a tile, say (tokens, columns).
+
+    All of the tile's shape: column c belongs to head h = c // D, `rows` is n H + h in int64, `offs_d` is c - h D, and
+    `num_splits` the token's ceil((p + 1) / SPLIT_S); where it is 0, nothing is read and the output is 0. The parts have
+    MAX_SPLITS places a row.
+    """
+    is_any = num_splits > 0
+    acc = tl.where(is_any, 0.0, 0.0)
+    l = acc
+    m = acc + float("-inf")
+    for start in range(0, tl.max(num_splits), UNROLLED_SPLITS):
+        # Several splits' loads are under way together: there is little else to hide their latency behind.
+        for i in tl.static_range(UNROLLED_SPLITS):
+            is_split = start + i < num_splits
+            at = rows * MAX_SPLITS + start + i
+            m_i = tl.load(part_max_ptr + at, mask=is_split, other=float("-inf"))
+            l_i = tl.load(part_sum_ptr + at, mask=is_split, other=0.0)
+            acc_i = tl.load(part_out_ptr + at * D + offs_d, mask=is_split, other=0.0)
+            m_new = tl.maximum(m, m_i)
+            m_used = tl.where(is_any, m_new, 0.0)  # -inf - (-inf) is NaN
+            alpha, beta = tl.exp2(m - m_used), tl.exp2(m_i - m_used)
+            acc = acc * alpha + acc_i * beta
+            l = l * alpha + l_i * beta
+            m = m_new
+    return tl.where(is_any, acc / tl.where(is_any, l, 1.0), 0.0)
+
+
+# -- a split ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_cached(
+    k_ptr, v_ptr, past, split_start, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT_S: tl.constexpr
+):  # fmt: skip
+    """The split's cached keys and values (SPLIT_S, BLOCK_D), and which there are: zeros from position `past` on."""
+    offs_s, offs_d = tl.arange(0, SPLIT_S), tl.arange(0, BLOCK_D)
+    is_cached = split_start + offs_s < past
+    mask = is_cached[:, None] & (offs_d < D)[None, :]
+    tile = tl.cast(split_start, tl.int64) * D + (offs_s[:, None] * D + offs_d[None, :])
+    return tl.load(k_ptr + tile, mask=mask, other=0.0), tl.load(v_ptr + tile, mask=mask, other=0.0), is_cached
+
+
+@triton.jit
+def _append_new(
+    qkv_ptr, k_ptr, v_ptr, past, count, split_start, stride_qn, C,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT_S: tl.constexpr,
+):  # fmt: skip
+    """The new keys and values (BLOCK_T, BLOCK_D) that lie in the split, written to the cache, and which they are."""
+    offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    is_here = (offs_t < count) & (past + offs_t >= split_start) & (past + offs_t < split_start + SPLIT_S)
+    mask = is_here[:, None] & (offs_d < D)[None, :]
+    new = qkv_ptr + (offs_t[:, None] * stride_qn + offs_d[None, :])
+    k = tl.load(new + C, mask=mask, other=0.0).to(k_ptr.dtype.element_ty)
+    v = tl.load(new + 2 * C, mask=mask, other=0.0).to(v_ptr.dtype.element_ty)
+    at = tl.cast(past, tl.int64) * D + (offs_t[:, None] * D + offs_d[None, :])
+    tl.store(k_ptr + at, k, mask=mask)
+    tl.store(v_ptr + at, v, mask=mask)
+    return k, v, is_here
+
+
+@triton.jit
+def _attend_one(q, k, v, is_seen, k_new, v_new, is_seen_new):
+    """(a (BLOCK_D,), m, l) of one query, scaled, over cached and new keys, outside the tensor cores."""
+    x = tl.where(is_seen, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
+    x_new = tl.where(is_seen_new, tl.sum(q[None, :] * k_new.to(tl.float32), 1), float("-inf"))
+    m = tl.maximum(tl.max(x, 0), tl.max(x_new, 0))
+    p, p_new = tl.exp2(x - m), tl.exp2(x_new - m)
+    acc = tl.sum(p[:, None] * v.to(tl.float32), 0) + tl.sum(p_new[:, None] * v_new.to(tl.float32), 0)
+    return acc, m, tl.sum(p, 0) + tl.sum(p_new, 0)
+
+
+@triton.jit
+def _attend_all(q, k, v, is_seen, k_new, v_new, is_here, scale_log2, BLOCK_T: tl.constexpr):
+    """(a (BLOCK_T, BLOCK_D), m and l (BLOCK_T,)) of the new queries (BLOCK_T, BLOCK_D), on the tensor cores."""
+    offs_t = tl.arange(0, BLOCK_T)
+    x = tl.where(is_seen[None, :], tl.dot(q, tl.trans(k)) * scale_log2, float("-inf"))  # (BLOCK_T, SPLIT_S)
+    is_seen_new = (offs_t[None, :] <= offs_t[:, None]) & is_here[None, :]
+    x_new = tl.where(is_seen_new, tl.dot(q, tl.trans(k_new)) * scale_log2, float("-inf"))  # (BLOCK_T, BLOCK_T)
+    m = tl.maximum(tl.max(x, 1), tl.max(x_new, 1))
+    m_used = tl.where(m == float("-inf"), 0.0, m)[:, None]  # a token before the split: -inf - (-inf) is NaN
+    p, p_new = tl.exp2(x - m_used), tl.exp2(x_new - m_used)
+    acc = tl.dot(p_new.to(v.dtype), v_new, tl.dot(p.to(v.dtype), v))
+    return acc, m, tl.sum(p, 1) + tl.sum(p_new, 1)
+
+
+@triton.jit(
+    do_not_specialize=["layer", "N", "num_slots", "S", "max_new"],
+    do_not_specialize_on_alignment=["lengths_ptr", "slots_ptr", "starts_ptr", "counts_ptr"],
+)
+def _decode_attention_kernel(
+    qkv_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, slots_ptr, starts_ptr, counts_ptr,
+    part_out_ptr, part_max_ptr, part_sum_ptr,
+    stride_qn, stride_ks, stride_kh, stride_vs, stride_vh, layer, N, num_slots, S, max_new, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT_S: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, INDIRECT: tl.constexpr, USE_DOT: tl.constexpr,
+):  # fmt: skip
+    """One split of one head of one row: its part of every new token; grid (R, H, splits)."""
+    r, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    H, MAX_SPLITS = tl.num_programs(1), tl.num_programs(2)
+    slot, start, count, past, fits = _find_row(
+        r, lengths_ptr, slots_ptr, starts_ptr, counts_ptr, table_ptr, N, num_slots, S, max_new, D, HAS_STARTS,
+        HAS_SLOTS, INDIRECT)  # fmt: skip
+    split_start = split * SPLIT_S
+    scale_log2 = scale * LOG2_E
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    part = (tl.cast(start, tl.int64) * H + h) * MAX_SPLITS + split  # the first token's place among the parts
+    if fits & (count > 0) & (split_start < past + count):
+        k_ptr, v_ptr = _find_cache(
+            k_ptr, v_ptr, table_ptr, layer, slot, h, stride_ks, stride_kh, stride_vs, stride_vh, D,
+            INDIRECT)  # fmt: skip
+        qkv_ptr += tl.cast(start, tl.int64) * stride_qn + h * D
+        k, v, is_cached = _load_cached(k_ptr, v_ptr, past, split_start, D, BLOCK_D, SPLIT_S)
+        k_new, v_new, is_here = _append_new(
+            qkv_ptr, k_ptr, v_ptr, past, count, split_start, stride_qn, H * D, D, BLOCK_D, BLOCK_T,
+            SPLIT_S)  # fmt: skip
+        offs_t = tl.arange(0, BLOCK_T)
+        if USE_DOT:
+            ptrs = qkv_ptr + (offs_t[:, None] * stride_qn + offs_d[None, :])
+            q = tl.load(ptrs, mask=(offs_t < count)[:, None] & mask_d[None, :], other=0.0)
+            acc, m, l = _attend_all(q, k, v, is_cached, k_new, v_new, is_here, scale_log2, BLOCK_T)
+            mask_t = (offs_t < count) & (past + offs_t >= split_start)
+            parts = part + offs_t * (H * MAX_SPLITS)
+            mask = mask_t[:, None] & mask_d[None, :]
+            tl.store(part_out_ptr + parts[:, None] * D + offs_d[None, :], acc, mask=mask)
+            tl.store(part_max_ptr + parts, m, mask=mask_t)
+            tl.store(part_sum_ptr + parts, l, mask=mask_t)
+        else:
+            t_first, t_end = tl.maximum(split_start - past, 0), count
+            if BLOCK_T == 1:
+                t_first, t_end = 0, 1  # no loop
+            for t in range(t_first, t_end):
+                q = tl.load(qkv_ptr + t * stride_qn + offs_d, mask=mask_d, other=0.0).to(tl.float32) * scale_log2
+                acc, m, l = _attend_one(q, k, v, is_cached, k_new, v_new, is_here & (offs_t <= t))
+                at = part + t * (H * MAX_SPLITS)
+                tl.store(part_out_ptr + at * D + offs_d, acc, mask=mask_d)
+                tl.store(part_max_ptr + at, m)
+                tl.store(part_sum_ptr + at, l)
+    elif (split == 0) & (not fits):
+        # Nothing of a row that does not fit is written to the cache, and those of its tokens that there are give NaN.
+        for t in range(tl.maximum(-start, 0), tl.minimum(count, N - start)):
+            at = part + tl.cast(t, tl.int64) * (H * MAX_SPLITS)
+            tl.store(part_out_ptr + at * D + offs_d, tl.full((BLOCK_D,), float("nan"), tl.float32), mask=mask_d)
+            tl.store(part_max_ptr + at, float("nan"))
+            tl.store(part_sum_ptr + at, float("nan"))
+
+
+@triton.jit(
+    do_not_specialize=["N", "num_slots", "S", "max_new", "H", "MAX_SPLITS"],
+    do_not_specialize_on_alignment=["lengths_ptr", "slots_ptr", "starts_ptr", "counts_ptr"],
+)
+def _combine_kernel(
+    out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr, table_ptr, lengths_ptr, slots_ptr, starts_ptr, counts_ptr,
+    stride_on, N, num_slots, S, max_new, H, MAX_SPLITS,
+    D: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT_S: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    INDIRECT: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C columns of one new token's output; grid (R, cdiv(C, BLOCK_C), most new tokens of a row)."""
+    _, start, count, past, fits = _find_row(
+        tl.program_id(0), lengths_ptr, slots_ptr, starts_ptr, counts_ptr, table_ptr, N, num_slots, S, max_new, D,
+        HAS_STARTS, HAS_SLOTS, INDIRECT)  # fmt: skip
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    h = offs_c // D
+    # One turn, but for a row that does not fit because it has too many tokens: all of them are NaN.
+    t_first = tl.maximum(-start, 0) + tl.program_id(2)
+    for t in range(t_first, tl.minimum(count, N - start), tl.num_programs(2)):
+        n = tl.cast(start + t, tl.int64)
+        mask = offs_c < H * D
+        num_splits = tl.where(mask, tl.where(fits, tl.cdiv(past + t + 1, SPLIT_S), 1), 0)
+        out = _combine_splits(
+            part_out_ptr, part_max_ptr, part_sum_ptr, n * H + h, offs_c - h * D, num_splits, MAX_SPLITS, D)  # fmt: skip
+        tl.store(out_ptr + n * stride_on + offs_c, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# -- launchers ----------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """What the splits make of each token and head, in float32: out (N, H, splits, D), max and sum (N, H, splits)."""
+
+    out: Tensor
+    max: Tensor
+    sum: Tensor
+
+    @classmethod
+    def empty(cls, qkv: Tensor, num_heads: int, num_splits: int) -> Parts:
+        N, width = qkv.shape
+        shape = (N, num_heads, num_splits)
+        out = qkv.new_empty((*shape, width // (3 * num_heads)), dtype=torch.float32)
+        return cls(out, *(qkv.new_empty(shape, dtype=torch.float32) for _ in range(2)))
+
+
+class Rows(NamedTuple):
+    """The rows of a launch, int32 tensors on the device. `lengths` (slots,): tokens that each slot holds.
+
+    starts, counts (R,): a row's first new token and how many it has; None: one a row, token r. slots (R,): the rows'
+    cache slots, no two the same; None: slot r. max_new: the most new tokens of a row, up to MAX_NEW; a row with more
+    does not fit. Rows of a launch with max_new = 1 are added up in another order than the same rows with more.
+    """
+
+    num_rows: int
+    lengths: Tensor
+    slots: Tensor | None = None
+    starts: Tensor | None = None
+    counts: Tensor | None = None
+    max_new: int = 1
+
+
+class Cache(NamedTuple):
+    """Keys and values (slots, H, S, D) of one layer, contiguous in S and D.
+
+    Or, with `table`, where they are to be found at the time of the launch: (5,) int64 on the device, the addresses of
+    keys and values (multiples of 16) and the strides of layer, slot and head in elements (multiples of D), of a cache
+    (layers, slots, H, S, D) that may be replaced by a longer one between two replays of a graph. k and v then only
+    tell the dtype, and S = `capacity` is the largest that there will be.
+    """
+
+    k: Tensor
+    v: Tensor
+    capacity: int
+    table: Tensor | None = None
+    layer: int = 0
+
+
+def num_splits(capacity: int, cache: Tensor, head_size: int) -> int:
+    """Splits of `capacity` positions of a cache of this dtype."""
+    return triton.cdiv(capacity, launch.decode_row(cache.element_size(), _block_d(head_size)).split_s)
+
+
+def decode_splits(qkv: Tensor, cache: Cache, rows: Rows, parts: Parts, scale: float) -> None:
+    """Write the new tokens' parts, and their keys and values to the cache."""
+    _, H, splits, D = parts.out.shape
+    if rows.num_rows * H == 0:
+        return
+    row = launch.decode_row(cache.k.element_size(), _block_d(D))
+    use_dot = rows.max_new > 1 and cache.k.element_size() == 2
+    _decode_attention_kernel[(rows.num_rows, H, splits)](
+        qkv,
+        cache.k,
+        cache.v,
+        *_row_pointers(cache, rows),
+        *parts,
+        qkv.stride(0),
+        *cache.k.stride()[:2],
+        *cache.v.stride()[:2],
+        cache.layer,
+        qkv.shape[0],
+        rows.lengths.shape[0],
+        cache.capacity,
+        rows.max_new,
+        scale,
+        D=D,
+        BLOCK_D=_block_d(D),
+        BLOCK_T=1 if rows.max_new == 1 else _DOT_ROWS if use_dot else MAX_NEW,
+        SPLIT_S=row.split_s,
+        USE_DOT=use_dot,
+        num_warps=row.one_warps if rows.max_new == 1 else row.few_warps,
+        **_flags(cache, rows),
+    )
+
+
+def combine_splits(parts: Parts, cache: Cache, rows: Rows, out: Tensor) -> None:
+    """Write the rows' tokens of `out` (N, C)."""
+    N, H, splits, D = parts.out.shape
+    if rows.num_rows * H == 0:
+        return
+    row = launch.decode_row(cache.k.element_size(), _block_d(D))
+    _combine_kernel[(rows.num_rows, triton.cdiv(H * D, row.block_c), rows.max_new)](
+        out,
+        *parts,
+        *_row_pointers(cache, rows),
+        out.stride(0),
+        N,
+        rows.lengths.shape[0],
+        cache.capacity,
+        rows.max_new,
+        H,
+        splits,
+        D=D,
+        BLOCK_C=row.block_c,
+        SPLIT_S=row.split_s,
+        num_warps=1,
+        **_flags(cache, rows),
+    )
+
+
+def decode_attention(qkv: Tensor, cache: Cache, rows: Rows, out: Tensor, scale: float) -> None:
+    """Append the rows' new tokens of qkv (N, 3C) to the cache and write what they attend to into `out` (N, C)."""
+    H, D = cache.k.shape[1], cache.k.shape[3]
+    if qkv.numel() == 0:
+        return
+    parts = Parts.empty(qkv, H, num_splits(cache.capacity, cache.k, D))
+    decode_splits(qkv, cache, rows, parts, scale)
+    combine_splits(parts, cache, rows, out)
+
+
+def _block_d(head_size: int) -> int:
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def _row_pointers(cache: Cache, rows: Rows) -> tuple[Tensor, ...]:
+    """(table, lengths, slots, starts, counts); a tensor that is not read stands for one that is not given."""
+    unread = rows.lengths
+    given = (cache.table, rows.lengths, rows.slots, rows.starts, rows.counts)
+    return tuple(unread if tensor is None else tensor for tensor in given)
+
+
+def _flags(cache: Cache, rows: Rows) -> dict[str, bool | int]:
+    return {
+        "HAS_STARTS": rows.starts is not None,
+        "HAS_SLOTS": rows.slots is not None,
+        "INDIRECT": cache.table is not None,
+        **launch.OPTIONS,
+    }
+
+
+# -- PyTorch operators --------------------------------------------------------------------------------------------
+
+torch.library.define(
+    "fastgpt2::decode_attention",
+    "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) out, Tensor lengths, Tensor? slots, "
+    "Tensor? starts, Tensor? counts, int max_new, float scale) -> ()",
+)
+
+
+@torch.library.impl("fastgpt2::decode_attention", "default")
+def _decode_attention(qkv, k_cache, v_cache, out, lengths, slots, starts, counts, max_new, scale):
+    num_rows = qkv.shape[0] if starts is None else starts.shape[0]
+    rows = Rows(num_rows, lengths, slots, starts, counts, max_new)
+    decode_attention(qkv, Cache(k_cache, v_cache, k_cache.shape[2]), rows, out, scale)
+
+
+@torch.library.register_fake("fastgpt2::decode_attention")
+def _(qkv, k_cache, v_cache, out, lengths, slots, starts, counts, max_new, scale):
+    return None

@@ -1,0 +1,177 @@
+"""One decoding step of GPT-2 in 5 L + 3 launches, nothing in it for the host to wait for, so one CUDA graph replays it.
+
+    begin          the rows' tokens become embeddings, or a row ends: a stop token, its limit, a full context
+    L times        LayerNorm + QKV | append + attention, split over the keys | sum of the splits + projection + residual
+                   | LayerNorm + up + activation | down + residual
+    head           final LayerNorm + logits
+    sample         the next token
+
+The residual stream, sums and statistics are float32; what the matrix products read is the model's dtype, as in prefill.
+Everything a row needs lies on the device at its slot, so a graph captured for a number of rows serves any slots. A
+row's numbers do not depend on its neighbours, bit for bit: every kernel here says so of itself.
+
+Dimension key: R rows of a step, S slots, L layers, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2_kernels import launch
+from fastgpt2_kernels.decode_attention import Cache, Parts, Rows, decode_splits, num_splits
+from fastgpt2_kernels.decode_types import IDLE, RUNNING, LinearWeights, SlotSampling, SlotState, StepWeights
+from fastgpt2_kernels.linear_decode import Attended, linear_decode_out
+from fastgpt2_kernels.sampling import sample_rows
+
+_IDLE, _RUNNING = tl.constexpr(IDLE), tl.constexpr(RUNNING)
+
+
+@triton.jit
+def _begin_step_kernel(
+    tokens_ptr, status_ptr, lengths_ptr, produced_ptr, limits_ptr, slots_ptr, counts_ptr, stop_ids_ptr, wte_ptr,
+    wpe_ptr, x_ptr, C, context, num_stops, stride_te, stride_pe, stride_xr,
+    BLOCK_C: tl.constexpr, BLOCK_STOPS: tl.constexpr,
+):  # fmt: skip
+    """Row r takes the token that the step before chose: into the residual stream, or as the row's last one."""
+    r = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + r).to(tl.int64)
+    token = tl.load(tokens_ptr + slot).to(tl.int64)
+    status = tl.load(status_ptr + slot)
+    # The step before has appended a token and chosen another.
+    went_on = (status == _RUNNING).to(tl.int32)
+    past = tl.load(lengths_ptr + slot) + went_on
+    produced = tl.load(produced_ptr + slot) + went_on
+    offs_stop = tl.arange(0, BLOCK_STOPS)
+    stops = tl.load(stop_ids_ptr + offs_stop, mask=offs_stop < num_stops, other=-1)
+    is_stop = tl.max((stops == token).to(tl.int32), 0) > 0
+    goes_on = (status != _IDLE) & (not is_stop) & (produced < tl.load(limits_ptr + slot)) & (past < context)
+    tl.store(lengths_ptr + slot, past)
+    tl.store(produced_ptr + slot, produced)
+    tl.store(status_ptr + slot, tl.where(goes_on, _RUNNING, _IDLE))
+    tl.store(counts_ptr + r, goes_on.to(tl.int32))
+    position = tl.minimum(past, context - 1).to(tl.int64)
+    for c in range(0, C, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C)
+        mask = offs_c < C
+        x = tl.load(wte_ptr + token * stride_te + offs_c, mask=mask).to(tl.float32)
+        x += tl.load(wpe_ptr + position * stride_pe + offs_c, mask=mask).to(tl.float32)
+        tl.store(x_ptr + r * stride_xr + offs_c, x, mask=mask)
+
+
+class Buffers(NamedTuple):
+    """What the kernels of a step hand on, for the most rows that there will be."""
+
+    x: Tensor  # (R, C) float32, the residual stream
+    qkv: Tensor  # (R, 3C)
+    hidden: Tensor  # (R, inner)
+    logits: Tensor  # (R, V) float32
+    counts: Tensor  # (R,) int32, 1 for a row that goes on
+    starts: Tensor  # (R,) int32, 0, 1, 2 ...
+    parts: Parts
+
+
+class DecodeStep:
+    """The launches of a step, over tensors that stay where they are: `run` may be captured in a CUDA graph.
+
+    `run` may find the cache through a table on the device: it can then move (`use_cache`) without another capture.
+    """
+
+    def __init__(
+        self, weights: StepWeights, slots: SlotState, sampling: SlotSampling, stop_ids: Tensor, max_rows: int,
+        cache_dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        wte = weights.wte
+        device, dtype = wte.device, wte.dtype
+        (V, C), context = wte.shape, weights.wpe.shape[0]
+        H, inner = weights.num_heads, weights.layers[0].up.weight.shape[0]
+        self.weights, self.slots, self.sampling, self.stop_ids = weights, slots, sampling, stop_ids
+        self.keys = self.values = torch.empty(0, 0, H, 0, C // H, dtype=cache_dtype, device=device)
+        self.cache_table = torch.zeros(5, dtype=torch.int64, device=device)
+        qkv = torch.zeros(max_rows, 3 * C, dtype=dtype, device=device)
+        # Rows of logits begin at multiples of 64, so that they move in 128 bits whatever the vocabulary.
+        logits = torch.zeros(max_rows, -(-V // 64) * 64, dtype=torch.float32, device=device)[:, :V]
+        self.buffers = Buffers(
+            x=torch.zeros(max_rows, C, dtype=torch.float32, device=device),
+            qkv=qkv,
+            hidden=torch.zeros(max_rows, inner, dtype=dtype, device=device),
+            logits=logits,
+            counts=torch.zeros(max_rows, dtype=torch.int32, device=device),
+            starts=torch.arange(max_rows, dtype=torch.int32, device=device),
+            parts=Parts.empty(qkv, H, num_splits(context, self.keys, C // H)),
+        )
+
+    def use_cache(self, keys: Tensor, values: Tensor) -> None:
+        """The cache of this step and those after it: keys, values (L, S, H, T, D), both of one set of strides."""
+        if keys.stride() != values.stride():
+            raise ValueError(f"use_cache: keys and values must share strides; got {keys.stride()}, {values.stride()}")
+        self.keys, self.values = keys, values
+        table = [keys.data_ptr(), values.data_ptr(), *keys.stride()[:3]]
+        self.cache_table.copy_(torch.tensor(table, dtype=torch.int64))
+
+    def run(self, slots: Tensor, *, use_table: bool = False, use_pdl: bool = False) -> None:
+        """A token for each of the slots (R,) int32, no two the same."""
+        self._begin(slots)
+        weights, (R,) = self.weights, slots.shape
+        x, qkv, hidden, logits, counts, starts = (t[:R] for t in self.buffers[:6])
+        parts = Parts(*(t[:R] for t in self.buffers.parts))
+        rows = Rows(R, self.slots.lengths, slots, starts, counts)
+        block_d = max(16, triton.next_power_of_2(self.keys.shape[4]))
+        row = launch.decode_row(self.keys.element_size(), block_d)
+        attended = Attended(parts, rows, row.split_s)
+        for i, layer in enumerate(weights.layers):
+            if use_table:
+                cache = Cache(self.keys[0], self.values[0], weights.wpe.shape[0], self.cache_table, i)
+            else:
+                cache = Cache(self.keys[i], self.values[i], self.keys.shape[3])
+            self._linear(x, layer.qkv, qkv, layer_norm=layer.ln_1, use_pdl=use_pdl)
+            decode_splits(qkv, cache, rows, parts, layer.attention_scale)
+            self._linear(attended, layer.projection, x, residual=x, use_pdl=use_pdl)
+            self._linear(x, layer.up, hidden, layer_norm=layer.ln_2, activation=weights.activation, use_pdl=use_pdl)
+            self._linear(hidden, layer.down, x, residual=x, use_pdl=use_pdl)
+        self._linear(x, weights.head, logits, layer_norm=weights.ln_f, use_pdl=use_pdl)
+        self.choose(logits, slots)
+
+    def choose(self, logits: Tensor, slots: Tensor) -> None:
+        """The next token of each of the slots (R,) int32 from logits (R, V) float32, into the slots' state."""
+        choice, state = self.sampling, self.slots
+        sample_rows(
+            logits, state.tokens, state.logprobs, slots=slots, keys=state.keys, positions=state.produced,
+            temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p, min_p=choice.min_p,
+            penalty=choice.penalty, seen=choice.seen, mark_seen=choice.seen is not None,
+        )  # fmt: skip
+
+    def _begin(self, slots: Tensor) -> None:
+        state, weights, x = self.slots, self.weights, self.buffers.x
+        C = x.shape[1]
+        _begin_step_kernel[(slots.shape[0],)](
+            state.tokens,
+            state.status,
+            state.lengths,
+            state.produced,
+            state.limits,
+            slots,
+            self.buffers.counts,
+            self.stop_ids,
+            weights.wte,
+            weights.wpe,
+            x,
+            C,
+            weights.wpe.shape[0],
+            self.stop_ids.shape[0],
+            weights.wte.stride(0),
+            weights.wpe.stride(0),
+            x.stride(0),
+            BLOCK_C=min(1024, triton.next_power_of_2(C)),
+            BLOCK_STOPS=triton.next_power_of_2(max(1, self.stop_ids.shape[0])),
+            num_warps=4,
+            **launch.OPTIONS,
+        )
+
+    @staticmethod
+    def _linear(x: Tensor | Attended, linear: LinearWeights, out: Tensor, **options: object) -> None:
+        linear_decode_out(x, linear.weight, out, bias=linear.bias, weight_scale=linear.scale, **options)  # type: ignore[arg-type]

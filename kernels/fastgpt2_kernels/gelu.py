@@ -1,0 +1,324 @@
+"""Bias and activation in one pass, what follows the MLP's first product: GELU (Hendrycks and Gimpel 2016) and others.
+
+    y = f(z),  z = x + bias          dx = dy f'(z),  dbias = sum over rows of dx
+
+In float32, each number read once and written once. Backward computes f'(z) from x and bias again: nothing else is
+saved, and neither z nor f' is ever written.
+
+The tanh GELU is 0.5 z (1 + tanh(u)) = z sigmoid(2 u), with u = sqrt(2 / pi) (z + 0.044715 z^3): no difference of
+nearly equal numbers, so its negative tail keeps its digits, and one exponential of a number that is never positive, so
+nothing overflows. SiLU and quick GELU are z sigmoid(w(z)) too; they differ in w alone.
+
+In backward each program sums dbias over its own rows and writes one partial row; `partial_sums` adds those.
+
+Dimension key: N rows, C width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2_kernels import launch
+from fastgpt2_kernels.partial_sums import empty_unless, row_alignment, sum_partials
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_PI = tl.constexpr(0.5641895835477563)
+INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+CUBIC = tl.constexpr(0.044715)  # of the tanh GELU
+# The Laplace activation of Ma et al. 2022: an error function with this mean and standard deviation times sqrt(2).
+LAPLACE_MEAN = tl.constexpr(0.707107)
+LAPLACE_WIDTH = tl.constexpr(0.3989425750415753)
+
+
+@triton.jit
+def _sigmoids(w):
+    """sigmoid(w) and sigmoid(-w), each to its own last bits."""
+    e = tl.exp2(tl.abs(w) * -LOG2_E)
+    larger = 1.0 / (1.0 + e)
+    return tl.where(w < 0, e * larger, larger), tl.where(w < 0, larger, e * larger)
+
+
+@triton.jit
+def _gate_slope(z, s, rest, dw):
+    """Of z sigmoid(w): sigmoid(w) + z w' sigmoid(w) sigmoid(-w), where 0 times an overflow is 0."""
+    product = s * rest
+    return s + tl.where(product == 0, 0.0, z * product * dw)
+
+
+@triton.jit
+def _tanh(z):
+    """1 - 2 / (1 + exp(2 |z|)) with z's sign; a series where that would be a difference of nearly equal numbers."""
+    e = tl.exp2(tl.abs(z) * (-2.0 * LOG2_E))
+    t = (1.0 - e) / (1.0 + e)
+    z2 = z * z
+    series = z + z * z2 * (-1.0 / 3.0 + z2 * (2.0 / 15.0 + z2 * (-17.0 / 315.0 + z2 * (62.0 / 2835.0))))
+    return tl.where(tl.abs(z) < 0.25, series, tl.where(z < 0, -t, t))
+
+
+@triton.jit
+def _normal_cdf(z):
+    return (tl.erf(z * SQRT_HALF) + 1.0) * 0.5
+
+
+@triton.jit
+def _normal_density(z):
+    return tl.exp2(z * z * (-0.5 * LOG2_E)) * INV_SQRT_2_PI
+
+
+@triton.jit
+def _mish_gate(z):
+    """tanh(log(1 + exp(z))) and the square root of 1 minus its square, as fractions of e = exp(-|z|)."""
+    e = tl.exp2(tl.abs(z) * -LOG2_E)
+    top = tl.where(z < 0, e * (e + 2.0), 1.0 + 2.0 * e)
+    bottom = tl.where(z < 0, 2.0, 2.0 * e * e) + top
+    return top / bottom, 2.0 * (1.0 + e) * tl.where(z < 0, 1.0, e) / bottom
+
+
+@triton.jit
+def _activation(z, NAME: tl.constexpr):
+    # Comparisons are written such that a NaN comes through.
+    if NAME == "gelu_tanh":
+        y = z * _sigmoids(z * (z * z * CUBIC + 1.0) * TWO_SQRT_2_OVER_PI)[0]
+    elif NAME == "silu":
+        y = z * _sigmoids(z)[0]
+    elif NAME == "quick_gelu":
+        y = z * _sigmoids(z * 1.702)[0]
+    elif NAME == "gelu":
+        y = z * _normal_cdf(z)
+    elif NAME == "gelu_10":
+        y = z * _normal_cdf(z)
+        y = tl.where(y > 10.0, 10.0, y)  # it is never below -10
+    elif NAME == "laplace":
+        y = (tl.erf((z - LAPLACE_MEAN) / LAPLACE_WIDTH) + 1.0) * 0.5
+    elif NAME == "sigmoid":
+        y = _sigmoids(z)[0]
+    elif NAME == "tanh":
+        y = _tanh(z)
+    elif NAME == "mish":
+        y = z * _mish_gate(z)[0]
+    elif NAME == "relu":
+        y = tl.where(z <= 0, 0.0, z)
+    elif NAME == "relu2":
+        y = tl.where(z <= 0, 0.0, z * z)
+    elif NAME == "relu6":
+        y = tl.where(z <= 0, 0.0, tl.where(z >= 6.0, 6.0, z))
+    elif NAME == "leaky_relu":
+        y = tl.where(z > 0, z, z * 0.01)
+    else:
+        tl.static_assert(NAME == "hardswish", "no such activation")
+        y = z * tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, 1.0, (z + 3.0) * (1.0 / 6.0)))
+    return y
+
+
+@triton.jit
+def _slope(z, NAME: tl.constexpr):
+    """f'(z)."""
+    if NAME == "gelu_tanh":
+        s, rest = _sigmoids(z * (z * z * CUBIC + 1.0) * TWO_SQRT_2_OVER_PI)
+        slope = _gate_slope(z, s, rest, (z * z * (3.0 * CUBIC) + 1.0) * TWO_SQRT_2_OVER_PI)
+    elif NAME == "silu":
+        s, rest = _sigmoids(z)
+        slope = _gate_slope(z, s, rest, 1.0)
+    elif NAME == "quick_gelu":
+        s, rest = _sigmoids(z * 1.702)
+        slope = _gate_slope(z, s, rest, 1.702)
+    elif NAME == "gelu":
+        slope = _normal_cdf(z) + z * _normal_density(z)
+    elif NAME == "gelu_10":
+        cdf = _normal_cdf(z)
+        slope = tl.where(z * cdf > 10.0, 0.0, cdf + z * _normal_density(z))
+    elif NAME == "laplace":
+        u = (z - LAPLACE_MEAN) / LAPLACE_WIDTH
+        slope = tl.exp2(u * u * -LOG2_E) * (INV_SQRT_PI / LAPLACE_WIDTH)
+    elif NAME == "sigmoid":
+        s, rest = _sigmoids(z)
+        slope = s * rest
+    elif NAME == "tanh":
+        s, rest = _sigmoids(z * 2.0)
+        slope = s * rest * 4.0
+    elif NAME == "mish":
+        gate, root = _mish_gate(z)
+        slope = gate + z * (root * root) * _sigmoids(z)[0]
+    elif NAME == "relu":
+        slope = tl.where(z <= 0, 0.0, 1.0)
+    elif NAME == "relu2":
+        slope = tl.where(z <= 0, 0.0, z * 2.0)
+    elif NAME == "relu6":
+        slope = tl.where((z <= 0) | (z >= 6.0), 0.0, 1.0)
+    elif NAME == "leaky_relu":
+        slope = tl.where(z > 0, 1.0, 0.01)
+    else:
+        tl.static_assert(NAME == "hardswish", "no such activation")
+        slope = tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, 1.0, z * (1.0 / 3.0) + 0.5))
+    return slope
+
+
+@triton.jit
+def _load_z(x_ptr, n, offs_c, mask, mask_c, bias_ptr, stride_xn, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr):
+    """x + bias of rows n, in float32, (BLOCK_N, BLOCK_C)."""
+    rows = tl.multiple_of(n.to(tl.int64)[:, None] * stride_xn, [ALIGN, ALIGN])
+    z = tl.load(x_ptr + rows + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
+def _bias_activation_fwd_kernel(
+    x_ptr, bias_ptr, y_ptr, N, stride_xn,
+    C: tl.constexpr, NAME: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One tile of y. Columns are the fast grid dimension: neighbours share rows, and no number of rows is too many."""
+    column_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    n = (pid // column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = (pid % column_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mask = (n < N)[:, None] & mask_c[None, :]
+    z = _load_z(x_ptr, n, offs_c, mask, mask_c, bias_ptr, stride_xn, HAS_BIAS, ALIGN)
+    out = n.to(tl.int64)[:, None] * C + offs_c[None, :]
+    tl.store(y_ptr + out, _activation(z, NAME).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias_activation_bwd_kernel(
+    dy_ptr, x_ptr, bias_ptr, dx_ptr, partials_ptr, N, stride_dyn, stride_xn,
+    C: tl.constexpr, NAME: tl.constexpr, HAS_BIAS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DB: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of every num_programs(1)-th tile of rows: dx, and their share of dbias."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    dbias = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in range(tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        mask = (n < N)[:, None] & mask_c[None, :]
+        dy_rows = tl.multiple_of(n.to(tl.int64)[:, None] * stride_dyn, [ALIGN, ALIGN])
+        dy = tl.load(dy_ptr + dy_rows + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = _load_z(x_ptr, n, offs_c, mask, mask_c, bias_ptr, stride_xn, HAS_BIAS, ALIGN)
+        dx = dy * _slope(z, NAME)
+        if NEEDS_DX:
+            out = n.to(tl.int64)[:, None] * C + offs_c[None, :]
+            tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NEEDS_DB:
+            dbias += tl.where(mask, dx, 0.0)  # a bias may be such that the slope of nothing is NaN
+    if NEEDS_DB:
+        partial = partials_ptr + tl.program_id(1).to(tl.int64) * C
+        tl.store(partial + offs_c, tl.sum(dbias, 0), mask=mask_c)
+
+
+# -- launchers ----------------------------------------------------------------------------------------------------
+
+
+def bias_activation_forward(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """x (N, C), last stride 1, bias (C,) contiguous -> y (N, C)."""
+    N, C = x.shape
+    y = x.new_empty((N, C))
+    if x.numel():
+        row = launch.ACTIVATION
+        _bias_activation_fwd_kernel[(triton.cdiv(N, row.block_n) * triton.cdiv(C, row.block_c),)](
+            x_ptr=x,
+            bias_ptr=x if bias is None else bias,
+            y_ptr=y,
+            N=N,
+            stride_xn=x.stride(0),
+            C=C,
+            NAME=name,
+            HAS_BIAS=bias is not None,
+            ALIGN=row_alignment(x),
+            BLOCK_N=row.block_n,
+            BLOCK_C=row.block_c,
+            num_warps=row.num_warps,
+            **launch.OPTIONS,
+        )
+    return y
+
+
+def bias_activation_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, name: str, *, needs_dx: bool, needs_dbias: bool
+) -> tuple[Tensor, Tensor]:
+    """dx (N, C) and dbias (C,) from dy, x (N, C), last stride 1; of no elements where not needed."""
+    N, C = x.shape
+    dx, dbias = _empty_gradients(x, bias, needs_dx, needs_dbias)
+    if x.numel() == 0:
+        return dx, dbias.zero_()
+    row = launch.ACTIVATION
+    column_blocks = triton.cdiv(C, row.block_c)
+    programs = triton.cdiv(row.programs * launch.multiprocessors(x.device), column_blocks)
+    programs = min(programs, triton.cdiv(N, row.bwd_block_n))
+    partials = empty_unless(needs_dbias, x, (programs, 1, C), torch.float32)
+    _bias_activation_bwd_kernel[(column_blocks, programs)](
+        dy_ptr=dy,
+        x_ptr=x,
+        bias_ptr=x if bias is None else bias,
+        dx_ptr=dx,
+        partials_ptr=partials,
+        N=N,
+        stride_dyn=dy.stride(0),
+        stride_xn=x.stride(0),
+        C=C,
+        NAME=name,
+        HAS_BIAS=bias is not None,
+        NEEDS_DX=needs_dx,
+        NEEDS_DB=needs_dbias,
+        ALIGN=row_alignment(dy, x),
+        BLOCK_N=row.bwd_block_n,
+        BLOCK_C=row.block_c,
+        num_warps=row.num_warps,
+        **launch.OPTIONS,
+    )
+    if needs_dbias:
+        sum_partials(partials, [dbias])
+    return dx, dbias
+
+
+def _empty_gradients(x: Tensor, bias: Tensor | None, needs_dx: bool, needs_dbias: bool) -> tuple[Tensor, Tensor]:
+    dbias = empty_unless(needs_dbias, x, x.shape[1:], x.dtype if bias is None else bias.dtype)
+    return empty_unless(needs_dx, x, x.shape, x.dtype), dbias
+
+
+# -- PyTorch operators --------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastgpt2::bias_activation", mutates_args=())
+def bias_activation_op(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    return bias_activation_forward(x, bias, name)
+
+
+@bias_activation_op.register_fake
+def _(x, bias, name):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("fastgpt2::bias_activation_backward", mutates_args=())
+def bias_activation_backward_op(
+    dy: Tensor, x: Tensor, bias: Tensor | None, name: str, needs_dx: bool, needs_dbias: bool
+) -> tuple[Tensor, Tensor]:
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    return bias_activation_backward(dy, x, bias, name, needs_dx=needs_dx, needs_dbias=needs_dbias)
+
+
+@bias_activation_backward_op.register_fake
+def _(dy, x, bias, name, needs_dx, needs_dbias):
+    return _empty_gradients(x, bias, needs_dx, needs_dbias)
+
+
+def _save(ctx, inputs, output):
+    x, bias, ctx.name = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx, dy):
+    x, bias = ctx.saved_tensors
+    needs_dx, needs_dbias, _ = ctx.needs_input_grad
+    dx, dbias = bias_activation_backward_op(dy, x, bias, ctx.name, needs_dx, needs_dbias)
+    return dx if needs_dx else None, dbias if needs_dbias else None, None
+
+
+bias_activation_op.register_autograd(_backward, setup_context=_save)

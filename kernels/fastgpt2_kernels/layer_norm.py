@@ -1,0 +1,417 @@
+"""LayerNorm over the last dimension (Ba et al. 2016), with the residual sum before it where there is one.
+
+For a row s = x (+ residual) of C numbers, with biased variance:
+
+    y = (s - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps)
+
+and for the gradients, with h = (s - mean) rstd, g = weight dy and means over the row:
+
+    ds = rstd (g - mean(g) - h mean(g h)) + ds_after,   dweight = sum over rows of dy h,   dbias = sum over rows of dy
+
+`ds_after` is the gradient that reaches s by its other way, past this LayerNorm. x and residual share ds.
+
+All in float32. The variance takes two passes over the row in registers: differences to the mean first, then squares.
+The mean itself is rounded; what is left of it, the mean of the differences, is taken off once more, so that a mean far
+larger than the spread costs no digits. Saved are s (or x) and of each row the mean, what was left, and rstd: 12 bytes,
+where computing them again would be three more reductions, each waiting for the one before.
+
+In backward a fixed number of programs walks over the rows; each sums its share of dweight and dbias in registers and
+writes one partial row, and `partial_sums` adds those. Rows too long for the registers are walked over in blocks.
+
+Dimension key: N = B * T rows, C width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2_kernels import launch
+from fastgpt2_kernels.partial_sums import empty_unless, row_alignment, sum_partials
+
+
+@triton.jit
+def _row_start(n, T, stride_b, stride_t, ALIGN: tl.constexpr):
+    """Where row n = b T + t starts."""
+    n = tl.cast(n, tl.int64)
+    return tl.multiple_of((n // T) * stride_b + (n % T) * stride_t, ALIGN)
+
+
+@triton.jit
+def _load_sum(x_ptr, residual_ptr, s_ptr, offs, mask, HAS_RESIDUAL: tl.constexpr):
+    """s in float32: x, or x + residual, rounded as it is stored at s_ptr."""
+    s = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        s += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        rounded = s.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + offs, rounded, mask=mask)
+        s = rounded.to(tl.float32)
+    return s
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, left_ptr, rstd_ptr, N, T,
+    stride_xb, stride_xt, stride_rb, stride_rt, eps,
+    C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Every num_programs-th row, each in registers; weight and bias are loaded once."""
+    offs = tl.arange(0, BLOCK_C)
+    mask = offs < C
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    for n in range(tl.program_id(0), N, tl.num_programs(0)):
+        x_row = x_ptr + _row_start(n, T, stride_xb, stride_xt, ALIGN)
+        residual_row = residual_ptr + _row_start(n, T, stride_rb, stride_rt, ALIGN)
+        out = tl.cast(n, tl.int64) * C
+        s = _load_sum(x_row, residual_row, s_ptr + out, offs, mask, HAS_RESIDUAL)
+        mean = tl.sum(s, 0) / C
+        d = tl.where(mask, s - mean, 0.0)
+        left = tl.sum(d, 0) / C
+        d = tl.where(mask, d - left, 0.0)
+        rstd = tl.rsqrt(tl.sum(d * d, 0) / C + eps)
+        y = d * rstd * weight + bias
+        tl.store(y_ptr + out + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(mean_ptr + n, mean)
+        tl.store(left_ptr + n, left)
+        tl.store(rstd_ptr + n, rstd)
+
+
+@triton.jit
+def _layer_norm_wide_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, left_ptr, rstd_ptr, N, T,
+    stride_xb, stride_xt, stride_rb, stride_rt, eps,
+    C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One row, read three times in blocks: mean, variance, result. The second and third find it in the L2 cache."""
+    n = tl.program_id(0)
+    x_row = x_ptr + _row_start(n, T, stride_xb, stride_xt, ALIGN)
+    residual_row = residual_ptr + _row_start(n, T, stride_rb, stride_rt, ALIGN)
+    out = tl.cast(n, tl.int64) * C
+    sums = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        offs = start + tl.arange(0, BLOCK_C)
+        sums += _load_sum(x_row, residual_row, s_ptr + out, offs, offs < C, HAS_RESIDUAL)
+    mean = tl.sum(sums, 0) / C
+    # Every thread reads back what it wrote itself: blocks are laid out alike in all three loops.
+    s_row = s_ptr + out if HAS_RESIDUAL else x_row
+    sums = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        offs = start + tl.arange(0, BLOCK_C)
+        s = tl.load(s_row + offs, mask=offs < C, other=0.0).to(tl.float32)
+        d = tl.where(offs < C, s - mean, 0.0)
+        sums += d
+        squares += d * d
+    left = tl.sum(sums, 0) / C  # a few roundings of the mean: its square is small beside the variance
+    rstd = tl.rsqrt(tl.maximum(tl.sum(squares, 0) / C - left * left, 0.0, propagate_nan=tl.PropagateNan.ALL) + eps)
+    for start in range(0, C, BLOCK_C):
+        offs = start + tl.arange(0, BLOCK_C)
+        mask = offs < C
+        s = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        y = ((s - mean) - left) * rstd * weight + bias
+        tl.store(y_ptr + out + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + n, mean)
+    tl.store(left_ptr + n, left)
+    tl.store(rstd_ptr + n, rstd)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr, ds_after_ptr, s_ptr, weight_ptr, mean_ptr, left_ptr, rstd_ptr, ds_ptr, partials_ptr, N, T,
+    stride_dyb, stride_dyt, stride_ab, stride_at, stride_sb, stride_st,
+    C: tl.constexpr, HAS_AFTER: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Every num_programs-th row: ds, and their share of dweight and dbias."""
+    first = tl.program_id(0)
+    offs = tl.arange(0, BLOCK_C)
+    mask = offs < C
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_C,), tl.float32)
+    dbias = tl.zeros((BLOCK_C,), tl.float32)
+    for n in range(first, N, tl.num_programs(0)):
+        dy_row = dy_ptr + _row_start(n, T, stride_dyb, stride_dyt, ALIGN)
+        dy = tl.load(dy_row + offs, mask=mask, other=0.0).to(tl.float32)
+        if NEEDS_DS or NEEDS_DW:
+            s_row = s_ptr + _row_start(n, T, stride_sb, stride_st, ALIGN)
+            s = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + n)
+            h = tl.where(mask, ((s - tl.load(mean_ptr + n)) - tl.load(left_ptr + n)) * rstd, 0.0)
+        if NEEDS_DS:
+            g = weight * dy
+            ds = rstd * ((g - tl.sum(g, 0) / C) - h * (tl.sum(g * h, 0) / C))
+            if HAS_AFTER:
+                after_row = ds_after_ptr + _row_start(n, T, stride_ab, stride_at, ALIGN)
+                ds += tl.load(after_row + offs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(ds_ptr + tl.cast(n, tl.int64) * C + offs, ds.to(ds_ptr.dtype.element_ty), mask=mask)
+        if NEEDS_DW:
+            dweight += dy * h
+        if NEEDS_DB:
+            dbias += dy
+    partial = partials_ptr + first.to(tl.int64) * (NEEDS_DW + NEEDS_DB) * C
+    if NEEDS_DW:
+        tl.store(partial + offs, dweight, mask=mask)
+    if NEEDS_DB:
+        tl.store(partial + NEEDS_DW * C + offs, dbias, mask=mask)
+
+
+@triton.jit
+def _layer_norm_wide_bwd_kernel(
+    dy_ptr, ds_after_ptr, s_ptr, weight_ptr, mean_ptr, left_ptr, rstd_ptr, ds_ptr, partials_ptr, N, T,
+    stride_dyb, stride_dyt, stride_ab, stride_at, stride_sb, stride_st,
+    C: tl.constexpr, HAS_AFTER: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The same in blocks: ds row after row, each read twice; then dweight and dbias block after block."""
+    first = tl.program_id(0)
+    if NEEDS_DS:
+        for n in range(first, N, tl.num_programs(0)):
+            dy_row = dy_ptr + _row_start(n, T, stride_dyb, stride_dyt, ALIGN)
+            s_row = s_ptr + _row_start(n, T, stride_sb, stride_st, ALIGN)
+            after_row = ds_after_ptr + _row_start(n, T, stride_ab, stride_at, ALIGN)
+            ds_row = ds_ptr + tl.cast(n, tl.int64) * C
+            mean = tl.load(mean_ptr + n)
+            left = tl.load(left_ptr + n)
+            rstd = tl.load(rstd_ptr + n)
+            sums_g = tl.zeros((BLOCK_C,), tl.float32)
+            sums_gh = tl.zeros((BLOCK_C,), tl.float32)
+            for start in range(0, C, BLOCK_C):
+                offs = start + tl.arange(0, BLOCK_C)
+                g, h = _load_g_and_h(dy_row, s_row, weight_ptr, offs, offs < C, mean, left, rstd)
+                sums_g += g
+                sums_gh += g * h
+            mean_g = tl.sum(sums_g, 0) / C
+            mean_gh = tl.sum(sums_gh, 0) / C
+            for start in range(0, C, BLOCK_C):
+                offs = start + tl.arange(0, BLOCK_C)
+                mask = offs < C
+                g, h = _load_g_and_h(dy_row, s_row, weight_ptr, offs, mask, mean, left, rstd)
+                ds = rstd * ((g - mean_g) - h * mean_gh)
+                if HAS_AFTER:
+                    ds += tl.load(after_row + offs, mask=mask, other=0.0).to(tl.float32)
+                tl.store(ds_row + offs, ds.to(ds_ptr.dtype.element_ty), mask=mask)
+    if NEEDS_DW or NEEDS_DB:
+        partial = partials_ptr + first.to(tl.int64) * (NEEDS_DW + NEEDS_DB) * C
+        for start in range(0, C, BLOCK_C):
+            offs = start + tl.arange(0, BLOCK_C)
+            mask = offs < C
+            dweight = tl.zeros((BLOCK_C,), tl.float32)
+            dbias = tl.zeros((BLOCK_C,), tl.float32)
+            for n in range(first, N, tl.num_programs(0)):
+                dy_row = dy_ptr + _row_start(n, T, stride_dyb, stride_dyt, ALIGN)
+                dy = tl.load(dy_row + offs, mask=mask, other=0.0).to(tl.float32)
+                dbias += dy
+                if NEEDS_DW:
+                    s_row = s_ptr + _row_start(n, T, stride_sb, stride_st, ALIGN)
+                    s = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
+                    d = (s - tl.load(mean_ptr + n)) - tl.load(left_ptr + n)
+                    dweight += dy * (d * tl.load(rstd_ptr + n))
+            if NEEDS_DW:
+                tl.store(partial + offs, dweight, mask=mask)
+            if NEEDS_DB:
+                tl.store(partial + NEEDS_DW * C + offs, dbias, mask=mask)
+
+
+@triton.jit
+def _load_g_and_h(dy_row, s_row, weight_ptr, offs, mask, mean, left, rstd):
+    dy = tl.load(dy_row + offs, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return weight * dy, tl.where(mask, ((s - mean) - left) * rstd, 0.0)
+
+
+# -- launchers ----------------------------------------------------------------------------------------------------
+
+
+class Outputs(NamedTuple):
+    """y (B, T, C); s = x + residual, of no elements where there is no residual; (B, T) float32: mean, left, rstd."""
+
+    y: Tensor
+    s: Tensor
+    mean: Tensor
+    left: Tensor
+    rstd: Tensor
+
+
+class Gradients(NamedTuple):
+    """ds (B, T, C), dweight and dbias (C,), each of no elements where it is not asked for."""
+
+    ds: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+def _empty_outputs(x: Tensor, residual: Tensor | None) -> Outputs:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    stats = [x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(3)]
+    return Outputs(x.new_empty(x.shape, dtype=dtype), empty_unless(residual is not None, x, x.shape, dtype), *stats)
+
+
+def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> Outputs:
+    """x, residual (B, T, C) of any strides but 1 in the last dimension; weight, bias (C,) contiguous."""
+    B, T, C = x.shape
+    out = _empty_outputs(x, residual)
+    if x.numel() == 0:
+        return out
+    row = launch.layer_norm_row("forward", C, launch.architecture(x.device))
+    other = x if residual is None else residual
+    is_wide = row.block_c < C
+    kernel = _layer_norm_wide_fwd_kernel if is_wide else _layer_norm_fwd_kernel
+    kernel[(B * T if is_wide else _num_programs(row, x),)](
+        x_ptr=x,
+        residual_ptr=other,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=out.y,
+        s_ptr=out.y if residual is None else out.s,
+        mean_ptr=out.mean,
+        left_ptr=out.left,
+        rstd_ptr=out.rstd,
+        N=B * T,
+        T=T,
+        stride_xb=x.stride(0),
+        stride_xt=x.stride(1),
+        stride_rb=other.stride(0),
+        stride_rt=other.stride(1),
+        eps=eps,
+        C=C,
+        HAS_RESIDUAL=residual is not None,
+        ALIGN=row_alignment(x, residual),
+        BLOCK_C=row.block_c,
+        num_warps=row.num_warps,
+        **row.options,
+    )
+    return out
+
+
+def _num_programs(row: launch.LayerNormRow, x: Tensor) -> int:
+    return min(x.shape[0] * x.shape[1], row.programs * launch.multiprocessors(x.device))
+
+
+def layer_norm_backward(
+    dy: Tensor, ds_after: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, left: Tensor, rstd: Tensor, *,
+    bias_dtype: torch.dtype, needs_ds: bool, needs_dweight: bool, needs_dbias: bool,
+) -> Gradients:  # fmt: skip
+    """dy, ds_after, s (B, T, C) of any strides but 1 in the last dimension; only what is needed is computed."""
+    B, T, C = s.shape
+    out = _empty_gradients(s, weight, bias_dtype, needs_ds, needs_dweight, needs_dbias)
+    if s.numel() == 0:
+        out.dweight.zero_()
+        out.dbias.zero_()
+        return out
+    row = launch.layer_norm_row("backward", C, launch.architecture(s.device))
+    num_programs = _num_programs(row, s)
+    sums = [t for t, needed in ((out.dweight, needs_dweight), (out.dbias, needs_dbias)) if needed]
+    partials = s.new_empty((num_programs, len(sums), C), dtype=torch.float32)
+    after = dy if ds_after is None else ds_after
+    kernel = _layer_norm_wide_bwd_kernel if row.block_c < C else _layer_norm_bwd_kernel
+    kernel[(num_programs,)](
+        dy_ptr=dy,
+        ds_after_ptr=after,
+        s_ptr=s,
+        weight_ptr=weight,
+        mean_ptr=mean,
+        left_ptr=left,
+        rstd_ptr=rstd,
+        ds_ptr=out.ds,
+        partials_ptr=partials,
+        N=B * T,
+        T=T,
+        stride_dyb=dy.stride(0),
+        stride_dyt=dy.stride(1),
+        stride_ab=after.stride(0),
+        stride_at=after.stride(1),
+        stride_sb=s.stride(0),
+        stride_st=s.stride(1),
+        C=C,
+        HAS_AFTER=ds_after is not None,
+        NEEDS_DS=needs_ds,
+        NEEDS_DW=needs_dweight,
+        NEEDS_DB=needs_dbias,
+        ALIGN=row_alignment(dy, ds_after, s),
+        BLOCK_C=row.block_c,
+        num_warps=row.num_warps,
+        **row.options,
+    )
+    if sums:
+        sum_partials(partials, sums)
+    return out
+
+
+def _empty_gradients(
+    s: Tensor, weight: Tensor, bias_dtype: torch.dtype, needs_ds: bool, needs_dweight: bool, needs_dbias: bool
+) -> Gradients:
+    return Gradients(
+        empty_unless(needs_ds, s, s.shape, s.dtype),
+        empty_unless(needs_dweight, weight, weight.shape, weight.dtype),
+        empty_unless(needs_dbias, weight, weight.shape, bias_dtype),
+    )
+
+
+# -- PyTorch operators --------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastgpt2::layer_norm", mutates_args=())
+def layer_norm_op(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, s, mean, left, rstd) as `Outputs`, differentiable in y and s."""
+    return layer_norm_forward(x, weight, bias, residual, eps)
+
+
+@layer_norm_op.register_fake
+def _(x, weight, bias, residual, eps):
+    return tuple(_empty_outputs(x, residual))
+
+
+@torch.library.custom_op("fastgpt2::layer_norm_backward", mutates_args=())
+def layer_norm_backward_op(
+    dy: Tensor, ds_after: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, left: Tensor, rstd: Tensor,
+    bias_dtype: torch.dtype, needs_ds: bool, needs_dweight: bool, needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    ds_after = ds_after if ds_after is None or ds_after.stride(-1) == 1 else ds_after.contiguous()
+    return layer_norm_backward(
+        dy, ds_after, s, weight, mean, left, rstd, bias_dtype=bias_dtype, needs_ds=needs_ds,
+        needs_dweight=needs_dweight, needs_dbias=needs_dbias,
+    )  # fmt: skip
+
+
+@layer_norm_backward_op.register_fake
+def _(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, needs_ds, needs_dweight, needs_dbias):
+    return tuple(_empty_gradients(s, weight, bias_dtype, needs_ds, needs_dweight, needs_dbias))
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, residual, _eps = inputs
+    _, s, *stats = output
+    ctx.save_for_backward(x if residual is None else s, weight, *stats)
+    ctx.dtypes = (x.dtype, bias.dtype, None if residual is None else residual.dtype)
+    ctx.mark_non_differentiable(*stats)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, ds_after, *_):
+    needs_x, needs_dweight, needs_dbias, needs_residual, _ = ctx.needs_input_grad
+    x_dtype, bias_dtype, residual_dtype = ctx.dtypes
+    if residual_dtype is None:
+        ds_after = None
+    ds, dweight, dbias = ds_after, None, None
+    if dy is not None:
+        s, weight, mean, left, rstd = ctx.saved_tensors
+        needs = (needs_x or needs_residual, needs_dweight, needs_dbias)
+        results = layer_norm_backward_op(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, *needs)
+        ds, dweight, dbias = (t if needed else None for t, needed in zip(results, needs, strict=True))
+    dx = ds.to(x_dtype) if needs_x and ds is not None else None
+    dresidual = ds.to(residual_dtype) if needs_residual and ds is not None else None
+    return dx, dweight, dbias, dresidual, None
+
+
+layer_norm_op.register_autograd(_backward, setup_context=_save)

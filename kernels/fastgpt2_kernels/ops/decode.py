@@ -1,0 +1,111 @@
+"""The door to decoding: linear maps of a few rows, and the step that is made of all the decoding kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastgpt2_kernels import reference
+from fastgpt2_kernels.decode_types import LayerNormWeights, SlotSampling, SlotState, StepWeights
+from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
+from fastgpt2_kernels.ops.layers import TRITON_ACTIVATIONS
+
+if TYPE_CHECKING:
+    from fastgpt2_kernels.decode_step import DecodeStep
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (out, in) in 8 bits: int8 (out, in) and scale (out,) float32, weight ~ int8 * scale, rounded to nearest.
+
+    A row's largest magnitude becomes 127; a row of zeros has the scale 1.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"quantize_rows: weight must be a float tensor (out, in); got {describe(weight)}")
+    wide = weight.detach().float()
+    largest = wide.abs().amax(1) if weight.shape[1] else wide.new_zeros(weight.shape[0])
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    return (wide / scale[:, None]).round_().to(torch.int8), scale
+
+
+def linear_decode(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None,
+    layer_norm: LayerNormWeights | None = None, activation: str = "linear", residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """activation(LN(x) weight^T + bias) + residual for a few rows: x (R, K), weight (N, K) -> (R, N).
+
+    Made for reading the weight once, at 1 to about 64 rows; a row's result is the same to the bit whatever rows are
+    beside it. weight: float32, bfloat16, float16, or int8 with `weight_scale` (N,) float32 (`quantize_rows`). x, bias
+    (N,), residual (R, N) and the LayerNorm may be of any of the float dtypes; products are of the weight's (for int8
+    the bias's, the LayerNorm's or x's), sums and statistics float32. out_dtype defaults to the residual's, else to the
+    products'. activation: a name of `ACTIVATIONS`. No gradients. ValueError for what does not go together.
+    """
+    name = "linear_decode"
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"{name}: x must be (R, K) and weight (N, K); got {tuple(x.shape)} and {tuple(weight.shape)}")
+    (R, K), N = x.shape, weight.shape[0]
+    if (weight.dtype == torch.int8) != (weight_scale is not None):
+        raise ValueError(f"{name}: an int8 weight needs weight_scale, no other takes one; got {weight.dtype}")
+    if weight_scale is not None and (weight_scale.shape != (N,) or weight_scale.dtype != torch.float32):
+        raise ValueError(f"{name}: weight_scale must be float32 of shape ({N},); got {describe(weight_scale)}")
+    parts = {"bias": (bias, (N,)), "residual": (residual, (R, N))}
+    if layer_norm is not None:
+        parts |= {"layer_norm.weight": (layer_norm.weight, (K,)), "layer_norm.bias": (layer_norm.bias, (K,))}
+        if not 0 <= layer_norm.eps < math.inf:
+            raise ValueError(f"{name}: layer_norm.eps must be finite and >= 0; got {layer_norm.eps}")
+    for part, (tensor, shape) in parts.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: {part} must have shape {shape}; got {tuple(tensor.shape)}")
+    given = {"x": x, "weight": weight, **{part: tensor for part, (tensor, _) in parts.items() if tensor is not None}}
+    check_same(name, check_dtype=False, **given)
+    for part, tensor in given.items():
+        if tensor.dtype not in _FLOATS and not (part == "weight" and tensor.dtype in (torch.int8, torch.float64)):
+            raise ValueError(f"{name}: {part} must be float32, bfloat16 or float16; got {tensor.dtype}")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"{name}: activation must be one of {sorted(reference.ACTIVATIONS)}; got {activation!r}")
+    product = _product_dtype(x, weight, bias, layer_norm)
+    dtype = out_dtype or (product if residual is None else residual.dtype)
+    reason = _why_not(product, activation, given) if (on_triton := use_triton(name, x.device, backend)) else None
+    if reason is not None and backend == "triton":
+        raise ValueError(f"{name}: backend='triton' cannot be used: {reason}")
+    if on_triton and reason is None:
+        import fastgpt2_kernels.linear_decode  # noqa: F401
+
+        norm = (None, None, 0.0) if layer_norm is None else layer_norm
+        kernels_name = TRITON_ACTIVATIONS.get(activation, activation)
+        return torch.ops.fastgpt2.linear_decode(x, weight, bias, weight_scale, *norm, kernels_name, residual, dtype)
+    return reference.linear_decode(
+        x, weight, bias, weight_scale=weight_scale, layer_norm=layer_norm, activation=activation, residual=residual,
+        product_dtype=product, out_dtype=dtype,
+    )  # fmt: skip
+
+
+def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: LayerNormWeights | None) -> torch.dtype:
+    if weight.is_floating_point():
+        return weight.dtype
+    return next(t.dtype for t in (bias, None if layer_norm is None else layer_norm.weight, x) if t is not None)
+
+
+def _why_not(product: torch.dtype, activation: str, given: dict[str, Tensor]) -> str | None:
+    if product not in _FLOATS:
+        return f"it multiplies float32, bfloat16 and float16; got {product}"
+    if activation != "linear" and activation not in TRITON_ACTIVATIONS:
+        return f"the activation {activation!r} has no Triton kernel"
+    strided = [part for part, t in given.items() if t.shape[-1] > 1 and t.stride(-1) != 1]
+    return f"{', '.join(strided)} must have stride 1 in the last dimension: call .contiguous()" if strided else None
+
+
+def decode_step(
+    weights: StepWeights, slots: SlotState, sampling: SlotSampling, stop_ids: Tensor, max_rows: int,
+    cache_dtype: torch.dtype,
+) -> DecodeStep:  # fmt: skip
+    """The launches of a decoding step of up to `max_rows` rows; see `fastgpt2_kernels.decode_step.DecodeStep`."""
+    use_triton("decode_step", weights.wte.device, "triton")
+    from fastgpt2_kernels.decode_step import DecodeStep
+
+    return DecodeStep(weights, slots, sampling, stop_ids, max_rows, cache_dtype)

@@ -1,0 +1,172 @@
+"""The door to sampling: the next token of every row of logits, and the keys that make its noise a row's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgpt2_kernels import reference
+from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
+
+_NAME = "sample"
+_WORD = 0xFFFFFFFF
+_LIMIT = 2**21  # the kernel counts tokens in 21 bits
+# Of every setting: its dtype, what it must be in words, and the same as a predicate of numbers and tensors.
+_SETTINGS: dict[str, tuple[torch.dtype, str, Callable]] = {
+    "temperature": (torch.float32, "finite and >= 0", lambda x: (x >= 0) & (x < math.inf)),
+    "top_k": (torch.int32, ">= 1", lambda x: x >= 1),
+    "top_p": (torch.float32, "in (0, 1]", lambda x: (x > 0) & (x <= 1)),
+    "min_p": (torch.float32, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
+    "repetition_penalty": (torch.float32, "finite and > 0", lambda x: (x > 0) & (x < math.inf)),
+}
+
+
+def sample(
+    logits: Tensor, *, temperature: float | Tensor = 1.0, top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None, min_p: float | Tensor | None = None, repetition_penalty: float | Tensor = 1.0,
+    seen: Tensor | None = None, mark_seen: bool = False, keys: Tensor | None = None, positions: Tensor | None = None,
+    slots: Tensor | None = None, out: tuple[Tensor, Tensor] | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Choose a token for every row of logits (R, V): ids (R,) int64 and their log-probabilities (R,) float32.
+
+    The filters apply in this order: repetition penalty (Keskar et al. 2019) of the tokens `seen`, temperature, top-k,
+    top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). Tokens whose logits are equal stay or go together: top-k
+    keeps what is >= the k-th largest, top-p the fewest values whose tokens hold `top_p` of what top-k keeps. A setting
+    that is a number serves every row. Temperature 0, or top-k 1, is greedy: the lowest index of the largest logit.
+
+    What belongs to a row lies in tensors of S slots, row r's at `slots[r]`, (R,) int32; without `slots`, S = R and row
+    r's lies at r. They are the settings that differ from row to row, (S,) float32 (top_k int32, there <= 0 is off);
+    `keys` (S, 2) int64 or int32 (`row_keys`) and `positions` (S,) int32, the number of tokens before the one to be
+    chosen; `seen` (S, V) bool or uint8, in which `mark_seen=True` marks the token that is chosen. The noise is a
+    function of key, position and token alone: what a row becomes depends on no other row.
+
+    Log-probabilities are those of softmax(logits) as they come, before penalty, temperature and filters. A row with NaN
+    or +inf, or of -inf only, gives id 0 and NaN. `out` is (ids (S,) int64 or int32, log-probabilities (S,) float32), to
+    be written at `slots` and returned: with it and nothing but tensors, the Triton backend allocates nothing.
+
+    ValueError for arguments that do not fit. Values of tensors are looked at on a CPU only.
+    """
+    if logits.dim() != 2 or not logits.is_floating_point() or not 0 < logits.shape[1] < _LIMIT:
+        raise ValueError(f"{_NAME}: logits must be floating-point (R, V), 0 < V < 2^21; got {describe(logits)}")
+    on_triton = use_triton(_NAME, logits.device, backend)
+    if on_triton and logits.dtype == torch.float64:
+        if backend == "triton":
+            raise ValueError(f"{_NAME}: backend='triton' cannot be used: it computes in float32; got float64")
+        on_triton = False
+    R = len(logits)
+    numbers: dict[str, float | Tensor | None] = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
+    given = {name: t for name, t in numbers.items() if isinstance(t, Tensor)}
+    state = {"keys": keys, "positions": positions, "seen": seen}
+    if out is not None:
+        state |= {"out[0]": out[0], "out[1]": out[1]}
+    given |= {name: t for name, t in state.items() if t is not None}
+    num_slots = R if slots is None or not given else next(iter(given.values())).shape[0]
+    _check_state(given, slots, logits, num_slots)
+    settings = {name: _setting(name, value, logits, num_slots) for name, value in numbers.items()}
+    penalty = settings.pop("repetition_penalty")
+    if seen is None and (penalty is not None or mark_seen):
+        raise ValueError(f"{_NAME}: a repetition penalty and mark_seen need `seen` (S, V); got None")
+    if settings["temperature"] is None or (isinstance(top_k, int) and top_k == 1):
+        settings = dict.fromkeys(settings)
+    elif keys is None or positions is None:
+        raise ValueError(f"{_NAME}: a temperature above 0 needs `keys` (S, 2) and `positions` (S,); got None")
+    ids, logprobs = out or (
+        torch.empty(num_slots, dtype=torch.int64, device=logits.device),
+        torch.empty(num_slots, dtype=torch.float32, device=logits.device),
+    )
+    settings |= {"keys": keys, "positions": positions, "penalty": penalty}
+    if on_triton:
+        from fastgpt2_kernels import sampling as kernel
+
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        kernel.sample_op(logits, ids, logprobs, slots, **settings, seen=seen, mark_seen=mark_seen)
+    else:
+        _torch_sample(logits, ids, logprobs, slots, settings, seen, mark_seen)
+    if out is not None or slots is None:
+        return ids, logprobs
+    return ids[slots], logprobs[slots]
+
+
+def _torch_sample(
+    logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, settings: dict[str, Tensor | None],
+    seen: Tensor | None, mark_seen: bool,
+) -> None:  # fmt: skip
+    at = torch.arange(len(logits), device=logits.device) if slots is None else slots.long()
+    rows = {name: None if t is None else t[at] for name, t in settings.items()}
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen, row_logprobs = reference.sample(wide, seen=None if seen is None else seen[at], **rows)
+    ids[at], logprobs[at] = chosen.to(ids.dtype), row_logprobs.float()
+    if mark_seen and seen is not None:
+        seen[at, chosen] |= ~row_logprobs.isnan()
+
+
+def _setting(name: str, value: float | Tensor | None, logits: Tensor, num_slots: int) -> Tensor | None:
+    """A setting as a tensor (S,); None if it changes nothing."""
+    dtype, needed, is_valid = _SETTINGS[name]
+    if value is None:
+        if name in ("temperature", "repetition_penalty"):
+            raise ValueError(f"{_NAME}: {name} must be a number or a tensor; got None")
+        return None
+    if isinstance(value, Tensor):
+        looks = value.device.type == "cpu" and not torch.compiler.is_compiling() and name != "top_k"
+        if looks and not is_valid(value).all():
+            raise ValueError(f"{_NAME}: {name} must be {needed}; got {value[~is_valid(value)][0].item()}")
+        return value
+    kinds = int if name == "top_k" else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not is_valid(value):
+        kind = "an int " if name == "top_k" else ""
+        raise ValueError(f"{_NAME}: {name} must be {kind}{needed}; got {value!r}")
+    off = {"temperature": value == 0, "top_k": value >= logits.shape[1], "top_p": value == 1, "min_p": value == 0}
+    if off.get(name, value == 1):
+        return None
+    return torch.full((num_slots,), value, dtype=dtype, device=logits.device)
+
+
+def _check_state(given: dict[str, Tensor], slots: Tensor | None, logits: Tensor, num_slots: int) -> None:
+    """Shapes, dtypes and devices of everything that lies in slots."""
+    R, V = logits.shape
+    int_types = (torch.int64, torch.int32)
+    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "keys": ((num_slots, 2), int_types),
+        "positions": ((num_slots,), (torch.int32,)),
+        "seen": ((num_slots, V), (torch.bool, torch.uint8)),
+        "out[0]": ((num_slots,), int_types),
+        "out[1]": ((num_slots,), (torch.float32,)),
+        "slots": ((R,), (torch.int32,)),
+        **{name: ((num_slots,), (dtype,)) for name, (dtype, _, _) in _SETTINGS.items()},
+    }
+    tensors = given if slots is None else {**given, "slots": slots}
+    for name, tensor in tensors.items():
+        shape, dtypes = expected[name]
+        is_dense = tensor.stride(-1) == 1 if name == "seen" else tensor.is_contiguous()
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not is_dense:
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{_NAME}: {name} must be {kinds} of shape {shape}, dense; got {describe(tensor)}")
+    check_same(_NAME, check_dtype=False, logits=logits, **{name.replace("[", "_"): t for name, t in tensors.items()})
+    if slots is not None and slots.device.type == "cpu" and not torch.compiler.is_compiling():
+        is_bad = (slots < 0) | (slots >= num_slots)
+        if is_bad.any():
+            raise ValueError(f"{_NAME}: slots must be in [0, {num_slots}); got {slots[is_bad][0].item()}")
+
+
+def row_keys(seed: int, prompts: Sequence[int], samples: Sequence[int]) -> Tensor:
+    """The keys (N, 2) int64 that `sample` draws with, for sample `samples[i]` of prompt `prompts[i]`; on the CPU.
+
+    One call of Philox 4x32-7 each, keyed by `seed` and counted by (sample, prompt, 1): words 0 and 1. Seeds and prompts
+    are in [0, 2^64), samples in [0, 2^32).
+    """
+    if len(prompts) != len(samples):
+        raise ValueError(f"row_keys: prompts and samples must pair up; got {len(prompts)} and {len(samples)}")
+    for what, numbers, bits in (("seed", [seed], 64), ("prompts", prompts, 64), ("samples", samples, 32)):
+        if not all(0 <= number < 2**bits for number in numbers):
+            raise ValueError(f"row_keys: {what} must be in [0, 2^{bits}); got {[*numbers][:4]}")
+    counters = [[sample, prompt & _WORD, prompt >> 32, 1] for prompt, sample in zip(prompts, samples, strict=True)]
+    c0, c1, c2, c3 = torch.tensor(counters, dtype=torch.int64).view(-1, 4).unbind(1)
+    return torch.stack(reference.philox(c0, c1, c2, c3, seed & _WORD, seed >> 32)[:2], 1)

@@ -1,0 +1,60 @@
+"""The kernels of layer norm and activations as they are compiled: GPT-2's widths, and a row too long for registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastgpt2_kernels import gelu, launch, layer_norm, partial_sums
+from tests.kernels.compiling import Case
+
+WIDTHS = (768, 1024, 1280, 1600)
+WIDE = 20000
+# A width of a multiple of 8 but not of 16: what the compiler knows of alignment it knows from the launcher.
+ODD_BLOCKS = 776
+
+
+def layer_cases(arch: str) -> Iterator[Case]:
+    for C, dtype in [(C, dtype) for C in WIDTHS for dtype in ("bf16", "fp32")] + [(ODD_BLOCKS, "bf16"), (WIDE, "bf16")]:
+        more = dtype == "bf16"  # with the residual, which is the larger kernel; without it in fp32
+        row = launch.layer_norm_row("forward", C, arch)
+        kernel = layer_norm._layer_norm_wide_fwd_kernel if row.block_c < C else layer_norm._layer_norm_fwd_kernel
+        constants = {"C": C, "HAS_RESIDUAL": more, "ALIGN": 8, "BLOCK_C": row.block_c}
+        yield case(f"layer_norm forward {dtype} {C}", kernel, dtype, constants, row)
+        row = launch.layer_norm_row("backward", C, arch)
+        kernel = layer_norm._layer_norm_wide_bwd_kernel if row.block_c < C else layer_norm._layer_norm_bwd_kernel
+        constants = {"C": C, "HAS_AFTER": more, "ALIGN": 8, "BLOCK_C": row.block_c}
+        constants |= dict.fromkeys(("NEEDS_DS", "NEEDS_DW", "NEEDS_DB"), True)
+        yield case(f"layer_norm backward {dtype} {C}", kernel, dtype, constants, row)
+    for C, dtype, name in (
+        (3072, "bf16", "gelu_tanh"), (3072, "fp32", "gelu_tanh"), (6400, "bf16", "gelu_tanh"), (6400, "fp32", "gelu"),
+    ):  # fmt: skip
+        row = launch.ACTIVATION
+        constants = {"C": C, "NAME": name, "HAS_BIAS": True, "ALIGN": 8}
+        constants |= {"BLOCK_N": row.block_n, "BLOCK_C": row.block_c}
+        kernel = gelu._bias_activation_fwd_kernel
+        yield case(f"bias_activation {name} forward {dtype} {C}", kernel, dtype, constants, row)
+        constants = constants | {"NEEDS_DX": True, "NEEDS_DB": True, "BLOCK_N": row.bwd_block_n}
+        kernel = gelu._bias_activation_bwd_kernel
+        yield case(f"bias_activation {name} backward {dtype} {C}", kernel, dtype, constants, row)
+    sums = launch.partial_sums_row(768)
+    constants = {"NUM_SUMS": 2, "BLOCK_P": sums.block_p, "BLOCK_C": sums.block_c}
+    yield case("partial_sums 768", partial_sums._sum_partials_kernel, "fp32", constants, sums)
+
+
+def case(name: str, kernel: Any, dtype: str, constants: dict[str, Any], row: Any) -> Case:
+    """Tensors of `dtype` but for the statistics and partial sums; strides known by the launcher's ALIGN alone."""
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in ("mean_ptr", "left_ptr", "rstd_ptr", "partials_ptr"):
+            signature[argument] = "*fp32"
+        else:
+            signature[argument] = "*" + dtype if argument.endswith("_ptr") else "fp32" if argument == "eps" else "i32"
+    aligned = (
+        *(argument for argument in kernel.arg_names if argument.endswith("_ptr")),
+        *(("C",) if "sums" in name else ()),
+    )
+    options = getattr(row, "options", launch.OPTIONS)
+    return Case(name, kernel, signature, constants, row.num_warps, options, aligned)

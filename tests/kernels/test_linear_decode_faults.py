@@ -1,0 +1,105 @@
+"""The checks of the maps of a few rows are worth something: each of these mistakes, made on purpose, is caught."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.kernels import linear_maps
+from tests.kernels.test_linear_decode import BASE
+
+SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/linear_decode.py"
+MUTATIONS = {
+    "a variance in one pass": (
+        "_sum_inputs(total, SHARES) / K + eps",
+        "tl.abs(_sum_inputs(x * x, SHARES) / K - tl.reshape(mean * mean, (BLOCK_R,))) + eps",
+    ),
+    "no eps": ("/ K + eps", "/ K"),
+    "what is masked away counts in the variance": (
+        "tl.where(mask_k[:, :, None], x.to(tl.float32) - mean, 0.0)",
+        "x.to(tl.float32) - mean",
+    ),
+    "a step of the mean is left out": (
+        "total = x.to(tl.float32)\n        for i in range(1, STEPS):",
+        "total = x.to(tl.float32)\n        for i in range(2, STEPS):",
+    ),
+    "a step of the variance is left out": (
+        "total = centred * centred\n        for i in range(1, STEPS):",
+        "total = centred * centred\n        for i in range(2, STEPS):",
+    ),
+    "the LayerNorm's bias is left out": ("* rstd * g + b", "* rstd * g"),
+    "the LayerNorm's weight is always the first step's": (
+        "ln_weight_ptr + first_k + offs_k",
+        "ln_weight_ptr + first_k + offs_b",
+    ),
+    "shares overlap": ("mask_k = offs_b < share_end", "mask_k = offs_b < K - first_k"),
+    "the first step's operand is used again": ("w, x = w_next, x_next", "w = w_next"),
+    "half of the shares": ("x = even + odd", "x = even"),
+    "the scale of the next output": ("scale_ptr + offs_n,", "scale_ptr + offs_n + 1,"),
+    "no bias": ("if HAS_BIAS:", "if HAS_BIAS and HAS_SCALE:"),
+    "no activation": ("y = _activation(y, ACTIVATION)", "y = y"),
+    "the residual's rows are as far apart as out's": ("rows * stride_rr", "rows * stride_or"),
+    "one output too many": ("offs_r < R, offs_n < N", "offs_r < R, offs_n < N + 1"),
+    "one row too many": ("offs_r < R, offs_n < N", "offs_r < R + 1, offs_n < N"),
+    "rows for slots": ("tl.load(slots_ptr + offs_r, mask=mask_r, other=0) if HAS_SLOTS else offs_r", "offs_r"),
+    "counts are not looked at": ("if HAS_COUNTS:", "if HAS_COUNTS and SPLIT_S < 0:"),
+    "a split that is not there": ("tl.minimum(past // SPLIT_S + 1, MAX_SPLITS)", "MAX_SPLITS"),
+    "the last split is left out": ("past // SPLIT_S + 1", "past // SPLIT_S"),
+    "earlier splits are not scaled down": ("acc = acc * alpha[:, :, None, :] +", "acc = acc +"),
+    "sums are not scaled down": ("l = l * alpha +", "l = l +"),
+    "-inf - (-inf)": ('m_used = tl.where(m_new == float("-inf"), 0.0, m_new)', "m_used = m_new"),
+    "division by no sum": ("tl.where(l == 0.0, 1.0, l)", "l"),
+    "grains as wide as 16, whatever the head": ("GRAIN=math.gcd(16, head_size)", "GRAIN=16"),
+}
+CASES = [
+    {"prologue": "none", "R": 9, "tiles": (8, 16, 16), "int8": True, "residual": torch.float16},
+    {"prologue": "none", "R": 3, "activation": "gelu_new", "tiles": (8, 32, 32)},
+    {"prologue": "none", "R": 3, "K": 129, "tiles": (8, 16, 64), "residual": "out"},
+    {"prologue": "layer_norm", "mean": 1000.0, "tiles": (8, 16, 64)},
+    {"prologue": "layer_norm", "mean": 3.0, "tiles": (8, 16, 16), "K": 700, "product": torch.float32},
+    {"prologue": "layer_norm", "spread": 3e-3, "tiles": (8, 16, 64)},
+    {"prologue": "combine", "R": 9, "tiles": (8, 16, 16), "product": torch.float32},
+]
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs under Triton's interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+def load(source: str, folder: Path) -> ModuleType:
+    """The kernel's module from `source`, its operators under a name of their own."""
+    path = folder / f"mutant_{folder.name}.py".replace("-", "_")
+    path.write_text(source.replace("fastgpt2::", f"{path.stem}::"), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(kernel: ModuleType, monkeypatch, device: str) -> None:
+    torch.manual_seed(3)
+    for changes in CASES:
+        case = {**BASE, **changes}
+        linear_maps.use_tiles(monkeypatch, case["tiles"])
+        linear_maps.check(kernel, case, device)
+
+
+def test_interpreted_as_it_is(tmp_path, monkeypatch, triton_device):
+    check(load(SOURCE.read_text(encoding="utf-8"), tmp_path), monkeypatch, triton_device)
+
+
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_interpreted_mistake_is_caught(mistake, tmp_path, monkeypatch, triton_device):
+    old, new = MUTATIONS[mistake]
+    source = SOURCE.read_text(encoding="utf-8")
+    assert old in source, "the kernel has changed: change this mistake with it"
+    kernel = load(source.replace(old, new), tmp_path)
+    with pytest.raises(AssertionError):
+        check(kernel, monkeypatch, triton_device)
