@@ -279,7 +279,7 @@ def agree(case: Case, contender: Contender, device: torch.device) -> Call:
 
 
 def _take_turns(ready: list[_Ready], case: Case, settings: Settings, device: torch.device) -> None:
-    min_turns, max_turns = settings.pick((5, 200), (3, 7), (2, 2))
+    min_turns, max_turns = settings.pick((3, 200), (3, 7), (2, 2))
     clock = clock_for(case, device)
 
     def timed(one: _Ready, repeats: int) -> float:
