@@ -279,14 +279,16 @@ def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
     A thread holds 16 or 8 numbers of a row: 16 bytes of half precision twice, or once where five such rows (weight, its
     gradient, ...) stay in registers. As many programs as are resident together, each with a row on its way: 18 KB, more
     than memory's latency needs. More would wait for the first, and in the backward each writes a partial row.
-    Registers are said where the compiler by itself spills to take fewer: 56 (Blackwell), 64 (Ampere, rows in blocks).
+    Registers are said where the compiler by itself spills a few bytes to take 56 of them (Blackwell). The blocks of a
+    longer row are 4096 in the backward: 8192 spill (Ampere).
     """
     block = max(256, 1 << (width - 1).bit_length())
     lanes = 64 if arch == "gfx942" else 32
     held, widest = (16, 16384) if kernel == "forward" else (8, 8192)
     num_warps = min(16, max(1, block // (held * lanes)))
     registers = 80 if arch == "sm_100" and kernel == "forward" and block <= 4096 else None
-    registers = 96 if arch == "sm_80" and kernel == "backward" and block > widest else registers
+    if kernel == "backward" and block > widest:
+        return LayerNormRow(4096, 16 if lanes == 32 else 8, 2)
     return LayerNormRow(min(block, widest), num_warps, max(2, 24 // num_warps), registers)
 
 

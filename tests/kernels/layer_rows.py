@@ -9,13 +9,16 @@ from fastgpt2_kernels import gelu, launch, layer_norm, partial_sums
 from tests.kernels.compiling import Case
 
 WIDTHS = (768, 1024, 1280, 1600)
+LONGEST = 8192  # held in registers in the backward
 WIDE = 20000
 # A width of a multiple of 8 but not of 16: what the compiler knows of alignment it knows from the launcher.
 ODD_BLOCKS = 776
 
 
 def layer_cases(arch: str) -> Iterator[Case]:
-    for C, dtype in [(C, dtype) for C in WIDTHS for dtype in ("bf16", "fp32")] + [(ODD_BLOCKS, "bf16"), (WIDE, "bf16")]:
+    for C, dtype in [(C, dtype) for C in WIDTHS for dtype in ("bf16", "fp32")] + [
+        (C, "bf16") for C in (ODD_BLOCKS, LONGEST, WIDE)
+    ]:
         more = dtype == "bf16"  # with the residual, which is the larger kernel; without it in fp32
         row = launch.layer_norm_row("forward", C, arch)
         kernel = layer_norm._layer_norm_wide_fwd_kernel if row.block_c < C else layer_norm._layer_norm_fwd_kernel

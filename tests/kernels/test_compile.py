@@ -44,7 +44,7 @@ def test_every_row_is_there(rows):
     assert kinds["decode_combine"] == 4 * 2
     assert kinds["decode_begin"] == 4
     assert kinds["linear_decode"] == 4 * 17 + 2
-    assert kinds["layer_norm"] == 4 * 20
+    assert kinds["layer_norm"] == 4 * 22
     assert kinds["bias_activation"] == 4 * 8
     assert kinds["partial_sums"] == 4
 

@@ -51,8 +51,11 @@ def exactly(name: str) -> Any:
 
 
 def random_case(rng: random.Random, device: str) -> tuple[Inputs, Tensor, list[str], str, str]:
-    C = rng.choice([1, 3, 8, 40, 100, 255, 256, 257] if rng.random() < 0.9 else [300, 520])
-    lead = rng.choice([(), (1,), (7,), (2, 5), (3, 2, 2)] if rng.random() < 0.9 else [(33,), (5, 7)])
+    widths, more = rng.choices([[1, 3, 8, 40, 100], [255, 256, 257], [300, 520]], [70, 22, 8])[0], rng.random() < 0.1
+    C = rng.choice(widths)
+    lead = rng.choice([(33,), (5, 7)] if more or C < 8 else [(), (1,), (7,), (2, 5), (3, 2, 2)])
+    if C * math.prod(lead) < 64:
+        lead = (64 // C,)  # enough numbers that the largest error of a few is not a matter of luck
     name = rng.choice([*NAMES, "gelu_new", "gelu"])
     dtype = rng.choice([torch.float32, torch.float32, *HALVES])
     layout, dout_layout = (rng.choice(["plain", "padded", "sliced", "transposed"]) for _ in range(2))

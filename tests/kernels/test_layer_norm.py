@@ -111,7 +111,8 @@ def compare(inputs: Inputs, douts: list[Tensor], needed: list[str], eps: float, 
 
 
 def random_case(rng: random.Random, device: str) -> tuple[Inputs, list[Tensor], list[str], float, str]:
-    C = rng.choice([1, 2, 3, 8, 17, 31, 64, 100, 129, 255, 256, 257] if rng.random() < 0.9 else [600, 776, 1030])
+    widths = rng.choices([[1, 2, 3, 8, 17, 31, 64, 100], [129, 255, 256, 257], [600, 776, 1030]], [78, 18, 4])[0]
+    C = rng.choice(widths)
     lead = rng.choice([(), (1,), (3,), (2, 2), (1, 5), (2, 1, 2)] if rng.random() < 0.9 else [(14,), (2, 7)])
     dtype = rng.choice([torch.float32, torch.float32, *HALVES])
     layout, dout_layout = (rng.choice(["plain", "padded", "sliced", "transposed"]) for _ in range(2))
@@ -421,7 +422,7 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-HELD, LONG = ((300, torch.float32), (520, torch.bfloat16)), ((20000, torch.float32),)
+HELD, LONG = ((130, torch.float32), (520, torch.bfloat16)), ((20000, torch.float32),)
 
 
 def check(kernel: ModuleType, device: str, poison: Poison, cases: tuple[tuple[int, torch.dtype], ...]) -> None:
@@ -429,7 +430,7 @@ def check(kernel: ModuleType, device: str, poison: Poison, cases: tuple[tuple[in
     torch.manual_seed(3)
     for C, dtype in cases:
         B, T = (1, 3) if C == 20000 else (2, 7)
-        inputs = draw(C, B, T, device=device, dtype=dtype, mean=3e3 if C == 300 else 50.0)
+        inputs = draw(C, B, T, device=device, dtype=dtype, mean=3e3 if C == 130 else 50.0)
         inputs["x"][0, 1] *= 0.01
         inputs = {name: lay_out(t, "padded") for name, t in inputs.items()}  # room for mistakes
         inputs |= {name: inputs[name].clone() for name in ("weight", "bias")}
@@ -445,7 +446,7 @@ def check(kernel: ModuleType, device: str, poison: Poison, cases: tuple[tuple[in
         exact = gradients(functools.partial(exactly, eps=1e-3), doubles, [d.double() for d in douts], ["x"])
         for a, b in zip((got[0], got[2]), (exact[0], exact[2]), strict=True):  # of y and dx, every row
             assert ((a.double() - b).abs().amax(-1) < 0.02 * b.abs().amax(-1)).all()
-        if C == 300:
+        if C == 130:
             torch.testing.assert_close(got[0].double(), exact[0], rtol=2e-5, atol=2e-5)
         poison.check()
 
