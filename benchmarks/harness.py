@@ -7,6 +7,7 @@ process, so that a slow moment hits everybody; ratios are medians over neighbour
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -480,7 +481,8 @@ def _child(sender: Any, module: str, settings: Settings, title: str, contender: 
     # What the libraries set up for themselves is set up by a toy case first.
     toys = load(module, dataclasses.replace(settings, scale="toy"))
     toy = next((toy for toy in toys if toy.name == case.name), toys[0])
-    next((c for c in toy.contenders if c.name == chosen.name), toy.contenders[0]).build(toy.inputs())()
+    with contextlib.suppress(LeftOutError):  # torch.compile, which has no toy
+        next((c for c in toy.contenders if c.name == chosen.name), toy.contenders[0]).build(toy.inputs())()
     sender.send(resident_peak(chosen.build(case.inputs())))
 
 
