@@ -11,32 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.generate import TOY
-from benchmarks.harness import Call, Case, Contender, LeftOutError, Settings
-from benchmarks.models import shared, shared_twin
-from benchmarks.peers import need_gpu, need_triton
-from fastgpt2 import GPT2Config, KVCache, SamplingConfig
+from benchmarks.generate import CHECKED_ROWS, EPS, TOY
+from benchmarks.harness import Call, Case, Contender, LeftOutError, Settings, error_of, out_of_budget
+from benchmarks.models import fresh, shared, shared_twin
+from benchmarks.peers import need_triton
+from fastgpt2 import GPT2, GPT2Config, KVCache, SamplingConfig
 from fastgpt2.accounting import cache_bytes_per_token, forward_flops_per_token, weight_bytes
 from fastgpt2.decode import DecodeSession, NewRow, why_not_decode
-from fastgpt2_kernels import ops
+from fastgpt2_kernels import ops, reference
 
 Make = Callable[..., Call]
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    config = TOY if settings.scale == "toy" else GPT2Config.preset("gpt2")
+    # generate.py's own, so that one model serves both.
+    config = TOY if settings.scale == "toy" else GPT2Config.preset("gpt2", bos_token_id=None, eos_token_id=None)
     dtypes = ("bfloat16", "float32") if settings.scale != "toy" else ("float32",)
-    for R in settings.pick((1, 8, 32), (1, 32), (3,)):
+    for R in settings.pick((1, 8, 32), (1, 8), (3,)):
         for dtype in dtypes:
             for name, layer in LINEARS.items():
                 if settings.scale != "quick" or name == "up":
-                    yield _linear_case(settings, config, name, layer, R, dtype)
+                    for is_int8 in (False, True):
+                        yield _linear_case(settings, config, name, layer, R, dtype, is_int8)
         for name, sampling in SAMPLINGS.items():
             if settings.scale != "quick" or name in ("greedy", "top-p"):
                 yield _sample_case(settings, config, name, sampling, R)
     for R in settings.pick((1, 8, 32, 128) if settings.on_gpu else (1, 8, 32), (1,), (2,)):
         for dtype in dtypes:
-            yield _step_case(settings, config, R, settings.pick(512, 512, 8), dtype)
+            yield _step_case(settings, config, R, settings.pick(512, 128, 8), dtype)
 
 
 def _contenders(makers: dict[str, Make], settings: Settings, *arguments: object) -> list[Contender]:
@@ -50,37 +52,44 @@ def _contenders(makers: dict[str, Make], settings: Settings, *arguments: object)
 
 
 class LinearShape(NamedTuple):
-    """Outputs and inputs in widths, and what goes before and after the product."""
+    """Outputs (0: the vocabulary) and inputs in widths, and what goes before and after the product."""
 
     outputs: int
     inputs: int
     layer_norm: bool = False
     activation: str = "linear"
     residual: bool = False
+    bias: bool = True
 
 
 LINEARS = {
     "qkv": LinearShape(3, 1, layer_norm=True),
+    "projection": LinearShape(1, 1, residual=True),
     "up": LinearShape(4, 1, layer_norm=True, activation="gelu_new"),
     "down": LinearShape(1, 4, residual=True),
+    "head": LinearShape(0, 1, layer_norm=True, bias=False),
 }
 
 
 class LinearInputs(NamedTuple):
+    """x (R, K); weight (N, K), int8 where there is a scale (N,)."""
+
     x: Tensor
     weight: Tensor
-    bias: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
     norm: ops.LayerNormWeights | None
     residual: Tensor | None
 
 
 def _linear_case(
-    settings: Settings, config: GPT2Config, name: str, layer: LinearShape, R: int, dtype: str
-) -> Case:  # fmt: skip
-    N, K = layer.outputs * config.hidden_size, layer.inputs * config.hidden_size
+    settings: Settings, config: GPT2Config, name: str, layer: LinearShape, R: int, dtype: str, is_int8: bool
+) -> Case:
+    N, K = layer.outputs * config.hidden_size or config.vocab_size, layer.inputs * config.hidden_size
     element = getattr(torch, dtype).itemsize
+    weight_size = N * K + 4 * N if is_int8 else N * K * element
     return Case(
-        name=f"linear_decode {name}",
+        name=f"linear_decode {name}{' int8' if is_int8 else ''}",
         shape={"R": R, "N": N, "K": K},
         dtype=dtype,
         contenders=_contenders(
@@ -88,51 +97,59 @@ def _linear_case(
             settings,
             layer,
         ),
-        inputs=functools.partial(_linear_inputs, settings, layer, R, N, K, dtype),
+        inputs=functools.partial(_linear_inputs, settings, layer, R, N, K, dtype, is_int8),
         exact=functools.partial(_exact_linear, layer),
         flops=2.0 * R * N * K,
-        bytes=element * (N * K + R * (N + K)),
+        bytes=weight_size + element * R * (K + N * (1 + layer.residual)),
         measures_memory=False,
     )
 
 
-def _linear_inputs(settings: Settings, layer: LinearShape, R: int, N: int, K: int, dtype: str) -> LinearInputs:
+def _linear_inputs(
+    settings: Settings, layer: LinearShape, R: int, N: int, K: int, dtype: str, is_int8: bool
+) -> LinearInputs:
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    kind = getattr(torch, dtype)
     x, weight, bias, gain, shift, residual = (
-        t.to(settings.device, kind)
+        t.to(settings.device, getattr(torch, dtype))
         for t in (draw(R, K), draw(N, K) / K**0.5, draw(N), 1 + 0.1 * draw(K), draw(K), draw(R, N))
     )
+    weight, scale = ops.quantize_rows(weight) if is_int8 else (weight, None)
     norm = ops.LayerNormWeights(gain, shift, 1e-5) if layer.layer_norm else None
-    return LinearInputs(x, weight, bias, norm, residual if layer.residual else None)
+    return LinearInputs(x, weight, scale, bias if layer.bias else None, norm, residual if layer.residual else None)
 
 
 def _plain_linear(layer: LinearShape, inputs: LinearInputs) -> Tensor:
-    x, weight, bias, norm, residual = inputs
+    x, weight, scale, bias, norm, residual = inputs
     if norm is not None:
         x = F.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps)
-    y = ops.ACTIVATIONS[layer.activation](x @ weight.T + bias)
+    y = x @ weight.to(x.dtype).T
+    if scale is not None:
+        y = y * scale.to(y.dtype)
+    if bias is not None:
+        y = y + bias
+    y = ops.ACTIVATIONS[layer.activation](y)
     return y if residual is None else y + residual
 
 
 def _exact_linear(layer: LinearShape, inputs: LinearInputs) -> list[Tensor]:
-    wide = [None if t is None else t.double() for t in (inputs.x, inputs.weight, inputs.bias, inputs.residual)]
-    norm = inputs.norm and ops.LayerNormWeights(inputs.norm.weight.double(), inputs.norm.bias.double(), 1e-5)
-    return [_plain_linear(layer, LinearInputs(wide[0], wide[1], wide[2], norm, wide[3]))]
+    x, weight, scale, bias, norm, residual = inputs
+    x, weight, scale, bias, residual = (None if t is None else t.double() for t in (x, weight, scale, bias, residual))
+    norm = norm and ops.LayerNormWeights(norm.weight.double(), norm.bias.double(), norm.eps)
+    return [_plain_linear(layer, LinearInputs(x, weight, scale, bias, norm, residual))]
 
 
-@torch.no_grad()
 def _eager_linear(settings: Settings, layer: LinearShape, inputs: LinearInputs) -> Call:
     return lambda: [_plain_linear(layer, inputs)]
 
 
 def _ours_linear(backend: str, layer: LinearShape, inputs: LinearInputs) -> Call:
-    x, weight, bias, norm, residual = inputs
+    x, weight, scale, bias, norm, residual = inputs
     return lambda: [
         ops.linear_decode(
-            x, weight, bias, layer_norm=norm, activation=layer.activation, residual=residual, backend=backend
+            x, weight, bias, weight_scale=scale, layer_norm=norm, activation=layer.activation, residual=residual,
+            backend=backend,
         )
-    ]
+    ]  # fmt: skip
 
 
 def _triton_linear(settings: Settings, layer: LinearShape, inputs: LinearInputs) -> Call:
@@ -146,7 +163,9 @@ def _torch_linear(settings: Settings, layer: LinearShape, inputs: LinearInputs) 
 
 def _fused(settings: Settings, layer: LinearShape, inputs: LinearInputs) -> Call:
     """PyTorch's operators with what each can fuse: addmm with its bias."""
-    x, weight, bias, norm, residual = inputs
+    x, weight, scale, bias, norm, residual = inputs
+    if scale is not None:
+        raise LeftOutError("absent: PyTorch's public operators multiply no int8 weight")
 
     def call() -> list[Tensor]:
         y = x if norm is None else F.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps)
@@ -202,10 +221,47 @@ def _kept(logits: Tensor, sampling: dict[str, float]) -> Tensor:
 
 
 def _bad_sample(sampling: dict[str, float], logits: Tensor, contender: Contender, result: list[Tensor]) -> str | None:
-    """Different generators draw differently: every token must be one that may be chosen."""
-    chosen = result[0].long()[:, None]
+    """Different generators draw differently: of others every token must be one that may be chosen.
+
+    Ours draw with keys: the token must be the one that float64 draws, but for a near tie; so must its log-probability.
+    """
+    ids, *logprobs = result
+    if ids.shape != logits.shape[:1]:
+        return f"one token of each of {len(logits)} rows was due, not {tuple(ids.shape)}"
+    chosen = ids.long()[:, None]
     outside = ~_kept(logits, sampling).gather(-1, chosen)
-    return f"row {int(outside.nonzero()[0, 0])} chose a token that the filters leave out" if outside.any() else None
+    if outside.any():
+        return f"row {int(outside.nonzero()[0, 0])} chose a token that the filters leave out"
+    if not contender.is_ours:
+        return None
+    rounded, exact = (_scores(sampling, t) for t in (logits, logits.double()))
+    regret = (exact.amax(-1) - exact.gather(-1, chosen)[:, 0]).max().item()
+    is_kept = rounded.isfinite() & exact.isfinite()
+    rounding = (rounded.double() - exact)[is_kept].abs().max().item()
+    scale = exact[is_kept].abs().max().item()
+    budget = 2 * 2 * (rounding + EPS["float32"] * scale)  # a difference of two scores, each within the 2x rule
+    if not regret <= budget:
+        return f"a token's score is {regret:.3g} below the best, the budget is {budget:.3g}"
+    plain, want = (t.log_softmax(-1).gather(-1, chosen)[:, 0] for t in (logits, logits.double()))
+    return out_of_budget(error_of(logprobs, [want]), error_of([plain], [want]), [want], "float32")
+
+
+def _scores(sampling: dict[str, float], logits: Tensor) -> Tensor:
+    """What the argmax is taken of by the plain expressions, the noise that ours draw included."""
+    if sampling.get("temperature") == 0:
+        return logits
+    settings = {"temperature": 1.0, **sampling}
+    full = {
+        name: torch.full(logits.shape[:1], value, device=logits.device, dtype=torch.int32 if name == "top_k" else None)
+        for name, value in settings.items()
+    }
+    return reference.sampling_scores(logits, **full, **_draws(logits))
+
+
+def _draws(logits: Tensor) -> dict[str, Tensor]:
+    R = logits.shape[0]
+    keys = ops.row_keys(0, list(range(R)), [0] * R).to(logits.device)
+    return {"keys": keys, "positions": torch.zeros(R, dtype=torch.int32, device=logits.device)}
 
 
 def _sorted_sample(settings: Settings, sampling: dict[str, float], logits: Tensor) -> Call:
@@ -227,11 +283,8 @@ def _sorted_sample(settings: Settings, sampling: dict[str, float], logits: Tenso
 
 
 def _ours_sample(backend: str, sampling: dict[str, float], logits: Tensor) -> Call:
-    R = logits.shape[0]
-    keys = ops.row_keys(0, list(range(R)), [0] * R).to(logits.device)
-    positions = torch.zeros(R, dtype=torch.int32, device=logits.device)
-    options = {**sampling, "keys": keys, "positions": positions, "backend": backend}
-    return lambda: [ops.sample(logits, **options)[0]]
+    options = {**sampling, **_draws(logits), "backend": backend}
+    return lambda: list(ops.sample(logits, **options))
 
 
 def _triton_sample(settings: Settings, sampling: dict[str, float], logits: Tensor) -> Call:
@@ -265,12 +318,13 @@ def _step_case(settings: Settings, config: GPT2Config, R: int, length: int, dtyp
                 "transformers": _transformers_step,
                 "ours": _session_step,
                 "ours without graphs": functools.partial(_session_step, use_graphs=False),
+                "ours without PDL": functools.partial(_session_step, use_pdl=False),
                 "ours torch": _torch_step,
             },
             settings,
         ),
         inputs=functools.partial(_step_inputs, config, R, length, kind),
-        disagrees=_bad_step,
+        disagrees=functools.partial(_bad_step, settings),
         flops=R * forward_flops_per_token(config, length),
         bytes=weight_bytes(config, kind) + R * length * cache_bytes_per_token(config, kind),
         tokens=R,
@@ -285,35 +339,55 @@ def _step_inputs(config: GPT2Config, R: int, length: int, dtype: torch.dtype) ->
     return StepInputs(prompts, config, dtype)
 
 
-def _bad_step(inputs: StepInputs, contender: Contender, result: list[int]) -> str | None:
-    """The tokens' logits must be the largest, but for a rounding of the dtype at logits of this size."""
-    model = shared(Settings(device="cpu"), inputs.config, torch.float32)
-    with torch.no_grad():
-        prompt = inputs.prompts[0]
-        logits = model(torch.tensor([[*prompt, prompt[-1]]]))[0, -1]
-    regret = float(logits.max() - logits[result[0]])
-    budget = 16 * torch.finfo(inputs.dtype).eps * float(logits.abs().max())
-    return f"row 0: its logit is {regret:.3g} below the best, the budget is {budget:.3g}" if regret > budget else None
+def _bad_step(settings: Settings, inputs: StepInputs, contender: Contender, result: list[int]) -> str | None:
+    """A token a row, each one that float64 could have chosen but for the dtype's rounding, as in generate.py."""
+    vocab_size, R, dtype = inputs.config.vocab_size, len(inputs.prompts), str(inputs.dtype).removeprefix("torch.")
+    if len(result) != R or not all(0 <= token < vocab_size for token in result):
+        return f"a token of {vocab_size} was due of each of {R} rows, not {result}"
+    for row in range(R) if settings.on_gpu else sorted({0, R - 1})[:CHECKED_ROWS]:
+        ids = (*inputs.prompts[row], inputs.prompts[row][-1])
+        exact = _last_logits(settings, inputs.config, torch.float64, ids)
+        rounding = (_last_logits(settings, inputs.config, inputs.dtype, ids).double() - exact).abs().max().item()
+        budget = 2 * 2 * (rounding + EPS[dtype] * exact.abs().max().item())
+        regret = (exact.max() - exact[result[row]]).item()
+        if not regret <= budget:
+            return f"row {row}: its logit is {regret:.3g} below the best, the budget is {budget:.3g}"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+@torch.no_grad()
+def _last_logits(settings: Settings, config: GPT2Config, dtype: torch.dtype, ids: tuple[int, ...]) -> Tensor:
+    """transformers' logits after the last of `ids`, (V,)."""
+    model = shared_twin(settings, config, dtype)
+    return model(torch.tensor([ids], device=settings.device), logits_to_keep=1).logits[0, -1].clone()
 
 
 @torch.no_grad()
-def _filled(settings: Settings, inputs: StepInputs) -> tuple[object, KVCache]:
-    model = shared(settings, inputs.config, inputs.dtype)
+def _filled(model: GPT2, inputs: StepInputs) -> KVCache:
     R, T = len(inputs.prompts), len(inputs.prompts[0])
     dtype = KVCache.best_dtype(inputs.dtype, model.device)
     cache = KVCache(inputs.config, R, T + 2, dtype=dtype, device=model.device)
     for row, ids in enumerate(inputs.prompts):
         plan = ops.plan_rows([row], [T], [0], model.device)
         model.extend(torch.tensor(ids, device=model.device), plan, cache)
-    return model, cache
+    return cache
 
 
-def _session_step(settings: Settings, inputs: StepInputs, use_graphs: bool = True) -> Call:
-    model, cache = _filled(settings, inputs)
+def _session_step(settings: Settings, inputs: StepInputs, use_graphs: bool = True, use_pdl: bool | None = None) -> Call:
+    need_triton(settings, "decode_step")
+    filler = shared(settings, inputs.config, inputs.dtype)
+    model = filler
+    if not settings.on_gpu:  # Triton's interpreter: only by name
+        model = fresh(settings, inputs.config, inputs.dtype)
+        model.backend = "triton"
+    elif use_pdl is False and (torch.version.hip or torch.cuda.get_device_capability()[0] < 9):
+        raise LeftOutError("absent: this GPU has no programmatic dependent launch")
     if (reason := why_not_decode(model)) is not None:
-        need_gpu(settings)
         raise LeftOutError(f"absent: {reason}")
-    session = DecodeSession(model, cache, SamplingConfig(temperature=0), use_graphs=use_graphs)
+    session = DecodeSession(
+        model, _filled(filler, inputs), SamplingConfig(temperature=0), use_graphs=use_graphs, use_pdl=use_pdl
+    )
     rows = range(len(inputs.prompts))
     session.begin(
         [NewRow(row, inputs.prompts[row], (0, 0), 2**30) for row in rows],
@@ -332,7 +406,11 @@ def _session_step(settings: Settings, inputs: StepInputs, use_graphs: bool = Tru
 
 
 def _torch_step(settings: Settings, inputs: StepInputs) -> Call:
-    model, cache = _filled(settings, inputs)
+    model = shared(settings, inputs.config, inputs.dtype)
+    if settings.on_gpu:  # where "auto" would be Triton
+        model = fresh(settings, inputs.config, inputs.dtype)
+        model.backend = "torch"
+    cache = _filled(model, inputs)
     packed = model.pack()
     R, T = len(inputs.prompts), len(inputs.prompts[0])
     last = torch.tensor([ids[-1] for ids in inputs.prompts], device=model.device)
@@ -350,7 +428,7 @@ def _torch_step(settings: Settings, inputs: StepInputs) -> Call:
 def _transformers_step(settings: Settings, inputs: StepInputs) -> Call:
     model = shared_twin(settings, inputs.config, inputs.dtype)
     ids = torch.tensor(inputs.prompts, device=settings.device)
-    past = model(ids, use_cache=True).past_key_values
+    past = model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
     @torch.no_grad()
     def call() -> list[int]:

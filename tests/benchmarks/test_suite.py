@@ -114,6 +114,32 @@ def test_wrong_tokens_are_caught(error, settings):
     assert result.median is None
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("sample temperature", lambda result, logits: [torch.zeros_like(result[0]), result[1]]),
+        ("sample temperature", lambda result, logits: [result[0], result[1] + 0.01]),
+        ("sample top-k", lambda result, logits: [logits.argmax(-1), result[1]]),
+        ("sample greedy", lambda result, logits: [result[0][:1], result[1][:1]]),
+        ("decode step", lambda tokens, inputs: [*tokens[:-1], (tokens[-1] + 1) % inputs.config.vocab_size]),
+        ("decode step", lambda tokens, inputs: tokens[:1]),
+    ],
+    ids=["any token", "its log-probability", "never drawn", "a row too few", "the last row", "a token too few"],
+)
+def test_wrong_choices_are_caught(name, change, settings):
+    case = next(case for case in load("decode_step", settings) if case.name == name)
+    ours = next(c for c in case.contenders if c.name == "ours torch")
+
+    def build(inputs):
+        call = ours.build(inputs)
+        return lambda: change(call(), inputs)
+
+    both = [ours, dataclasses.replace(ours, build=build)]
+    right, wrong = run_case("decode_step", dataclasses.replace(case, contenders=both), settings)
+    assert right.status == "ok"
+    assert wrong.status.startswith("wrong: ")
+
+
 def test_who_cannot_run_is_a_row(settings):
     def absent(inputs):
         raise LeftOutError("absent: no such package")
