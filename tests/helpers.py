@@ -43,17 +43,18 @@ def random_ids(seed: int, *shape: int, vocab_size: int = TINY.vocab_size) -> Ten
 
 def assert_within_budget(
     got: Tensor, plain: Tensor | Sequence[Tensor], exact: Tensor, what: str = "result", *,
-    dtype: torch.dtype | None = None, terms: float = 0.0,
+    dtype: torch.dtype | None = None, terms: float = 0.0, floor: float = 0.0,
 ) -> None:  # fmt: skip
     """error(got) <= 2 x (error(plain) + eps x max|exact|), errors against `exact`, the same in float64.
 
     `plain` is the plain PyTorch expression in the dtype under test, eps that dtype's (`dtype`, or else plain's). Given
     several, which add up in other orders, the worst of them counts: a few numbers' largest error is a matter of luck.
-    `terms`: the size of what `exact` is a sum of; it counts for max|exact| where nine tenths of it cancel.
+    `terms`: the size of what `exact` is a sum of; it counts for max|exact| where nine tenths of it cancel. `floor`:
+    what float64 itself may be off by where everything in `exact` is that small.
     """
     plains = [plain] if isinstance(plain, Tensor) else plain
     error, *plain_errors = (_largest(t, exact, what) for t in (got, *plains))
-    _hold(error, max(plain_errors), exact, dtype or plains[0].dtype, what, terms)
+    _hold(max(0.0, error - floor), max(plain_errors), exact, dtype or plains[0].dtype, what, terms)
 
 
 def assert_rms_within_budget(

@@ -91,7 +91,9 @@ def check(case: dict, device: str) -> None:
     plain_loss, plain_grad = run(torch.float32, False)
     exact_loss, exact_grad = run_exact(buffer, at, own, ignore_index, class_weight, options, device)
     assert_within_budget(as_the_oracle_sees(loss), plain_loss, exact_loss, f"loss of {case}")
-    assert_within_budget(as_the_oracle_sees(grad), plain_grad, exact_grad, f"gradient of {case}")
+    # float64 takes 1 - p of a sure target for 0 where the kernel, which never forms it, has its bits.
+    floor = 4 * torch.finfo(torch.float64).eps
+    assert_within_budget(as_the_oracle_sees(grad), plain_grad, exact_grad, f"gradient of {case}", floor=floor)
 
 
 def run_exact(buffer, at, own, ignore_index, class_weight, options, device):
