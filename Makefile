@@ -20,7 +20,7 @@ test-package: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/kernels/test_compile.py $(ARGS)
 
 test-kernels: $(VENV)/.dev
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_compile.py
 
 test-compiled: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/kernels/test_compile.py
@@ -31,7 +31,7 @@ SANITIZED := not compile and not opcheck and not refused and not checkpointing a
   and not interpreted
 sanitize: $(VENV)/.dev
 	@$(BIN)/python -c 'import ttsem' 2>/dev/null || { echo "make sanitize: needs ttsem: $(BIN)/pip install --ignore-requires-python ttsem"; exit 1; }
-	$(BIN)/python -m ttsem.sanitize pytest tests/kernels -k "$(SANITIZED)"
+	$(BIN)/python -m ttsem.sanitize pytest tests/kernels -m "not unsanitized" -k "$(SANITIZED)"
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

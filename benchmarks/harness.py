@@ -191,11 +191,12 @@ def run_case(module: str, case: Case, settings: Settings) -> list[Result]:
     results = {id(c): _blank(module, case, c, device) for c in case.contenders}
     if case.needs_gpu and not settings.on_gpu:
         return [Result(module, case.name, case.shape, case.dtype, "all", NEEDS_GPU, machine=machine(device))]
-    try:
-        inputs = case.inputs()
-        exact = None if case.exact is None else case.exact(inputs)
-    except Exception as error:  # as a GPU that is too small
-        return [Result(module, case.name, case.shape, case.dtype, "all", _failure(error), machine=machine(device))]
+    inputs, failure = attempt(case.inputs)
+    exact = None
+    if failure is None and case.exact is not None:
+        exact, failure = attempt(functools.partial(case.exact, inputs))
+    if failure is not None:  # as on a GPU that is too small
+        return [Result(module, case.name, case.shape, case.dtype, "all", failure, machine=machine(device))]
     ready = []
     for contender, outcome in _agreed(case, inputs, exact, device):
         if isinstance(outcome, str):
@@ -231,8 +232,18 @@ def _blank(module: str, case: Case, contender: Contender, device: torch.device) 
     )
 
 
-def _failure(error: Exception) -> str:
-    return f"failed: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:160]}"
+def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(result, None), or (None, what stands in the row instead).
+
+    Contenders are other people's code and candidates of a search, which raise whatever they raise: one's failure is a
+    named row and must not cost the others' results.
+    """
+    try:
+        return function(), None
+    except LeftOutError as left_out:
+        return None, str(left_out)
+    except Exception as error:
+        return None, f"failed: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:160]}"
 
 
 def _agreed(
@@ -241,27 +252,29 @@ def _agreed(
     """Each contender, ready to be timed, or what stands in its row instead."""
     plain: dict[str, list[float]] = {}
     for contender in sorted(case.contenders, key=lambda c: not c.is_plain):
-        dtype = contender.dtype or case.dtype
-        try:
-            start = time.perf_counter()
-            call = contender.build(inputs)
-            result = call()
-            synchronize(device)
-            cold = time.perf_counter() - start
-            if case.disagrees is not None:
-                why = case.disagrees(inputs, contender, result)
-            else:
-                errors = error_of(case.sample(result), exact or [])
-                if contender.is_plain:
-                    plain[dtype] = errors
-                why = out_of_budget(errors, plain.get(dtype, [0.0] * len(errors)), exact or [], dtype)
-            del result
-        except LeftOutError as left_out:
-            yield contender, str(left_out)
-        except Exception as error:  # a peer's failure is a row of the table, whatever it is
-            yield contender, _failure(error)
-        else:
-            yield contender, f"wrong: {why}" if why else _Ready(contender, call, cold)
+        outcome, failure = attempt(functools.partial(_agree, case, contender, inputs, exact, plain, device))
+        yield contender, failure or outcome
+
+
+def _agree(
+    case: Case, contender: Contender, inputs: Any, exact: list[Tensor] | None, plain: dict[str, list[float]],
+    device: torch.device,
+) -> str | _Ready:  # fmt: skip
+    """The contender ready to be timed, or why it is wrong. A plain expression's own errors are noted in `plain`."""
+    dtype = contender.dtype or case.dtype
+    start = time.perf_counter()
+    call = contender.build(inputs)
+    result = call()
+    synchronize(device)
+    cold = time.perf_counter() - start
+    if case.disagrees is not None:
+        why = case.disagrees(inputs, contender, result)
+    else:
+        errors = error_of(case.sample(result), exact or [])
+        if contender.is_plain:
+            plain[dtype] = errors
+        why = out_of_budget(errors, plain.get(dtype, [0.0] * len(errors)), exact or [], dtype)
+    return f"wrong: {why}" if why else _Ready(contender, call, cold)
 
 
 def agree(case: Case, contender: Contender, device: torch.device) -> Call:
@@ -284,12 +297,10 @@ def _take_turns(ready: list[_Ready], case: Case, settings: Settings, device: tor
     clock = clock_for(case, device)
 
     def timed(one: _Ready, repeats: int) -> float:
+        seconds = None
         if one.failure is None:
-            try:
-                return clock(one.call, device, repeats)
-            except Exception as error:
-                one.failure = _failure(error)
-        return math.inf
+            seconds, one.failure = attempt(functools.partial(clock, one.call, device, repeats))
+        return math.inf if seconds is None else seconds
 
     # A call of less than a millisecond is repeated within its turn: the clock and the loop cost a microsecond.
     repeats = [1 if case.end_to_end else math.ceil(1e-3 / min(max(timed(one, 1), 1e-7), 1e-3)) for one in ready]

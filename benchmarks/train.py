@@ -107,7 +107,7 @@ def _ours(settings: Settings, config: GPT2Config) -> tuple[GPT2, Callable[[Tenso
 
 def _ours_compiled(settings: Settings, config: GPT2Config) -> tuple[GPT2, Callable[[Tensor], Tensor]]:
     model = fresh(settings, config).train()
-    model.hidden_states = compiled(model.hidden_states, settings)  # type: ignore[method-assign]
+    model.hidden_states = compiled(model.hidden_states, settings)
     return model, lambda tokens: train_step(model, tokens)
 
 

@@ -5,6 +5,7 @@ A module that can be tuned has `tunables(settings)`, which yields `Tunable`s.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import statistics
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.harness import Case, Settings, clock_for, error_of, out_of_budget
+from benchmarks.harness import Case, Settings, attempt, clock_for, error_of, out_of_budget
 
 FINALISTS = 3
 
@@ -67,6 +68,14 @@ def tune(tunable: Tunable, settings: Settings, seconds: float) -> Tuned:
         with tunable.using(row):
             return [clock(call, device, 1) for _ in range(times)]
 
+    def examined(row: Any) -> float:
+        """The row's median; ValueError where it computes something else."""
+        with tunable.using(row):
+            error = error_of(case.sample(call()), exact)
+        if (why := out_of_budget(error, plain_error, exact, case.dtype)) is not None:
+            raise ValueError(why)
+        return statistics.median(timed(row, 5))
+
     rows = near_first(tunable.present, tunable.candidates)
     deadline = time.perf_counter() + seconds
     medians: dict[Any, float] = {}
@@ -75,16 +84,12 @@ def tune(tunable: Tunable, settings: Settings, seconds: float) -> Tuned:
     for row in rows:
         if row != tunable.present and time.perf_counter() > deadline:
             break
-        try:
-            with tunable.using(row):
-                error = error_of(case.sample(call()), exact)
-            why = out_of_budget(error, plain_error, exact, case.dtype)
-            if why is None:
-                medians[row] = statistics.median(timed(row, 5))
-        except Exception as error:  # a row that does not compile or fit is no candidate
-            why = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:120]}"
+        # A row that does not compile or fit is no candidate.
+        median, why = attempt(functools.partial(examined, row))
         tried += 1
-        if why is not None:
+        if why is None:
+            medians[row] = median
+        else:
             refused[row] = why
     if tunable.present in refused:
         raise RuntimeError(f"{tunable.key}: the present row is refused: {refused[tunable.present]}")

@@ -293,13 +293,14 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         if self.config.compile:
             # The transformer alone: the loss is one chunked operator, with nothing around it to fuse.
-            self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
+            # In the instance's dictionary, so that dropping it brings the class's own back.
+            vars(self.model)["hidden_states"] = torch.compile(self.model.hidden_states)
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(was_deterministic)
             if self.config.compile:
-                del self.model.hidden_states
+                del vars(self.model)["hidden_states"]
 
     def _steps(self) -> Iterator[Report]:
         loss_module = self._wrapped()

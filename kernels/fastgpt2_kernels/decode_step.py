@@ -15,7 +15,7 @@ Dimension key: R rows of a step, S slots, L layers, C width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -173,5 +173,5 @@ class DecodeStep:
         )
 
     @staticmethod
-    def _linear(x: Tensor | Attended, linear: LinearWeights, out: Tensor, **options: object) -> None:
-        linear_decode_out(x, linear.weight, out, bias=linear.bias, weight_scale=linear.scale, **options)  # type: ignore[arg-type]
+    def _linear(x: Tensor | Attended, linear: LinearWeights, out: Tensor, **options: Any) -> None:
+        linear_decode_out(x, linear.weight, out, bias=linear.bias, weight_scale=linear.scale, **options)

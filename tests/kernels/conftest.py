@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from fastgpt2_kernels import launch
 from tests.kernels.poison import Poison
 
 
@@ -27,6 +29,39 @@ def triton_device() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "cpu"
     pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+
+
+@pytest.fixture
+def interpreter(triton_device: str) -> str:
+    """The device, for what Triton's interpreter alone can do: count accesses, survive faults that touch any memory."""
+    if triton_device != "cpu":
+        pytest.skip("only under Triton's interpreter")
+    return triton_device
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated is NaN until it is written."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`tiles((block_t, block_s))` replaces the tiles of attention's launch tables, `tiles(None)` brings them back."""
+    shipped = launch.attention_row
+
+    def choose(blocks: tuple[int, int] | None, use_tma: bool = False) -> None:
+        def row(kernel: str, *key: object, **flags: bool) -> launch.AttentionRow:
+            if blocks is None:
+                return shipped(kernel, *key, **flags)
+            return launch.AttentionRow(*blocks, 4, 1, use_tma and kernel == "forward")
+
+        monkeypatch.setattr(launch, "attention_row", row)
+
+    return choose
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import assert_within_budget
+from tests.kernels.faults import load
 from tests.kernels.losses import plain_cross_entropy, shifted
 
 SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/cross_entropy.py"
@@ -36,18 +35,6 @@ MUTATIONS = {
     "base-2 logarithms": ("LN_2 * tl.log2(sum_p)", "tl.log2(sum_p)"),
     "the upstream gradient is left out": ("dloss = tl.load(dloss_ptr + n * stride_d).to(tl.float32)", "dloss = 1.0"),
 }
-
-
-def load(source: str, folder: Path) -> ModuleType:
-    """The kernel's module from `source`, its operators under a name of their own."""
-    path = folder / f"mutant_{folder.name}.py".replace("-", "_")
-    path.write_text(source.replace("fastgpt2::", f"{path.stem}::"), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def check(kernel: ModuleType, device: str) -> None:
@@ -123,21 +110,16 @@ def one(
             torch.testing.assert_close(out.entropy.cpu()[counted].double(), entropy[counted], rtol=1e-4, atol=1e-5)
 
 
-pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs under Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def test_interpreted_as_it_is(tmp_path: Path, triton_device: str) -> None:
-    check(load(SOURCE.read_text(encoding="utf-8"), tmp_path), triton_device)
+def test_interpreted_as_it_is(tmp_path: Path, interpreter: str) -> None:
+    check(load(SOURCE, tmp_path), interpreter)
 
 
 @pytest.mark.parametrize("mistake", MUTATIONS)
-def test_interpreted_mistake_is_caught(mistake: str, tmp_path: Path, triton_device: str) -> None:
+def test_interpreted_mistake_is_caught(mistake: str, tmp_path: Path, interpreter: str) -> None:
     old, new = MUTATIONS[mistake]
-    source = SOURCE.read_text(encoding="utf-8")
-    assert old in source, "the kernel has changed: change this mistake with it"
-    kernel = load(source.replace(old, new), tmp_path)
+    kernel = load(SOURCE, tmp_path, old, new)
     with pytest.raises(AssertionError):
-        check(kernel, triton_device)
+        check(kernel, interpreter)

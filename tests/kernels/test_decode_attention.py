@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,19 +19,11 @@ from tests.kernels.traffic import Traffic
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAN = float("nan")
 pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What is allocated is NaN until it is written."""
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(was)
 
 
 @pytest.fixture
@@ -132,11 +121,6 @@ def run(kernels: Any, case: Case, problem: Problem, poison: float = NAN) -> Tens
     kernels.combine_splits(parts, cache, rows, out)
     assert all(is_nan_around(x) for x in (*parts, out)), "written outside its rows"
     return out
-
-
-def skip_unless_addresses_work() -> None:
-    if "ttsem" in sys.modules:
-        pytest.skip("the sanitizer takes an address that comes out of memory for another tensor's")
 
 
 def is_nan_around(view: Tensor) -> bool:
@@ -256,86 +240,24 @@ def check_full(kernels: Any, case: Case, device: str) -> None:
     broken(starts=4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    # The sanitizer takes an address that comes out of memory for another tensor's.
+    [pytest.param(name, marks=[pytest.mark.unsanitized] if case.is_indirect else []) for name, case in CASES.items()],
+)
 def test_caches_and_outputs_are_written_and_nothing_else(triton_device, kernels, seed, name):
-    if CASES[name].is_indirect:
-        skip_unless_addresses_work()
     torch.manual_seed(seed)
     random.seed(seed)
     (check_full if "full" in name else check)(kernels, CASES[name], triton_device)
 
 
-# Deliberate faults: what would then be checked wrong, and where it is to be noticed.
-MUTATIONS = {
-    "a token does not see itself": ("one", "is_here & (offs_t <= t)", "is_here & (offs_t < t)"),
-    "tokens see later ones": ("few", "is_here & (offs_t <= t)", "is_here"),
-    "tokens see later ones, on tensor cores": (
-        "few on tensor cores",
-        "(offs_t[None, :] <= offs_t[:, None]) & is_here[None, :]",
-        "(offs_t[None, :] >= 0) & is_here[None, :]",
-    ),
-    "new keys of the next split too": (
-        "few",
-        "(past + offs_t >= split_start) & (past + offs_t < split_start + SPLIT_S)",
-        "(past + offs_t >= split_start)",
-    ),
-    "a key past the length": ("one", "split_start + offs_s < past", "split_start + offs_s <= past"),
-    "the last cached key left out": ("one", "split_start + offs_s < past", "split_start + offs_s < past - 1"),
-    "splits added as they are": ("one", "acc = acc * alpha + acc_i * beta", "acc = acc + acc_i"),
-    "sums of splits not rescaled": ("one", "l = l * alpha + l_i * beta", "l = l + l_i"),
-    "the last split left out": ("one", "tl.cdiv(past + t + 1, SPLIT_S)", "tl.cdiv(past + t, SPLIT_S)"),
-    "one split too many": ("one", "tl.cdiv(past + t + 1, SPLIT_S)", "tl.cdiv(past + t + 2, SPLIT_S)"),
-    "keys not appended": ("one", "    tl.store(k_ptr + at, k, mask=mask)\n", ""),
-    "keys appended as values": ("one", "tl.store(v_ptr + at, v, mask=mask)", "tl.store(v_ptr + at, k, mask=mask)"),
-    "appended one further": ("one", "at = tl.cast(past, tl.int64) * D", "at = tl.cast(past + 1, tl.int64) * D"),
-    "every row its own slot": ("one", "slot = tl.load(slots_ptr + r)", "slot = slot"),
-    "no scale": ("one", "scale_log2 = scale * LOG2_E", "scale_log2 = LOG2_E + 0 * scale"),
-    "exponentials of base e": ("one", "scale_log2 = scale * LOG2_E", "scale_log2 = scale"),
-    "a row of no tokens": ("one", "(count > 0) & (split_start < past + count)", "(split_start < past + 1)"),
-    "queries of the first head": ("one", "* stride_qn + h * D", "* stride_qn"),
-    "parts of tokens mixed up": ("few", "at = part + t * (H * MAX_SPLITS)\n", "at = part + t\n"),
-    "the first layer": ("indirect", "layer * stride_layer + ", ""),
-    "the end of the cache": ("full", "(past <= capacity - count)", "(past <= capacity)"),
-    "the end of the cache in memory": ("full, indirect", "tl.minimum(block // D, S)", "tl.minimum(block, S)"),
-    "a negative length": ("full", "(past >= 0) & (count", "(count"),
-    "a slot too many": ("full", "(slot >= 0) & (slot < num_slots)", "(slot >= 0) & (slot <= num_slots)"),
-    "tokens before the first": ("full", "(start >= 0) & (start <= N - count)", "(start <= N - count)"),
-    "NaN in the first token only": (
-        "full",
-        "range(tl.maximum(-start, 0), tl.minimum(count, N - start)):",
-        "range(0, 1):",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_interpreted_faults_are_caught(triton_device, kernels, tmp_path, name):
-    """The checks above can fail: with this fault in the kernels one of them does."""
-    if not INTERPRETED:
-        pytest.skip("a fault may read or write anywhere: only under the interpreter")
-    torch.manual_seed(0)
-    random.seed(1)
-    source = Path(kernels.__file__).read_text(encoding="utf-8").split("# -- PyTorch operators")[0]
-    case, right, wrong = MUTATIONS[name]
-    assert right in source, "the fault's place has changed: change it in the table too"
-    path = tmp_path / "faulty_decode_attention.py"
-    path.write_text(source.replace(right, wrong), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("faulty_decode_attention", path)
-    faulty = sys.modules["faulty_decode_attention"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
-    with pytest.raises(AssertionError, match=r"over the budget|outside its rows|caches differ"):
-        (check_full if "full" in case else check)(faulty, CASES[case], triton_device)
-
-
 @pytest.mark.parametrize("max_new", [1, 8])
-def test_interpreted_traffic(triton_device, kernels, monkeypatch, seed, max_new):
+def test_interpreted_traffic(interpreter, kernels, monkeypatch, seed, max_new):
     """Each cached key and value is read once, each new one written once; what lies past a row is not touched."""
-    if not INTERPRETED:
-        pytest.skip("counted under Triton's interpreter")
     torch.manual_seed(seed)
     random.seed(seed)
     case = Case([200, 128, 0], [1, 1, 1] if max_new == 1 else [5, 0, 8], D=16, max_new=max_new)
-    problem = make(case, triton_device)
+    problem = make(case, interpreter)
     with monkeypatch.context() as patch:
         traffic = Traffic(patch, caches=problem.caches, qkv=problem.qkv.contiguous(), lengths=problem.lengths)
         run(kernels, case, problem._replace(qkv=traffic.tensors["qkv"]))
@@ -409,9 +331,9 @@ def test_decoding_equals_attention_of_the_whole(triton_device, seed):
             assert torch.equal(caches[1], v)
 
 
+@pytest.mark.unsanitized
 def test_a_cache_that_moves(triton_device, kernels, seed):
     """With the same arguments, what the table says at the time of the launch counts: a longer cache elsewhere."""
-    skip_unless_addresses_work()
     torch.manual_seed(seed)
     H, D = 2, 16
     lengths = torch.tensor([4], dtype=torch.int32, device=triton_device)
@@ -571,16 +493,12 @@ def test_compiles_whole(triton_device, seed):
         torch.testing.assert_close(eager, compiled)
 
 
+@pytest.mark.unsanitized  # which copies the buffer for every argument that lies in it
 def test_offsets_past_32_bits(triton_device, kernels):
     """Slots and heads more than 2^31 elements apart, in a buffer that is only reserved, not filled."""
-    if "ttsem" in sys.modules:
-        pytest.skip("the sanitizer copies the buffer for every argument that lies in it")
     stride = 2**31 + 16
     torch.use_deterministic_algorithms(False)  # which would fill it
-    try:
-        store = torch.empty(2 * stride + 2048, dtype=torch.float16, device=triton_device)
-    except RuntimeError:
-        pytest.skip("no room for the buffer")
+    store = torch.empty(2 * stride + 2048, dtype=torch.float16, device=triton_device)
     qkv = torch.randn(2, 96, dtype=torch.float16, device=triton_device)
     lengths = torch.tensor([3, 3], dtype=torch.int32, device=triton_device)
     for strides in ((stride, 64), (64, stride)):

@@ -262,8 +262,8 @@ def test_repetition_penalty_sees_prompt_and_new_tokens(device):
     assert [s.token_ids for s in got] == [s.token_ids for s in want]
 
 
-# The sanitizer, which leaves out what is called interpreted, cannot follow an address that was loaded.
-@pytest.mark.parametrize("use_table", [pytest.param(False, id="direct"), pytest.param(True, id="table_interpreted")])
+# The sanitizer takes an address that comes out of memory for another tensor's.
+@pytest.mark.parametrize("use_table", [False, pytest.param(True, marks=pytest.mark.unsanitized)])
 def test_the_cache_may_grow_between_steps(device, use_table):
     """Rows go on with what they had; a graph reads the new place from the device's table."""
     ours, plain = pair(device, context_length=150)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import random
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
 from tests.helpers import assert_within_budget, random_ids, random_model
+from tests.kernels.faults import load
 from tests.kernels.poison import Poison
-from tests.kernels.test_cross_entropy_faults import load
 from tests.kernels.test_layer_norm import HALVES, Inputs, gradients, lay_out
 from tests.kernels.traffic import Traffic
 
@@ -204,10 +203,8 @@ def test_interpreted_offsets_past_31_bits(triton_device: str, seed: int) -> None
     hold(f, {"x": x, "bias": torch.randn(300)}, torch.randn(2, 300).bfloat16(), ["x", "bias"], "gelu", "far rows")
 
 
-def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, triton_device: str, seed: int) -> None:
+def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, interpreter: str, seed: int) -> None:
     """x and dy are read once, y and dx written once, the bias once a tile."""
-    if triton_device != "cpu":
-        pytest.skip("counted under Triton's interpreter")
     from fastgpt2_kernels import gelu as kernel
 
     torch.manual_seed(seed)
@@ -335,20 +332,13 @@ def check(kernel: ModuleType, device: str, poison: Poison) -> None:
         poison.check()
 
 
-needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="under Triton's interpreter")
+def test_interpreted_as_it_is(tmp_path: Path, interpreter: str, poison: Poison) -> None:
+    check(load(SOURCE, tmp_path), interpreter, poison)
 
 
-@needs_interpreter
-def test_interpreted_as_it_is(tmp_path: Path, triton_device: str, poison: Poison) -> None:
-    check(load(SOURCE.read_text(encoding="utf-8"), tmp_path), triton_device, poison)
-
-
-@needs_interpreter
 @pytest.mark.parametrize("mistake", MUTATIONS)
-def test_interpreted_mistake_is_caught(mistake: str, tmp_path: Path, triton_device: str, poison: Poison) -> None:
+def test_interpreted_mistake_is_caught(mistake: str, tmp_path: Path, interpreter: str, poison: Poison) -> None:
     old, new = MUTATIONS[mistake]
-    source = SOURCE.read_text(encoding="utf-8")
-    assert old in source, "the kernel has changed: change this mistake with it"
-    kernel = load(source.replace(old, new), tmp_path)
+    kernel = load(SOURCE, tmp_path, old, new)
     with pytest.raises(AssertionError):
-        check(kernel, triton_device, poison)
+        check(kernel, interpreter, poison)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import random
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
 from tests.helpers import assert_within_budget
+from tests.kernels.faults import load
 from tests.kernels.poison import CANARY, Poison
-from tests.kernels.test_cross_entropy_faults import load
 from tests.kernels.traffic import Traffic
 
 # Triton's interpreter computes NaN and inf in lanes that are masked away.
@@ -334,10 +333,8 @@ def test_interpreted_offsets_past_31_bits(triton_device: str, seed: int) -> None
     compare(inputs, [torch.randn(1, 2, 300, device=triton_device)], ["x"], 1e-5, "far rows")
 
 
-def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, triton_device: str, seed: int) -> None:
+def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, interpreter: str, seed: int) -> None:
     """x, residual, dy are read once and y, s, dx written once; weight and bias once for all rows of a program."""
-    if triton_device != "cpu":
-        pytest.skip("counted under Triton's interpreter")
     from fastgpt2_kernels import layer_norm as kernel
 
     torch.manual_seed(seed)
@@ -451,22 +448,15 @@ def check(kernel: ModuleType, device: str, poison: Poison, cases: tuple[tuple[in
         poison.check()
 
 
-needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="under Triton's interpreter")
+def test_interpreted_as_it_is(tmp_path: Path, interpreter: str, poison: Poison) -> None:
+    check(load(SOURCE, tmp_path), interpreter, poison, HELD + LONG)
 
 
-@needs_interpreter
-def test_interpreted_as_it_is(tmp_path: Path, triton_device: str, poison: Poison) -> None:
-    check(load(SOURCE.read_text(encoding="utf-8"), tmp_path), triton_device, poison, HELD + LONG)
-
-
-@needs_interpreter
 @pytest.mark.parametrize("mistake", MUTATIONS)
 def test_interpreted_mistake_is_caught(
-    mistake: str, tmp_path: Path, triton_device: str, poison: Poison
+    mistake: str, tmp_path: Path, interpreter: str, poison: Poison
 ) -> None:  # fmt: skip
     old, new = MUTATIONS[mistake]
-    source = SOURCE.read_text(encoding="utf-8")
-    assert old in source, "the kernel has changed: change this mistake with it"
-    kernel = load(source.replace(old, new), tmp_path)
+    kernel = load(SOURCE, tmp_path, old, new)
     with pytest.raises(AssertionError):
-        check(kernel, triton_device, poison, LONG if mistake.startswith("long rows") else HELD)
+        check(kernel, interpreter, poison, LONG if mistake.startswith("long rows") else HELD)

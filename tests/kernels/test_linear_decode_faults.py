@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 
 from tests.kernels import linear_maps
+from tests.kernels.faults import load
 from tests.kernels.test_linear_decode import BASE
 
 SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/linear_decode.py"
@@ -65,22 +64,7 @@ CASES = [
     {"prologue": "layer_norm", "spread": 3e-3, "tiles": (8, 16, 64)},
     {"prologue": "combine", "R": 9, "tiles": (8, 16, 16), "product": torch.float32},
 ]
-pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs under Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-
-
-def load(source: str, folder: Path) -> ModuleType:
-    """The kernel's module from `source`, its operators under a name of their own."""
-    path = folder / f"mutant_{folder.name}.py".replace("-", "_")
-    path.write_text(source.replace("fastgpt2::", f"{path.stem}::"), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def check(kernel: ModuleType, monkeypatch, device: str) -> None:
@@ -91,15 +75,13 @@ def check(kernel: ModuleType, monkeypatch, device: str) -> None:
         linear_maps.check(kernel, case, device)
 
 
-def test_interpreted_as_it_is(tmp_path, monkeypatch, triton_device):
-    check(load(SOURCE.read_text(encoding="utf-8"), tmp_path), monkeypatch, triton_device)
+def test_interpreted_as_it_is(tmp_path, monkeypatch, interpreter):
+    check(load(SOURCE, tmp_path), monkeypatch, interpreter)
 
 
 @pytest.mark.parametrize("mistake", MUTATIONS)
-def test_interpreted_mistake_is_caught(mistake, tmp_path, monkeypatch, triton_device):
+def test_interpreted_mistake_is_caught(mistake, tmp_path, monkeypatch, interpreter):
     old, new = MUTATIONS[mistake]
-    source = SOURCE.read_text(encoding="utf-8")
-    assert old in source, "the kernel has changed: change this mistake with it"
-    kernel = load(source.replace(old, new), tmp_path)
+    kernel = load(SOURCE, tmp_path, old, new)
     with pytest.raises(AssertionError):
-        check(kernel, monkeypatch, triton_device)
+        check(kernel, monkeypatch, interpreter)
