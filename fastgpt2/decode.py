@@ -141,10 +141,8 @@ class DecodeSession:
 
     def configure(self, sampling: SamplingConfig) -> None:
         """Choose tokens by `sampling` from now on. ValueError where it filters by what the session's did not."""
-        old, new = (
-            self._step.sampling,
-            slot_sampling(sampling, len(self.slots.tokens), self.seen, self.slots.tokens.device),
-        )
+        old, device = self._step.sampling, self.slots.tokens.device
+        new = slot_sampling(sampling, len(self.slots.tokens), self.seen, device)
         if [t is None for t in old] != [t is None for t in new]:
             raise ValueError("DecodeSession: made for another set of filters; make a new one")
         for to, of in zip(old, new, strict=True):
@@ -299,10 +297,11 @@ def give_back(model: GPT2, session: DecodeSession) -> None:
 
 
 def _fits(model: GPT2, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> tuple[object, ...]:
-    """What a session's graphs know for good: the weights' places, the flags of the kernels, the stop tokens."""
+    """What a session's graphs know for good: the weights' places, the kernels' flags and precision, the stop tokens."""
     filters = [t is None for t in slot_sampling(sampling, 0, None, torch.device("cpu"))]
     weights = [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
-    return num_slots, sampling.repetition_penalty == 1.0, tuple(filters), tuple(stop_ids), tuple(weights), model.backend
+    flags = (*filters, sampling.repetition_penalty == 1.0, torch.get_float32_matmul_precision(), model.backend)
+    return num_slots, flags, tuple(stop_ids), tuple(weights)
 
 
 # -- what a session is made of --------------------------------------------------------------------------------------

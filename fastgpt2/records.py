@@ -212,7 +212,7 @@ class JsonLines(_Lines):
 
 
 class Text(_Lines):
-    r"""`prompt index <TAB> sample index <TAB> text`, a sample a line, with the escapes \\ \n \r \t and \u (4 digits)."""
+    r"""`prompt index <TAB> sample index <TAB> text`, a sample a line; escapes are \\ \n \r \t and \u with 4 digits."""
 
     def encode(self, row: Row) -> str:
         return f"{row.prompt.index}\t{row.sample.sample_index}\t{(row.text or '').translate(_TEXT_ESCAPES)}\n"

@@ -300,6 +300,14 @@ def test_a_session_is_kept_for_the_next_run(device):
         plain.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
     got = ours.generate([[1, 2]], top_k=2, temperature=1e-6, **options)
     assert got[0].token_ids == plain.generate([[1, 2]], temperature=0, **options)[0].token_ids
+    kept = decode._KEPT[ours]
+    torch.set_float32_matmul_precision("high")
+    try:
+        ours.generate([[1, 2]], top_k=2, **options)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert decode._KEPT[ours] is not kept
+    kept = decode._KEPT[ours]
     ours.transformer.h[0].mlp.c_fc.weight.data = ours.transformer.h[0].mlp.c_fc.weight.data.clone()
     ours.generate([[1, 2]], top_k=2, **options)
     assert decode._KEPT[ours] is not kept

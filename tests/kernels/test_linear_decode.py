@@ -241,6 +241,7 @@ def test_other_activations_fall_back(triton_device, seed):
         ({"layer_norm": ops.LayerNormWeights(torch.ones(8), torch.ones(8), -1.0)}, "eps must be finite and >= 0"),
         ({"bias": torch.zeros(5, device="meta")}, "all tensors must be on one device"),
         ({"activation": "glue"}, "activation must be one of .*; got 'glue'"),
+        ({"out_dtype": torch.int32}, "out_dtype must be a float dtype; got torch.int32"),
         ({"backend": "cuda"}, "backend must be one of"),
     ],
 )  # fmt: skip

@@ -70,6 +70,8 @@ def linear_decode(
         raise ValueError(f"{name}: activation must be one of {sorted(reference.ACTIVATIONS)}; got {activation!r}")
     product = _product_dtype(x, weight, bias, layer_norm)
     dtype = out_dtype or (product if residual is None else residual.dtype)
+    if not dtype.is_floating_point:
+        raise ValueError(f"{name}: out_dtype must be a float dtype; got {dtype}")
     reason = _why_not(product, activation, given) if (on_triton := use_triton(name, x.device, backend)) else None
     if reason is not None and backend == "triton":
         raise ValueError(f"{name}: backend='triton' cannot be used: {reason}")
