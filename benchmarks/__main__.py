@@ -12,6 +12,7 @@ need one are named and left out; on a GPU the same command runs them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import MODULES, report
+from benchmarks import MODULES, report, workers
 from benchmarks.harness import NEEDS_GPU, Result, Settings, load, machine, run_case
 
 
@@ -87,15 +88,16 @@ def run(modules: tuple[str, ...], settings: Settings, json_file: Path | None, on
         print(f"{dtype}: {measured['flops'] / 1e12:.3g} TFLOP/s, {measured['bandwidth'] / 1e9:.3g} GB/s at most")
     print(flush=True)
     results: list[Result] = []
-    for module, case in itertools.chain.from_iterable(((m, c) for c in load(m, settings)) for m in modules):
-        if only is not None and only not in case.title:
-            continue
-        rows = run_case(module, case, settings)
-        results += rows
-        if rows[0].status != NEEDS_GPU:
-            print("\n".join(report.table(rows)), flush=True)
-        if json_file is not None:
-            report.write_json(rows, json_file)
+    with contextlib.closing(workers):
+        for module, case in itertools.chain.from_iterable(((m, c) for c in load(m, settings)) for m in modules):
+            if only is not None and only not in case.title:
+                continue
+            rows = run_case(module, case, settings)
+            results += rows
+            if rows[0].status != NEEDS_GPU:
+                print("\n".join(report.table(rows)), flush=True)
+            if json_file is not None:
+                report.write_json(rows, json_file)
     print("\n".join(report.without_gpu(results)))
     counts = Counter(r.status.split(":")[0] for r in results)
     print(f"{', '.join(f'{n} {status}' for status, n in counts.items())}; {time.perf_counter() - start:.0f} s")

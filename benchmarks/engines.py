@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Call, LeftOutError, Settings
-from benchmarks.models import fresh, shared, shared_twin
+from benchmarks.models import fresh, shared_twin, transformers_twin
 from benchmarks.peers import need, need_gpu
 from fastgpt2 import GPT2, GPT2Config
 
@@ -104,7 +105,7 @@ def _ctranslate2_generator(folder: str, dtype: str, threads: int) -> Any:
 
 def _write_ctranslate2(settings: Settings, config: GPT2Config, folder: Path) -> None:
     loader = need("ctranslate2.converters.transformers").GPT2Loader()
-    spec = loader.get_model_spec(shared_twin(settings, config, torch.float32))
+    spec = loader.get_model_spec(transformers_twin(fresh(settings, config)))
     loader.set_vocabulary(spec, [str(token) for token in range(config.vocab_size)])
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "0"
     spec.validate()
@@ -119,9 +120,7 @@ def onnxruntime(settings: Settings, dtype: str, inputs: Any) -> Call:
     need_cpu(settings)
     library, onnx = need("onnxruntime"), need("onnx")
     config = inputs.config
-    folder = exported(
-        settings, config, "onnx", functools.partial(_write_onnx, onnx, shared(settings, config, torch.float32))
-    )
+    folder = exported(settings, config, "onnx", functools.partial(_write_onnx, onnx, settings, config))
     path = folder / "model.onnx"
     if dtype == "int8":
         write = functools.partial(_quantize_onnx, path)
@@ -185,13 +184,12 @@ def _quantize_onnx(path: Path, folder: Path) -> None:
         logging.disable(logging.NOTSET)
 
 
-def _write_onnx(onnx: Any, model: GPT2, folder: Path) -> None:
+def _write_onnx(onnx: Any, settings: Settings, config: GPT2Config, folder: Path) -> None:
     """ids, positions (R, T), last (R,) index of the token whose successor is wanted -> next (R,); caches in place."""
     helper, numpy_helper, types = onnx.helper, onnx.numpy_helper, onnx.TensorProto
-    config = model.config
     C, H = config.hidden_size, config.num_heads
     nodes: list[Any] = []
-    weights = {name: t.detach().numpy() for name, t in model.state_dict().items()}
+    weights = {name: t.detach().numpy() for name, t in fresh(settings, config).state_dict().items()}
     initializers = {
         "wte": weights["transformer.wte.weight"], "wpe": weights["transformer.wpe.weight"],
         "head": np.ascontiguousarray(weights["transformer.wte.weight"].T),
@@ -267,7 +265,8 @@ def _write_onnx(onnx: Any, model: GPT2, folder: Path) -> None:
 class _Step(nn.Module):
     """New tokens (R, T) after a cache of P -> logits of the last (R, V) and the longer caches; padding in front.
 
-    In the shape that OpenVINO turns into one attention with its own cache: rows picked by `beam`, concatenated, SDPA.
+    In the shape that OpenVINO turns into one attention with its own cache: rows picked by `beam` (of 32 bits, or it
+    does not), concatenated, SDPA.
     """
 
     def __init__(self, model: GPT2) -> None:
@@ -303,7 +302,7 @@ def openvino(settings: Settings, dtype: str, inputs: Any) -> Call:
     request = _openvino_request(library, str(folder / "model.xml"), dtype, torch.get_num_threads())
     ids, valid = left_padded(inputs.prompts)
     R, T = ids.shape
-    beam = np.arange(R, dtype=np.int64)
+    beam = np.arange(R, dtype=np.int32)
     rows = np.arange(T + inputs.new_tokens)
     causal = rows[None, :] <= rows[:, None]
     keys = np.concatenate([valid.numpy().astype(bool), np.ones((R, inputs.new_tokens), dtype=bool)], 1)
@@ -331,14 +330,15 @@ def openvino(settings: Settings, dtype: str, inputs: Any) -> Call:
 def _openvino_request(library: Any, path: str, dtype: str, threads: int) -> Any:
     precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    options["KV_CACHE_PRECISION"] = precision  # 8 bits otherwise
     return library.Core().compile_model(path, "CPU", options).create_infer_request()
 
 
 def _write_openvino(library: Any, settings: Settings, config: GPT2Config, folder: Path) -> None:
     L, R, T, P = config.num_layers, 2, 3, 4
     past = [torch.zeros(R, config.num_heads, P, config.head_dim) for _ in range(2 * L)]
-    mask = torch.zeros(R, 1, T, P + T)
-    example = (torch.zeros(R, T, dtype=torch.int64), torch.zeros(R, T, dtype=torch.int64), mask, torch.arange(R), *past)
+    mask, beam = torch.zeros(R, 1, T, P + T), torch.arange(R, dtype=torch.int32)
+    example = (torch.zeros(R, T, dtype=torch.int64), torch.zeros(R, T, dtype=torch.int64), mask, beam, *past)
     model = _Step(fresh(settings, config))
     with torch.no_grad(), quiet():
         graph = library.convert_model(model, example_input=example)
@@ -356,6 +356,14 @@ def _write_openvino(library: Any, settings: Settings, config: GPT2Config, folder
     graph.validate_nodes_and_infer_types()
     stateful = need("openvino._offline_transformations", "openvino").apply_make_stateful_transformation
     stateful(graph, {f"past{i}": f"present{i}" for i in range(2 * L)})
+    # The attention with a cache of its own wants to be told what an empty one is.
+    ops = need("openvino.opset13", "openvino")
+    fixed = np.array([config.num_heads, 0, config.head_dim], dtype=np.int64)
+    empty = ops.broadcast(np.float32(0), ops.concat([ops.shape_of(graph.input("beam"), "i64"), fixed], axis=0))
+    for op in graph.get_ops():
+        if op.get_type_name() == "ReadValue":
+            op.set_arguments(empty.outputs())
+    graph.validate_nodes_and_infer_types()
     library.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
 
 
@@ -365,7 +373,7 @@ def _write_openvino(library: Any, settings: Settings, config: GPT2Config, folder
 def llama_cpp(settings: Settings, dtype: str, inputs: Any) -> Call:
     need_cpu(settings)
     library, gguf = need("llama_cpp", "llama-cpp-python"), need("gguf")
-    write = functools.partial(_write_gguf, gguf, shared(settings, inputs.config, torch.float32), dtype)
+    write = functools.partial(_write_gguf, gguf, settings, inputs.config, dtype)
     folder = exported(settings, inputs.config, f"gguf-{dtype}", write)
     R = len(inputs.prompts)
     room = max(map(len, inputs.prompts)) + inputs.new_tokens
@@ -398,7 +406,14 @@ def llama_cpp(settings: Settings, dtype: str, inputs: Any) -> Call:
             chosen.append(tokens)
         return [list(row) for row in zip(*chosen, strict=True)]
 
+    weakref.finalize(call, _free_llama, library, context, batch)
     return call
+
+
+def _free_llama(library: Any, context: Any, batch: Any) -> None:
+    with quiet():
+        library.llama_free(context)
+        library.llama_batch_free(batch)
 
 
 def _llama_context(library: Any, path: str, rows: int, room: int, threads: int) -> tuple[Any, int]:
@@ -428,8 +443,8 @@ _GGUF_NAMES = {
 }  # fmt: skip
 
 
-def _write_gguf(gguf: Any, model: GPT2, dtype: str, folder: Path) -> None:
-    config = model.config
+def _write_gguf(gguf: Any, settings: Settings, config: GPT2Config, dtype: str, folder: Path) -> None:
+    model = fresh(settings, config)
     writer = gguf.GGUFWriter(str(folder / "model.gguf"), "gpt2")
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.context_length)

@@ -73,6 +73,7 @@ def _case(settings: Settings, config: GPT2Config, name: str, lengths: list[int],
         tokens=R * new,
         end_to_end=True,
         measures_memory=settings.scale != "quick",
+        isolated=settings.scale != "toy",
     )  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result:
     return None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)  # of up to 80 MB
 @torch.no_grad()
 def _exact_logits(settings: Settings, config: GPT2Config, ids: tuple[int, ...]) -> Tensor:
     model = shared_twin(settings, config, torch.float64)

@@ -2,7 +2,7 @@
 
 Agreement is the tests' rule: a contender's error against float64 is at most 2 x (the plain PyTorch expression's own
 error in the same dtype + eps x max|exact|). One that is over it is "wrong" and never timed. Turns alternate in one
-process, so that a slow moment hits everybody; ratios are medians over neighbouring turns.
+run, so that a slow moment hits everybody; ratios are medians over neighbouring turns.
 """
 
 from __future__ import annotations
@@ -26,14 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import workers
+from benchmarks.workers import Call, LeftOutError, attempt
 from fastgpt2.accounting import measured_bandwidth, measured_matmul_flops, synchronize
 
-Call = Callable[[], Any]
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
-
-
-class LeftOutError(Exception):
-    """A contender cannot take part here; its text is the status that stands in its row."""
 
 
 NEEDS_GPU = "needs a GPU"
@@ -81,6 +78,7 @@ class Case:
     flops, bytes: what has to be computed, and read and written at least. tokens: produced by one call.
     end_to_end: timed by the wall clock, the host's work included; otherwise a GPU's own time, its cache flushed.
     measures_memory: on a CPU each contender's takes a process of its own, on a GPU it is always known.
+    isolated: on a CPU, each contender is timed in a process of its own (benchmarks/workers.py says why).
     """
 
     name: str
@@ -97,6 +95,7 @@ class Case:
     end_to_end: bool = False
     needs_gpu: bool = False
     measures_memory: bool = True
+    isolated: bool = False
     seconds: float = 0.0  # that a case wants more than the settings give
 
     @property
@@ -232,20 +231,6 @@ def _blank(module: str, case: Case, contender: Contender, device: torch.device) 
     )
 
 
-def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(result, None), or (None, what stands in the row instead).
-
-    Contenders are other people's code and candidates of a search, which raise whatever they raise: one's failure is a
-    named row and must not cost the others' results.
-    """
-    try:
-        return function(), None
-    except LeftOutError as left_out:
-        return None, str(left_out)
-    except Exception as error:
-        return None, f"failed: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:160]}"
-
-
 def _agreed(
     case: Case, inputs: Any, exact: list[Tensor] | None, device: torch.device
 ) -> Iterator[tuple[Contender, str | _Ready]]:
@@ -253,6 +238,8 @@ def _agreed(
     plain: dict[str, list[float]] = {}
     for contender in sorted(case.contenders, key=lambda c: not c.is_plain):
         outcome, failure = attempt(functools.partial(_agree, case, contender, inputs, exact, plain, device))
+        if case.isolated and not isinstance(outcome, _Ready):
+            workers.dismiss((contender.name, contender.dtype))
         yield contender, failure or outcome
 
 
@@ -262,8 +249,11 @@ def _agree(
 ) -> str | _Ready:  # fmt: skip
     """The contender ready to be timed, or why it is wrong. A plain expression's own errors are noted in `plain`."""
     dtype = contender.dtype or case.dtype
+    build = contender.build
+    if case.isolated and device.type == "cpu":
+        build = workers.isolated((contender.name, contender.dtype), build)
     start = time.perf_counter()
-    call = contender.build(inputs)
+    call = build(inputs)
     result = call()
     synchronize(device)
     cold = time.perf_counter() - start
@@ -469,13 +459,8 @@ def peak_in_child(module: str, settings: Settings, title: str, contender: int) -
     """
     if version("psutil") is None:
         return None
-    # Forked from a process that has imported the libraries and started no thread: a child costs no import.
-    forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload(["torch", "transformers"])
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(sender, module, settings, title, contender))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = workers.context().Process(target=_child, args=(sender, module, settings, title, contender))
     child.start()
     sender.close()
     try:

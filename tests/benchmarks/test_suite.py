@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
 
-from benchmarks import MODULES, __main__, compile_report, report, tune
+from benchmarks import MODULES, __main__, compile_report, report, tune, workers
 from benchmarks.harness import (
     Case,
     Contender,
@@ -177,6 +181,72 @@ def test_cases_for_a_gpu_are_named(settings):
     results = run_case("toy", square_case(needs_gpu=True), settings)
     assert [r.status for r in results] == ["needs a GPU"]
     assert "square N=8 (float32)" in "\n".join(report.without_gpu(results))
+
+
+# -- processes of their own ---------------------------------------------------------------------------------------
+
+
+def wrong_here(parent, x):
+    return lambda: [x * x * (os.getpid() != parent)]
+
+
+def wrong_square(x):
+    return lambda: [x * x * 1.01]
+
+
+def raises_later(x):
+    calls = []
+
+    def call():
+        calls.append(x)
+        if len(calls) > 1:
+            raise MemoryError("no room for 9 GB")
+        return [x * x]
+
+    return call
+
+
+def is_absent(x):
+    raise LeftOutError("absent: not installed")
+
+
+def dies(parent, x):
+    return lambda: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != parent else [x * x]
+
+
+@pytest.fixture
+def no_workers():
+    workers.close()
+    yield
+    workers.close()
+
+
+def test_contenders_in_processes_of_their_own(settings, no_workers):
+    """Whatever becomes of one, the others' results stay; only those who go on keep their process."""
+    plain, dying = (functools.partial(build, os.getpid()) for build in (wrong_here, dies))
+    builds = {"plain": plain, "late": raises_later, "absent": is_absent, "dies": dying, "wrong": wrong_square}
+    contenders = [Contender(name, build, is_plain=name == "plain") for name, build in builds.items()]
+    for _ in range(2):  # a process serves the cases that follow, and is replaced where it is gone
+        results = {r.contender: r for r in run_case("toy", square_case(*contenders, isolated=True), settings)}
+        assert results["plain"].status == "ok"
+        assert results["plain"].median > 0
+        assert results["late"].status == "failed: MemoryError: no room for 9 GB"
+        assert results["absent"].status == "absent: not installed"
+        assert results["dies"].status == f"failed: its process ended with exit code {-signal.SIGKILL}"
+        assert results["wrong"].status.startswith("wrong: ")
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    workers.close()
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_generation_in_processes_of_their_own(settings, no_workers):
+    """What goes there and comes back is what the suite's own contenders and inputs are made of."""
+    case = dataclasses.replace(load("generate", settings)[0], isolated=True)
+    chosen = [c for c in case.contenders if c.name in ("transformers", "ours")]
+    results = run_case("generate", dataclasses.replace(case, contenders=chosen), settings)
+    assert [r.status for r in results] == ["ok"] * len(chosen)
+    assert load("generate", dataclasses.replace(settings, scale="quick"))[0].isolated
 
 
 # -- memory -------------------------------------------------------------------------------------------------------
