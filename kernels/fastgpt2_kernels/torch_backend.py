@@ -187,14 +187,15 @@ def attend_row_by_row(
     One fused call a row: rows of any lengths cost what they hold (no padding is computed), and a row's result does
     not depend on its neighbours.
     """
-    q_NHD = _split_tokens(qkv, k_cache)[0]
+    q_HND = _split_tokens(qkv, k_cache)[0].transpose(0, 1).unsqueeze(0)
     outs, start = [], 0
     for slot, count, past in rows:
-        q = q_NHD[start : start + count].transpose(0, 1).unsqueeze(0)
-        out = attend(q, k_cache[slot : slot + 1, :, : past + count], v_cache[slot : slot + 1, :, : past + count])
-        outs.append(out.transpose(1, 2).reshape(count, -1))
+        held = past + count
+        k, v = (cache[slot : slot + 1, :, :held] for cache in (k_cache, v_cache))
+        outs.append(attend(q_HND[:, :, start : start + count], k, v))
         start += count
-    return (torch.cat(outs) if len(outs) != 1 else outs[0]).to(qkv.dtype)
+    out = torch.cat(outs, 2) if len(outs) != 1 else outs[0]
+    return out.transpose(1, 2).reshape(qkv.shape[0], -1).to(qkv.dtype)
 
 
 def _split_tokens(qkv: Tensor, cache: Tensor) -> tuple[Tensor, ...]:

@@ -325,7 +325,8 @@ def cached_attention(
     if _use_triton_decoding(name, qkv, k_cache, v_cache, backend) and plan.kernels is not None:
         return _cached_attention_kernels(qkv.detach(), k_cache, v_cache, plan, plan.kernels, scale, backend)
     torch_backend.append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
-    attend = functools.partial(causal_attention, scale=scale, upcast=upcast, backend="torch")
+    options = torch_backend.AttentionOptions(scale, upcast=upcast)
+    attend = functools.partial(torch_backend.causal_attention, options=options)
     return torch_backend.attend_row_by_row(qkv, k_cache, v_cache, plan.rows, attend)
 
 
@@ -405,7 +406,7 @@ def decode_attention(
         tokens = [(start + i, slot, past + i) for slot, start, count, past in rows for i in range(count)]
         index, token_slots, positions = torch.tensor(tokens, device=qkv.device).unbind(1)
         torch_backend.append_to_cache(qkv[index], k_cache, v_cache, token_slots, positions)
-        attend = functools.partial(causal_attention, scale=scale, backend="torch")
+        attend = functools.partial(torch_backend.causal_attention, options=torch_backend.AttentionOptions(scale))
         plan = [(slot, count, past) for slot, _, count, past in rows]
         out[index] = torch_backend.attend_row_by_row(qkv[index], k_cache, v_cache, plan, attend)
     return out
