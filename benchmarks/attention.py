@@ -99,7 +99,7 @@ def _case(settings: Settings, T: int, width: int, heads: int, dtype: str, backwa
         flops=products * (5 if backward else 2),
         bytes=B * T * width * element * (8 if backward else 4),  # qkv, out, and their gradients
         # The oracle and the plain expression take T x T scores a head: minutes on a CPU.
-        measures_memory=backward,
+        measures_memory=backward and settings.scale != "quick",
         needs_gpu=T > 1024 or width > 768,
     )  # fmt: skip
 

@@ -36,9 +36,9 @@ class Inputs(NamedTuple):
 def cases(settings: Settings) -> Iterator[Case]:
     config = TOY if settings.scale == "toy" else GPT2Config.preset("gpt2", bos_token_id=None, eos_token_id=None)
     length, new = settings.pick((64, 128), (64, 8), (8, 4))
-    for R in settings.pick((1, 8, 32, 64) if settings.on_gpu else (1, 8, 32), (1, 8), (2,)):
+    for R in settings.pick((1, 8, 32, 64) if settings.on_gpu else (1, 8, 32), (1, 4), (2,)):
         yield _case(settings, config, "generate", [length] * R, new)
-    for R in settings.pick((8, 32), (4,), (3,)):
+    for R in settings.pick((8, 32), (2,), (3,)):
         yield _case(
             settings, config, "generate mixed", [length // 4 + r * (3 * length // 2) // R for r in range(R)], new
         )

@@ -47,9 +47,11 @@ def compiled(function: Callable[..., Any], settings: Settings, fullgraph: bool =
     """`torch.compile`, which on a CPU takes a minute that a quick run has not."""
     if not settings.on_gpu and settings.scale != "full":
         raise LeftOutError("skipped: torch.compile takes a minute on a CPU; leave out --quick")
-    from torch._functorch import config
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
 
-    config.donated_buffer = False  # a backward is timed again and again on one graph
+    functorch.donated_buffer = False  # a backward is timed again and again on one graph
+    dynamo.recompile_limit = 256  # one graph for every case, of which a module has more than 8
     return torch.compile(function, fullgraph=fullgraph, dynamic=False)
 
 
