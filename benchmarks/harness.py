@@ -269,6 +269,8 @@ def _agree(
 
 def agree(case: Case, contender: Contender, device: torch.device) -> Call:
     """The call of one contender that agrees; LeftOutError where it cannot run, ValueError where it is wrong."""
+    if case.needs_gpu and device.type != "cuda":
+        raise LeftOutError(NEEDS_GPU)
     needed = [c for c in case.contenders if c.is_plain and c is not contender]
     inputs = case.inputs()
     exact = None if case.exact is None else case.exact(inputs)

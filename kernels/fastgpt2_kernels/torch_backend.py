@@ -190,9 +190,8 @@ def attend_row_by_row(
     q_HND = _split_tokens(qkv, k_cache)[0].transpose(0, 1).unsqueeze(0)
     outs, start = [], 0
     for slot, count, past in rows:
-        held = past + count
-        k, v = (cache[slot : slot + 1, :, :held] for cache in (k_cache, v_cache))
-        outs.append(attend(q_HND[:, :, start : start + count], k, v))
+        q = q_HND[:, :, start : start + count]
+        outs.append(attend(q, k_cache[slot : slot + 1, :, : past + count], v_cache[slot : slot + 1, :, : past + count]))
         start += count
     out = torch.cat(outs, 2) if len(outs) != 1 else outs[0]
     return out.transpose(1, 2).reshape(qkv.shape[0], -1).to(qkv.dtype)

@@ -223,6 +223,7 @@ def no_workers():
 
 def test_contenders_in_processes_of_their_own(settings, no_workers):
     """Whatever becomes of one, the others' results stay; only those who go on keep their process."""
+    before = set(multiprocessing.active_children())
     plain, dying = (functools.partial(build, os.getpid()) for build in (wrong_here, dies))
     builds = {"plain": plain, "late": raises_later, "absent": is_absent, "dies": dying, "wrong": wrong_square}
     contenders = [Contender(name, build, is_plain=name == "plain") for name, build in builds.items()]
@@ -234,7 +235,7 @@ def test_contenders_in_processes_of_their_own(settings, no_workers):
         assert results["absent"].status == "absent: not installed"
         assert results["dies"].status == f"failed: its process ended with exit code {-signal.SIGKILL}"
         assert results["wrong"].status.startswith("wrong: ")
-    processes = multiprocessing.active_children()
+    processes = set(multiprocessing.active_children()) - before
     assert len(processes) == 2
     workers.close()
     assert not any(process.is_alive() for process in processes)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
-from tests.helpers import assert_close, assert_within_budget
+from tests.helpers import PACKED_DTYPES, assert_close, assert_within_budget
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
@@ -100,15 +100,22 @@ def test_the_oracle_is_pytorchs(seed: int) -> None:
 # -- linear ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_can_be_packed() -> None:
+    """float32 wherever PyTorch has oneDNN, bfloat16 where the processor multiplies it, nothing else."""
+    assert (torch.float32 in PACKED_DTYPES) == torch.backends.mkldnn.is_available()
+    has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert (torch.bfloat16 in PACKED_DTYPES) == has_bfloat16
+    for dtype in (torch.float16, torch.float64):
+        assert ops.pack_linear(torch.empty(4, 4, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [*ops.ACTIVATIONS, "residual"])
 def test_packed_linear(seed: int, dtype: torch.dtype, activation: str) -> None:
     # A width of whole SIMD vectors: PyTorch computes what is left over with other functions.
     generator = torch.Generator().manual_seed(seed)
     weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((32, 40), (32,)))
     packed = ops.pack_linear(weight)
-    if packed is None:
-        pytest.skip(f"this machine has no packed layout for {dtype}")
     x = torch.randn(9, 40, generator=generator).to(dtype)
     residual = torch.randn(9, 32, generator=generator).to(dtype) if activation == "residual" else None
     options: dict[str, Any] = {"residual": residual} if residual is not None else {"activation": activation}
@@ -221,14 +228,12 @@ def test_an_explicit_triton_says_why_it_cannot_be() -> None:
         ops.linear(X, X, backend="triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
 @pytest.mark.parametrize(("width_in", "width_out"), [(768, 2304), (3072, 768), (1600, 4800)])
 def test_a_packed_row_is_the_same_to_the_bit_among_any_number_of_rows(dtype, width_in, width_out, seed):
     """At GPT-2's own widths: oneDNN splits long sums of a single row, which is why single rows are filled up."""
     torch.manual_seed(seed)
     weight = torch.randn(width_out, width_in).to(dtype)
-    if not ops.can_pack(weight):
-        pytest.skip(f"this CPU has no layout for {dtype}")
     packed = ops.pack_linear(weight)
     x, residual = torch.randn(64, width_in).to(dtype), torch.randn(64, width_out).to(dtype)
     whole = ops.linear(x, weight, packed=packed)
