@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 
@@ -9,7 +10,22 @@ import pytest
 import torch
 
 from fastgpt2_kernels import launch
+from tests.kernels import interpreting
 from tests.kernels.poison import Poison
+
+
+@pytest.fixture(scope="session", autouse=True)
+def adjusted_interpreter() -> Iterator[None]:
+    """See `tests.kernels.interpreting`."""
+    if interpreter_is_on():
+        with interpreting.adjusted_interpreter():
+            yield
+    else:
+        yield
+
+
+def interpreter_is_on() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +42,7 @@ def triton_device() -> str:
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         return "cuda"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreter_is_on():
         return "cpu"
     pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
 
@@ -62,27 +78,6 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(launch, "attention_row", row)
 
     return choose
-
-
-@pytest.fixture
-def fixed_order_dot(monkeypatch) -> None:
-    """The interpreter's `tl.dot` in one order of summing.
-
-    NumPy's matrix product chooses the order by the operands' shapes; a tensor core adds up every element of the result
-    by itself, whatever is beside it.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        total = d.data.copy()
-        for k in range(a.data.shape[-1]):
-            left, right = (x.astype(total.dtype) for x in (a.data[..., k, None], b.data[..., k, None, :]))
-            total = total + left * right
-        return interpreter.TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture

@@ -185,7 +185,7 @@ def count_waits(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("others", [2, 16, 63])
-def test_neighbours_do_not_matter(device, others, fixed_order_dot):
+def test_neighbours_do_not_matter(device, others):
     """A row alone gives the same bits as in a batch of 3, 17 and 64, whatever its slot and its neighbours' lengths."""
     ours, _ = pair(device, 1, **(SMALL if others < 20 else TINIEST))
     sampling = SamplingConfig(temperature=0.8, top_k=20)
