@@ -4,26 +4,33 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: generate test test-package test-kernels test-compiled sanitize format clean
+.PHONY: generate test test-all test-style test-package test-kernels test-compiled sanitize format clean
 
 generate: $(VENV)/.runtime
 	$(BIN)/fastgpt2 generate $(ARGS)
 
+# Side by side, so a thread each: the tensors are small, and two processes that both use all cores wait for each other.
+TESTS := test-kernels test-style test-package test-compiled
 test: $(VENV)/.dev
+	$(MAKE) --no-print-directory --jobs 2 --output-sync $(TESTS)
+
+# What `make test` does, and compile every launch row instead of one for each kernel and dtype.
+test-all: $(VENV)/.dev
+	$(MAKE) --no-print-directory --jobs 2 --output-sync $(TESTS) ROWS=--all-rows
+
+test-style: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory --jobs 2 --output-sync test-package test-kernels test-compiled
 
-# Side by side, so a thread each: the tensors are small, and two processes that both use all cores wait for each other.
 test-package: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/kernels/test_compile.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/kernels $(ARGS)
 
 test-kernels: $(VENV)/.dev
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_compile.py
 
 test-compiled: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/kernels/test_compile.py
+	$(BIN)/python -m pytest tests/kernels/test_compile.py $(ROWS)
 
 # The kernels' tests as on a GPU, compiled by Triton's front end and executed with checks of every access, on the CPU.
 # Optional: the sanitizer is young software. Left out is what looks at devices, threads or PyTorch rather than kernels.

@@ -10,6 +10,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-rows", action="store_true", help="compile every launch row, not one a kernel and dtype")
+
+
 @pytest.fixture
 def seed() -> int:
     """A fresh seed every run, printed with a failure; FASTGPT2_TEST_SEED repeats one."""

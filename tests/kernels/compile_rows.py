@@ -1,7 +1,8 @@
-"""Compile every launch row for every target, without a GPU, and print what came out as JSON lines.
+"""Compile the launch rows for every target, without a GPU, and print what came out as JSON lines.
 
-A program of its own (`python -m tests.kernels.compile_rows [TARGET ...]`), because Triton compiles nothing in a process
-whose interpreter is on.
+A program of its own (`python -m tests.kernels.compile_rows [--representative] [TARGET ...]`), because Triton compiles
+nothing in a process whose interpreter is on. With `--representative` the rows that are not compiled are printed too,
+by their names alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +25,30 @@ from tests.kernels.layer_rows import layer_cases
 from tests.kernels.linear_rows import linear_cases
 from tests.kernels.sampling_rows import sampling_cases
 
+# What stands for each kernel and dtype where not every row is compiled: the sizes of GPT-2 124M, as it is used most.
+REPRESENTATIVE = re.compile(
+    "|".join(
+        (
+            r"attention (forward|dq|dkdv) (half|ieee) head 64 \d+x\d+",
+            r"bias_activation gelu_tanh (forward|backward) (bf16|fp32) 3072",
+            r"cross_entropy fused (bf16|fp16|fp32) block 8192",
+            r"cross_entropy (forward|backward) bf16 block 8192",
+            r"decode_attention cores 1 new bf16 head 64 HAS_STARTS HAS_SLOTS INDIRECT",
+            r"decode_attention (dot 8 new bf16|cores 8 new fp32) head 64 HAS_STARTS HAS_SLOTS",
+            r"decode_begin .*",
+            r"decode_combine .*",
+            r"layer_norm (forward|backward) (bf16|fp32) 768",
+            r"layer_norm (forward|backward) bf16 20000",
+            r"linear_decode layer_norm bf16 768 to (2304, 1 rows|3072, 16 rows), \S+( ACTIVATION)?",
+            r"linear_decode layer_norm fp32 768 to 2304, 1 rows, \S+",
+            r"linear_decode (combine bf16 768|none (bf16|fp32) 3072) to 768, 1 rows, \S+",
+            r"partial_sums .*",
+            r"sample fp32 block \d+ IS_GREEDY",
+            r"sample bf16 block \d+ HAS_PENALTY HAS_TOP_K HAS_TOP_P HAS_MIN_P",
+        )
+    )
+)
+
 
 @functools.cache
 def cases(target: str) -> list[Case]:
@@ -30,15 +56,30 @@ def cases(target: str) -> list[Case]:
     return [case for of_kernel in kernels for case in of_kernel(target)]
 
 
+def described(target: str, case: Case) -> dict[str, Any]:
+    floats = {kind.removeprefix("*") for kind in case.signature.values() if re.fullmatch(r"\*(bf|fp)\d+", kind)}
+    return {"target": target, "case": case.name, "kernel": case.kernel.__name__, "dtypes": sorted(floats)}
+
+
 def compiled(job: tuple[str, int]) -> dict[str, Any]:
     target, index = job
+    case = cases(target)[index]
     start = time.perf_counter()
-    row = compile_case(cases(target)[index], TARGETS[target])
-    return {"target": target, **row, "seconds": time.perf_counter() - start}
+    row = compile_case(case, TARGETS[target])
+    return {**described(target, case), **row, "seconds": time.perf_counter() - start}
 
 
 def main() -> None:
-    jobs = [(target, index) for target in sys.argv[1:] or TARGETS for index in range(len(cases(target)))]
+    arguments = sys.argv[1:]
+    is_some = "--representative" in arguments
+    targets = [argument for argument in arguments if argument != "--representative"] or list(TARGETS)
+    jobs = []
+    for target in targets:
+        for index, case in enumerate(cases(target)):
+            if is_some and not REPRESENTATIVE.fullmatch(case.name):
+                print(json.dumps(described(target, case)))
+            else:
+                jobs.append((target, index))
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(compiled, jobs):
             print(json.dumps(row), flush=True)

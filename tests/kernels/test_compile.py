@@ -1,4 +1,7 @@
-"""Every launch row compiles for every target without a GPU: no spills, shared memory within limits, wide accesses."""
+"""Launch rows compile for every target without a GPU: no spills, shared memory within limits, wide accesses.
+
+A row for each kernel and dtype by default, and every row of the tables with `--all-rows`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict]:
+def table(pytestconfig: pytest.Config) -> list[dict]:
+    """Every row; what was compiled of it where it was."""
     pytest.importorskip("triton")
     # Nothing compiles in a process whose interpreter is on.
     environment = {
@@ -29,17 +33,25 @@ def rows() -> list[dict]:
         "TRITON_INTERPRET": "0",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
     }
+    options = [] if pytestconfig.getoption("--all-rows") else ["--representative"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_rows"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600,
+        [sys.executable, "-m", "tests.kernels.compile_rows", *options],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_every_row_is_there(rows):
+@pytest.fixture(scope="module")
+def rows(table: list[dict]) -> list[dict]:
+    """The rows that were compiled."""
+    return [row for row in table if "registers" in row]
+
+
+def test_every_row_is_there(table, rows, pytestconfig):
     assert {row["target"] for row in rows} == set(SHARED_LIMIT)
-    kinds = Counter(row["case"].split()[0] for row in rows)
+    assert rows == table or not pytestconfig.getoption("--all-rows")
+    kinds = Counter(row["case"].split()[0] for row in table)
     assert kinds["attention"] == 4 * (len(list(launch.attention_rows())) + 3)
     assert kinds["cross_entropy"] >= 4 * 32
     assert kinds["sample"] == 4 * 10
@@ -50,6 +62,13 @@ def test_every_row_is_there(rows):
     assert kinds["layer_norm"] == 4 * 22
     assert kinds["bias_activation"] == 4 * 8
     assert kinds["partial_sums"] == 4
+
+
+def test_a_row_stands_for_each_kernel_and_dtype(table, rows):
+    def kinds(of: list[dict]) -> set[tuple[str, ...]]:
+        return {(row["target"], row["kernel"], *row["dtypes"]) for row in of}
+
+    assert kinds(rows) == kinds(table)
 
 
 def test_no_spills(rows):
@@ -103,7 +122,7 @@ def test_linear_rows_add_up_in_one_order(rows):
         if row["case"].startswith("linear_decode layer_norm"):
             product, inputs = row["case"].split()[2:4]
             orders.setdefault((row["target"], product, inputs), set()).add(str(row["reductions"]))
-    assert len(orders) == 4 * 4
+    assert len(orders) >= 4 * 2
     assert all(len(found) == 1 and found != {"[]"} for found in orders.values()), orders
 
 
@@ -115,12 +134,13 @@ def test_three_programs_or_more_fit_a_multiprocessor(rows):
             assert programs >= (4 if row["target"] == "sm_80" or "fused" not in row["case"] else 3), row
 
 
-def test_the_compile_report_is_current(rows):
-    """Its rows always; their figures under the Triton version that it was written with."""
+def test_the_compile_report_is_current(table, rows):
+    """The names of all rows, always; what was compiled of them under the Triton version that it was written with."""
     renew = "renew it: python -m benchmarks compile-report --write"
     version, written = compile_report.committed()
-    compiled = {(row["target"], row["case"]): compile_report.cells(row) for row in rows}
-    assert len(compiled) == len(rows), "two rows bear one name"
-    assert written.keys() == compiled.keys(), renew
+    names = {(row["target"], row["case"]) for row in table}
+    assert len(names) == len(table), "two rows bear one name"
+    assert written.keys() == names, renew
     if version == importlib.metadata.version("triton"):
-        assert written == compiled, renew
+        compiled = {(row["target"], row["case"]): compile_report.cells(row) for row in rows}
+        assert {key: written[key] for key in compiled} == compiled, renew
