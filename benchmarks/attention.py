@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.harness import Call, Case, Contender, Settings
 from benchmarks.peers import compiled, hidden_sizes, need, need_gpu, need_triton
 from benchmarks.tune import Tunable
-from fastgpt2_kernels import launch, ops, reference
+from fastgpt2_kernels import ops, reference
+from fastgpt2_kernels.triton import launch
 
 Attend = Callable[[Tensor, int], Tensor]  # qkv (B, T, 3C), heads -> (B, T, C)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.harness import Call, Case, Contender, LeftOutError, Settings
 from benchmarks.peers import compiled, hidden_sizes, need, need_gpu, need_time, need_triton
 from benchmarks.tune import Tunable
-from fastgpt2_kernels import launch, ops
+from fastgpt2_kernels import ops
+from fastgpt2_kernels.triton import launch
 
 COMPARED_ROWS = 256  # of an (N, V) gradient, first and last among them
 ORACLE_ROWS = 1024

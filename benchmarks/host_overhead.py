@@ -21,7 +21,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the door lets a Triton backend pass on a CPU only then
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "kernels")]
 
-from fastgpt2_kernels import attention, ops  # noqa: E402
+from fastgpt2_kernels import ops  # noqa: E402
+from fastgpt2_kernels.triton import attention  # noqa: E402
 
 
 class _NoLaunch:

@@ -1,6 +1,6 @@
 """Decoding on a GPU: the rows' state on the device, a CUDA graph for every number of rows, results a step late.
 
-A step (`fastgpt2_kernels/decode_step.py`) is 5 L + 3 launches and no wait for the device. Rows end by themselves there
+A step (`triton/decode/step.py`) is 5 L + 3 launches and no wait for the device. Rows end by themselves there
 (stop tokens, limits, a full context); the host learns of it when it reads that step's tokens, while the next step runs.
 """
 

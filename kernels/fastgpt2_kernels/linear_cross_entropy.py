@@ -195,7 +195,7 @@ def _triton_chunk_loss(
     logits_nV: Tensor, targets: Tensor, class_weight: Tensor | None, row_grad: Tensor | None, options: LossOptions
 ) -> Tensor:
     """`torch_chunk_loss` in one launch of the cross-entropy kernel."""
-    from fastgpt2_kernels import cross_entropy as kernel
+    from fastgpt2_kernels.triton import cross_entropy as kernel
 
     rows = kernel.cross_entropy_rows(
         logits_nV[None],
@@ -318,7 +318,7 @@ def _divided(grad_output: Tensor, divisor: Tensor) -> Tensor:
 def scale_(grad: Tensor, factor: Tensor, use_triton: bool) -> Tensor:
     """grad *= factor; nothing is moved where the factor is 1, which is not asked of a GPU by waiting for it."""
     if use_triton and grad.numel():
-        from fastgpt2_kernels import cross_entropy as kernel
+        from fastgpt2_kernels.triton import cross_entropy as kernel
 
         kernel.scale_rows(grad.view(1, -1, grad.shape[-1]), factor)
     elif factor.device.type != "cpu" or factor != 1:

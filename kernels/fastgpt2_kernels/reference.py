@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2_kernels.decode_types import LayerNormWeights
+from fastgpt2_kernels.types import LayerNormWeights
 
 _WORD = 0xFFFFFFFF
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fastgpt2_kernels import attention, launch
+from fastgpt2_kernels.triton import attention, launch
 from tests.kernels.compiling import Case
 
 _KERNELS = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from fastgpt2_kernels import launch
+from fastgpt2_kernels.triton import launch
 from tests.kernels import interpreting
 from tests.kernels.poison import Poison
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fastgpt2_kernels import cross_entropy, launch
+from fastgpt2_kernels.triton import cross_entropy, launch
 from tests.kernels.compiling import Case
 
 # What the cross-entropy kernel can be asked for besides; each compiled once, fused, at an odd vocabulary.

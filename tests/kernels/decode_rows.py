@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fastgpt2_kernels import decode_attention, launch
+from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.decode import attention
 from tests.kernels.compiling import Case
 
 _INDEX_TYPES = {"table_ptr": "*i64"} | {f"{name}_ptr": "*i32" for name in ("lengths", "slots", "starts", "counts")}
@@ -25,12 +26,12 @@ def decode_cases(arch: str) -> Iterator[Case]:
 
 
 def _attention(width: int, dtype: str, max_new: int, flags: tuple[str, ...]) -> Case:
-    block_d = decode_attention._block_d(width)
+    block_d = attention._block_d(width)
     row = launch.decode_row(4 if dtype == "fp32" else 2, block_d)
     use_dot = max_new > 1 and dtype != "fp32"
     constants = {"D": width, "BLOCK_D": block_d, "BLOCK_T": 16 if use_dot else max_new, "SPLIT_S": row.split_s}
     label = f"decode_attention {'dot' if use_dot else 'cores'} {max_new} new {dtype} head {width}"
-    kernel = decode_attention._decode_attention_kernel
+    kernel = attention._decode_attention_kernel
     num_warps = row.one_warps if max_new == 1 else row.few_warps
     return _case(label, kernel, dtype, {**constants, "USE_DOT": use_dot}, num_warps, flags)
 
@@ -39,7 +40,7 @@ def _combine(width: int, dtype: str, flags: tuple[str, ...]) -> Case:
     row = launch.decode_row(4 if dtype == "fp32" else 2, width)
     constants = {"D": width, "BLOCK_C": row.block_c, "SPLIT_S": row.split_s}
     label = f"decode_combine {dtype} head {width}"
-    return _case(label, decode_attention._combine_kernel, dtype, constants, 1, flags)
+    return _case(label, attention._combine_kernel, dtype, constants, 1, flags)
 
 
 def _case(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fastgpt2_kernels import gelu, launch, layer_norm, partial_sums
+from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.layers import activation, layer_norm, partial_sums
 from tests.kernels.compiling import Case
 
 WIDTHS = (768, 1024, 1280, 1600)
@@ -35,10 +36,10 @@ def layer_cases(arch: str) -> Iterator[Case]:
         row = launch.ACTIVATION
         constants = {"C": C, "NAME": name, "HAS_BIAS": True, "ALIGN": 8}
         constants |= {"BLOCK_N": row.block_n, "BLOCK_C": row.block_c}
-        kernel = gelu._bias_activation_fwd_kernel
+        kernel = activation._bias_activation_fwd_kernel
         yield case(f"bias_activation {name} forward {dtype} {C}", kernel, dtype, constants, row)
         constants = constants | {"NEEDS_DX": True, "NEEDS_DB": True, "BLOCK_N": row.bwd_block_n}
-        kernel = gelu._bias_activation_bwd_kernel
+        kernel = activation._bias_activation_bwd_kernel
         yield case(f"bias_activation {name} backward {dtype} {C}", kernel, dtype, constants, row)
     sums = launch.partial_sums_row(768)
     constants = {"NUM_SUMS": 2, "BLOCK_P": sums.block_p, "BLOCK_C": sums.block_c}

@@ -13,10 +13,11 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastgpt2_kernels import decode_step, launch, linear_decode
+from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.decode import linear, step
 from tests.kernels.compiling import Case
 
-_KERNEL = linear_decode._linear_decode_kernel
+_KERNEL = linear._linear_decode_kernel
 _INT8 = {"weight": "i8"}
 _GELU = {"ACTIVATION": "gelu_tanh"}
 _STEP: list[tuple[str, str, int, int, int, dict[str, Any]]] = [
@@ -51,7 +52,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
 
 def _begin_case() -> Case:
     """The kernel that a step begins with."""
-    kernel = decode_step._begin_step_kernel
+    kernel = step._begin_step_kernel
     signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
     signature |= {"wte_ptr": "*bf16", "wpe_ptr": "*bf16", "x_ptr": "*fp32"}
     constants = {"BLOCK_C": 1024, "BLOCK_STOPS": 1}

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels import launch
-from fastgpt2_kernels.sampling import _gumbel, _gumbel_at, _words
+from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.sampling import _gumbel, _gumbel_at, _words
 
 
 @triton.jit

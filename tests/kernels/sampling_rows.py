@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fastgpt2_kernels import launch, sampling
+from fastgpt2_kernels.triton import launch, sampling
 from tests.kernels.compiling import Case
 
 FLAGS = ("HAS_PENALTY", "HAS_TOP_K", "HAS_TOP_P", "HAS_MIN_P", "IS_GREEDY")

@@ -10,7 +10,8 @@ import random
 import pytest
 import torch
 
-from fastgpt2_kernels import launch, ops, reference
+from fastgpt2_kernels import ops, reference
+from fastgpt2_kernels.triton import launch
 from tests.helpers import assert_rms_within_budget, random_ids, random_model
 from tests.kernels.traffic import Traffic
 
@@ -268,7 +269,7 @@ def check_launchers(kernel, case, device):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 32)])
 def test_launchers_write_their_rows_and_nothing_else(triton_device, tiles, seed, name, blocks):
-    from fastgpt2_kernels import attention
+    from fastgpt2_kernels.triton import attention
 
     torch.manual_seed(seed)
     tiles(blocks)
@@ -305,7 +306,7 @@ def test_a_row_does_not_depend_on_its_neighbours(triton_device, seed):
 def test_interpreted_traffic(interpreter, tiles, monkeypatch, use_tma):
     """Everything is written once. A tile's own rows are read once, the rows that it walks over once a tile: an
     element of k and v by the query tiles that see it, one of q and dO by the key tiles that it sees."""
-    from fastgpt2_kernels import attention
+    from fastgpt2_kernels.triton import attention
 
     T, H, D, block_t, block_s = 70, 2, 32, 32, 16
     tiles((block_t, block_s), use_tma)
@@ -407,7 +408,7 @@ def test_offsets_past_32_bits(triton_device):
 
 
 def test_opcheck(triton_device):
-    import fastgpt2_kernels.attention  # noqa: F401
+    import fastgpt2_kernels.triton.attention  # noqa: F401
 
     q, k, v = (torch.randn(2, 2, n, 16, device=triton_device, requires_grad=True) for n in (5, 7, 7))
     masks = (None, None, None, torch.tensor([1, 2], device=triton_device), 0.2)

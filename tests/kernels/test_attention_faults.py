@@ -9,7 +9,7 @@ import pytest
 from tests.kernels.faults import load
 from tests.kernels.test_attention import CASES, check_launchers, pytestmark  # noqa: F401
 
-SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/attention.py"
+SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/attention.py"
 # Deliberate faults: what would then be checked wrong, and where it is to be noticed.
 MUTATIONS = {
     "diagonal off by one": (

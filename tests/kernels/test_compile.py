@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import compile_report
-from fastgpt2_kernels import launch
+from fastgpt2_kernels.triton import launch
 
 ROOT = Path(__file__).parents[2]
 # Bytes of shared memory that one program may have.

@@ -278,7 +278,7 @@ def test_runs_are_bitwise_equal(triton_device, seed):
 
 
 def test_opcheck(triton_device):
-    from fastgpt2_kernels import cross_entropy as kernel
+    from fastgpt2_kernels.triton import cross_entropy as kernel
 
     logits = torch.randn(2, 3, 40, device=triton_device, requires_grad=True)
     targets = torch.randint(0, 40, (2, 3), device=triton_device)
@@ -314,7 +314,7 @@ def test_compiles_whole(triton_device, seed):
 @pytest.mark.parametrize("V", [7, 300, 2500])
 def test_gradient_into_another_layout(triton_device, seed, V):
     """The launcher takes a gradient with strides of its own, and writes nothing outside its rows."""
-    from fastgpt2_kernels import cross_entropy as kernel
+    from fastgpt2_kernels.triton import cross_entropy as kernel
 
     torch.manual_seed(seed)
     logits = torch.randn(2, 3, V + 5, device=triton_device)[..., :V]
@@ -367,7 +367,7 @@ def test_interpreted_traffic(monkeypatch, interpreter, seed):
     """Logits are read once and gradients written once. Fused, the gradient's pass reads each row again while it lies
     in the L2 cache, its end first: of 3 programs on each of an H100's 132 multiprocessors, at V = 50257 in bf16, 40 MB
     of the cache's 50."""
-    from fastgpt2_kernels import cross_entropy as kernel
+    from fastgpt2_kernels.triton import cross_entropy as kernel
 
     torch.manual_seed(seed)
     logits = torch.randn(1, 3, 3001, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from tests.helpers import assert_within_budget
 from tests.kernels.faults import load
 from tests.kernels.losses import plain_cross_entropy, shifted
 
-SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/cross_entropy.py"
+SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/cross_entropy.py"
 MUTATIONS = {
     "sums of earlier blocks are not scaled down": ("sum_p = sum_p * alpha +", "sum_p = sum_p +"),
     "-inf - (-inf)": ('m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)', "m_safe = m_new"),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2_kernels import launch, ops, reference
+from fastgpt2_kernels import ops, reference
+from fastgpt2_kernels.triton import launch
 from tests.helpers import assert_rms_within_budget
 from tests.kernels.traffic import Traffic
 
@@ -29,9 +30,9 @@ pytestmark = [
 @pytest.fixture
 def kernels():
     pytest.importorskip("triton")
-    from fastgpt2_kernels import decode_attention
+    from fastgpt2_kernels.triton.decode import attention
 
-    return decode_attention
+    return attention
 
 
 # -- cases --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from tests.kernels.faults import load
 from tests.kernels.test_decode_attention import CASES, check, check_full, pytestmark  # noqa: F401
 
-SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/decode_attention.py"
+SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/decode/attention.py"
 # Deliberate faults: what would then be checked wrong, and where it is to be noticed.
 MUTATIONS = {
     "a token does not see itself": ("one", "is_here & (offs_t <= t)", "is_here & (offs_t < t)"),

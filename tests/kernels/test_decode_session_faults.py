@@ -9,7 +9,7 @@ import pytest
 from tests.kernels.faults import load
 from tests.kernels.test_decode_session import check_rows_that_end, pytestmark  # noqa: F401
 
-SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/decode_step.py"
+SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/decode/step.py"
 MUTATIONS = {
     "a stop token goes on": ("(not is_stop) & ", ""),
     "the first stop token only": ("offs_stop < num_stops", "offs_stop < 1"),
@@ -27,6 +27,6 @@ MUTATIONS = {
 @pytest.mark.parametrize("mistake", MUTATIONS)
 def test_interpreted_mistake_is_caught(interpreter, monkeypatch, tmp_path, mistake):
     step = load(SOURCE, tmp_path, *MUTATIONS[mistake])
-    monkeypatch.setattr("fastgpt2_kernels.decode_step.DecodeStep", step.DecodeStep)
+    monkeypatch.setattr("fastgpt2_kernels.triton.decode.step.DecodeStep", step.DecodeStep)
     with pytest.raises(AssertionError):
         check_rows_that_end(interpreter)

@@ -139,7 +139,7 @@ def test_runs_are_bitwise_equal(triton_device: str, seed: int) -> None:
 
 
 def test_frozen_parts_cost_nothing(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgpt2_kernels import gelu as kernel
+    from fastgpt2_kernels.triton.layers import activation as kernel
 
     asked: list[tuple[bool, bool]] = []
     backward = kernel.bias_activation_backward
@@ -159,7 +159,7 @@ def test_frozen_parts_cost_nothing(triton_device: str, monkeypatch: pytest.Monke
 
 
 def test_opcheck(triton_device: str) -> None:
-    from fastgpt2_kernels import gelu as kernel
+    from fastgpt2_kernels.triton.layers import activation as kernel
 
     x = torch.randn(5, 24, device=triton_device, requires_grad=True)
     bias = torch.randn(24, device=triton_device, requires_grad=True)
@@ -205,7 +205,7 @@ def test_interpreted_offsets_past_31_bits(triton_device: str, seed: int) -> None
 
 def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, interpreter: str, seed: int) -> None:
     """x and dy are read once, y and dx written once, the bias once a tile."""
-    from fastgpt2_kernels import gelu as kernel
+    from fastgpt2_kernels.triton.layers import activation as kernel
 
     torch.manual_seed(seed)
     x, dy = (torch.randn(37, 300, dtype=torch.bfloat16) for _ in range(2))
@@ -237,10 +237,11 @@ def test_the_model_obeys_its_backend(
     triton_device: str, seed: int, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both backends give the same logits and gradients; each kernel runs where it is asked for, and nowhere else."""
-    from fastgpt2_kernels import gelu, layer_norm
+    from fastgpt2_kernels.triton.layers import activation as bias_activation
+    from fastgpt2_kernels.triton.layers import layer_norm
 
     calls: list[str] = []
-    for module, name in ((layer_norm, "layer_norm_forward"), (gelu, "bias_activation_forward")):
+    for module, name in ((layer_norm, "layer_norm_forward"), (bias_activation, "bias_activation_forward")):
         f = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=f, name=name: (calls.append(name), f(*a))[1])
     model = random_model(seed, activation_function=activation, num_layers=1).to(triton_device)
@@ -296,7 +297,7 @@ def test_refused_by_an_explicit_triton(triton_device: str) -> None:
 
 # -- mistakes made on purpose ------------------------------------------------------------------------------------------
 
-SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/gelu.py"
+SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/layers/activation.py"
 MUTATIONS = {
     "the cubic term's slope": ("3.0 * CUBIC", "2.0 * CUBIC"),
     "half of u": ("tl.constexpr(1.5957691216057308)", "tl.constexpr(0.7978845608)"),

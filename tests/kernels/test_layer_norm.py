@@ -235,7 +235,7 @@ def test_gradients_of_one_result_alone(triton_device: str, seed: int) -> None:
 
 def test_frozen_parts_cost_nothing(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No launch for what is frozen: not the backward at all, or not the sums, or not dx."""
-    from fastgpt2_kernels import layer_norm as kernel
+    from fastgpt2_kernels.triton.layers import layer_norm as kernel
 
     asked: list[tuple[bool, ...]] = []
     backward, sums = kernel.layer_norm_backward, kernel.sum_partials
@@ -288,7 +288,7 @@ def test_the_callers_tensors_are_left_alone(triton_device: str, seed: int) -> No
 
 
 def test_opcheck(triton_device: str) -> None:
-    from fastgpt2_kernels import layer_norm as kernel
+    from fastgpt2_kernels.triton.layers import layer_norm as kernel
 
     inputs = draw(24, 2, 3, device=triton_device)
     x, weight, bias, residual = (t.requires_grad_() for t in inputs.values())
@@ -335,7 +335,7 @@ def test_interpreted_offsets_past_31_bits(triton_device: str, seed: int) -> None
 
 def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, interpreter: str, seed: int) -> None:
     """x, residual, dy are read once and y, s, dx written once; weight and bias once for all rows of a program."""
-    from fastgpt2_kernels import layer_norm as kernel
+    from fastgpt2_kernels.triton.layers import layer_norm as kernel
 
     torch.manual_seed(seed)
     inputs = draw(700, 1, 40, device="cpu", dtype=torch.bfloat16)
@@ -393,7 +393,7 @@ def test_refused_float64(triton_device: str) -> None:
 
 # -- mistakes made on purpose ------------------------------------------------------------------------------------------
 
-SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/layer_norm.py"
+SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/layers/layer_norm.py"
 MUTATIONS = {
     "masked lanes count for the mean's rest": (
         "        d = tl.where(mask, s - mean, 0.0)\n        left",

@@ -359,7 +359,7 @@ def test_no_host_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
     backends = [False]
     if pytest.importorskip("triton"):
-        from fastgpt2_kernels import cross_entropy as kernel
+        from fastgpt2_kernels.triton import cross_entropy as kernel
 
         class Launched(dict):
             def __missing__(self, grid: object) -> Callable[..., None]:

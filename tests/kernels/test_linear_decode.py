@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from fastgpt2_kernels import launch, ops, reference
+from fastgpt2_kernels import ops, reference
+from fastgpt2_kernels.triton import launch
 from tests.helpers import assert_rms_within_budget
 from tests.kernels import linear_maps
 from tests.kernels.linear_maps import DTYPES, INTERPRETED
@@ -28,9 +29,9 @@ BASE = {
 
 @pytest.fixture
 def kernel(triton_device):
-    from fastgpt2_kernels import linear_decode
+    from fastgpt2_kernels.triton.decode import linear
 
-    return linear_decode
+    return linear
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -115,7 +116,7 @@ def sum_one_by_one(monkeypatch) -> None:
 
 
 def test_a_row_that_does_not_fit_is_nan_alone(triton_device, kernel, seed):
-    """`decode_attention.py` leaves NaN in its first split; the splits past its end are not read."""
+    """`decode/attention.py` leaves NaN in its first split; the splits past its end are not read."""
     torch.manual_seed(seed)
     case = {**BASE, "prologue": "combine", "slots": False, "counts": False}
     parts, rows, split_s = linear_maps.random_parts(case, triton_device)
@@ -270,7 +271,7 @@ def test_triton_is_refused(triton_device, changes, message):
 
 
 def test_opcheck(triton_device):
-    from fastgpt2_kernels import linear_decode as kernel
+    from fastgpt2_kernels.triton.decode import linear as kernel
 
     x, weight = torch.randn(3, 32, device=triton_device), torch.randn(9, 32, device=triton_device)
     bias, residual, norm = torch.randn(9), torch.randn(3, 9), torch.randn(2, 32)

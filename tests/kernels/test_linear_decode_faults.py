@@ -12,7 +12,7 @@ from tests.kernels import linear_maps
 from tests.kernels.faults import load
 from tests.kernels.test_linear_decode import BASE
 
-SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/linear_decode.py"
+SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/decode/linear.py"
 MUTATIONS = {
     "a variance in one pass": (
         "_sum_inputs(total, SHARES) / K + eps",

@@ -147,7 +147,7 @@ def hold_choice(chosen: Tensor, logits: Tensor, tensors: dict, seen: Tensor, cas
 @pytest.mark.parametrize("part", range(4))
 def test_random_cases(triton_device, seed, part):
     """4 x 50 random cases; float64 agrees on the token of all but a few rows, which rounding decides."""
-    from fastgpt2_kernels import sampling as kernel
+    from fastgpt2_kernels.triton import sampling as kernel
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -390,7 +390,7 @@ def test_interpreted_traffic(monkeypatch, interpreter, seed):
 
 
 def test_opcheck(triton_device, seed):
-    from fastgpt2_kernels import sampling as kernel
+    from fastgpt2_kernels.triton import sampling as kernel
 
     logits = torch.randn(3, 40, device=triton_device)
     ids = torch.zeros(3, dtype=torch.int64, device=triton_device)

@@ -13,7 +13,7 @@ import torch
 from tests.kernels import test_sampling as sampling
 from tests.kernels.faults import load
 
-SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/sampling.py"
+SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/sampling.py"
 # Of every mistake: what is written, what is written instead, and the case that meets it.
 MUTATIONS = {
     "words out of order": ("tl.join(w0, w2), tl.join(w1, w3)", "tl.join(w0, w1), tl.join(w2, w3)", "plain"),

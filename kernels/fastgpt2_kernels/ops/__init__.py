@@ -9,20 +9,8 @@ Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = 
 
 from __future__ import annotations
 
-from fastgpt2_kernels.decode_types import (
-    FRESH,
-    IDLE,
-    RUNNING,
-    LayerNormWeights,
-    LayerWeights,
-    LinearWeights,
-    SlotSampling,
-    SlotState,
-    StepWeights,
-)
 from fastgpt2_kernels.ops.attention import (
     MAX_HEAD_SIZE,
-    Documents,
     cached_attention,
     causal_attention,
     causal_attention_packed,
@@ -36,13 +24,19 @@ from fastgpt2_kernels.ops.layers import TRITON_ACTIVATIONS, activation, bias_act
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
 from fastgpt2_kernels.ops.sampling import row_keys, sample
 from fastgpt2_kernels.reference import ACTIVATIONS
-from fastgpt2_kernels.torch_backend import (
-    MIN_PACKED_ROWS,
-    PackedLinear,
+from fastgpt2_kernels.torch.layers import MIN_PACKED_ROWS, PackedLinear, can_pack, fingerprint, pack_linear
+from fastgpt2_kernels.types import (
+    FRESH,
+    IDLE,
+    RUNNING,
+    Documents,
+    LayerNormWeights,
+    LayerWeights,
+    LinearWeights,
     RowPlan,
-    can_pack,
-    fingerprint,
-    pack_linear,
+    SlotSampling,
+    SlotState,
+    StepWeights,
 )
 
 __all__ = [

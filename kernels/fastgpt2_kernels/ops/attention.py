@@ -11,9 +11,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastgpt2_kernels import torch_backend
 from fastgpt2_kernels.ops.backend import check_same, describe, interpreter_is_on, is_float32_exact, use_triton
-from fastgpt2_kernels.torch_backend import DecodeRows, Documents, KernelPlan, RowPlan
+from fastgpt2_kernels.torch import attention as torch_attention
+from fastgpt2_kernels.torch import decode as torch_decode
+from fastgpt2_kernels.types import AttentionOptions, DecodeRows, Documents, KernelPlan, RowPlan
 
 MAX_HEAD_SIZE = 256
 # Float32 products outside the tensor cores would spill beyond this; PyTorch's operator does not.
@@ -98,9 +99,9 @@ def causal_attention(
             q, k, v, lengths, None, None, seed, dropout_p if seed is not None else 0.0, scale
         )
         return (out, _lse(*stats)) if return_lse else out
-    options = torch_backend.AttentionOptions(scale, dropout_p, dropout_seed, upcast)
-    out = torch_backend.causal_attention(q, k, v, options, lengths=lengths)
-    return (out, torch_backend.attention_lse(q, k, options, lengths=lengths)) if return_lse else out
+    options = AttentionOptions(scale, dropout_p, dropout_seed, upcast)
+    out = torch_attention.causal_attention(q, k, v, options, lengths=lengths)
+    return (out, torch_attention.attention_lse(q, k, options, lengths=lengths)) if return_lse else out
 
 
 @overload
@@ -156,18 +157,18 @@ def causal_attention_packed(
             qkv, num_heads, lengths, starts, ends, seed, dropout_p if seed is not None else 0.0, scale
         )
         return (out, _lse(*stats)) if return_lse else out
-    options = torch_backend.AttentionOptions(scale, dropout_p, dropout_seed, upcast)
+    options = AttentionOptions(scale, dropout_p, dropout_seed, upcast)
     cu_seqlens = None if documents is None else documents.cu_seqlens
-    out = torch_backend.causal_attention_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
+    out = torch_attention.causal_attention_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
     if not return_lse:
         return out
-    return out, torch_backend.attention_lse_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
+    return out, torch_attention.attention_lse_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
 def _kernels() -> Any:
     """The registered operators; the first call loads Triton."""
-    import fastgpt2_kernels.attention
-    import fastgpt2_kernels.decode_attention  # noqa: F401
+    import fastgpt2_kernels.triton.attention
+    import fastgpt2_kernels.triton.decode.attention  # noqa: F401
 
     return torch.ops.fastgpt2
 
@@ -324,10 +325,10 @@ def cached_attention(
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     if _use_triton_decoding(name, qkv, k_cache, v_cache, backend) and plan.kernels is not None:
         return _cached_attention_kernels(qkv.detach(), k_cache, v_cache, plan, plan.kernels, scale, backend)
-    torch_backend.append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
-    options = torch_backend.AttentionOptions(scale, upcast=upcast)
-    attend = functools.partial(torch_backend.causal_attention, options=options)
-    return torch_backend.attend_row_by_row(qkv, k_cache, v_cache, plan.rows, attend)
+    torch_decode.append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
+    options = AttentionOptions(scale, upcast=upcast)
+    attend = functools.partial(torch_attention.causal_attention, options=options)
+    return torch_decode.attend_row_by_row(qkv, k_cache, v_cache, plan.rows, attend)
 
 
 def _cached_attention_kernels(
@@ -335,10 +336,10 @@ def _cached_attention_kernels(
 ) -> Tensor:
     H = k_cache.shape[1]
     if kernels.appended is None:
-        torch_backend.append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
+        torch_decode.append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
     elif kernels.appended.shape[0]:
         where = kernels.appended
-        torch_backend.append_to_cache(qkv[where], k_cache, v_cache, plan.slots[where], plan.positions[where])
+        torch_decode.append_to_cache(qkv[where], k_cache, v_cache, plan.slots[where], plan.positions[where])
     out = qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
     for rows in kernels.decode:
         _kernels().decode_attention(
@@ -352,9 +353,7 @@ def _cached_attention_kernels(
     attend = functools.partial(causal_attention, scale=scale, backend=backend)
     for slot, start, count, past in kernels.long:
         end = start + count
-        out[start:end] = torch_backend.attend_row_by_row(
-            qkv[start:end], k_cache, v_cache, [(slot, count, past)], attend
-        )
+        out[start:end] = torch_decode.attend_row_by_row(qkv[start:end], k_cache, v_cache, [(slot, count, past)], attend)
     return out
 
 
@@ -405,10 +404,10 @@ def decode_attention(
     elif rows:
         tokens = [(start + i, slot, past + i) for slot, start, count, past in rows for i in range(count)]
         index, token_slots, positions = torch.tensor(tokens, device=qkv.device).unbind(1)
-        torch_backend.append_to_cache(qkv[index], k_cache, v_cache, token_slots, positions)
-        attend = functools.partial(torch_backend.causal_attention, options=torch_backend.AttentionOptions(scale))
+        torch_decode.append_to_cache(qkv[index], k_cache, v_cache, token_slots, positions)
+        attend = functools.partial(torch_attention.causal_attention, options=AttentionOptions(scale))
         plan = [(slot, count, past) for slot, _, count, past in rows]
-        out[index] = torch_backend.attend_row_by_row(qkv[index], k_cache, v_cache, plan, attend)
+        out[index] = torch_decode.attend_row_by_row(qkv[index], k_cache, v_cache, plan, attend)
     return out
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fastgpt2_kernels import reference
-from fastgpt2_kernels.decode_types import LayerNormWeights, SlotSampling, SlotState, StepWeights
 from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
 from fastgpt2_kernels.ops.layers import TRITON_ACTIVATIONS
+from fastgpt2_kernels.types import LayerNormWeights, SlotSampling, SlotState, StepWeights
 
 if TYPE_CHECKING:
-    from fastgpt2_kernels.decode_step import DecodeStep
+    from fastgpt2_kernels.triton.decode.step import DecodeStep
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,7 +76,7 @@ def linear_decode(
     if reason is not None and backend == "triton":
         raise ValueError(f"{name}: backend='triton' cannot be used: {reason}")
     if on_triton and reason is None:
-        import fastgpt2_kernels.linear_decode  # noqa: F401
+        import fastgpt2_kernels.triton.decode.linear  # noqa: F401
 
         norm = (None, None, 0.0) if layer_norm is None else layer_norm
         kernels_name = TRITON_ACTIVATIONS.get(activation, activation)
@@ -106,8 +106,8 @@ def decode_step(
     weights: StepWeights, slots: SlotState, sampling: SlotSampling, stop_ids: Tensor, max_rows: int,
     cache_dtype: torch.dtype,
 ) -> DecodeStep:  # fmt: skip
-    """The launches of a decoding step of up to `max_rows` rows; see `fastgpt2_kernels.decode_step.DecodeStep`."""
+    """The launches of a decoding step of up to `max_rows` rows; see `triton.decode.step.DecodeStep`."""
     use_triton("decode_step", weights.wte.device, "triton")
-    from fastgpt2_kernels.decode_step import DecodeStep
+    from fastgpt2_kernels.triton.decode.step import DecodeStep
 
     return DecodeStep(weights, slots, sampling, stop_ids, max_rows, cache_dtype)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2_kernels import torch_backend
 from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
 from fastgpt2_kernels.reference import ACTIVATIONS
-from fastgpt2_kernels.torch_backend import PackedLinear
+from fastgpt2_kernels.torch import layers as torch_layers
+from fastgpt2_kernels.torch.layers import PackedLinear
 
 # The activations that `bias_activation` has a Triton kernel for, and the kernel's own names for them.
 TRITON_ACTIVATIONS = {
@@ -67,7 +67,7 @@ def layer_norm(
             s = residual + x
             return _torch_layer_norm(s, weight, bias, eps), s
         return _torch_layer_norm(x, weight, bias, eps)
-    from fastgpt2_kernels import layer_norm as kernel
+    from fastgpt2_kernels.triton.layers import layer_norm as kernel
 
     flat = None if residual is None else _as_3d(residual)
     y, s, *_ = kernel.layer_norm_op(_as_3d(x), weight.contiguous(), bias.contiguous(), flat, eps)
@@ -93,7 +93,7 @@ def activation(x: Tensor, name: str, *, backend: str = "auto") -> Tensor:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: name must be one of {sorted(ACTIVATIONS)}; got {name!r}")
     use_triton("activation", x.device, backend)
-    return torch_backend.activation(x, name)
+    return torch_layers.activation(x, name)
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str = "auto") -> Tensor:
@@ -114,7 +114,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str =
     widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors.values()))
     on_triton = use_triton("bias_activation", x.device, backend, widest)
     if on_triton and name in TRITON_ACTIVATIONS:
-        from fastgpt2_kernels import gelu as kernel
+        from fastgpt2_kernels.triton.layers import activation as kernel
 
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -122,7 +122,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str =
         return kernel.bias_activation_op(rows, bias, TRITON_ACTIVATIONS[name]).view(x.shape)
     if on_triton and backend == "triton":
         raise ValueError(f"bias_activation: backend='triton' cannot be used: {name} has no Triton kernel; use 'auto'")
-    return torch_backend.activation(x if bias is None else (x + bias).to(x.dtype), name)
+    return torch_layers.activation(x if bias is None else (x + bias).to(x.dtype), name)
 
 
 def linear(
@@ -143,11 +143,11 @@ def linear(
     if use_triton("bias_activation" if fuses else "linear", x.device, backend) and fuses:
         return bias_activation(F.linear(x, weight), bias, activation, backend=backend)
     if packed is not None:
-        return torch_backend.packed_linear(x, packed, bias, activation, residual)
+        return torch_layers.packed_linear(x, packed, bias, activation, residual)
     y = F.linear(x, weight, bias)
     if residual is not None:
         return y + residual
-    return torch_backend.activation(y, activation)
+    return torch_layers.activation(y, activation)
 
 
 def _check_floats(operator: str, tensors: dict[str, Tensor]) -> None:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2_kernels import linear_cross_entropy as linear
-from fastgpt2_kernels import torch_backend
 from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
+from fastgpt2_kernels.torch import cross_entropy as torch_cross_entropy
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -103,7 +103,7 @@ def cross_entropy(
             counted_weight, fuse_backward, inplace_backward, return_stats,
         )  # fmt: skip
     else:
-        rows = torch_backend.cross_entropy_rows(
+        rows = torch_cross_entropy.cross_entropy_rows(
             logits, _shifted(targets, ignore_index) if shift else targets, ignore_index=ignore_index,
             class_weight=class_weight, label_smoothing=label_smoothing,
             z_loss=z_loss, with_stats=return_stats,
@@ -118,7 +118,7 @@ def _triton_cross_entropy(
     class_weight: Tensor | None, shift: bool, counted: Tensor,
     counted_weight: Tensor | None, fuse_backward: bool, inplace_backward: bool, return_stats: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    from fastgpt2_kernels import cross_entropy as kernel
+    from fastgpt2_kernels.triton import cross_entropy as kernel
 
     shape = targets.shape
     if logits.dim() == 2:

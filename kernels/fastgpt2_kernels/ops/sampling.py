@@ -82,7 +82,7 @@ def sample(
     )
     settings |= {"keys": keys, "positions": positions, "penalty": penalty}
     if on_triton:
-        from fastgpt2_kernels import sampling as kernel
+        from fastgpt2_kernels.triton import sampling as kernel
 
         if logits.stride(-1) != 1:
             logits = logits.contiguous()

@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels import launch
-from fastgpt2_kernels.decode_attention import Cache, Parts, Rows, decode_splits, num_splits
-from fastgpt2_kernels.decode_types import IDLE, RUNNING, LinearWeights, SlotSampling, SlotState, StepWeights
-from fastgpt2_kernels.linear_decode import Attended, linear_decode_out
-from fastgpt2_kernels.sampling import sample_rows
+from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.decode.attention import Cache, Parts, Rows, decode_splits, num_splits
+from fastgpt2_kernels.triton.decode.linear import Attended, linear_decode_out
+from fastgpt2_kernels.triton.sampling import sample_rows
+from fastgpt2_kernels.types import IDLE, RUNNING, LinearWeights, SlotSampling, SlotState, StepWeights
 
 _IDLE, _RUNNING = tl.constexpr(IDLE), tl.constexpr(RUNNING)
 

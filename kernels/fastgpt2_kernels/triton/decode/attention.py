@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels import launch
+from fastgpt2_kernels.triton import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_NEW = 8  # new tokens of one row

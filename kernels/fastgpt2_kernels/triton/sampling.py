@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels import launch
-from fastgpt2_kernels.cross_entropy import _log1p_below_half
+from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.cross_entropy import _log1p_below_half
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

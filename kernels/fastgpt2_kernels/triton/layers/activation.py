@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels import launch
-from fastgpt2_kernels.partial_sums import empty_unless, row_alignment, sum_partials
+from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_HALF = tl.constexpr(0.7071067811865476)

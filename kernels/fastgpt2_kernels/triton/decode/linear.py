@@ -1,6 +1,6 @@
 """Linear maps of a few rows, as decoding needs them: y = epilogue(prologue(x) W^T), the weight read once.
 
-    prologue   none, LayerNorm (two-pass variance, float32), or the sum over the splits of `decode_attention.py`
+    prologue   none, LayerNorm (two-pass variance, float32), or the sum over the splits of `attention.py`
     epilogue   scale of an int8 weight's row, bias, activation, residual
 
 W (out, in) is contiguous along in, as `nn.Linear` holds it. A program owns BLOCK_N whole outputs of BLOCK_R rows over
@@ -31,12 +31,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from fastgpt2_kernels import launch
-from fastgpt2_kernels.decode_types import LayerNormWeights
-from fastgpt2_kernels.gelu import _activation
+from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.layers.activation import _activation
+from fastgpt2_kernels.types import LayerNormWeights
 
 if TYPE_CHECKING:
-    from fastgpt2_kernels.decode_attention import Parts, Rows
+    from fastgpt2_kernels.triton.decode.attention import Parts, Rows
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

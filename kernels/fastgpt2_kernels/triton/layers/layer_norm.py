@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels import launch
-from fastgpt2_kernels.partial_sums import empty_unless, row_alignment, sum_partials
+from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels import launch
+from fastgpt2_kernels.triton import launch
 
 
 @triton.jit
