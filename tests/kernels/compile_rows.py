@@ -43,6 +43,7 @@ REPRESENTATIVE = re.compile(
             r"linear_decode layer_norm fp32 768 to 2304, 1 rows, \S+",
             r"linear_decode (combine bf16 768|none (bf16|fp32) 3072) to 768, 1 rows, \S+",
             r"partial_sums .*",
+            r"scale_rows .*",
             r"sample fp32 block \d+ IS_GREEDY",
             r"sample bf16 block \d+ HAS_PENALTY HAS_TOP_K HAS_TOP_P HAS_MIN_P",
         )

@@ -56,3 +56,16 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
         name = " ".join(["cross_entropy", mode, dtype, f"block {row.block_v}", *flags])
         aligned = tuple(argument for argument in kernel.arg_names if argument.endswith("_ptr"))
         yield Case(name, kernel, signature, constants, row.num_warps, row.options, aligned)
+    for dtype in ("bf16", "fp32"):
+        yield _scale_rows_case(dtype)
+
+
+def _scale_rows_case(dtype: str) -> Case:
+    """Rows of an odd vocabulary begin anywhere, so nothing is known of their strides."""
+    kernel, row = cross_entropy._scale_rows_kernel, launch.cross_entropy_row(50257)
+    constants = {"BLOCK_V": row.mid_v}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"grad_ptr": f"*{dtype}", "factor_ptr": "*fp32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    options = dict(launch.OPTIONS)
+    name = f"scale_rows {dtype} block {row.mid_v}"
+    return Case(name, kernel, signature, constants, row.num_warps, options, ("grad_ptr", "factor_ptr"))

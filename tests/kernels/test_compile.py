@@ -54,6 +54,7 @@ def test_every_row_is_there(table, rows, pytestconfig):
     kinds = Counter(row["case"].split()[0] for row in table)
     assert kinds["attention"] == 4 * (len(list(launch.attention_rows())) + 3)
     assert kinds["cross_entropy"] >= 4 * 32
+    assert kinds["scale_rows"] == 4 * 2
     assert kinds["sample"] == 4 * 10
     assert kinds["decode_attention"] == 4 * 15
     assert kinds["decode_combine"] == 4 * 2
@@ -86,7 +87,7 @@ def test_shared_memory_fits(rows):
 def test_rows_move_in_128_bits(rows):
     """Cross-entropy at an odd vocabulary too: its signatures know no row stride to be a multiple of anything."""
     for row in rows:
-        if row["case"].startswith("decode_"):
+        if row["case"].startswith(("decode_", "scale_rows")):
             continue
         # Sampling holds 4 logits a thread: 64 bits in bf16.
         assert row["wide_loads"] > 0 or row["case"].startswith("sample bf16"), row
