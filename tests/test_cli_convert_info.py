@@ -76,7 +76,8 @@ def test_info(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> 
     for operator, chosen in info["operators"].items():
         why = ops.why_not_triton(operator, "cuda" if torch.cuda.is_available() else "cpu")
         assert chosen.get("why_not_triton") == why
-        assert chosen["backend"] == ("triton" if why is None else "torch")
+        assert chosen["backend"] == ("triton" if why is None else None if operator == "decode_step" else "torch")
+        assert chosen["backends"] == ops.backends_of(operator)
     assert main(["info", "--model", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert f"{model.num_parameters():,}" in text

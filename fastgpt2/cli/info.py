@@ -83,13 +83,17 @@ def _device() -> dict[str, Any]:
     return device
 
 
-def _operators(device: str) -> dict[str, dict[str, str]]:
-    """For every operator the backend that "auto" is on this machine, and why it is not Triton."""
-    reasons = {operator: ops.why_not_triton(operator, device) for operator in ops.OPERATORS}
-    return {
-        operator: {"backend": "triton"} if reason is None else {"backend": "torch", "why_not_triton": reason}
-        for operator, reason in reasons.items()
-    }
+def _operators(device: str) -> dict[str, dict[str, Any]]:
+    """For every operator the backend that "auto" is on this machine, those that it has, and why it is not Triton."""
+    operators: dict[str, dict[str, Any]] = {}
+    for operator in ops.OPERATORS:
+        backends = ops.backends_of(operator)
+        reason = ops.why_not_triton(operator, device)
+        chosen = "triton" if reason is None else "torch" if "torch" in backends else None
+        operators[operator] = {"backend": chosen, "backends": backends}
+        if reason is not None:
+            operators[operator]["why_not_triton"] = reason
+    return operators
 
 
 def _model(config: GPT2Config) -> dict[str, Any]:
@@ -100,8 +104,8 @@ def _model(config: GPT2Config) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):  # an operator
-        reason = value.get("why_not_triton")
-        return value["backend"] if reason is None else f"{value['backend']} ({reason})"
+        chosen, reason = value["backend"] or "none", value.get("why_not_triton")
+        return f"{chosen}, of {' and '.join(value['backends'])}" + (f" ({reason})" if reason else "")
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     return (

@@ -29,6 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgpt2_kernels.backends import implementation
+from fastgpt2_kernels.types import LossOptions
+
 
 def chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
     """Rows of logits that are held at a time: of 8192 rows at most a sixteenth, 512.
@@ -43,20 +46,6 @@ def chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
     else:
         rows = min(2048, max(256, num_rows // 16))
     return max(1, min(num_rows, rows))
-
-
-class LossOptions(NamedTuple):
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    logit_scale: float
-    chunk_rows: int
-    compute_dtype: torch.dtype  # of the matrix products; the softmax is float32 (float64 for float64 inputs)
-    use_triton: bool
-
-    @property
-    def wide_dtype(self) -> torch.dtype:
-        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
 
 class Gradients(NamedTuple):
@@ -74,7 +63,7 @@ def loss_chunks(
     """Loss of every row (N,); with `grads` also the gradients of sum(row_grad * loss), row_grad (N,)."""
     N, V = x.shape[0], weight.shape[0]
     compute, wide, scale = options.compute_dtype, options.wide_dtype, options.logit_scale
-    chunk_loss = _triton_chunk_loss if options.use_triton else torch_chunk_loss
+    chunk_loss = implementation("linear_cross_entropy", "triton" if options.use_triton else "torch")
     # For the kernel rows begin at multiples of 64 elements, so that it moves them in 128 bits whatever the vocabulary.
     # PyTorch's operators want them without gaps.
     width = -(-V // 64) * 64 if options.use_triton else V
@@ -138,76 +127,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         # A few rows of the half-precision product at a time: they are still in the cache when they are added.
         for part, a_part in zip(total.split(4096), a.split(4096), strict=True):
             part += torch.mm(a_part, b)
-
-
-def torch_chunk_loss(
-    raw_nV: Tensor, targets: Tensor, class_weight: Tensor | None, row_grad: Tensor | None, options: LossOptions
-) -> Tensor:
-    """Loss (n,) of logits (n, V), contiguous; they are overwritten: with `row_grad` (n,) by the gradient."""
-    V, smoothing = raw_nV.shape[-1], options.label_smoothing
-    wide = options.wide_dtype
-    target_n = targets.long()
-    counted_n = target_n != options.ignore_index
-    is_valid_n = (target_n >= 0) & (target_n < V)
-    index_n1 = torch.where(counted_n & is_valid_n, target_n, 0)[:, None]
-    # A bad target's factor is NaN: so are its loss and its row of the gradient.
-    row_n = counted_n.to(wide).masked_fill_(counted_n & ~is_valid_n, float("nan"))
-    logits_nV = raw_nV.to(wide)  # the chunk itself where the dtypes are the same
-    max_n, argmax_n = logits_nV.max(-1) if options.z_loss else (None, None)
-    logprob_nV = torch.log_softmax(logits_nV, -1, out=logits_nV)
-    logprob_n = logprob_nV.gather(-1, index_n1).squeeze(-1)
-    weight_V = None if class_weight is None else class_weight.to(wide)
-    weight_n = 1.0 if weight_V is None else weight_V[index_n1.squeeze(-1)]
-    loss_n = (smoothing - 1) * weight_n * logprob_n
-    if smoothing:
-        loss_n -= smoothing / V * (logprob_nV.sum(-1) if weight_V is None else logprob_nV @ weight_V)
-    lse_n = None
-    if max_n is not None and argmax_n is not None:
-        lse_n = max_n - logprob_nV.gather(-1, argmax_n[:, None]).squeeze(-1)
-        loss_n += options.z_loss * lse_n.square()
-    loss_n = torch.where(counted_n, loss_n, 0.0) * row_n
-    if row_grad is None:
-        return loss_n
-    # As the kernel's `_gradient_step`. The target's p - 1 is expm1's: right to the last bit for a p next to 1, too.
-    row_n = torch.where(counted_n, row_grad, 0.0) * row_n
-    target_factor_n, prob_n = (1 - smoothing) * weight_n * row_n, logprob_n.exp()
-    at_target_n, prob_factor_n = target_factor_n * logprob_n.expm1(), target_factor_n
-    if lse_n is not None:
-        z_factor_n = 2 * options.z_loss * lse_n * row_n
-        at_target_n, prob_factor_n = at_target_n + z_factor_n * prob_n, prob_factor_n + z_factor_n
-    smooth_factor_n = row_n * (smoothing / V)
-    if smoothing:
-        weight_sum = V if weight_V is None else weight_V.sum()
-        at_target_n = at_target_n + smooth_factor_n * (weight_sum * prob_n - weight_n)
-        prob_factor_n = prob_factor_n + smooth_factor_n * weight_sum
-    grad_nV = logprob_nV.exp_().mul_(prob_factor_n[:, None])
-    if smoothing and weight_V is None:
-        grad_nV -= smooth_factor_n[:, None]
-    elif smoothing and weight_V is not None:
-        grad_nV.addr_(smooth_factor_n, weight_V, alpha=-1)
-    grad_nV.scatter_(-1, index_n1, at_target_n[:, None])
-    if raw_nV.dtype != wide:
-        raw_nV.copy_(grad_nV)
-    return loss_n
-
-
-def _triton_chunk_loss(
-    logits_nV: Tensor, targets: Tensor, class_weight: Tensor | None, row_grad: Tensor | None, options: LossOptions
-) -> Tensor:
-    """`torch_chunk_loss` in one launch of the cross-entropy kernel."""
-    from fastgpt2_kernels.triton import cross_entropy as kernel
-
-    rows = kernel.cross_entropy_rows(
-        logits_nV[None],
-        targets[None],
-        ignore_index=options.ignore_index,
-        class_weight=class_weight,
-        label_smoothing=options.label_smoothing,
-        z_loss=options.z_loss,
-        dloss=None if row_grad is None else row_grad[None],
-        grad=None if row_grad is None else logits_nV[None],
-    )
-    return rows.loss[0]
 
 
 # -- PyTorch operators --------------------------------------------------------------------------------------------

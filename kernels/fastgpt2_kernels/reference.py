@@ -247,6 +247,18 @@ def cross_entropy(
     return loss_N.sum() if reduction == "sum" else loss_N.sum() / counted_N.sum()
 
 
+def reduce_loss(loss: Tensor, reduction: str, divisor: Tensor | None) -> Tensor:
+    """Every row's loss (reduction "none"), their sum, or with a divisor their mean."""
+    if reduction == "none":
+        return loss
+    return loss.sum() if divisor is None else loss.sum() / divisor
+
+
+def shift_targets(targets: Tensor, ignore_index: int) -> Tensor:
+    """targets (B, T) from one position on; the last position of each row counts for nothing."""
+    return torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)), 1)
+
+
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
     reduction: str = "mean", label_smoothing: float = 0.0,

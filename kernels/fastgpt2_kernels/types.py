@@ -36,12 +36,13 @@ class Documents(NamedTuple):
 class DecodeRows(NamedTuple):
     """Rows that go through `decode_attention` together, all with one new token (max_new = 1) or all with several.
 
-    starts, counts, slots: (R,) int32, each row's first new token, how many it has, and its cache slot.
+    starts, counts, slots: (R,) int32, each row's first new token, how many it has, and its cache slot. Without starts
+    and counts row r has token r alone, without slots its slot is r.
     """
 
-    starts: Tensor
-    counts: Tensor
-    slots: Tensor
+    starts: Tensor | None
+    counts: Tensor | None
+    slots: Tensor | None
     max_new: int
 
 
@@ -86,6 +87,35 @@ class LossRows(NamedTuple):
     correct: Tensor | None = None
 
 
+class CrossEntropyOptions(NamedTuple):
+    """What `ops.cross_entropy` was asked for."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    shift: bool
+    fuse_backward: bool
+    inplace_backward: bool
+    return_stats: bool
+
+
+class LossOptions(NamedTuple):
+    """Of the linear cross-entropy."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    logit_scale: float
+    chunk_rows: int
+    compute_dtype: torch.dtype  # of the matrix products; the softmax is float32 (float64 for float64 inputs)
+    use_triton: bool
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+
 # -- a decoding step ----------------------------------------------------------------------------------------------
 
 # What a slot is: without a row, with one whose first token is yet to be appended, with one in the middle.
@@ -106,6 +136,13 @@ class LinearWeights(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
+
+
+def product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: LayerNormWeights | None) -> torch.dtype:
+    """What a linear map multiplies in: the weight's dtype, or for an int8 weight that of what is beside it."""
+    if weight.is_floating_point():
+        return weight.dtype
+    return next(t.dtype for t in (bias, None if layer_norm is None else layer_norm.weight, x) if t is not None)
 
 
 class LayerWeights(NamedTuple):

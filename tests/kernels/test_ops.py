@@ -1,7 +1,9 @@
-"""The door: the attention and the linear layers of the PyTorch backend against float64, and what is refused."""
+"""The operators: the attention and the linear layers of the PyTorch backend against float64, and what is refused."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import random
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
+from fastgpt2_kernels.backends import implementation
 from tests.helpers import PACKED_DTYPES, assert_close, assert_within_budget
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -221,6 +224,32 @@ def test_refused(what: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+def test_every_operator_is_in_the_table_of_backends() -> None:
+    """Those that take a backend, and the step that has no other than Triton."""
+    functions = {name: getattr(ops, name) for name in ops.__all__ if callable(getattr(ops, name))}
+    public = {
+        name
+        for name, function in functions.items()
+        if not isinstance(function, type) and "backend" in inspect.signature(function).parameters
+    }
+    assert public - {"check_backend"} | {"decode_step"} == set(ops.OPERATORS)
+
+
+@pytest.mark.parametrize("operator", ops.OPERATORS)
+def test_the_functions_of_a_row_of_the_table_take_the_same_arguments(operator: str) -> None:
+    found = ops.backends_of(operator)
+    assert found.keys() <= set(ops.BACKENDS) - {"auto"}
+    if "triton" in found:
+        pytest.importorskip("triton")
+    signatures = []
+    for backend, where in found.items():
+        module, name = where.split(":")
+        function = implementation(operator, backend)
+        assert function is getattr(importlib.import_module(module), name)
+        signatures.append(list(inspect.signature(function).parameters))
+    assert signatures.count(signatures[0]) == len(signatures), signatures
 
 
 def test_an_explicit_triton_says_why_it_cannot_be() -> None:

@@ -1,4 +1,4 @@
-"""The door to the kernels: documented operators that check their arguments, choose a backend and call it.
+"""The public operators: they check their arguments, choose a backend and call it.
 
 Every operator takes `backend="auto" | "triton" | "torch"`. "auto" is Triton on a GPU where the operator has a Triton
 kernel, and PyTorch's own operators otherwise; `why_not_triton` says in one sentence why Triton is not used.
@@ -9,6 +9,7 @@ Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = 
 
 from __future__ import annotations
 
+from fastgpt2_kernels.backends import BACKENDS, OPERATORS, backends_of, check_backend, why_not_triton
 from fastgpt2_kernels.ops.attention import (
     MAX_HEAD_SIZE,
     cached_attention,
@@ -18,13 +19,13 @@ from fastgpt2_kernels.ops.attention import (
     plan_documents,
     plan_rows,
 )
-from fastgpt2_kernels.ops.backend import BACKENDS, OPERATORS, check_backend, why_not_triton
 from fastgpt2_kernels.ops.decode import decode_step, linear_decode, quantize_rows
-from fastgpt2_kernels.ops.layers import TRITON_ACTIVATIONS, activation, bias_activation, layer_norm, linear
+from fastgpt2_kernels.ops.layers import activation, bias_activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
 from fastgpt2_kernels.ops.sampling import row_keys, sample
 from fastgpt2_kernels.reference import ACTIVATIONS
 from fastgpt2_kernels.torch.layers import MIN_PACKED_ROWS, PackedLinear, can_pack, fingerprint, pack_linear
+from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
 from fastgpt2_kernels.types import (
     FRESH,
     IDLE,
@@ -61,6 +62,7 @@ __all__ = [
     "StepWeights",
     "TargetCheck",
     "activation",
+    "backends_of",
     "bias_activation",
     "cached_attention",
     "can_pack",

@@ -1,4 +1,4 @@
-"""The door to attention: causal, packed, and of new tokens against a KV cache."""
+"""Attention: causal, packed, and of new tokens against a KV cache."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastgpt2_kernels.ops.backend import check_same, describe, interpreter_is_on, is_float32_exact, use_triton
-from fastgpt2_kernels.torch import attention as torch_attention
+from fastgpt2_kernels.backends import choose_backend, implementation, interpreter_is_on
+from fastgpt2_kernels.ops.checks import check_same, describe, is_float32_exact
 from fastgpt2_kernels.torch import decode as torch_decode
 from fastgpt2_kernels.types import AttentionOptions, DecodeRows, Documents, KernelPlan, RowPlan
 
@@ -93,15 +93,10 @@ def causal_attention(
     lengths = _check_lengths(name, lengths, B, T, q.device)
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     _check_dropout(name, dropout_p, dropout_seed, q.device)
-    if _use_triton(q, k, v, D, backend):
-        seed = _seed(dropout_p, dropout_seed, q.device)
-        out, *stats = _kernels().attention(
-            q, k, v, lengths, None, None, seed, dropout_p if seed is not None else 0.0, scale
-        )
-        return (out, _lse(*stats)) if return_lse else out
     options = AttentionOptions(scale, dropout_p, dropout_seed, upcast)
-    out = torch_attention.causal_attention(q, k, v, options, lengths=lengths)
-    return (out, torch_attention.attention_lse(q, k, options, lengths=lengths)) if return_lse else out
+    chosen = choose_backend(name, q.device, backend, lambda: _why_not_triton(q, k, v))
+    out, lse = implementation(name, chosen)(q, k, v, options, lengths, return_lse)
+    return (out, lse) if return_lse else out
 
 
 @overload
@@ -148,57 +143,30 @@ def causal_attention_packed(
     lengths = _check_lengths(name, lengths, B, T, qkv.device)
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     _check_dropout(name, dropout_p, dropout_seed, qkv.device)
-    if _use_triton(qkv, qkv, qkv, D, backend):
-        seed = _seed(dropout_p, dropout_seed, qkv.device)
-        starts, ends = (None, None) if documents is None else (documents.starts, documents.ends)
-        if documents is not None:
-            lengths = documents.cu_seqlens[-1:]
-        out, *stats = _kernels().attention_packed(
-            qkv, num_heads, lengths, starts, ends, seed, dropout_p if seed is not None else 0.0, scale
-        )
-        return (out, _lse(*stats)) if return_lse else out
     options = AttentionOptions(scale, dropout_p, dropout_seed, upcast)
-    cu_seqlens = None if documents is None else documents.cu_seqlens
-    out = torch_attention.causal_attention_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
-    if not return_lse:
-        return out
-    return out, torch_attention.attention_lse_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
+    chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton(qkv, head_size=D))
+    out, lse = implementation(name, chosen)(qkv, num_heads, options, lengths, documents, return_lse)
+    return (out, lse) if return_lse else out
 
 
-def _kernels() -> Any:
-    """The registered operators; the first call loads Triton."""
-    import fastgpt2_kernels.triton.attention
-    import fastgpt2_kernels.triton.decode.attention  # noqa: F401
-
-    return torch.ops.fastgpt2
-
-
-def _use_triton(q: Tensor, k: Tensor, v: Tensor, head_size: int, backend: str) -> bool:
-    if not use_triton("causal_attention", q.device, backend):
-        return False
-    reason = None
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reason = f"it takes float32, bfloat16 and float16; got {q.dtype}"
-    elif head_size > MAX_HEAD_SIZE:
-        reason = f"it takes head sizes up to {MAX_HEAD_SIZE}; got {head_size}"
-    elif head_size > MAX_FLOAT32_HEAD_SIZE and q.dtype == torch.float32 and is_float32_exact():
-        reason = (
-            f"it takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, beyond that in tf32; got {head_size}: "
+def _why_not_triton(*tensors: Tensor, head_size: int | None = None) -> str | None:
+    """Why these queries, keys and values (or all in one) are none for the Triton kernel."""
+    dtype, D = tensors[0].dtype, head_size or tensors[0].shape[-1]
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16; got {dtype}"
+    if D > MAX_HEAD_SIZE:
+        return f"it takes head sizes up to {MAX_HEAD_SIZE}; got {D}"
+    if D > MAX_FLOAT32_HEAD_SIZE and dtype == torch.float32 and is_float32_exact():
+        return (
+            f"it takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, beyond that in tf32; got {D}: "
             "torch.set_float32_matmul_precision('high') allows it"
         )
-    elif head_size > 1 and any(x.stride(-1) != 1 for x in (q, k, v)):
-        got = ", ".join(str(x.stride(-1)) for x in (q, k, v))
-        reason = f"the last dimension must have stride 1; got {got}: call .contiguous()"
-    elif any(x.stride(-2) > MAX_ROW_STRIDE for x in (q, k, v)):
-        reason = f"rows must lie at most {MAX_ROW_STRIDE} elements apart: call .contiguous()"
-    if reason is not None and backend == "triton":
-        raise ValueError(f"causal_attention: backend='triton' cannot be used: {reason}")
-    return reason is None
-
-
-def _lse(row_max: Tensor, row_sum: Tensor) -> Tensor:
-    lse = math.log(2) * row_max
-    return lse + row_sum.log() if row_sum.numel() else lse
+    if D > 1 and any(x.stride(-1) != 1 for x in tensors):
+        got = ", ".join(str(x.stride(-1)) for x in tensors)
+        return f"the last dimension must have stride 1; got {got}: call .contiguous()"
+    if any(x.stride(-2) > MAX_ROW_STRIDE for x in tensors):
+        return f"rows must lie at most {MAX_ROW_STRIDE} elements apart: call .contiguous()"
+    return None
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -206,13 +174,6 @@ def _autocast(x: Tensor) -> Tensor:
     if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
-
-
-def _seed(dropout_p: float, dropout_seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """(seed, offset) of this call's dropout, on the device: drawn there, so that a CUDA graph draws anew."""
-    if dropout_p == 0.0:
-        return None
-    return torch.randint(2**63 - 1, (2,), device=device) if dropout_seed is None else dropout_seed
 
 
 def _check_lengths(operator: str, lengths: Tensor | None, B: int, T: int, device: torch.device) -> Tensor | None:
@@ -323,12 +284,10 @@ def cached_attention(
                 f"{name}: slot {slot} needs room for {past + count} tokens; the cache has {R} slots of {S}"
             )
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
-    if _use_triton_decoding(name, qkv, k_cache, v_cache, backend) and plan.kernels is not None:
+    chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache))
+    if chosen == "triton" and plan.kernels is not None:
         return _cached_attention_kernels(qkv.detach(), k_cache, v_cache, plan, plan.kernels, scale, backend)
-    torch_decode.append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
-    options = AttentionOptions(scale, upcast=upcast)
-    attend = functools.partial(torch_attention.causal_attention, options=options)
-    return torch_decode.attend_row_by_row(qkv, k_cache, v_cache, plan.rows, attend)
+    return torch_decode.cached_attention(qkv, k_cache, v_cache, plan, AttentionOptions(scale, upcast=upcast))
 
 
 def _cached_attention_kernels(
@@ -341,10 +300,9 @@ def _cached_attention_kernels(
         where = kernels.appended
         torch_decode.append_to_cache(qkv[where], k_cache, v_cache, plan.slots[where], plan.positions[where])
     out = qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
+    append_and_attend = implementation("cached_attention", "triton")
     for rows in kernels.decode:
-        _kernels().decode_attention(
-            qkv, k_cache, v_cache, out, kernels.lengths, rows.slots, rows.starts, rows.counts, rows.max_new, scale
-        )
+        append_and_attend(qkv, k_cache, v_cache, out, kernels.lengths, rows, scale)
     for start, end, documents in kernels.fresh:
         part = causal_attention_packed(qkv[None, start:end], H, scale=scale, cu_seqlens=documents, backend=backend)[0]
         if end - start == qkv.shape[0]:
@@ -392,35 +350,26 @@ def decode_attention(
     if slots is None and num_rows > num_slots:
         raise ValueError(f"{name}: row r is slot r without slots; got {num_rows} rows and {num_slots} cache slots")
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
-    on_triton = _use_triton_decoding(name, qkv, k_cache, v_cache, backend)
+    chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache))
     qkv = qkv.detach()
-    rows = []
-    if not on_triton or (qkv.device.type == "cpu" and not torch.compiler.is_compiling()):
-        rows = _rows_on_host(name, N, k_cache.shape[2], num_rows, lengths, starts, counts, slots)
+    if chosen == "torch" or (qkv.device.type == "cpu" and not torch.compiler.is_compiling()):
+        _check_rows(name, N, k_cache.shape[2], num_rows, lengths, starts, counts, slots)
     out = qkv.new_zeros((N, H * D)) if starts is not None else qkv.new_empty((N, H * D))
-    if on_triton:
-        max_new = 1 if starts is None else MAX_DECODE_TOKENS
-        _kernels().decode_attention(qkv, k_cache, v_cache, out, lengths, slots, starts, counts, max_new, scale)
-    elif rows:
-        tokens = [(start + i, slot, past + i) for slot, start, count, past in rows for i in range(count)]
-        index, token_slots, positions = torch.tensor(tokens, device=qkv.device).unbind(1)
-        torch_decode.append_to_cache(qkv[index], k_cache, v_cache, token_slots, positions)
-        attend = functools.partial(torch_attention.causal_attention, options=AttentionOptions(scale))
-        plan = [(slot, count, past) for slot, _, count, past in rows]
-        out[index] = torch_decode.attend_row_by_row(qkv[index], k_cache, v_cache, plan, attend)
+    rows = DecodeRows(starts, counts, slots, 1 if starts is None else MAX_DECODE_TOKENS)
+    implementation(name, chosen)(qkv, k_cache, v_cache, out, lengths, rows, scale)
     return out
 
 
-def _rows_on_host(
+def _check_rows(
     name: str, N: int, capacity: int, num_rows: int, lengths: Tensor, starts: Tensor | None, counts: Tensor | None,
     slots: Tensor | None,
-) -> list[tuple[int, int, int, int]]:  # fmt: skip
-    """(slot, first token, number of new tokens, cached tokens) of every row that has a new token. ValueError."""
+) -> None:  # fmt: skip
+    """Looks at the values of the rows' tensors."""
     held = lengths.tolist()
     slot_R = list(range(num_rows)) if slots is None else slots.tolist()
     start_R = list(range(num_rows)) if starts is None else starts.tolist()
     count_R = [1] * num_rows if counts is None else counts.tolist()
-    rows = []
+    used = []
     for slot, start, count in zip(slot_R, start_R, count_R, strict=True):
         if not 0 <= count <= MAX_DECODE_TOKENS or start < 0 or start + count > N:
             raise ValueError(
@@ -433,10 +382,9 @@ def _rows_on_host(
                 f"{name}: slot {slot} holds {held[slot]} tokens and gets {count}; the cache has room for {capacity}"
             )
         if count:
-            rows.append((slot, start, count, held[slot]))
-    if len({slot for slot, *_ in rows}) != len(rows):
+            used.append(slot)
+    if len(set(used)) != len(used):
         raise ValueError(f"{name}: a cache slot can be in one row only; got slots {slot_R}")
-    return rows
 
 
 def _check_cache(name: str, qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[int, ...]:
@@ -466,19 +414,14 @@ def _check_integers(name: str, what: str, given: Tensor, count: int, device: tor
     return given.to(torch.int32).contiguous()
 
 
-def _use_triton_decoding(name: str, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str) -> bool:
-    if not use_triton(name, qkv.device, backend):
-        return False
+def _why_not_triton_decoding(qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     D = k_cache.shape[3]
-    reason = None
     if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reason = f"it takes float32, bfloat16 and float16; got {qkv.dtype}"
-    elif D > MAX_HEAD_SIZE:
-        reason = f"it takes head sizes up to {MAX_HEAD_SIZE}; got {D}"
-    elif qkv.stride(1) != 1 or qkv.stride(0) > MAX_ROW_STRIDE:
-        reason = f"qkv must have stride 1 in its last dimension and at most {MAX_ROW_STRIDE} between tokens"
-    elif any((D > 1 and x.stride(3) != 1) or (x.shape[2] > 1 and x.stride(2) != D) for x in (k_cache, v_cache)):
-        reason = "the caches' last two dimensions, tokens and head size, must lie without gaps"
-    if reason is not None and backend == "triton":
-        raise ValueError(f"{name}: backend='triton' cannot be used: {reason}")
-    return reason is None
+        return f"it takes float32, bfloat16 and float16; got {qkv.dtype}"
+    if D > MAX_HEAD_SIZE:
+        return f"it takes head sizes up to {MAX_HEAD_SIZE}; got {D}"
+    if qkv.stride(1) != 1 or qkv.stride(0) > MAX_ROW_STRIDE:
+        return f"qkv must have stride 1 in its last dimension and at most {MAX_ROW_STRIDE} between tokens"
+    if any((D > 1 and x.stride(3) != 1) or (x.shape[2] > 1 and x.stride(2) != D) for x in (k_cache, v_cache)):
+        return "the caches' last two dimensions, tokens and head size, must lie without gaps"
+    return None

@@ -1,4 +1,4 @@
-"""The door to decoding: linear maps of a few rows, and the step that is made of all the decoding kernels."""
+"""Decoding: linear maps of a few rows, and the step that is made of all the decoding kernels."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgpt2_kernels import reference
-from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
-from fastgpt2_kernels.ops.layers import TRITON_ACTIVATIONS
-from fastgpt2_kernels.types import LayerNormWeights, SlotSampling, SlotState, StepWeights
+from fastgpt2_kernels.backends import choose_backend, implementation
+from fastgpt2_kernels.ops.checks import check_same, describe
+from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
+from fastgpt2_kernels.types import LayerNormWeights, SlotSampling, SlotState, StepWeights, product_dtype
 
 if TYPE_CHECKING:
     from fastgpt2_kernels.triton.decode.step import DecodeStep
@@ -68,32 +69,15 @@ def linear_decode(
             raise ValueError(f"{name}: {part} must be float32, bfloat16 or float16; got {tensor.dtype}")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"{name}: activation must be one of {sorted(reference.ACTIVATIONS)}; got {activation!r}")
-    product = _product_dtype(x, weight, bias, layer_norm)
+    product = product_dtype(x, weight, bias, layer_norm)
     dtype = out_dtype or (product if residual is None else residual.dtype)
     if not dtype.is_floating_point:
         raise ValueError(f"{name}: out_dtype must be a float dtype; got {dtype}")
-    reason = _why_not(product, activation, given) if (on_triton := use_triton(name, x.device, backend)) else None
-    if reason is not None and backend == "triton":
-        raise ValueError(f"{name}: backend='triton' cannot be used: {reason}")
-    if on_triton and reason is None:
-        import fastgpt2_kernels.triton.decode.linear  # noqa: F401
-
-        norm = (None, None, 0.0) if layer_norm is None else layer_norm
-        kernels_name = TRITON_ACTIVATIONS.get(activation, activation)
-        return torch.ops.fastgpt2.linear_decode(x, weight, bias, weight_scale, *norm, kernels_name, residual, dtype)
-    return reference.linear_decode(
-        x, weight, bias, weight_scale=weight_scale, layer_norm=layer_norm, activation=activation, residual=residual,
-        product_dtype=product, out_dtype=dtype,
-    )  # fmt: skip
+    chosen = choose_backend(name, x.device, backend, lambda: _why_not_triton(product, activation, given))
+    return implementation(name, chosen)(x, weight, bias, weight_scale, layer_norm, activation, residual, dtype)
 
 
-def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: LayerNormWeights | None) -> torch.dtype:
-    if weight.is_floating_point():
-        return weight.dtype
-    return next(t.dtype for t in (bias, None if layer_norm is None else layer_norm.weight, x) if t is not None)
-
-
-def _why_not(product: torch.dtype, activation: str, given: dict[str, Tensor]) -> str | None:
+def _why_not_triton(product: torch.dtype, activation: str, given: dict[str, Tensor]) -> str | None:
     if product not in _FLOATS:
         return f"it multiplies float32, bfloat16 and float16; got {product}"
     if activation != "linear" and activation not in TRITON_ACTIVATIONS:
@@ -107,7 +91,5 @@ def decode_step(
     cache_dtype: torch.dtype,
 ) -> DecodeStep:  # fmt: skip
     """The launches of a decoding step of up to `max_rows` rows; see `triton.decode.step.DecodeStep`."""
-    use_triton("decode_step", weights.wte.device, "triton")
-    from fastgpt2_kernels.triton.decode.step import DecodeStep
-
-    return DecodeStep(weights, slots, sampling, stop_ids, max_rows, cache_dtype)
+    chosen = choose_backend("decode_step", weights.wte.device, "triton")
+    return implementation("decode_step", chosen)(weights, slots, sampling, stop_ids, max_rows, cache_dtype)

@@ -1,4 +1,4 @@
-"""The door to what a layer does beside attention: LayerNorm, activations, linear maps."""
+"""What a layer does beside attention: LayerNorm, activations, linear maps."""
 
 from __future__ import annotations
 
@@ -10,18 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
+from fastgpt2_kernels.backends import choose_backend, implementation
+from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 from fastgpt2_kernels.reference import ACTIVATIONS
-from fastgpt2_kernels.torch import layers as torch_layers
 from fastgpt2_kernels.torch.layers import PackedLinear
-
-# The activations that `bias_activation` has a Triton kernel for, and the kernel's own names for them.
-TRITON_ACTIVATIONS = {
-    **{name: name for name in ACTIVATIONS if name not in ("linear", "sqrtsoftplus")},
-    **dict.fromkeys(("gelu_new", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh"),
-    "gelu_python": "gelu",
-    "swish": "silu",
-}
+from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
 
 
 @overload
@@ -62,38 +55,15 @@ def layer_norm(
     tensors = {"x": x, "weight": weight, "bias": bias, **({} if residual is None else {"residual": residual})}
     _check_floats("layer_norm", tensors)
     widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors.values()))
-    if not use_triton("layer_norm", x.device, backend, widest):
-        if residual is not None:
-            s = residual + x
-            return _torch_layer_norm(s, weight, bias, eps), s
-        return _torch_layer_norm(x, weight, bias, eps)
-    from fastgpt2_kernels.triton.layers import layer_norm as kernel
-
-    flat = None if residual is None else _as_3d(residual)
-    y, s, *_ = kernel.layer_norm_op(_as_3d(x), weight.contiguous(), bias.contiguous(), flat, eps)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
-
-
-def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if x.dtype == weight.dtype == bias.dtype:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    wide = torch.promote_types(torch.promote_types(x.dtype, torch.float32), weight.dtype)
-    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
-
-
-def _as_3d(x: Tensor) -> Tensor:
-    """x (..., C) as (B, T, C), a view wherever there is one, its last stride 1."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        x = x.contiguous()
-    return x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.flatten(0, -3)
+    chosen = choose_backend("layer_norm", x.device, backend, lambda: only_float32(widest))
+    return implementation("layer_norm", chosen)(x, weight, bias, eps, residual)
 
 
 def activation(x: Tensor, name: str, *, backend: str = "auto") -> Tensor:
     """The activation `name` (a key of `ACTIVATIONS`, transformers' names) of x, elementwise."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: name must be one of {sorted(ACTIVATIONS)}; got {name!r}")
-    use_triton("activation", x.device, backend)
-    return torch_layers.activation(x, name)
+    return implementation("activation", choose_backend("activation", x.device, backend))(x, name)
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str = "auto") -> Tensor:
@@ -112,17 +82,15 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str =
     tensors = {"x": x, **({} if bias is None else {"bias": bias})}
     _check_floats("bias_activation", tensors)
     widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors.values()))
-    on_triton = use_triton("bias_activation", x.device, backend, widest)
-    if on_triton and name in TRITON_ACTIVATIONS:
-        from fastgpt2_kernels.triton.layers import activation as kernel
-
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        return kernel.bias_activation_op(rows, bias, TRITON_ACTIVATIONS[name]).view(x.shape)
-    if on_triton and backend == "triton":
-        raise ValueError(f"bias_activation: backend='triton' cannot be used: {name} has no Triton kernel; use 'auto'")
-    return torch_layers.activation(x if bias is None else (x + bias).to(x.dtype), name)
+    chosen = choose_backend(
+        "bias_activation",
+        x.device,
+        backend,
+        lambda: (
+            only_float32(widest) or (None if name in TRITON_ACTIVATIONS else f"{name} has no Triton kernel; use 'auto'")
+        ),
+    )
+    return implementation("bias_activation", chosen)(x, bias, name)
 
 
 def linear(
@@ -140,14 +108,10 @@ def linear(
     if activation != "linear" and residual is not None:
         raise ValueError("linear: takes an activation or a residual, not both")
     fuses = activation != "linear" and packed is None
-    if use_triton("bias_activation" if fuses else "linear", x.device, backend) and fuses:
+    chosen = choose_backend("bias_activation" if fuses else "linear", x.device, backend)
+    if chosen == "triton":
         return bias_activation(F.linear(x, weight), bias, activation, backend=backend)
-    if packed is not None:
-        return torch_layers.packed_linear(x, packed, bias, activation, residual)
-    y = F.linear(x, weight, bias)
-    if residual is not None:
-        return y + residual
-    return torch_layers.activation(y, activation)
+    return implementation("linear", chosen)(x, weight, bias, activation, residual, packed)
 
 
 def _check_floats(operator: str, tensors: dict[str, Tensor]) -> None:

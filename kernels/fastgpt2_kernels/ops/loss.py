@@ -1,4 +1,4 @@
-"""The door to the losses: softmax cross-entropy of logits, and of hidden states whose logits are never stored."""
+"""The losses: softmax cross-entropy of logits, and of hidden states whose logits are never stored."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2_kernels import linear_cross_entropy as linear
-from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
-from fastgpt2_kernels.torch import cross_entropy as torch_cross_entropy
+from fastgpt2_kernels import reference
+from fastgpt2_kernels.backends import choose_backend, implementation
+from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
+from fastgpt2_kernels.types import CrossEntropyOptions, LossOptions
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -97,46 +99,12 @@ def cross_entropy(
     _check_targets(name, check_targets, targets, logits.shape[-1], ignore_index, shift)
     counted = _counted(targets, ignore_index, shift)
     counted_weight = None if reduction != "mean" else _counted_weight(targets, counted, class_weight, shift, empty)
-    if use_triton(name, logits.device, backend, logits.dtype):
-        loss, stats = _triton_cross_entropy(
-            logits, targets, ignore_index, reduction, label_smoothing, z_loss, class_weight, shift, counted,
-            counted_weight, fuse_backward, inplace_backward, return_stats,
-        )  # fmt: skip
-    else:
-        rows = torch_cross_entropy.cross_entropy_rows(
-            logits, _shifted(targets, ignore_index) if shift else targets, ignore_index=ignore_index,
-            class_weight=class_weight, label_smoothing=label_smoothing,
-            z_loss=z_loss, with_stats=return_stats,
-        )  # fmt: skip
-        loss = _reduce(rows.loss, reduction, counted_weight)
-        stats = tuple(t for t in rows[1:] if t is not None)
+    options = CrossEntropyOptions(
+        ignore_index, reduction, label_smoothing, z_loss, shift, fuse_backward, inplace_backward, return_stats
+    )
+    chosen = choose_backend(name, logits.device, backend, lambda: only_float32(logits.dtype))
+    loss, stats = implementation(name, chosen)(logits, targets, class_weight, options, counted, counted_weight)
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
-
-
-def _triton_cross_entropy(
-    logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float,
-    class_weight: Tensor | None, shift: bool, counted: Tensor,
-    counted_weight: Tensor | None, fuse_backward: bool, inplace_backward: bool, return_stats: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    from fastgpt2_kernels.triton import cross_entropy as kernel
-
-    shape = targets.shape
-    if logits.dim() == 2:
-        logits, targets, counted = logits[None], targets[None], counted[None]
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    options = (ignore_index, label_smoothing, z_loss, shift, return_stats)
-    will_differentiate = logits.requires_grad and torch.is_grad_enabled()
-    if fuse_backward and will_differentiate and not torch.compiler.is_compiling():
-        dloss = counted.float() if counted_weight is None else counted / counted_weight
-        loss, *rows = kernel.FusedCrossEntropy.apply(logits, targets, dloss, class_weight, *options)
-    else:
-        row_loss, *rows = kernel.cross_entropy_op(logits, targets, class_weight, *options, inplace_backward)
-        loss = _reduce(row_loss.view(shape), reduction, counted_weight)
-    row_max, log_sum, logprob, entropy, correct = (r.detach() for r in rows)
-    if not return_stats:
-        return loss, ()
-    return loss, ((row_max + log_sum).view(shape), logprob.view(shape), entropy.view(shape), correct.view(shape).bool())
 
 
 def _counted(targets: Tensor, ignore_index: int, shift: bool) -> Tensor:
@@ -147,10 +115,6 @@ def _counted(targets: Tensor, ignore_index: int, shift: bool) -> Tensor:
 
 def _used(targets: Tensor, shift: bool) -> Tensor:
     return targets[:, 1:] if shift else targets
-
-
-def _shifted(targets: Tensor, ignore_index: int) -> Tensor:
-    return torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)), 1)
 
 
 def _are_bad(targets: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
@@ -187,12 +151,6 @@ def _counted_weight(targets: Tensor, counted: Tensor, class_weight: Tensor | Non
         index = index.long().clamp(0, class_weight.shape[0] - 1)
         total = class_weight.float()[index].where(counted, 0.0).sum()
     return total.where(total != 0, 1.0) if empty == "zero" else total
-
-
-def _reduce(loss: Tensor, reduction: str, counted_weight: Tensor | None) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.sum() if counted_weight is None else loss.sum() / counted_weight
 
 
 def linear_cross_entropy(
@@ -250,16 +208,16 @@ def linear_cross_entropy(
     _check_targets(name, check_targets, targets, weight.shape[0], ignore_index, shift)
 
     flat_x = x.reshape(-1, x.shape[-1])
-    flat_targets = (_shifted(targets, ignore_index) if shift else targets).reshape(-1)
+    flat_targets = (reference.shift_targets(targets, ignore_index) if shift else targets).reshape(-1)
     compute_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    options = linear.LossOptions(
+    options = LossOptions(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         logit_scale=logit_scale,
         chunk_rows=chunk_rows or linear.chunk_rows(flat_x.shape[0], weight.shape[0], x.device),
         compute_dtype=compute_dtype,
-        use_triton=use_triton(name, x.device, backend, compute_dtype),
+        use_triton=choose_backend(name, x.device, backend, lambda: only_float32(compute_dtype)) == "triton",
     )
     divisor = None
     if num_items_in_batch is not None:
@@ -270,7 +228,7 @@ def linear_cross_entropy(
     if reduction == "none" or accumulate_into_grad:
         rows_of = linear.AccumulatingRows.apply if accumulate_into_grad else linear.linear_cross_entropy_rows_op
         loss = rows_of(flat_x, weight, bias, flat_targets, class_weight, *options)
-        return loss.view(targets.shape) if reduction == "none" else _reduce(loss, reduction, divisor)
+        return loss.view(targets.shape) if reduction == "none" else reference.reduce_loss(loss, reduction, divisor)
     if divisor is None:
         divisor = torch.ones((), device=x.device)
     arguments = (flat_x, weight, bias, flat_targets, divisor, class_weight)

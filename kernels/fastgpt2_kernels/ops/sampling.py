@@ -1,4 +1,4 @@
-"""The door to sampling: the next token of every row of logits, and the keys that make its noise a row's own."""
+"""Sampling: the next token of every row of logits, and the keys that make its noise a row's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastgpt2_kernels import reference
-from fastgpt2_kernels.ops.backend import check_same, describe, use_triton
+from fastgpt2_kernels.backends import choose_backend, implementation
+from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 
 _NAME = "sample"
 _WORD = 0xFFFFFFFF
@@ -51,11 +52,7 @@ def sample(
     """
     if logits.dim() != 2 or not logits.is_floating_point() or not 0 < logits.shape[1] < _LIMIT:
         raise ValueError(f"{_NAME}: logits must be floating-point (R, V), 0 < V < 2^21; got {describe(logits)}")
-    on_triton = use_triton(_NAME, logits.device, backend)
-    if on_triton and logits.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError(f"{_NAME}: backend='triton' cannot be used: it computes in float32; got float64")
-        on_triton = False
+    chosen = choose_backend(_NAME, logits.device, backend, lambda: only_float32(logits.dtype))
     R = len(logits)
     numbers: dict[str, float | Tensor | None] = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
@@ -81,30 +78,10 @@ def sample(
         torch.empty(num_slots, dtype=torch.float32, device=logits.device),
     )
     settings |= {"keys": keys, "positions": positions, "penalty": penalty}
-    if on_triton:
-        from fastgpt2_kernels.triton import sampling as kernel
-
-        if logits.stride(-1) != 1:
-            logits = logits.contiguous()
-        kernel.sample_op(logits, ids, logprobs, slots, **settings, seen=seen, mark_seen=mark_seen)
-    else:
-        _torch_sample(logits, ids, logprobs, slots, settings, seen, mark_seen)
+    implementation(_NAME, chosen)(logits, ids, logprobs, slots, settings, seen, mark_seen)
     if out is not None or slots is None:
         return ids, logprobs
     return ids[slots], logprobs[slots]
-
-
-def _torch_sample(
-    logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, settings: dict[str, Tensor | None],
-    seen: Tensor | None, mark_seen: bool,
-) -> None:  # fmt: skip
-    at = torch.arange(len(logits), device=logits.device) if slots is None else slots.long()
-    rows = {name: None if t is None else t[at] for name, t in settings.items()}
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen, row_logprobs = reference.sample(wide, seen=None if seen is None else seen[at], **rows)
-    ids[at], logprobs[at] = chosen.to(ids.dtype), row_logprobs.float()
-    if mark_seen and seen is not None:
-        seen[at, chosen] |= ~row_logprobs.isnan()
 
 
 def _setting(name: str, value: float | Tensor | None, logits: Tensor, num_slots: int) -> Tensor | None:

@@ -9,7 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2_kernels import reference
-from fastgpt2_kernels.types import AttentionOptions
+from fastgpt2_kernels.types import AttentionOptions, Documents
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, lengths: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The output (B, H, T, D) and, where it is asked for, the log-sum-exp (B, H, T)."""
+    out = causal_attention(q, k, v, options, lengths=lengths)
+    return out, attention_lse(q, k, options, lengths=lengths) if return_lse else None
+
+
+def attention_packed(
+    qkv: Tensor, num_heads: int, options: AttentionOptions, lengths: Tensor | None, documents: Documents | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The output (B, T, C) and, where it is asked for, the log-sum-exp (B, H, T)."""
+    cu_seqlens = None if documents is None else documents.cu_seqlens
+    out = causal_attention_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
+    if not return_lse:
+        return out, None
+    return out, attention_lse_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
 def causal_attention(

@@ -1,11 +1,42 @@
-"""New tokens against a KV cache: one fused attention call a row."""
+"""A decoding step's parts: new tokens against a KV cache, one fused attention call a row, and linear maps."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from fastgpt2_kernels import reference
+from fastgpt2_kernels.torch.attention import causal_attention
+from fastgpt2_kernels.types import AttentionOptions, DecodeRows, LayerNormWeights, RowPlan, product_dtype
+
+
+def cached_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan, options: AttentionOptions) -> Tensor:
+    """Append the new tokens of qkv (N, 3C) to the caches (R, H, S, D) and attend, row after row of `plan` -> (N, C)."""
+    append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
+    attend = functools.partial(causal_attention, options=options)
+    return attend_row_by_row(qkv, k_cache, v_cache, plan.rows, attend)
+
+
+def append_and_attend(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lengths: Tensor, rows: DecodeRows, scale: float
+) -> None:
+    """As `cached_attention`, into `out` (N, C), of rows that are tensors: they are read on the host."""
+    num_rows = qkv.shape[0] if rows.starts is None else rows.starts.shape[0]
+    each = range(num_rows)
+    slots = each if rows.slots is None else rows.slots.tolist()
+    starts = each if rows.starts is None else rows.starts.tolist()
+    counts = [1] * num_rows if rows.counts is None else rows.counts.tolist()
+    held = lengths.tolist()
+    found = [(slot, start, count) for slot, start, count in zip(slots, starts, counts, strict=True) if count]
+    if not found:
+        return
+    tokens = [(start + i, slot, held[slot] + i) for slot, start, count in found for i in range(count)]
+    index, token_slots, positions = torch.tensor(tokens, device=qkv.device).unbind(1)
+    plan = RowPlan(tuple((slot, count, held[slot]) for slot, _, count in found), token_slots, positions)
+    out[index] = cached_attention(qkv[index], k_cache, v_cache, plan, AttentionOptions(scale))
 
 
 def append_to_cache(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor) -> None:
@@ -36,3 +67,14 @@ def attend_row_by_row(
 
 def _split_tokens(qkv: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
     return qkv.view(qkv.shape[0], 3, cache.shape[1], -1).to(cache.dtype).unbind(1)
+
+
+def linear_decode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None, layer_norm: LayerNormWeights | None,
+    activation: str, residual: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """activation(LN(x) weight^T + bias) + residual, x (R, K), weight (N, K) -> (R, N)."""
+    return reference.linear_decode(
+        x, weight, bias, weight_scale=weight_scale, layer_norm=layer_norm, activation=activation, residual=residual,
+        product_dtype=product_dtype(x, weight, bias, layer_norm), out_dtype=out_dtype,
+    )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Linear layers and activations. On a CPU oneDNN's packed weights: 2 to 4 times a plain `F.linear` on a few rows."""
+"""Linear layers, activations and LayerNorm.
+
+A CPU is best at oneDNN's packed weights: they take a half to a quarter of a plain `F.linear`'s time on a few rows.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,21 @@ def pack_linear(weight: Tensor) -> PackedLinear | None:
     return PackedLinear(packed, fingerprint(weight))
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    packed: PackedLinear | None,
+) -> Tensor:
+    """activation(x weight^T + bias), or x weight^T + bias + residual, of the packed weight where there is one."""
+    if packed is not None:
+        return packed_linear(x, packed, bias, activation, residual)
+    y = F.linear(x, weight, bias)
+    return reference.ACTIVATIONS[activation](y) if residual is None else y + residual
+
+
 def packed_linear(
     x: Tensor, packed: PackedLinear, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Tensor:
@@ -83,3 +101,24 @@ def packed_linear(
 def activation(x: Tensor, name: str) -> Tensor:
     fn: Callable[[Tensor], Tensor] = reference.ACTIVATIONS[name]
     return fn(x)
+
+
+def bias_activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    return activation(x if bias is None else (x + bias).to(x.dtype), name)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y, or with `residual` (y, s): y the LayerNorm of s = x + residual."""
+    if residual is None:
+        return _layer_norm(x, weight, bias, eps)
+    s = residual + x
+    return _layer_norm(s, weight, bias, eps), s
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if x.dtype == weight.dtype == bias.dtype:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(torch.promote_types(x.dtype, torch.float32), weight.dtype)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)

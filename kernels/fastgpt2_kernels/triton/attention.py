@@ -27,6 +27,7 @@ Dimension key: B batch, T query tokens, S key tokens, H heads, D head size.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.types import AttentionOptions, Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every statistical test (Salmon et al. 2011, table 2)
@@ -646,6 +648,46 @@ def _flags(masking: Masking, x: Tensor) -> dict[str, Any]:
         "PRECISION": _precision(x),
         **launch.OPTIONS,
     }
+
+
+# -- what `ops` calls ---------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, lengths: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The output (B, H, T, D) and, where it is asked for, the log-sum-exp (B, H, T)."""
+    seed, dropout_p = _dropout(options, q.device)
+    out, *stats = torch.ops.fastgpt2.attention(q, k, v, lengths, None, None, seed, dropout_p, options.scale)
+    return out, _lse(*stats) if return_lse else None
+
+
+def attention_packed(
+    qkv: Tensor, num_heads: int, options: AttentionOptions, lengths: Tensor | None, documents: Documents | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The output (B, T, C) and, where it is asked for, the log-sum-exp (B, H, T)."""
+    seed, dropout_p = _dropout(options, qkv.device)
+    starts, ends = None, None
+    if documents is not None:
+        lengths, starts, ends = documents.cu_seqlens[-1:], documents.starts, documents.ends
+    out, *stats = torch.ops.fastgpt2.attention_packed(
+        qkv, num_heads, lengths, starts, ends, seed, dropout_p, options.scale
+    )
+    return out, _lse(*stats) if return_lse else None
+
+
+def _dropout(options: AttentionOptions, device: torch.device) -> tuple[Tensor | None, float]:
+    """(seed, offset) of this call's dropout, on the device: drawn there, so that a CUDA graph draws anew; and p."""
+    if options.dropout_p == 0.0:
+        return None, 0.0
+    seed = options.dropout_seed
+    return torch.randint(2**63 - 1, (2,), device=device) if seed is None else seed, options.dropout_p
+
+
+def _lse(row_max: Tensor, row_sum: Tensor) -> Tensor:
+    lse = math.log(2) * row_max
+    return lse + row_sum.log() if row_sum.numel() else lse
 
 
 # -- PyTorch operators --------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt2_kernels import reference
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.types import CrossEntropyOptions, LossOptions
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -569,3 +571,47 @@ class FusedCrossEntropy(torch.autograd.Function):
         (grad,) = ctx.saved_tensors  # a second backward ends here: the scaling below moves the version on
         scale_rows_op(grad, dtotal)
         return grad, *(None,) * 8
+
+
+# -- what `ops` calls ---------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, class_weight: Tensor | None, options: CrossEntropyOptions, counted: Tensor,
+    divisor: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """The reduced loss, and (lse, logprob, entropy, correct) of every row where they are asked for."""
+    shape = targets.shape
+    if logits.dim() == 2:
+        logits, targets, counted = logits[None], targets[None], counted[None]
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    given = (options.ignore_index, options.label_smoothing, options.z_loss, options.shift, options.return_stats)
+    will_differentiate = logits.requires_grad and torch.is_grad_enabled()
+    if options.fuse_backward and will_differentiate and not torch.compiler.is_compiling():
+        dloss = counted.float() if divisor is None else counted / divisor
+        loss, *rows = FusedCrossEntropy.apply(logits, targets, dloss, class_weight, *given)
+    else:
+        row_loss, *rows = cross_entropy_op(logits, targets, class_weight, *given, options.inplace_backward)
+        loss = reference.reduce_loss(row_loss.view(shape), options.reduction, divisor)
+    row_max, log_sum, logprob, entropy, correct = (r.detach() for r in rows)
+    if not options.return_stats:
+        return loss, ()
+    return loss, ((row_max + log_sum).view(shape), logprob.view(shape), entropy.view(shape), correct.view(shape).bool())
+
+
+def chunk_loss(
+    logits_nV: Tensor, targets: Tensor, class_weight: Tensor | None, row_grad: Tensor | None, options: LossOptions
+) -> Tensor:
+    """Loss (n,) of logits (n, V), which with `row_grad` (n,) give their place to the gradient: one launch."""
+    rows = cross_entropy_rows(
+        logits_nV[None],
+        targets[None],
+        ignore_index=options.ignore_index,
+        class_weight=class_weight,
+        label_smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        dloss=None if row_grad is None else row_grad[None],
+        grad=None if row_grad is None else logits_nV[None],
+    )
+    return rows.loss[0]

@@ -292,6 +292,20 @@ def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
     return LayerNormRow(min(block, widest), num_warps, max(2, 24 // num_warps), registers)
 
 
+# The activations that have a kernel by transformers' names, and the kernels' own names for them.
+_SAME_NAME = (
+    "gelu", "gelu_10", "hardswish", "laplace", "leaky_relu", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid",
+    "silu", "tanh",
+)  # fmt: skip
+_GELU_TANH = ("gelu_new", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh", "gelu_fast")
+ACTIVATIONS = {
+    **{name: name for name in _SAME_NAME},
+    **dict.fromkeys(_GELU_TANH, "gelu_tanh"),
+    "gelu_python": "gelu",
+    "swish": "silu",
+}
+
+
 class ActivationRow(NamedTuple):
     """block_n, block_c: rows and columns of a tile; bwd_block_n: rows in the backward, which holds more of each.
     programs: of a multiprocessor in the backward."""

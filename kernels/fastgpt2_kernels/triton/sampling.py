@@ -475,6 +475,16 @@ def sample_rows(
     )  # fmt: skip
 
 
+def sample(
+    logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, settings: dict[str, Tensor | None],
+    seen: Tensor | None, mark_seen: bool,
+) -> None:  # fmt: skip
+    """Choose a token for every row of logits (R, V), into ids and logprobs (S,) at `slots`."""
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    sample_op(logits, ids, logprobs, slots, **settings, seen=seen, mark_seen=mark_seen)
+
+
 @torch.library.custom_op("fastgpt2::sample_", mutates_args=("ids", "logprobs", "seen"))
 def sample_op(
     logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, keys: Tensor | None, positions: Tensor | None,

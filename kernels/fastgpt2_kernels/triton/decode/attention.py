@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.types import DecodeRows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_NEW = 8  # new tokens of one row
@@ -405,6 +406,15 @@ def _flags(cache: Cache, rows: Rows) -> dict[str, bool | int]:
         "INDIRECT": cache.table is not None,
         **launch.OPTIONS,
     }
+
+
+def append_and_attend(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lengths: Tensor, rows: DecodeRows, scale: float
+) -> None:
+    """What `ops` calls: `decode_attention` through PyTorch's dispatcher."""
+    torch.ops.fastgpt2.decode_attention(
+        qkv, k_cache, v_cache, out, lengths, rows.slots, rows.starts, rows.counts, rows.max_new, scale
+    )
 
 
 # -- PyTorch operators --------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from triton.language.extra import cuda
 
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.layers.activation import _activation
-from fastgpt2_kernels.types import LayerNormWeights
+from fastgpt2_kernels.types import LayerNormWeights, product_dtype
 
 if TYPE_CHECKING:
     from fastgpt2_kernels.triton.decode.attention import Parts, Rows
@@ -225,9 +225,7 @@ def linear_decode_out(
     else:
         prologue, source, rows, parts = "none" if layer_norm is None else "layer_norm", x, None, None
         head_size, split_s, heads, splits = 16, 1, 0, 0
-    product = weight.dtype
-    if not product.is_floating_point:
-        product = next(t.dtype for t in (bias, layer_norm and layer_norm.weight, source) if t is not None)
+    product = product_dtype(source, weight, bias, layer_norm)
     row = launch.linear_decode_row(R, N, K, product.itemsize, prologue, launch.architecture(weight.device))
     options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
     _linear_decode_kernel[(triton.cdiv(R, row.block_r), triton.cdiv(N, row.block_n))](
@@ -277,6 +275,16 @@ def linear_decode_out(
         **launch.OPTIONS,
         **options,
     )
+
+
+def linear_decode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None, layer_norm: LayerNormWeights | None,
+    activation: str, residual: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """activation(LN(x) weight^T + bias) + residual, x (R, K), weight (N, K) -> (R, N)."""
+    norm = (None, None, 0.0) if layer_norm is None else layer_norm
+    name = launch.ACTIVATIONS.get(activation, activation)
+    return torch.ops.fastgpt2.linear_decode(x, weight, bias, weight_scale, *norm, name, residual, out_dtype)
 
 
 # -- registration -------------------------------------------------------------------------------------------------

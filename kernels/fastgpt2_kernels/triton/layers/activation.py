@@ -16,6 +16,8 @@ Dimension key: N rows, C width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -281,6 +283,14 @@ def bias_activation_backward(
 def _empty_gradients(x: Tensor, bias: Tensor | None, needs_dx: bool, needs_dbias: bool) -> tuple[Tensor, Tensor]:
     dbias = empty_unless(needs_dbias, x, x.shape[1:], x.dtype if bias is None else bias.dtype)
     return empty_unless(needs_dx, x, x.shape, x.dtype), dbias
+
+
+def bias_activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """activation(x + bias), x (..., C), bias (C,); `name` is a key of `launch.ACTIVATIONS`."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return bias_activation_op(rows, bias, launch.ACTIVATIONS[name]).view(x.shape)
 
 
 # -- PyTorch operators --------------------------------------------------------------------------------------------

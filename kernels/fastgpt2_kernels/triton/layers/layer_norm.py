@@ -355,6 +355,22 @@ def _empty_gradients(
     )
 
 
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y, or with `residual` (y, s): y the LayerNorm of s = x + residual, x (..., C)."""
+    flat = None if residual is None else _as_3d(residual)
+    y, s, *_ = layer_norm_op(_as_3d(x), weight.contiguous(), bias.contiguous(), flat, eps)
+    return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
+
+
+def _as_3d(x: Tensor) -> Tensor:
+    """x (..., C) as (B, T, C), a view wherever there is one, its last stride 1."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    return x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.flatten(0, -3)
+
+
 # -- PyTorch operators --------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,148 @@
+"""Which backend has an operator: one table, which chooses, explains and loads.
+
+Beside "torch", which runs on any device, an operator may have a kernel of its own. "auto" takes the first backend of
+the table's row that runs on the tensors' device without being asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+# operator -> backend -> the function that `ops` calls with arguments it has checked. The functions of a row take the
+# same arguments, and a module is imported when one of its functions is called for the first time. `cached_attention`
+# and `linear_cross_entropy` are made of other operators and of PyTorch's: here stands the part that differs.
+_TABLE = {
+    "causal_attention": {
+        "triton": "triton.attention:attention",
+        "torch": "torch.attention:attention",
+    },
+    "causal_attention_packed": {
+        "triton": "triton.attention:attention_packed",
+        "torch": "torch.attention:attention_packed",
+    },
+    "cached_attention": {
+        "triton": "triton.decode.attention:append_and_attend",
+        "torch": "torch.decode:append_and_attend",
+    },
+    "decode_attention": {
+        "triton": "triton.decode.attention:append_and_attend",
+        "torch": "torch.decode:append_and_attend",
+    },
+    "layer_norm": {
+        "triton": "triton.layers.layer_norm:layer_norm",
+        "torch": "torch.layers:layer_norm",
+    },
+    "activation": {
+        "torch": "torch.layers:activation",
+    },
+    "bias_activation": {
+        "triton": "triton.layers.activation:bias_activation",
+        "torch": "torch.layers:bias_activation",
+    },
+    "linear": {
+        "torch": "torch.layers:linear",
+    },
+    "linear_decode": {
+        "triton": "triton.decode.linear:linear_decode",
+        "torch": "torch.decode:linear_decode",
+    },
+    "decode_step": {
+        "triton": "triton.decode.step:DecodeStep",
+    },
+    "cross_entropy": {
+        "triton": "triton.cross_entropy:cross_entropy",
+        "torch": "torch.cross_entropy:cross_entropy",
+    },
+    "linear_cross_entropy": {
+        "triton": "triton.cross_entropy:chunk_loss",
+        "torch": "torch.cross_entropy:chunk_loss",
+    },
+    "sample": {
+        "triton": "triton.sampling:sample",
+        "torch": "torch.sampling:sample",
+    },
+}
+OPERATORS = tuple(_TABLE)
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
+
+
+def backends_of(operator: str) -> dict[str, str]:
+    """The backends that have `operator`, and the function that each runs, as module:name."""
+    if operator not in _TABLE:
+        raise ValueError(f"backends_of: operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
+    return {backend: f"{__package__}.{function}" for backend, function in _TABLE[operator].items()}
+
+
+def implementation(operator: str, backend: str) -> Callable[..., Any]:
+    """The function that runs `operator` on `backend`; the first call of a module loads it."""
+    module, function = _TABLE[operator][backend].split(":")
+    return getattr(sys.modules[_load(f"{__package__}.{module}")], function)
+
+
+def _load(module: str) -> str:
+    if module not in sys.modules:
+        importlib.import_module(module)
+    return module
+
+
+# torch.compile calls `_load` and does not trace it, for it cannot trace an import by name. This is all that
+# torch.compiler.assume_constant_result does, but that loads the compiler, and with it Triton.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_not_triton(operator: str, device: torch.device | str) -> str | None:
+    """Why `operator` would not run on Triton for tensors on `device`, in one sentence; None if it would."""
+    if operator not in _TABLE:
+        raise ValueError(f"why_not_triton: operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
+    if "triton" not in _TABLE[operator]:
+        return f"{operator} has no Triton kernel in this version"
+    if not TRITON_IS_INSTALLED:
+        return "the package triton is not installed"
+    if torch.device(device).type != "cuda" and not interpreter_is_on():
+        return f"Triton kernels need a GPU or Triton's interpreter; the tensors are on {torch.device(device).type}"
+    return None
+
+
+def interpreter_is_on() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+
+
+def choose_backend(
+    operator: str, device: torch.device, backend: str, limit: Callable[[], str | None] | None = None
+) -> str:
+    """The backend that `operator` runs on: "triton" or "torch".
+
+    Args:
+        operator: A name of the table.
+        device: The tensors' device.
+        backend: What the caller asked for, a name of `BACKENDS`.
+        limit: Says, if it is called, why these tensors are none for the Triton kernel, or None if they are.
+
+    Raises:
+        ValueError: Triton was asked for and cannot be used.
+    """
+    check_backend(backend)
+    # The interpreter is for checking kernels: it has to be asked for.
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+        return "torch"
+    reason = why_not_triton(operator, device)
+    if reason is None and limit is not None:
+        reason = limit()
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"{operator}: backend='triton' cannot be used: {reason}")
+    return "torch"

@@ -1,0 +1,29 @@
+"""The checks that several operators share. Each raises, or says, one sentence: what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_same(operator: str, *, check_dtype: bool = True, **tensors: Tensor) -> None:
+    if len({t.device for t in tensors.values()}) > 1:
+        got = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
+        raise ValueError(f"{operator}: all tensors must be on one device; got {got}")
+    if check_dtype and len({t.dtype for t in tensors.values()}) > 1:
+        got = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        raise ValueError(f"{operator}: all tensors must have one dtype; got {got}")
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def only_float32(dtype: torch.dtype) -> str | None:
+    """Why tensors of `dtype` are none for a Triton kernel that computes in float32."""
+    return "it computes in float32; got float64" if dtype == torch.float64 else None
+
+
+def is_float32_exact() -> bool:
+    """Whether products of float32 must not be rounded to tf32, by PyTorch's own switch."""
+    return torch.get_float32_matmul_precision() == "highest"
