@@ -22,6 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ from fastgpt2 import accounting
 from fastgpt2.config import GPT2Config, TrainConfig
 from fastgpt2.data import TokenData
 from fastgpt2.files import atomic_file, link_file, remove_leftovers
+from fastgpt2.gpt2 import GPT2
 from fastgpt2.loss import calculate_loss
-from fastgpt2.model import GPT2
 from fastgpt2.tokenizer import Tokenizer
 
 _FORMAT = 1
@@ -466,17 +467,15 @@ class Trainer:
         return self._val_bytes
 
     def _sample(self) -> str:
-        from fastgpt2.generate import generate
-
         self.model.eval()
         room = self.context // 2
         if self.tokenizer is None:
             start = [self.model.config.eos_token_ids[0] if self.model.config.eos_token_ids else 0]
-            sample = generate(self.model, [start], max_new_tokens=room, seed=self.config.seed)[0]
+            sample = self.model.generate([start], max_new_tokens=room, seed=self.config.seed)[0]
             text = " ".join(map(str, sample.token_ids))
         else:
             prompt = self.tokenizer.encode(self.config.sample_prompt)[-room:] or [self.tokenizer.eos_token_id or 0]
-            sample = generate(self.model, [prompt], max_new_tokens=room, seed=self.config.seed, top_p=0.95)[0]
+            sample = self.model.generate([prompt], max_new_tokens=room, seed=self.config.seed, top_p=0.95)[0]
             text = self.tokenizer.decode([*prompt, *sample.token_ids])
         self.model.train()
         return text
@@ -596,8 +595,6 @@ class Trainer:
 
 def _mix(seed: int, step: int, rank: int) -> int:
     """A generator's seed for one step of one process."""
-    import numpy as np
-
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
