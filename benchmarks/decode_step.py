@@ -419,7 +419,7 @@ def _torch_step(settings: Settings, inputs: StepInputs) -> Call:
     def call() -> list[int]:
         cache.lengths = [T] * R
         plan = ops.plan_rows(range(R), [1] * R, cache.lengths, model.device)
-        return model.lm_head(model.extend(last, plan, cache, packed=packed), packed=packed).argmax(-1).tolist()
+        return model.logits(model.extend(last, plan, cache, packed=packed), packed=packed).argmax(-1).tolist()
 
     return call
 

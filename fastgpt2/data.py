@@ -6,6 +6,7 @@ nanoGPT writes them, and beside our own a `meta.json`.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -144,8 +145,6 @@ def _list_files(source: str | PathLike[str], suffixes: Sequence[str]) -> Iterato
 
 
 def _why_not_text(path: Path) -> str | None:
-    import codecs
-
     decoder = codecs.getincrementaldecoder("utf-8")()
     size = 0
     with open(path, "rb") as file:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
-from fastgpt2.model import GPT2, Block, LayerNorm, Linear
+from fastgpt2.layers import Block, LayerNorm, Linear
+from fastgpt2.model import GPT2Base
 from fastgpt2_kernels import ops
 
 # Without it the device can only be a stand-in, as a kernel sanitizer has it: no graphs, no events.
@@ -24,7 +25,7 @@ _HAS_GPU_RUNTIME = bool(torch.version.cuda or torch.version.hip)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not_decode(model: GPT2) -> str | None:
+def why_not_decode(model: GPT2Base) -> str | None:
     """Why `model` cannot be decoded by a `DecodeSession`, in one sentence; None if it can."""
     config, device = model.config, model.device
     if model.backend == "torch":
@@ -85,7 +86,7 @@ class DecodeSession:
 
     def __init__(
         self,
-        model: GPT2,
+        model: GPT2Base,
         cache: KVCache,
         sampling: SamplingConfig,
         stop_ids: Sequence[int] = (),
@@ -274,11 +275,13 @@ class DecodeSession:
 
 # -- sessions that are kept -----------------------------------------------------------------------------------------
 
-_KEPT: weakref.WeakKeyDictionary[GPT2, DecodeSession] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[GPT2Base, DecodeSession] = weakref.WeakKeyDictionary()
 
 
-def take_session(model: GPT2, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> DecodeSession:
-    """A session with an empty cache: the one that was given back last, if it fits, with its graphs; else a new one."""
+def acquire_session(
+    model: GPT2Base, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]
+) -> DecodeSession:
+    """A session with an empty cache: the one that was released last, with its graphs, if it fits; else a new one."""
     kept = _KEPT.pop(model, None)
     if kept is not None and kept.fits == _fits(model, num_slots, sampling, stop_ids):
         kept.configure(sampling)
@@ -291,12 +294,12 @@ def take_session(model: GPT2, num_slots: int, sampling: SamplingConfig, stop_ids
     return session
 
 
-def give_back(model: GPT2, session: DecodeSession) -> None:
-    """Keep the session, its cache too, for the model's next run; it goes with the model."""
+def release_session(model: GPT2Base, session: DecodeSession) -> None:
+    """Keep the session and its cache for the model's next run. They are dropped with the model."""
     _KEPT[model] = session
 
 
-def _fits(model: GPT2, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> tuple[object, ...]:
+def _fits(model: GPT2Base, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> tuple[object, ...]:
     """What a session's graphs know for good: the weights' places, the kernels' flags and precision, the stop tokens."""
     filters = [t is None for t in slot_sampling(sampling, 0, None, torch.device("cpu"))]
     weights = [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
@@ -307,7 +310,7 @@ def _fits(model: GPT2, num_slots: int, sampling: SamplingConfig, stop_ids: Seque
 # -- what a session is made of --------------------------------------------------------------------------------------
 
 
-def step_weights(model: GPT2, weight_dtype: torch.dtype | None = None) -> ops.StepWeights:
+def step_weights(model: GPT2Base, weight_dtype: torch.dtype | None = None) -> ops.StepWeights:
     """The model's weights as a step reads them: where they lie, or with torch.int8 the linear layers' in 8 bits."""
 
     def linear(layer: Linear) -> ops.LinearWeights:

@@ -6,13 +6,14 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
-# How the name of a folder begins in which a checkpoint's files are written before they take their places.
-STAGE_PREFIX = ".saving-"
+# How the name of a `staged_folder` begins.
+_STAGE_PREFIX = ".saving-"
 
 
 @contextlib.contextmanager
@@ -32,7 +33,30 @@ def atomic_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
+    """`with staged_folder(path) as stage:` writes files into `stage`; at the end of the block they move into `path`.
+
+    They move when all of them are on disk. A process killed within leaves a folder that `remove_leftovers` clears away.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: a checkpoint is a folder, and this is a file; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=folder))
+    try:
+        yield stage
+        files = sorted(stage.iterdir())
+        for file in files:
+            _sync(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+        _sync(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def link_file(path: Path, link: Path) -> None:
@@ -44,7 +68,7 @@ def link_file(path: Path, link: Path) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     os.replace(temporary, link)
-    _sync_folder(link.parent)
+    _sync(link.parent)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -53,7 +77,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     for path in folder.iterdir():
         if leftover.fullmatch(path.name):
             path.unlink()
-        elif name is None and path.name.startswith(STAGE_PREFIX):
+        elif name is None and path.name.startswith(_STAGE_PREFIX):
             shutil.rmtree(path)
 
 
@@ -61,11 +85,12 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp{os.getpid()}")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system lets a folder be opened (POSIX)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

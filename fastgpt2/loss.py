@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt2.model import GPT2
+from fastgpt2.model import GPT2Base
 from fastgpt2_kernels import ops
 
 IGNORE_INDEX = -100
@@ -86,9 +86,9 @@ def train_step(
     return loss.detach()
 
 
-def _core(model: torch.nn.Module) -> GPT2:
-    """The GPT2 inside a `torch.compile` wrapper."""
+def _core(model: torch.nn.Module) -> GPT2Base:
+    """The model inside a `torch.compile` wrapper."""
     core = getattr(model, "_orig_mod", model)
-    if not isinstance(core, GPT2):
+    if not isinstance(core, GPT2Base):
         raise TypeError(f"calculate_loss: model must be a fastgpt2.GPT2; got {type(model).__name__}")
     return core

@@ -13,19 +13,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# A module imports only modules of lower layers at import time, or of its own layer in one direction (no circles).
-LAYERS = {
-    "fastgpt2.config": 0, "fastgpt2.files": 0,
-    "fastgpt2.sampling": 1, "fastgpt2.cache": 1, "fastgpt2.accounting": 1, "fastgpt2.kernels": 1,
-    "fastgpt2.tokenizer": 1,
-    "fastgpt2.model": 2, "fastgpt2.data": 2,
-    "fastgpt2.loss": 3, "fastgpt2.decode": 3, "fastgpt2.checkpoint": 3,
-    "fastgpt2.generate": 4,
-    "fastgpt2": 5, "fastgpt2.integrations": 5, "fastgpt2.records": 5,
-    "fastgpt2.train": 6,
-    "fastgpt2.cli": 7,
-    "fastgpt2.__main__": 8,
-}  # fmt: skip
+# Each module or folder of the package, lowest layer first. A module imports from lower layers, or from its own folder.
+LAYERS = (
+    ("config", "files", "messages", "kernels"),
+    ("accounting", "cache", "prompt_files", "sampling", "tokenizer"),
+    ("data", "operators", "text_stream"),
+    ("layers", "packed_weights"),
+    ("model",),
+    ("decode", "formats", "loss"),
+    ("scheduler",),
+    ("generate",),
+    ("gpt2",),
+    ("checkpoint", "integrations", "sample_files", "train"),
+    ("",),  # fastgpt2/__init__.py
+    ("cli",),
+    ("__main__",),
+)
 PACKAGES = [*sorted((ROOT / "fastgpt2").rglob("*.py")), *sorted((ROOT / "kernels/fastgpt2_kernels").rglob("*.py"))]
 LAZY = ("triton", "transformers", "tokenizers", "safetensors", "tqdm", "huggingface_hub")
 
@@ -35,37 +38,46 @@ def module_name(path: Path) -> str:
     return ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> Iterator[tuple[str, str, bool]]:
-    """(imported module, name or "", inside a function or for type checking only) of every import in a file."""
-
-    def visit(node: ast.AST, lazy: bool) -> Iterator[tuple[str, str, bool]]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Import):
-                yield from ((alias.name, "", lazy) for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, f"{path}: relative import"
-                yield from ((child.module or "", alias.name, lazy) for alias in child.names)
-            typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
-            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
-            yield from visit(child, lazy or typing_only or inside)
-
-    return visit(ast.parse(path.read_text(encoding="utf-8")), False)
+def imports(path: Path) -> Iterator[str]:
+    """The full name of every module that a file imports, also inside functions and for type checking only."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
 
 
-def layer_of(module: str) -> int | None:
-    parts = module.split(".")
-    return LAYERS.get(".".join(parts[:2]))
+MODULES = {module_name(path): path for path in PACKAGES}
 
 
-@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    name = module_name(path)
-    for module, imported, lazy in imports(path):
-        top = module.split(".")[0]
-        full = f"{module}.{imported}".rstrip(".")
-        assert top not in ("benchmarks", "tests"), f"{name} imports {module}"
+def imports_within_functions(path: Path) -> Iterator[str]:
+    """The outermost package of every import inside a function."""
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import):
+                    yield from (alias.name.split(".")[0] for alias in node.names)
+                elif isinstance(node, ast.ImportFrom):
+                    yield str(node.module).split(".")[0]
+
+
+def layer_of(module: str) -> int:
+    name = module.partition(".")[2].split(".")[0]
+    layers = [number for number, names in enumerate(LAYERS) if name in names]
+    assert len(layers) == 1, f"{module} must have one layer; give it one in this test"
+    return layers[0]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    for imported in imports(MODULES[name]):
+        top = imported.split(".")[0]
+        assert top not in ("benchmarks", "tests"), f"{name} imports {imported}"
         if name.startswith("fastgpt2_kernels"):
-            assert top != "fastgpt2", f"{name} imports {module}"
+            assert top != "fastgpt2", f"{name} imports {imported}"
             if top == "triton":
                 # Kernel files only: the operators and what they are made of load without Triton.
                 assert name.startswith("fastgpt2_kernels.triton.")
@@ -73,15 +85,27 @@ def test_imports_point_down(path):
             continue
         assert top != "triton", f"{name} imports triton"
         if top == "fastgpt2_kernels":
-            assert "fastgpt2_kernels.ops" in (module, full), f"{name} goes past the door: {full}"
-        if lazy or top != "fastgpt2" or name == "fastgpt2":
-            continue
-        target = layer_of(full if module == "fastgpt2" else module)
-        own = layer_of(name)
-        assert own is not None, f"{name} has no layer; give it one in this test"
-        assert target is not None, f"{name} imports {full}, which has no layer; give it one in this test"
-        same_package = name.split(".")[:2] == full.split(".")[:2]
-        assert target < own or same_package, f"{name} (layer {own}) imports {full} (layer {target})"
+            assert imported.startswith("fastgpt2_kernels.ops"), f"{name} imports {imported}, not the public operators"
+        if top == "fastgpt2":
+            same_folder = name.split(".")[:2] == imported.split(".")[:2]
+            own, other = layer_of(name), layer_of(imported)
+            assert other < own or same_folder, f"{name} (layer {own}) imports {imported} (layer {other})"
+
+
+def test_no_circles():
+    """Following imports from a module, also those inside functions and for type checking, never leads back to it."""
+    remaining = {name: set(imports(path)) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    while free := [name for name, imported in remaining.items() if not imported & remaining.keys()]:
+        for name in free:
+            del remaining[name]
+    assert not remaining, f"these import each other in a circle, or import from one: {', '.join(sorted(remaining))}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] == "fastgpt2"])
+def test_imports_within_functions_are_of_what_not_everybody_has_or_needs(name):
+    # fcntl: POSIX only.
+    allowed = {*LAZY, "fcntl"}
+    assert set(imports_within_functions(MODULES[name])) <= allowed
 
 
 def test_only_the_command_line_prints():

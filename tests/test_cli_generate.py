@@ -14,7 +14,7 @@ import pytest
 from fastgpt2 import GPT2
 from fastgpt2.cli.main import main
 from fastgpt2.generate import generate
-from fastgpt2.records import unescape
+from fastgpt2.sample_files import unescape
 
 PROMPTS = ["def add", "return a +", "", "x", "b):\n    return"]
 

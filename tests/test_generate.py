@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
 import random
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from fastgpt2 import GPT2, SamplingConfig
-from fastgpt2.generate import Sample, generate
+from fastgpt2.generate import GenerateOptions, Sample, _run, generate
 from fastgpt2.sampling import sample, uniforms
 
 V = 67
@@ -24,6 +26,12 @@ def tiny_model(seed: int, **changes) -> GPT2:
 
 def random_prompts(rng: random.Random, count: int, longest: int = 40) -> list[list[int]]:
     return [[rng.randrange(V) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def test_the_declared_options_are_those_that_are_taken():
+    taken = {name for name, p in inspect.signature(_run).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    fields = {field.name for field in dataclasses.fields(SamplingConfig)}
+    assert GenerateOptions.__optional_keys__ == taken - {"want_text"} | fields
 
 
 class ByteTokenizer:
@@ -199,7 +207,7 @@ class Script(torch.nn.Module):
         super().__init__()
         self.data, self.at = text.encode(), start
 
-    def forward(self, hidden, packed=False):
+    def forward(self, hidden, operators):
         logits = torch.zeros(hidden.shape[0], 256)
         logits[:, self.data[self.at]] = 9.0
         self.at += 1

@@ -118,7 +118,7 @@ def packed_logits(model: GPT2, ids: Tensor, *, packed: bool = True) -> Tensor:
     """Logits of one row of ids (T,), through a cache and the packed weights."""
     cache = KVCache(model.config, 1, dtype=KVCache.best_dtype(model.dtype, model.device))
     plan = ops.plan_rows([0], [len(ids)], [0])
-    return model.lm_head(model.extend(ids, plan, cache, packed=packed), packed=packed)
+    return model.logits(model.extend(ids, plan, cache, packed=packed), packed=packed)
 
 
 @pytest.fixture(params=PACKED_DTYPES, ids=str)
@@ -146,7 +146,7 @@ def test_packed_rows_do_not_depend_on_their_neighbours(packable: GPT2, seed: int
         for start, end in ((0, 6), (6, 7), (7, 9)):
             plan = ops.plan_rows(range(R), [end - start] * R, cache.lengths)
             hidden = packable.extend(chosen[:, start:end].reshape(-1), plan, cache, packed=True)
-            outs.append(packable.lm_head(hidden, packed=True).view(R, end - start, -1))
+            outs.append(packable.logits(hidden, packed=True).view(R, end - start, -1))
         return torch.cat(outs, dim=1)
 
     with torch.no_grad():
@@ -193,9 +193,9 @@ def test_copies_and_pickles_of_packed_models(packable: GPT2, seed: int) -> None:
 
 
 def test_training_mode_drops_the_packed_weights(packable: GPT2) -> None:
-    assert packable.lm_head._pack is not None
+    assert packable._packed is not None
     packable.train()
-    assert packable.lm_head._pack is None
+    assert packable._packed is None
 
 
 # -- torch.compile -----------------------------------------------------------------------------------------------------

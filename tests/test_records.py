@@ -9,18 +9,8 @@ import random
 import pytest
 
 from fastgpt2.generate import Sample
-from fastgpt2.records import (
-    Fasta,
-    JsonLines,
-    Output,
-    Prompt,
-    PromptError,
-    Row,
-    Text,
-    output_format,
-    read_prompts,
-    unescape,
-)
+from fastgpt2.prompt_files import Prompt, PromptError, read_prompts
+from fastgpt2.sample_files import Fasta, JsonLines, SampleFile, SampleRecord, Text, sample_format, unescape
 
 FORMATS = {".jsonl": JsonLines(token_ids=True, logprobs=True), ".fasta": Fasta(), ".txt": Text()}
 SETTINGS = {"seed": 1, "top_p": 0.9, "stop_token_ids": (1, 2), "prompts": "ab12"}
@@ -28,23 +18,23 @@ SETTINGS = {"seed": 1, "top_p": 0.9, "stop_token_ids": (1, 2), "prompts": "ab12"
 ALPHABET = 'aMKL \\\n\r\t>"\x00\v\f\x1c\x1d\x1e\x85\u2028\u2029é😀*-<|endoftext|>nrtu0'
 
 
-def random_row(rng: random.Random, prompt_index: int, sample_index: int) -> Row:
+def random_row(rng: random.Random, prompt_index: int, sample_index: int) -> SampleRecord:
     count = rng.randint(1, 5)
     sample = Sample(0, sample_index, (1,), [rng.randrange(99) for _ in range(count)])
     sample.logprobs = [-rng.random() * 9 for _ in range(count)]
     sample.finish_reason = "length"
     text = "".join(rng.choice(ALPHABET) for _ in range(rng.choice((0, 1, 20, 59, 60, 61, 130))))
     identifier = rng.choice((None, "sp|P12345|X Y", "é\t1"))
-    return Row(Prompt(prompt_index, (1,), "here", identifier), sample, text)
+    return SampleRecord(Prompt(prompt_index, (1,), "here", identifier), sample, text)
 
 
-def random_rows(rng: random.Random, count: int = 8) -> list[Row]:
+def random_rows(rng: random.Random, count: int = 8) -> list[SampleRecord]:
     keys = [(p, s) for p in range(count) for s in range(2)]
     rng.shuffle(keys)
     return [random_row(rng, *key) for key in keys]
 
 
-def key(row: Row) -> tuple[int, int]:
+def key(row: SampleRecord) -> tuple[int, int]:
     return row.prompt.index, row.sample.sample_index
 
 
@@ -89,18 +79,18 @@ def test_text_rows_come_back_as_they_were(seed):
 
 def test_fasta_rows_are_sequences(seed):
     row = random_row(random.Random(seed), 3, 7)
-    row = Row(row.prompt, row.sample, "<|endoftext|>\nMKV >L1\n" * 9 + "A*-")
+    row = SampleRecord(row.prompt, row.sample, "<|endoftext|>\nMKV >L1\n" * 9 + "A*-")
     header, *lines = Fasta().encode(row).splitlines()
     assert "".join(lines) == "MKVL" * 9 + "A*-"
     assert [len(line) for line in lines] == [39]
     assert f" prompt=3 sample=7 length=39 tokens={len(row.sample.token_ids)} finish=length perplexity=" in header
-    long = Fasta().encode(Row(row.prompt, row.sample, "M" * 121)).splitlines()[1:]
+    long = Fasta().encode(SampleRecord(row.prompt, row.sample, "M" * 121)).splitlines()[1:]
     assert [len(line) for line in long] == [60, 60, 1]
 
 
 def test_infinite_perplexity_is_none():
     sample = Sample(0, 0, (1,), [1], [-1e4], "stop")
-    row = Row(Prompt(0, "a", "here"), sample, "b")
+    row = SampleRecord(Prompt(0, "a", "here"), sample, "b")
     assert json.loads(JsonLines().encode(row))["perplexity"] is None
 
 
@@ -112,13 +102,13 @@ def test_resume_truncates_the_torn_record_and_goes_on(suffix, tmp_path, seed):
     rng = random.Random(seed)
     records, rows = FORMATS[suffix], random_rows(rng)
     path = tmp_path / f"out{suffix}"
-    with Output(path, records, SETTINGS) as output:
+    with SampleFile(path, records, SETTINGS) as output:
         for row in rows:
             output.write(row)
     data = path.read_bytes()
     for cut in rng.sample(range(len(data)), 12):
         path.write_bytes(data[:cut])
-        with Output(path, records, SETTINGS, resume=True) as output:
+        with SampleFile(path, records, SETTINGS, resume=True) as output:
             assert data.startswith(path.read_bytes())
             for row in rows:
                 if key(row) not in output.done:
@@ -130,38 +120,38 @@ def test_existing_output_is_refused_and_untouched(tmp_path, seed):
     path = tmp_path / "out.txt"
     path.write_text("precious\n")
     with pytest.raises(FileExistsError, match=r"exists; continue it with --resume or replace it with --overwrite"):
-        Output(path, Text(), SETTINGS)
+        SampleFile(path, Text(), SETTINGS)
     with pytest.raises(ValueError, match=r"cannot be resumed, out\.txt\.run\.json with its settings is not beside it"):
-        Output(path, Text(), SETTINGS, resume=True)
+        SampleFile(path, Text(), SETTINGS, resume=True)
     assert path.read_text() == "precious\n"
-    with Output(path, Text(), SETTINGS, overwrite=True) as output:
+    with SampleFile(path, Text(), SETTINGS, overwrite=True) as output:
         output.write(random_row(random.Random(seed), 0, 0))
     assert path.read_text().startswith("0\t0\t")
 
 
 def test_resume_as_another_run_is_refused(tmp_path, seed):
     path = tmp_path / "out.jsonl"
-    with Output(path, JsonLines(), SETTINGS) as output:
+    with SampleFile(path, JsonLines(), SETTINGS) as output:
         output.write(random_row(random.Random(seed), 0, 0))
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"made by another run \(seed was 1 and is 2, top_p was 0\.9 and is None\)"):
-        Output(path, JsonLines(), {**SETTINGS, "seed": 2, "top_p": None}, resume=True)
+        SampleFile(path, JsonLines(), {**SETTINGS, "seed": 2, "top_p": None}, resume=True)
     (tmp_path / "out.jsonl.run.json").write_text("[]")
     with pytest.raises(ValueError, match=r"is not a run's settings"):
-        Output(path, JsonLines(), SETTINGS, resume=True)
+        SampleFile(path, JsonLines(), SETTINGS, resume=True)
     assert path.read_bytes() == before
 
 
 def test_settings_that_a_killed_run_was_writing_are_cleared_away(tmp_path):
     for name in (".out.txt.run.json.tmp12", ".other.txt.run.json.tmp12"):
         (tmp_path / name).write_text("{")
-    with Output(tmp_path / "out.txt", Text(), SETTINGS):
+    with SampleFile(tmp_path / "out.txt", Text(), SETTINGS):
         pass
     assert {path.name for path in tmp_path.glob(".*")} == {".other.txt.run.json.tmp12"}
 
 
 def test_resume_of_nothing_begins(tmp_path):
-    with Output(tmp_path / "out.txt", Text(), SETTINGS, resume=True) as output:
+    with SampleFile(tmp_path / "out.txt", Text(), SETTINGS, resume=True) as output:
         assert not output.done
 
 
@@ -172,28 +162,28 @@ def test_resume_of_nothing_begins(tmp_path):
 )  # fmt: skip
 def test_foreign_rows_are_not_touched(suffix, content, line, tmp_path):
     path = tmp_path / f"out{suffix}"
-    Output(path, FORMATS[suffix], SETTINGS).close()
+    SampleFile(path, FORMATS[suffix], SETTINGS).close()
     path.write_text(content)
     with pytest.raises(ValueError, match=rf"line {line} is not .*; it cannot be resumed"):
-        Output(path, FORMATS[suffix], SETTINGS, resume=True)
+        SampleFile(path, FORMATS[suffix], SETTINGS, resume=True)
     assert path.read_text() == content
 
 
 def test_second_writer_is_refused(tmp_path, seed):
     path = tmp_path / "out.txt"
-    with Output(path, Text(), SETTINGS) as output:
+    with SampleFile(path, Text(), SETTINGS) as output:
         output.write(random_row(random.Random(seed), 0, 0))
         before = path.read_bytes()
         for how in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(BlockingIOError, match="another process is writing to it"):
-                Output(path, Text(), SETTINGS, **how)
+                SampleFile(path, Text(), SETTINGS, **how)
         assert path.read_bytes() == before
 
 
 def test_full_disk_leaves_whole_records(tmp_path, seed, monkeypatch):
     rows = random_rows(random.Random(seed))
     path = tmp_path / "out.txt"
-    output = Output(path, Text(), SETTINGS)
+    output = SampleFile(path, Text(), SETTINGS)
     output.write(rows[0])
     before = path.read_bytes()
     raw = output._file
@@ -222,15 +212,15 @@ def test_full_disk_leaves_whole_records(tmp_path, seed, monkeypatch):
 
 def test_output_names(tmp_path):
     with pytest.raises(ValueError, match=r"an output must end in \.jsonl, \.fasta, \.txt; got '\.csv'"):
-        output_format(tmp_path / "out.csv")
+        sample_format(tmp_path / "out.csv")
     with pytest.raises(ValueError, match=r"need a \.jsonl output"):
-        output_format(tmp_path / "out.txt", logprobs=True)
+        sample_format(tmp_path / "out.txt", logprobs=True)
     with pytest.raises(ValueError, match=r"is a folder"):
-        Output(tmp_path, Text(), SETTINGS)
+        SampleFile(tmp_path, Text(), SETTINGS)
     with pytest.raises(ValueError, match=r"which does not exist"):
-        Output(tmp_path / "no" / "out.txt", Text(), SETTINGS)
+        SampleFile(tmp_path / "no" / "out.txt", Text(), SETTINGS)
     with pytest.raises(ValueError, match=r"give one of them"):
-        Output(tmp_path / "out.txt", Text(), SETTINGS, resume=True, overwrite=True)
+        SampleFile(tmp_path / "out.txt", Text(), SETTINGS, resume=True, overwrite=True)
 
 
 # -- prompts ------------------------------------------------------------------------------------------------------

@@ -15,21 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from fastgpt2.checkpoint import EMBEDDED, load_pretrained
 from fastgpt2.config import SamplingConfig
 from fastgpt2.generate import generate_iter, prompt_token_ids, stream
-from fastgpt2.model import GPT2
-from fastgpt2.records import (
-    Output,
-    Prompt,
-    PromptError,
-    Row,
-    check_writable,
-    digest,
-    output_format,
-    read_prompts,
-)
+from fastgpt2.gpt2 import GPT2
+from fastgpt2.prompt_files import Prompt, PromptError, digest, read_prompts
+from fastgpt2.sample_files import SampleFile, SampleRecord, check_writable, sample_format
 from fastgpt2.tokenizer import Tokenizer
 
 HELP = "continue prompts with a model"
@@ -104,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"generate: --{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
     out = Path(args.out) if args.out is not None else None
     if out is not None:
-        records = output_format(out, token_ids=args.token_ids, logprobs=args.logprobs)
+        format = sample_format(out, token_ids=args.token_ids, logprobs=args.logprobs)
         check_writable(out, resume=args.resume, overwrite=args.overwrite)
     else:
         for name in ("resume", "overwrite", "token_ids", "logprobs"):
@@ -126,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         "token_ids": args.token_ids,
         "logprobs": args.logprobs,
     }
-    with Output(out, records, settings, resume=args.resume, overwrite=args.overwrite) as output:
+    with SampleFile(out, format, settings, resume=args.resume, overwrite=args.overwrite) as output:
         return _write(model, usable, sampling, args, output)
 
 
@@ -222,12 +215,10 @@ def _show(model: GPT2, usable: list[_Usable], sampling: SamplingConfig, args: ar
     started = time.perf_counter()
     num_tokens = 0
     if several:
-        for row in _rows(model, usable, options, with_prompt=True):
-            num_tokens += len(row.sample.token_ids)
-            print(
-                f"=== prompt {row.prompt.id or row.prompt.index}, sample {row.sample.sample_index}\n{row.text}",
-                flush=True,
-            )
+        for record in _records(model, usable, options, with_prompt=True):
+            num_tokens += len(record.sample.token_ids)
+            title = f"=== prompt {record.prompt.id or record.prompt.index}, sample {record.sample.sample_index}"
+            print(f"{title}\n{record.text}", flush=True)
     else:
         print(usable[0].text(model.tokenizer), end="", flush=True)
         for event in stream(model, [usable[0].ids], **options):
@@ -242,10 +233,8 @@ def _show(model: GPT2, usable: list[_Usable], sampling: SamplingConfig, args: ar
 
 
 def _write(
-    model: GPT2, usable: list[_Usable], sampling: SamplingConfig, args: argparse.Namespace, output: Output
+    model: GPT2, usable: list[_Usable], sampling: SamplingConfig, args: argparse.Namespace, output: SampleFile
 ) -> int:
-    from tqdm import tqdm
-
     options = _options(usable, sampling, args)
     total = len(usable) * args.num_samples
     if output.done:
@@ -255,10 +244,10 @@ def _write(
     # disable=None: no bar where stderr is not a terminal.
     with tqdm(total=total, initial=len(output.done), unit="sample", disable=None, dynamic_ncols=True) as bar:
         try:
-            for row in _rows(model, usable, options | {"skip": output.done}, with_prompt=args.with_prompt):
-                output.write(row)
+            for record in _records(model, usable, options | {"skip": output.done}, with_prompt=args.with_prompt):
+                output.write(record)
                 num_samples += 1
-                num_tokens += len(row.sample.token_ids)
+                num_tokens += len(record.sample.token_ids)
                 bar.update()
                 bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
         finally:
@@ -277,13 +266,15 @@ def _options(usable: list[_Usable], sampling: SamplingConfig, args: argparse.Nam
     }
 
 
-def _rows(model: GPT2, usable: list[_Usable], options: dict[str, Any], *, with_prompt: bool) -> Iterator[Row]:
+def _records(
+    model: GPT2, usable: list[_Usable], options: dict[str, Any], *, with_prompt: bool
+) -> Iterator[SampleRecord]:
     for sample in generate_iter(model, (item.ids for item in usable), **options):
         item = usable[sample.prompt_index]
         text = sample.text
         if with_prompt and text is not None and model.tokenizer is not None:
             text = item.text(model.tokenizer) + text
-        yield Row(item.prompt, sample, text)
+        yield SampleRecord(item.prompt, sample, text)
 
 
 def _summarize(num_samples: int, num_tokens: int, seconds: float) -> None:

@@ -15,7 +15,7 @@ import torch
 import fastgpt2
 from fastgpt2.checkpoint import EMBEDDED, read_config
 from fastgpt2.config import GPT2Config
-from fastgpt2.model import GPT2
+from fastgpt2.gpt2 import GPT2
 from fastgpt2_kernels import ops
 
 HELP = "show versions, backends and a model's configuration"

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
+from tqdm import tqdm
 
 from fastgpt2 import data, train
+from fastgpt2.checkpoint import load_pretrained
 from fastgpt2.config import PRESETS, GPT2Config, TrainConfig
 from fastgpt2.files import atomic_file
-from fastgpt2.model import GPT2
+from fastgpt2.gpt2 import GPT2
 from fastgpt2.tokenizer import Tokenizer
 
 HELP = "train a model on text"
@@ -156,8 +158,6 @@ def _begun(args: argparse.Namespace, options: dict[str, Any], processes: train.P
         raise ValueError(f"train: {brings} brings its vocabulary; leave out --vocab-size")
     initial = None
     if wanted["init_from"]:
-        from fastgpt2.checkpoint import load_pretrained
-
         # No dropout by default here either: what the checkpoint's configuration says is about its own training.
         changes = {**dict.fromkeys(_DROPOUTS, 0.0), **sizes}
         initial = load_pretrained(wanted["init_from"], dtype=torch.float32, backend=args.backend, **changes)
@@ -268,8 +268,6 @@ def _resumed(
 
 def _follow(trainer: train.Trainer) -> int:
     """Run a trainer to its end or to a signal, showing its reports; returns the exit status."""
-    from tqdm import tqdm
-
     received: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgpt2.checkpoint import hf_state_dict, load_hf_views
 from fastgpt2.config import GPT2Config
-from fastgpt2.model import GPT2
+from fastgpt2.formats.huggingface import hf_state_dict, load_hf_views
+from fastgpt2.gpt2 import GPT2
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel

@@ -1,41 +1,38 @@
-"""Training: AdamW with GPT-2's parameter groups, data-parallel under torchrun, resumable to the bit.
+"""Training: AdamW with GPT-2's parameter groups, data-parallel under torchrun, resumed to the bit.
 
-A run's folder holds `metrics.jsonl`, `checkpoints/step-*.pt` with a link `best.pt`, and at the end a model that
-`GPT2.from_pretrained(folder)` loads. Every step is a pure function of the weights, the optimizer's state and
-(seed, step): its rows (data.py) and its random numbers (the generators are seeded anew for every step) follow from
-those two. So a checkpoint needs no generator's state, and whatever moment a run is killed at, continuing from
-its last checkpoint gives what an uninterrupted run gives.
+Every step is a pure function of the weights, the optimizer's state and (seed, step): its rows (data.py) and its random
+numbers (the generators are seeded anew for every step) follow from those two. So a checkpoint needs no generator's
+state. Whatever moment a run is killed at, continuing from its last checkpoint gives what an uninterrupted run gives.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import pickle
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt2 import accounting
 from fastgpt2.config import GPT2Config, TrainConfig
 from fastgpt2.data import TokenData
-from fastgpt2.files import atomic_file, link_file, remove_leftovers
+from fastgpt2.gpt2 import GPT2
 from fastgpt2.loss import calculate_loss
-from fastgpt2.model import GPT2
 from fastgpt2.tokenizer import Tokenizer
+from fastgpt2.train.optimization import DTYPES, learning_rate, parameter_groups, resolve_dtype
+from fastgpt2.train.processes import Processes
+from fastgpt2.train.reports import CheckpointReport, EvalReport, Report, SampleReport, StepReport
+from fastgpt2.train.run_folder import RunFolder, checkpoint_paths, read_checkpoint
 
-_FORMAT = 1
 # With `minutes`, the steps that are timed to set the number of steps (none of the first, which warm up).
 _CALIBRATION = range(5, 25)
 # What a resumed run may change: it does not enter the maths, or only from here on.
@@ -43,137 +40,6 @@ _MAY_CHANGE = {
     "steps", "batch_size", "accumulate", "compile", "deterministic", "log_interval", "eval_interval", "eval_tokens",
     "sample_interval", "sample_prompt", "checkpoint_interval", "keep_checkpoints", "export",
 }  # fmt: skip
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-# -- reports ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Mean training loss (nats a token) since the last report, and the speed over that time."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_s: float
-    mfu: float
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """Validation loss in nats a token, and in bits per byte of text where the tokenizer is known."""
-
-    step: int
-    val_loss: float
-    bits_per_byte: float | None
-    is_best: bool
-
-
-@dataclass(frozen=True)
-class SampleReport:
-    step: int
-    text: str
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    step: int
-    path: Path
-
-
-Report = StepReport | EvalReport | SampleReport | CheckpointReport
-
-
-# -- processes ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those of a data-parallel run, and its device."""
-
-    rank: int
-    count: int
-    device: torch.device
-
-    @classmethod
-    def start(cls, device: str = "auto") -> Processes:
-        """Join the process group when torchrun started this process (nccl on GPUs, gloo on CPUs); else be alone."""
-        count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        chosen = torch.device(device)
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device must be one that this machine has; got {device} without a GPU: use cpu or auto")
-        if chosen.type == "cuda" and chosen.index is None:
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(chosen)
-        if count > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        return cls(rank, count, chosen)
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    @contextlib.contextmanager
-    def first_goes_first(self) -> Iterator[None]:
-        """The block runs in the first process while the others wait for it, however long; then in those."""
-        if self.count == 1:
-            yield
-            return
-        # A group of its own: preparing data may take longer than collectives are allowed to.
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        if not self.is_first:
-            dist.barrier(group=group)
-        yield
-        if self.is_first:
-            dist.barrier(group=group)
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
-
-    def sum(self, value: Tensor) -> Tensor:
-        if self.count > 1:
-            dist.all_reduce(value)
-        return value
-
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-# -- pieces -------------------------------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of step `step` (counted from 0): linear warm-up, then half a cosine to `min_lr`."""
-    low = config.lr / 10 if config.min_lr is None else config.min_lr
-    warmup = min(config.warmup_steps, config.steps // 2)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, config.steps - 1 - warmup))
-    return low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * progress))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW, as GPT-2 and nanoGPT have them: matrices decay, biases and LayerNorm weights do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
-def resolve_dtype(name: str, device: torch.device) -> str:
-    """What "auto" means on a device: the half precision it multiplies fast, fp32 where it has none."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 class _LossModule(nn.Module):
@@ -185,25 +51,6 @@ class _LossModule(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         return calculate_loss(self.model, input_ids, targets)
-
-
-# -- checkpoints --------------------------------------------------------------------------------------------------
-
-
-def checkpoint_paths(out: str | PathLike[str]) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((Path(out) / "checkpoints").glob("step-*.pt"))
-
-
-def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
-    """A checkpoint's contents, on the CPU. ValueError when the file is not a checkpoint of this package."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint; remove it to continue from the one before") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of format {_FORMAT}; train again with this version")
-    return state
 
 
 class Trainer:
@@ -226,6 +73,7 @@ class Trainer:
         self.device = self.processes.device
         self.config = config.replace(dtype=resolve_dtype(config.dtype, self.device))
         self.out = Path(out)
+        self._folder = RunFolder(out)
         self.data = data
         self.tokenizer = tokenizer
         self.context = model.config.context_length
@@ -241,7 +89,7 @@ class Trainer:
             )
         self.model = model.to(self.device).train()
         self.model.tokenizer = tokenizer
-        self.autocast_dtype = _DTYPES[self.config.dtype]
+        self.autocast_dtype = DTYPES[self.config.dtype]
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
             lr=config.lr,
@@ -278,7 +126,8 @@ class Trainer:
 
         ValueError when the loss is no longer finite; the checkpoints before it stay.
         """
-        self._prepare_folder()
+        if self.processes.is_first:
+            self._folder.prepare(self.step, self.tokenizer)
         with self._modes():
             yield from self._steps()
         if self.is_finished and self.processes.is_first:
@@ -466,59 +315,31 @@ class Trainer:
         return self._val_bytes
 
     def _sample(self) -> str:
-        from fastgpt2.generate import generate
-
         self.model.eval()
         room = self.context // 2
         if self.tokenizer is None:
             start = [self.model.config.eos_token_ids[0] if self.model.config.eos_token_ids else 0]
-            sample = generate(self.model, [start], max_new_tokens=room, seed=self.config.seed)[0]
+            sample = self.model.generate([start], max_new_tokens=room, seed=self.config.seed)[0]
             text = " ".join(map(str, sample.token_ids))
         else:
             prompt = self.tokenizer.encode(self.config.sample_prompt)[-room:] or [self.tokenizer.eos_token_id or 0]
-            sample = generate(self.model, [prompt], max_new_tokens=room, seed=self.config.seed, top_p=0.95)[0]
+            sample = self.model.generate([prompt], max_new_tokens=room, seed=self.config.seed, top_p=0.95)[0]
             text = self.tokenizer.decode([*prompt, *sample.token_ids])
         self.model.train()
         return text
 
-    # -- the folder -----------------------------------------------------------------------------------------------
-
-    def _prepare_folder(self) -> None:
-        if not self.processes.is_first:
-            return
-        folder = self.out / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        remove_leftovers(self.out)
-        if not self.step:
-            (folder / "best.pt").unlink(missing_ok=True)
-        if self.tokenizer is not None:
-            self.tokenizer.save(self.out)
-        metrics = self.out / "metrics.jsonl"
-        kept = _metrics_until(metrics, self.step) if self.step else b""
-        with atomic_file(metrics) as file:
-            file.write(kept)
+    # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _log(self, report: StepReport | EvalReport) -> None:
         if self.processes.is_first:
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(asdict(report)), allow_nan=False) + "\n")
+            self._folder.log(report)
 
     def _save(self, loss_sum: float, is_best: bool) -> Path:
-        with open(self.out / "metrics.jsonl", "rb") as metrics:
-            os.fsync(metrics.fileno())  # the lines up to a checkpoint outlive it
-        path = self.out / "checkpoints" / f"step-{self.step:08d}.pt"
-        with atomic_file(path) as file:
-            torch.save(self._state(loss_sum), file)
-        if is_best:
-            link_file(path, path.with_name("best.pt"))
-        for old in checkpoint_paths(self.out)[: -self.config.keep_checkpoints]:
-            old.unlink()
-        return path
+        keep = self.config.keep_checkpoints
+        return self._folder.save_checkpoint(self.step, self._state(loss_sum), is_best=is_best, keep=keep)
 
     def _state(self, loss_sum: float) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -587,32 +408,12 @@ class Trainer:
 
     def _export(self) -> None:
         """Write the finished model into the run's folder, in the layout of `GPT2.save_pretrained`."""
-        best = self.out / "checkpoints" / "best.pt"
-        if self.config.export == "best" and best.exists():
-            self.model.load_state_dict(read_checkpoint(best)["model"])
+        if self.config.export == "best" and self._folder.best.exists():
+            self.model.load_state_dict(read_checkpoint(self._folder.best)["model"])
         self.model.eval()
         self.model.save_pretrained(self.out)
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
     """A generator's seed for one step of one process."""
-    import numpy as np
-
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: null stands for them (the gradient's norm of a step that fp16 skipped)."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def _metrics_until(path: Path, step: int) -> bytes:
-    """The whole lines of a metrics file up to a step: what a resumed run repeats, or half wrote, is dropped."""
-    if not path.exists():
-        return b""
-    kept = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        if json.loads(line)["step"] > step:
-            break
-        kept.append(line + b"\n")
-    return b"".join(kept)

@@ -1,27 +1,25 @@
-"""Files of bulk generation: prompts in, samples out, and where an interrupted run stopped.
+"""Files of samples: `.jsonl`, `.fasta` and `.txt`, and where an interrupted run stopped.
 
-Prompts: `.txt` (a prompt a line), `.jsonl` (objects with "prompt" or "prompt_ids", and an "id" if you like) and
-`.fasta` (the header's first word is the id). Samples: `.jsonl`, `.fasta` and `.txt`; each is one record, written in
-one piece when it is finished, so that an interrupted run leaves whole records and at most a torn one at the end.
+Each sample is one record, written in one piece when it is finished. So an interrupted run leaves whole records and at
+most a torn one at the end.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastgpt2.files import atomic_file, remove_leftovers
 from fastgpt2.generate import Sample
+from fastgpt2.prompt_files import Prompt
 
-PROMPT_SUFFIXES = (".txt", ".jsonl", ".fasta")
 FASTA_WIDTH = 60
 # What `str.splitlines` and other readers break lines at beside \n and \r: escaped, so that a record is one line to all.
 _LINE_BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
@@ -30,117 +28,8 @@ _TEXT_ESCAPES = {**_LINE_BREAKS, **str.maketrans({"\\": r"\\", "\n": r"\n", "\r"
 Key = tuple[int, int]  # (prompt index, sample index)
 
 
-# -- prompts ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt of a file: `index` counts the file's prompts from 0, `where` names its file and line in errors."""
-
-    index: int
-    content: str | tuple[int, ...]
-    where: str
-    id: str | None = None
-
-
-class PromptError(ValueError):
-    """A prompt of a file that cannot be used."""
-
-
-def read_prompts(data: bytes, name: str, suffix: str) -> Iterator[Prompt | PromptError]:
-    """The prompts in the contents of a file called `name`, of the kind `suffix`; bad ones as errors, for you to raise.
-
-    Every prompt, good or bad, has its index, so leaving bad ones out does not change what the others become.
-    """
-    if suffix not in PROMPT_SUFFIXES:
-        raise ValueError(f"{name}: a file of prompts must end in {', '.join(PROMPT_SUFFIXES)}; got {suffix!r}")
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    if suffix == ".fasta":
-        return _numbered(_fasta_entries(lines), name, _fasta_prompt)
-    entries = enumerate(lines, start=1)
-    if suffix == ".jsonl":
-        return _numbered(((n, line) for n, line in entries if line.strip()), name, _json_prompt)
-    return _numbered(entries, name, lambda line: (_decode(line.removesuffix(b"\r")), None))
-
-
-def _numbered(
-    entries: Iterable[tuple[int, bytes]], name: str, parse: Callable[[bytes], tuple[str | tuple[int, ...], str | None]]
-) -> Iterator[Prompt | PromptError]:
-    for index, (line_number, entry) in enumerate(entries):
-        where = f"{name} line {line_number}"
-        try:
-            content, identifier = parse(entry)
-        except ValueError as error:
-            yield PromptError(f"{where}: {error}")
-        else:
-            yield Prompt(index, content, where, identifier)
-
-
-def _decode(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"must be UTF-8 text; byte {error.start + 1} of the line is not") from None
-
-
-def _json_prompt(line: bytes) -> tuple[str | tuple[int, ...], str | None]:
-    text = _decode(line)
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"must be JSON; {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("must be a flat JSON object; it is nested too deeply") from None
-    if not isinstance(row, dict) or ("prompt" in row) == ("prompt_ids" in row):
-        raise ValueError('must be an object with either "prompt" or "prompt_ids"')
-    identifier = row.get("id")
-    if identifier is not None and not isinstance(identifier, (str, int)):
-        raise ValueError(f'"id" must be a string or an integer; got {type(identifier).__name__}')
-    content: str | tuple[int, ...]
-    if "prompt" in row:
-        content = row["prompt"]
-        if not isinstance(content, str):
-            raise ValueError(f'"prompt" must be a string; got {type(content).__name__}')
-    else:
-        ids = row["prompt_ids"]
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise ValueError('"prompt_ids" must be a list of integers')
-        content = tuple(ids)
-    for value in (content, identifier):
-        # JSON can spell half a surrogate pair, which no UTF-8 file can hold.
-        if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
-            raise ValueError("must be Unicode text; it has an unpaired surrogate")
-    return content, None if identifier is None else str(identifier)
-
-
-def _fasta_entries(lines: list[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Each entry's lines with the line number of its header; lines before the first header are an entry too."""
-    start, entry = 0, list[bytes]()
-    for number, line in enumerate(lines, start=1):
-        if line.startswith(b">") and entry:
-            yield start, b"\n".join(entry)
-            entry = []
-        if entry or line.strip():
-            start = start if entry else number
-            entry.append(line)
-    if entry:
-        yield start, b"\n".join(entry)
-
-
-def _fasta_prompt(entry: bytes) -> tuple[str, str | None]:
-    header, *lines = _decode(entry).split("\n")
-    if not header.startswith(">"):
-        raise ValueError('must begin with a header line, ">" and a name')
-    return "".join("".join(lines).split()), next(iter(header[1:].split()), None)
-
-
-# -- samples ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
+class SampleRecord:
     """A sample as it is written."""
 
     prompt: Prompt
@@ -157,17 +46,17 @@ class Row:
         return math.exp(-self.mean_logprob) if abs(self.mean_logprob) < 700 else None
 
 
-class Format(ABC):
+class SampleFormat(ABC):
     """How samples are written and read back. `scan` yields (offset past the record, key) for every whole record."""
 
     @abstractmethod
-    def encode(self, row: Row) -> str: ...
+    def encode(self, record: SampleRecord) -> str: ...
 
     @abstractmethod
     def scan(self, file: BinaryIO) -> Iterator[tuple[int, Key]]: ...
 
 
-class _Lines(Format):
+class _Lines(SampleFormat):
     """A record is a line; one without its newline is torn."""
 
     def scan(self, file: BinaryIO) -> Iterator[tuple[int, Key]]:
@@ -192,13 +81,13 @@ class JsonLines(_Lines):
     def __init__(self, *, token_ids: bool = False, logprobs: bool = False) -> None:
         self.token_ids, self.logprobs = token_ids, logprobs
 
-    def encode(self, row: Row) -> str:
-        sample = row.sample
-        fields: dict[str, Any] = {"prompt_index": row.prompt.index, "id": row.prompt.id}
-        fields |= {"sample_index": sample.sample_index, "text": row.text, "num_tokens": len(sample.token_ids)}
+    def encode(self, record: SampleRecord) -> str:
+        sample = record.sample
+        fields: dict[str, Any] = {"prompt_index": record.prompt.index, "id": record.prompt.id}
+        fields |= {"sample_index": sample.sample_index, "text": record.text, "num_tokens": len(sample.token_ids)}
         fields |= {"finish_reason": sample.finish_reason}
-        fields |= {"mean_logprob": row.mean_logprob, "perplexity": row.perplexity}
-        if row.prompt.id is None:
+        fields |= {"mean_logprob": record.mean_logprob, "perplexity": record.perplexity}
+        if record.prompt.id is None:
             del fields["id"]
         if self.token_ids:
             fields["token_ids"] = sample.token_ids
@@ -214,8 +103,8 @@ class JsonLines(_Lines):
 class Text(_Lines):
     r"""`prompt index <TAB> sample index <TAB> text`, a sample a line; escapes are \\ \n \r \t and \u with 4 digits."""
 
-    def encode(self, row: Row) -> str:
-        return f"{row.prompt.index}\t{row.sample.sample_index}\t{(row.text or '').translate(_TEXT_ESCAPES)}\n"
+    def encode(self, record: SampleRecord) -> str:
+        return f"{record.prompt.index}\t{record.sample.sample_index}\t{(record.text or '').translate(_TEXT_ESCAPES)}\n"
 
     def key(self, line: bytes) -> Key:
         prompt_index, sample_index, _ = line.split(b"\t")
@@ -232,7 +121,7 @@ def unescape(text: str) -> str:
     return re.sub(r"\\(?:u([0-9a-f]{4})|(.))", character, text)
 
 
-class Fasta(Format):
+class Fasta(SampleFormat):
     """`>id_sample prompt=0 sample=1 length=120 tokens=40 finish=stop perplexity=5.2`, then the sequence in lines of 60.
 
     The sequence is the text's letters, `*` and `-`; tokens spelled `<so>`, white space and the rest are left out.
@@ -241,13 +130,13 @@ class Fasta(Format):
 
     _HEADER = re.compile(rb">\S+ prompt=(\d+) sample=(\d+) length=(\d+) ")
 
-    def encode(self, row: Row) -> str:
-        sample = row.sample
-        sequence = re.sub(r"<[^<>]*>|[^A-Za-z*-]", "", row.text or "")
-        name = re.sub(r"\s", "_", row.prompt.id if row.prompt.id is not None else f"prompt{row.prompt.index}")
-        perplexity = "nan" if row.perplexity is None else f"{row.perplexity:.4f}"
+    def encode(self, record: SampleRecord) -> str:
+        sample = record.sample
+        sequence = re.sub(r"<[^<>]*>|[^A-Za-z*-]", "", record.text or "")
+        name = re.sub(r"\s", "_", record.prompt.id if record.prompt.id is not None else f"prompt{record.prompt.index}")
+        perplexity = "nan" if record.perplexity is None else f"{record.perplexity:.4f}"
         header = (
-            f">{name}_{sample.sample_index} prompt={row.prompt.index} sample={sample.sample_index} "
+            f">{name}_{sample.sample_index} prompt={record.prompt.index} sample={sample.sample_index} "
             f"length={len(sequence)} tokens={len(sample.token_ids)} "
             f"finish={sample.finish_reason} perplexity={perplexity}"
         )
@@ -280,7 +169,7 @@ class Fasta(Format):
 OUTPUT_SUFFIXES = (".jsonl", ".fasta", ".txt")
 
 
-def output_format(path: Path, *, token_ids: bool = False, logprobs: bool = False) -> Format:
+def sample_format(path: Path, *, token_ids: bool = False, logprobs: bool = False) -> SampleFormat:
     """The format that an output's name asks for."""
     if path.suffix not in OUTPUT_SUFFIXES:
         raise ValueError(f"{path}: an output must end in {', '.join(OUTPUT_SUFFIXES)}; got {path.suffix!r}")
@@ -291,20 +180,20 @@ def output_format(path: Path, *, token_ids: bool = False, logprobs: bool = False
     return Fasta() if path.suffix == ".fasta" else Text()
 
 
-# -- the output file ----------------------------------------------------------------------------------------------
+# -- a file that is being written --------------------------------------------------------------------------------
 
 
-class Output:
-    """A file of samples under way: locked against a second writer, appended to one whole record at a time.
+class SampleFile:
+    """A file of samples that is being written: no second process can write to it, and records are appended whole.
 
-    `settings` are what the samples depend on. They are kept beside the file, in `<name>.run.json`, so that a run is
-    only ever resumed as itself. `done` holds the keys of the samples that are there already.
+    `settings` are what the samples depend on. They are kept beside the file, in `<name>.run.json`, and a run is resumed
+    only with the settings it began with. `done` holds the keys of the samples that are there already.
     """
 
     def __init__(
         self,
         path: Path,
-        format: Format,
+        format: SampleFormat,
         settings: Mapping[str, Any],
         *,
         resume: bool = False,
@@ -333,24 +222,24 @@ class Output:
             self.close()
             raise
 
-    def write(self, row: Row) -> None:
+    def write(self, record: SampleRecord) -> None:
         """Append one sample in one write. OSError, with the file as it was before, when there is no room for it."""
-        record = self.format.encode(row).encode("utf-8")
+        encoded = self.format.encode(record).encode("utf-8")
         try:
             written = 0
-            while written < len(record):
-                written += self._file.write(record[written:]) or 0
+            while written < len(encoded):
+                written += self._file.write(encoded[written:]) or 0
         except OSError as error:
             self._file.truncate(self._size)
             raise OSError(
                 f"{self.path}: cannot be written ({error.strerror}); its samples are whole, --resume goes on from there"
             ) from error
-        self._size += len(record)
+        self._size += len(encoded)
 
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> SampleFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -411,8 +300,3 @@ def _lock(file: BinaryIO, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BlockingIOError(f"{path}: another process is writing to it; wait for it or name another file") from None
-
-
-def digest(data: bytes) -> str:
-    """What a file's contents are recognised by."""
-    return hashlib.sha256(data).hexdigest()[:16]

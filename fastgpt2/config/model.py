@@ -1,0 +1,146 @@
+"""The shape and maths of a model: `GPT2Config`, and those of published models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastgpt2.config.checks import is_int, require
+from fastgpt2.config.huggingface import OPENAI_IDS, fields_from_hf, fields_to_hf
+from fastgpt2_kernels.ops import ACTIVATIONS
+
+# Activations with weights of their own are modules of the model (layers.py), the others are plain functions.
+LEARNED_ACTIVATIONS = ("prelu", "xielu")
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Shape and maths of a GPT-2. Defaults are GPT-2 small (Radford et al. 2019).
+
+    `feedforward_dim=None` means 4 x `hidden_size`. The flags from `scale_attn_weights` on have the names and the
+    meaning they have in transformers' GPT2Config.
+    """
+
+    vocab_size: int = 50257
+    context_length: int = 1024
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    feedforward_dim: int | None = None
+    activation_function: str = "gelu_new"
+    residual_dropout: float = 0.1
+    embedding_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "hidden_size", "num_layers", "num_heads"):
+            value = getattr(self, name)
+            require(is_int(value) and value > 0, f"GPT2Config: {name} must be a positive int; got {value!r}")
+        if self.feedforward_dim is not None:
+            require(
+                is_int(self.feedforward_dim) and self.feedforward_dim > 0,
+                f"GPT2Config: feedforward_dim must be a positive int or None; got {self.feedforward_dim!r}",
+            )
+        require(
+            self.hidden_size % self.num_heads == 0,
+            f"GPT2Config: hidden_size must be a multiple of num_heads; got {self.hidden_size} and {self.num_heads}",
+        )
+        for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1,
+                f"GPT2Config: {name} must be in [0, 1); got {value!r}",
+            )
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0,
+                f"GPT2Config: {name} must be a positive number; got {value!r}",
+            )
+        require(
+            self.activation_function in ACTIVATIONS or self.activation_function in LEARNED_ACTIVATIONS,
+            f"GPT2Config: activation_function must be one of {sorted((*ACTIVATIONS, *LEARNED_ACTIVATIONS))}; "
+            f"got {self.activation_function!r}",
+        )
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def inner_dim(self) -> int:
+        return self.feedforward_dim if self.feedforward_dim is not None else 4 * self.hidden_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-text ids as a tuple, empty where the model has none."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    def attention_scale(self, layer: int) -> float:
+        """What q k^T is multiplied by in layer `layer` (counted from 0)."""
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    def replace(self, **changes: Any) -> GPT2Config:
+        return dataclasses.replace(self, **changes)
+
+    # -- presets ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> GPT2Config:
+        """A published model's configuration by its name, e.g. "gpt2-medium"; `changes` override its fields."""
+        if name not in PRESETS:
+            raise ValueError(f"GPT2Config: no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**OPENAI_IDS, **PRESETS[name], **changes})
+
+    # -- Hugging Face -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> GPT2Config:
+        """Read transformers' `config.json`. Raises ValueError for whatever would change the maths and is not here."""
+        return cls(**fields_from_hf(hf))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that transformers' GPT2LMHeadModel reads as this model."""
+        return fields_to_hf(vars(self))
+
+
+def _shape(layers: int, hidden: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {"num_layers": layers, "hidden_size": hidden, "num_heads": heads, **more}
+
+
+def _cerebras(layers: int, hidden: int, heads: int) -> dict[str, Any]:
+    # Cerebras-GPT (Dey et al. 2023): 2048 positions, exact GELU, no dropout.
+    no_dropout = {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
+    return _shape(layers, hidden, heads, context_length=2048, activation_function="gelu", **no_dropout)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": _shape(12, 768, 12),
+    "gpt2-medium": _shape(24, 1024, 16),
+    "gpt2-large": _shape(36, 1280, 20),
+    "gpt2-xl": _shape(48, 1600, 25),
+    "distilgpt2": _shape(6, 768, 12),
+    "cerebras-gpt-111m": _cerebras(10, 768, 12),
+    "cerebras-gpt-256m": _cerebras(14, 1088, 17),
+    "cerebras-gpt-590m": _cerebras(18, 1536, 12),
+    "cerebras-gpt-1.3b": _cerebras(24, 2048, 16),
+    "cerebras-gpt-2.7b": _cerebras(32, 2560, 32),
+    "cerebras-gpt-6.7b": _cerebras(32, 4096, 32),
+    "cerebras-gpt-13b": _cerebras(40, 5120, 40),
+}

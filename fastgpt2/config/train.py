@@ -1,0 +1,88 @@
+"""How a model is trained: `TrainConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from fastgpt2.config.checks import is_int, is_number, require
+
+
+def _help(default: Any, text: str, **more: Any) -> Any:
+    """A field of TrainConfig with the sentence that the command line and the documentation show for it."""
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+TRAIN_DTYPES = ("auto", "bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Every field is an option of `fastgpt2 train`.
+
+    One step sees `batch_size * accumulate * processes` rows of the context's length. The learning rate rises
+    linearly over `warmup_steps` (at most half of the steps) and falls along half a cosine to `min_lr`
+    (Loshchilov and Hutter 2017) at the last step.
+    """
+
+    steps: int = _help(1000, "optimizer steps in all")
+    minutes: float | None = _help(
+        None, "train for about this long: sets steps from the speed of the first steps, in place of --steps"
+    )
+    batch_size: int = _help(16, "rows of a micro-batch, in each process")
+    accumulate: int = _help(1, "micro-batches of a step, in each process")
+    lr: float = _help(1e-3, "peak learning rate")
+    min_lr: float | None = _help(None, "learning rate at the last step (default: a tenth of --lr)")
+    warmup_steps: int = _help(100, "steps until the peak learning rate")
+    weight_decay: float = _help(0.1, "AdamW's weight decay, of matrices and embeddings only")
+    beta1: float = _help(0.9, "AdamW's first beta")
+    beta2: float = _help(0.95, "AdamW's second beta")
+    max_grad_norm: float = _help(1.0, "clip the gradient to this norm; 0 does not clip")
+    seed: int = _help(0, "seed of the weights, the data's order and dropout")
+    dtype: str = _help(
+        "auto",
+        "precision of the products (weights stay float32): auto is the half precision that the device is fast at",
+        choices=TRAIN_DTYPES,
+    )
+    compile: bool = _help(False, "compile the model with torch.compile")
+    deterministic: bool = _help(False, "use only deterministic GPU operators: resuming is exact to the bit there too")
+    log_interval: int = _help(10, "steps between lines of metrics.jsonl")
+    eval_interval: int = _help(250, "steps between evaluations on the validation set; 0 is none")
+    eval_tokens: int = _help(1 << 18, "evaluate on the first tokens of the validation set; 0 is all")
+    sample_interval: int = _help(0, "steps between samples of text; 0 is none")
+    sample_prompt: str = _help("\n", "what samples continue")
+    checkpoint_interval: int = _help(250, "steps between checkpoints")
+    keep_checkpoints: int = _help(2, "latest checkpoints to keep, beside the best one")
+    export: str = _help(
+        "best",
+        "which weights become the finished model: of the lowest validation loss, or the last",
+        choices=("best", "last"),
+    )
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "seed": 0, "log_interval": 1,
+            "eval_interval": 0, "eval_tokens": 0, "sample_interval": 0, "checkpoint_interval": 1, "keep_checkpoints": 1,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            require(is_int(value) and value >= least, f"TrainConfig: {name} must be an int >= {least}; got {value!r}")
+        for name in ("lr", "minutes", "min_lr", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            optional, positive = name in ("minutes", "min_lr"), name in ("lr", "minutes")
+            require(
+                (value is None and optional)
+                or (is_number(value) and 0 <= value < float("inf") and (value > 0 or not positive)),
+                f"TrainConfig: {name} must be a finite number {'> 0' if positive else '>= 0'}; got {value!r}",
+            )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(is_number(value) and 0 <= value < 1, f"TrainConfig: {name} must be in [0, 1); got {value!r}")
+        for name, choices in (("dtype", TRAIN_DTYPES), ("export", ("best", "last"))):
+            value = getattr(self, name)
+            require(value in choices, f"TrainConfig: {name} must be one of {', '.join(choices)}; got {value!r}")
+        require(self.seed < 2**63, f"TrainConfig: seed must be below 2**63; got {self.seed}")
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,58 @@
+"""Models of the Hugging Face hub, by the extra `fastgpt2[hub]`: the files that are needed, in the hub's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastgpt2.formats.huggingface import TOKENIZER_FILES, WEIGHT_FILES, shard_names
+from fastgpt2.messages import first_line
+
+
+def download(name: str, revision: str | None, *, config_only: bool = False) -> Path:
+    """The files of a hub repository that are needed, in the hub's cache; its folder there."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} is no file or folder here; to load a model of that name from the Hugging Face hub, "
+            'pip install "fastgpt2[hub]"'
+        ) from error
+
+    def fetch(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(name, file, revision=revision))
+        except LocalEntryNotFoundError as error:
+            offline.append(error)
+        except EntryNotFoundError:
+            pass
+        except (OSError, ValueError) as error:  # no such repository or revision, no access, not a name
+            raise OSError(f"{name}: cannot be loaded from the hub: {first_line(error)}") from error
+        return None
+
+    offline: list[Exception] = []
+    config = fetch("config.json")
+    if config is None and offline:
+        raise OSError(
+            f"{name!r} is no file or folder here, and the hub cannot be reached and has not been read before"
+        ) from offline[0]
+    if config is None:
+        raise FileNotFoundError(f"{name}: the hub's repository has no config.json")
+    folder, revision = config.parent, config.parent.name  # the commit, so that all files are of one state
+    fetch("generation_config.json")
+    if config_only:
+        return folder
+    for file in WEIGHT_FILES:
+        found = fetch(file)
+        if found is None:
+            continue
+        for shard in shard_names(found) if file.endswith(".index.json") else ():
+            if fetch(shard) is None:
+                raise FileNotFoundError(f"{name}: {shard}, which {file} names, could not be downloaded")
+        break
+    else:
+        reason = "the hub cannot be reached and no weights are cached" if offline else "its repository has no weights"
+        raise FileNotFoundError(f"{name}: {reason}; looked for {', '.join(WEIGHT_FILES)}")
+    for file in TOKENIZER_FILES:
+        fetch(file)
+    return folder

@@ -1,0 +1,127 @@
+"""The modules of a GPT-2: linear layers, layer norm, blocks.
+
+Parameter names are Hugging Face's; weights of linear layers are (out, in) as in `torch.nn.Linear`, where Hugging
+Face's Conv1D holds (in, out).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt2.config import GPT2Config
+from fastgpt2.operators import Attend, Operators
+
+_DEFAULT_OPERATORS = Operators()
+
+
+class Linear(nn.Module):
+    """activation(x weight^T + bias): x (..., in), weight (out, in) -> (..., out)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor, operators: Operators = _DEFAULT_OPERATORS, *, activation: str = "linear") -> Tensor:
+        return operators.linear(x, self.weight, self.bias, activation=activation)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(
+        self, x: Tensor, operators: Operators = _DEFAULT_OPERATORS, *, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """LayerNorm of x; with `residual` the LayerNorm of their sum, and the sum."""
+        return operators.layer_norm(x, self.weight, self.bias, self.eps, residual)
+
+
+class XIELU(nn.Module):
+    """xIELU (Huang and Schlag 2024): an activation with two learned slopes; parameters as transformers names them."""
+
+    def __init__(self, alpha_p: float = 0.8, alpha_n: float = 0.8, beta: float = 0.5, eps: float = -1e-6) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.tensor([math.log(math.expm1(alpha_p))]))
+        self.alpha_n = nn.Parameter(torch.tensor([math.log(math.expm1(alpha_n - beta))]))
+        self.register_buffer("beta", torch.tensor(beta))
+        self.register_buffer("eps", torch.tensor(eps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta, eps = self.get_buffer("beta"), self.get_buffer("eps")
+        slope_p, slope_n = F.softplus(self.alpha_p), beta + F.softplus(self.alpha_n)
+        negative = (torch.expm1(torch.minimum(x, eps)) - x) * slope_n + beta * x
+        return torch.where(x > 0, slope_p * x * x + beta * x, negative)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_attn = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = Linear(config.hidden_size, config.hidden_size)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.hidden_size, config.inner_dim)
+        self.c_proj = Linear(config.inner_dim, config.hidden_size)
+        learned = {"prelu": nn.PReLU, "xielu": XIELU}.get(config.activation_function)
+        self.act = learned() if learned else None
+        self.activation_name = "linear" if learned else config.activation_function
+
+    def forward(self, x: Tensor, operators: Operators) -> Tensor:
+        x = self.c_fc(x, operators, activation=self.activation_name)
+        return self.c_proj(x if self.act is None else self.act(x), operators)
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.layer = layer
+        self.scale = config.attention_scale(layer)
+        self.residual_dropout = config.residual_dropout
+
+    def forward(self, x: Tensor, attend: Attend, operators: Operators) -> Tensor:
+        qkv = self.attn.c_attn(self.ln_1(x, operators), operators)
+        y = self.attn.c_proj(attend(qkv, self.layer, self.scale), operators)
+        y, x = self.ln_2(self._drop(y), operators, residual=x)  # x has become the sum
+        return x + self._drop(self.mlp(y, operators))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.residual_dropout) if self.training and self.residual_dropout else x
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the blocks, and the last LayerNorm."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        # Uninitialised: `init_weights` follows, and nn.Embedding's own start would draw every number twice.
+        wte, wpe = (torch.empty(rows, config.hidden_size) for rows in (config.vocab_size, config.context_length))
+        self.wte = nn.Embedding.from_pretrained(wte, freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.ln_f = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.embedding_dropout = config.embedding_dropout
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend, operators: Operators) -> Tensor:
+        """Hidden states (..., C) of token ids (...); training, prefill and decoding all run this."""
+        x = self.wte(input_ids) + self.wpe(position_ids)
+        x = F.dropout(x, self.embedding_dropout, self.training)
+        for block in self.h:
+            x = block(x, attend, operators)
+        return self.ln_f(x, operators)

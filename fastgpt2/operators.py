@@ -1,0 +1,93 @@
+"""The operators that a run through the blocks uses, chosen once before the first block.
+
+Training, evaluation, prefill and decoding run the same blocks. They differ in how attention finds its keys and values
+(`CausalAttention`, `CachedAttention`) and in what multiplies by the weights (`Operators`, and its subclass in
+packed_weights.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2.cache import KVCache
+from fastgpt2.config import GPT2Config
+from fastgpt2_kernels import ops
+
+# (q, k and v side by side (..., 3C), layer index, scale) -> attended values (..., C)
+Attend = Callable[[Tensor, int, float], Tensor]
+
+
+class Operators:
+    """Linear layers and layer norms on one backend.
+
+    min_rows: the fewest rows that it runs fast; a caller with fewer adds rows of its own and drops their results.
+    """
+
+    min_rows = 1
+
+    def __init__(self, backend: str = "auto") -> None:
+        self.backend = backend
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str = "linear") -> Tensor:
+        # backend="triton" is an error where there is no such kernel; a model then computes this part with PyTorch.
+        backend = self.backend if activation in ops.TRITON_ACTIVATIONS else "auto"
+        return ops.linear(x, weight, bias, activation=activation, backend=backend)
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """LayerNorm of x; with `residual` the LayerNorm of their sum, and the sum."""
+        if residual is None:
+            return ops.layer_norm(x, weight, bias, eps, backend=self.backend)
+        return ops.layer_norm(x, weight, bias, eps, residual=residual, backend=self.backend)
+
+
+class CausalAttention:
+    """Attention among the tokens of the input (B, T), with no cache.
+
+    documents: the tokens are documents laid end to end, and none attends to another.
+    """
+
+    def __init__(
+        self, config: GPT2Config, backend: str, *, dropout_p: float = 0.0, documents: ops.Documents | None = None
+    ) -> None:
+        self.config, self.backend = config, backend
+        self.dropout_p, self.documents = dropout_p, documents
+
+    def __call__(self, qkv: Tensor, layer: int, scale: float) -> Tensor:
+        return ops.causal_attention_packed(
+            qkv,
+            self.config.num_heads,
+            scale=scale,
+            dropout_p=self.dropout_p,
+            cu_seqlens=self.documents,
+            upcast=self.config.reorder_and_upcast_attn,
+            backend=self.backend,
+        )
+
+
+class CachedAttention:
+    """Attention of new tokens (N,) to what a cache holds of their rows; their keys and values are appended to it.
+
+    plan: which of the tokens belongs to which row. Tokens past the plan's are padding: they get zeros.
+    """
+
+    def __init__(self, cache: KVCache, plan: ops.RowPlan, backend: str) -> None:
+        self.cache, self.plan, self.backend = cache, plan, backend
+        self.num_tokens = sum(count for _, count, _ in plan.rows)
+
+    def __call__(self, qkv: Tensor, layer: int, scale: float) -> Tensor:
+        attended = ops.cached_attention(
+            qkv[: self.num_tokens],
+            self.cache.keys[layer],
+            self.cache.values[layer],
+            self.plan,
+            scale=scale,
+            upcast=self.cache.config.reorder_and_upcast_attn,
+            backend=self.backend,
+        )
+        padding = len(qkv) - self.num_tokens
+        return F.pad(attended, (0, 0, 0, padding)) if padding else attended

@@ -1,0 +1,336 @@
+"""Which rows are decoded together: prefill, then a decode loop over a changing set of rows, without padding.
+
+A prompt is prefilled once, whatever the number of its samples. A row that ends leaves its cache slot at once to the
+next sample of its prompt (whose prefix lies there already) or to the next prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastgpt2.cache import KVCache
+from fastgpt2.config import SamplingConfig
+from fastgpt2.decode import DecodeSession, NewRow, Results, acquire_session, release_session, why_not_decode
+from fastgpt2.model import GPT2Base
+from fastgpt2.sampling import sample, uniforms
+from fastgpt2.text_stream import TextStream
+from fastgpt2_kernels import ops
+
+# Prompt tokens prefilled in one forward: enough for efficient matrix products, little enough for their activations.
+PREFILL_TOKENS = 4096
+
+
+@dataclass
+class Sample:
+    """One continuation of one prompt.
+
+    token_ids and logprobs: the new tokens (the stop token among them, when there was one) and their natural-log
+    probabilities under the model itself (temperature 1, nothing filtered). text: the new tokens' text without the
+    stop token or stop string; None without a tokenizer. finish_reason: "stop" for a stop token or string, "length"
+    for max_new_tokens or a full context.
+    """
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """A token as it was chosen. `text` is the text it completes, "" while a character or stop string is undecided."""
+
+    prompt_index: int
+    sample_index: int
+    token_id: int
+    logprob: float
+    text: str
+    finished: Sample | None
+
+
+@dataclass
+class Request:
+    """A prompt whose samples are wanted.
+
+    index: the prompt's place among all; identity: what its random numbers depend on; pending: the indices of its
+    samples that have no row yet.
+    """
+
+    index: int
+    identity: int
+    ids: tuple[int, ...]
+    pending: deque[int]
+
+
+@dataclass
+class _Prefilled(Request):
+    """A request whose prompt is in the cache. logits (V,): of the first new token."""
+
+    logits: Tensor
+
+
+@dataclass
+class _Row:
+    """A sample that is being decoded, and the cache slot that holds its tokens."""
+
+    slot: int
+    prompt: _Prefilled
+    sample: Sample
+    text: TextStream | None
+    asked: int = 0  # tokens that a device was asked for, those on their way among them
+
+
+class Scheduler:
+    """The rows of a run and their cache. One step: fill free slots, choose a token for every row, append them."""
+
+    def __init__(
+        self,
+        model: GPT2Base,
+        source: Iterator[Request],
+        sampling: SamplingConfig,
+        batch_size: int,
+        pack_weights: bool,
+        want_text: bool,
+    ) -> None:
+        self.model, self.source, self.sampling = model, source, sampling
+        self.pack_weights = pack_weights
+        self.want_text = want_text or bool(sampling.stop_strings)
+        stop = sampling.stop_token_ids
+        self.stop_ids = frozenset(model.config.eos_token_ids if stop is None else stop)
+        self.session = None
+        if why_not_decode(model) is None:
+            self.session = acquire_session(model, batch_size, sampling, sorted(self.stop_ids))
+            self.cache = self.session.cache
+        else:
+            dtype = KVCache.best_dtype(model.dtype, model.device)
+            self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
+        self.free = list(reversed(range(batch_size)))
+        self.rows: list[_Row] = []
+        self.on_device: tuple[list[_Row], Results] | None = None  # the step that is on its way
+        # Which tokens each slot's sequence holds, for the repetition penalty; a session keeps its own.
+        penalized = sampling.repetition_penalty != 1.0 and self.session is None
+        self.seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool) if penalized else None
+        if self.seen is not None:
+            self.seen = self.seen.to(model.device)
+
+    def run(self) -> Iterator[TokenEvent]:
+        training = self.model.training
+        self.model.eval()
+        self.packed = self.pack_weights and self.session is None and self.model.pack()
+        try:
+            while True:
+                # Prompts whose samples all end on their first token free their slots at once, so fill until full.
+                while started := self._start_rows():
+                    yield from self._choose(started, [row.prompt.logits for row in started])
+                if self.session is not None:
+                    if not (yield from self._step_ahead(self.session)):
+                        return
+                    continue
+                if not self.rows:
+                    return
+                rows = self.rows
+                yield from self._choose(rows, self._decode(rows))
+        finally:
+            self.model.train(training)
+            if self.session is not None:
+                release_session(self.model, self.session)
+
+    def _step_ahead(self, session: DecodeSession) -> Generator[TokenEvent, None, bool]:
+        """Ask the device for a step, and read the one before it while this one runs. False when nothing is left."""
+        rows = [row for row in self.rows if row.asked < self._limit(row)]
+        for row in rows:
+            row.asked += 1
+        asked = (rows, session.step([row.slot for row in rows])) if rows else None
+        ready, self.on_device = self.on_device, asked
+        if ready is not None:
+            rows, results = ready
+            still_here = {id(row) for row in self.rows}
+            tokens, logprobs = results.read()
+            chosen = [(row, tokens[row.slot], logprobs[row.slot]) for row in rows if id(row) in still_here]
+            successors: list[_Row] = []
+            yield from self._accept_all(chosen, successors)
+            yield from self._choose(successors, [row.prompt.logits for row in successors])
+        return ready is not None or asked is not None
+
+    def _limit(self, row: _Row) -> int:
+        """The most new tokens that the row can have: the last one needs no room in the context."""
+        return min(self.sampling.max_new_tokens, self.model.config.context_length - len(row.prompt.ids) + 1)
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def _start_rows(self) -> list[_Row]:
+        """Prefill prompts into the free slots and give their samples rows; the rows that still need a first token."""
+        started: list[_Row] = []
+        fresh: list[tuple[int, Request]] = []
+        free = len(self.free)
+        tokens = 0
+        while free > 0 and tokens < PREFILL_TOKENS and (request := next(self.source, None)) is not None:
+            fresh.append((self.free.pop(), request))
+            free -= len(request.pending)
+            tokens += len(request.ids)
+        if not fresh:
+            return started
+        logits = self._prefill([slot for slot, _ in fresh], [request.ids for _, request in fresh])
+        for (slot, request), row_logits in zip(fresh, logits, strict=True):
+            prompt = _Prefilled(request.index, request.identity, request.ids, request.pending, row_logits)
+            started.append(self._new_row(slot, prompt))
+            forks = [self.free.pop() for _ in range(min(len(request.pending), len(self.free)))]
+            self.cache.fork(slot, forks)
+            started.extend(self._new_row(fork, prompt) for fork in forks)
+        self.rows = self.rows + started
+        return started
+
+    def _new_row(self, slot: int, prompt: _Prefilled) -> _Row:
+        if self.seen is not None:
+            self.seen[slot] = False
+            self.seen[slot, list(prompt.ids)] = True
+        tokenizer = self.model.tokenizer
+        text = TextStream(tokenizer, self.sampling.stop_strings) if self.want_text and tokenizer else None
+        return _Row(slot, prompt, Sample(prompt.index, prompt.pending.popleft(), prompt.ids), text)
+
+    def _leave(self, row: _Row) -> _Row | None:
+        """`row` has ended: its slot goes to its prompt's next sample, which is returned, or is free."""
+        if not row.prompt.pending:
+            self.cache.free(row.slot)
+            self.free.append(row.slot)
+            return None
+        self.cache.lengths[row.slot] = len(row.prompt.ids)
+        return self._new_row(row.slot, row.prompt)
+
+    # -- the model ----------------------------------------------------------------------------------------------
+
+    def _prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> Tensor:
+        """Logits (R, V) of the first new token of each prompt."""
+        counts = [len(ids) for ids in prompts]
+        # The whole way of the longest at once: growing step by step would copy the cache each time.
+        self.cache.reserve(min(max(counts) + self.sampling.max_new_tokens, self.model.config.context_length))
+        plan = ops.plan_rows(slots, counts, [0] * len(slots), self.model.device)
+        token_ids = torch.tensor([token for ids in prompts for token in ids], device=self.model.device)
+        hidden = self.model.extend(token_ids, plan, self.cache, packed=self.packed)
+        last = torch.tensor(counts, device=hidden.device).cumsum(0) - 1
+        return self._head(hidden[last])
+
+    def _decode(self, rows: list[_Row]) -> Tensor:
+        """Append each row's latest token; logits (R, V) of the next."""
+        slots = [row.slot for row in rows]
+        lengths = [self.cache.lengths[slot] for slot in slots]
+        plan = ops.plan_rows(slots, [1] * len(rows), lengths, self.model.device)
+        token_ids = torch.tensor([row.sample.token_ids[-1] for row in rows], device=self.model.device)
+        return self._head(self.model.extend(token_ids, plan, self.cache, packed=self.packed))
+
+    @torch.no_grad()
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden, packed=self.packed).float()
+
+    # -- tokens -------------------------------------------------------------------------------------------------
+
+    def _choose(self, rows: list[_Row], logits: Tensor | list[Tensor]) -> Iterator[TokenEvent]:
+        """Choose the next token of `rows` from logits (R, V); rows that end leave, and their slots are taken over.
+
+        A row that takes a slot over has its first logits at hand, so it chooses its first token here as well.
+        """
+        while rows:
+            stacked = torch.stack(logits) if isinstance(logits, list) else logits
+            successors: list[_Row] = []
+            yield from self._accept_all(list(zip(rows, *self._sample(rows, stacked), strict=True)), successors)
+            rows, logits = successors, [row.prompt.logits for row in successors]
+
+    def _accept_all(self, chosen: list[tuple[_Row, int, float]], successors: list[_Row]) -> Iterator[TokenEvent]:
+        """Add a token to each row's sample; rows that take over the slots of those that end go to `successors`."""
+        for row, _, logprob in chosen:
+            if math.isnan(logprob):
+                raise RuntimeError(
+                    f"generate: the model's logits for prompt {row.prompt.index} after {len(row.sample.token_ids)} "
+                    "tokens are NaN or infinite; check the weights, or use a wider dtype"
+                )
+        gone: set[int] = set()
+        events = []
+        for row, token, logprob in chosen:
+            event = self._accept(row, token, logprob)
+            events.append(event)
+            if event.finished is not None:
+                gone.add(id(row))
+                if (successor := self._leave(row)) is not None:
+                    successors.append(successor)
+        if gone:
+            self.rows = [row for row in self.rows if id(row) not in gone] + successors
+        yield from events
+
+    @torch.no_grad()
+    def _sample(self, rows: list[_Row], logits: Tensor) -> tuple[list[int], list[float]]:
+        """The rows' next tokens and their log-probabilities, NaN where the logits are not finite."""
+        if self.session is not None:
+            return self._begin_on_device(self.session, rows, logits)
+        lse = logits.logsumexp(-1)
+        if not bool(torch.isfinite(lse).all()):
+            return [0] * len(rows), lse.where(torch.isfinite(lse), math.nan).tolist()
+        uniform = None
+        if not self.sampling.is_greedy:
+            uniform = uniforms(
+                self.sampling.seed,
+                [row.prompt.identity for row in rows],
+                [row.sample.sample_index for row in rows],
+                [len(row.sample.token_ids) for row in rows],
+            )
+        slots = torch.tensor([row.slot for row in rows], device=logits.device)
+        ids = sample(logits, self.sampling, uniform, None if self.seen is None else self.seen[slots])
+        if self.seen is not None:
+            self.seen[slots, ids] = True
+        logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - lse
+        return ids.tolist(), logprobs.tolist()
+
+    def _begin_on_device(
+        self, session: DecodeSession, rows: list[_Row], logits: Tensor
+    ) -> tuple[list[int], list[float]]:
+        """The first tokens of new rows, which the device goes on from."""
+        identities = [row.prompt.identity for row in rows]
+        keys = ops.row_keys(self.sampling.seed, identities, [row.sample.sample_index for row in rows]).tolist()
+        new = [
+            NewRow(row.slot, row.prompt.ids, (key[0], key[1]), self._limit(row))
+            for row, key in zip(rows, keys, strict=True)
+        ]
+        tokens, logprobs = session.begin(new, logits).read()
+        for row in rows:
+            row.asked = 1
+        return [tokens[row.slot] for row in rows], [logprobs[row.slot] for row in rows]
+
+    def _accept(self, row: _Row, token: int, logprob: float) -> TokenEvent:
+        """Add a token to its row's sample and see whether that ends it."""
+        current = row.sample
+        current.token_ids.append(token)
+        current.logprobs.append(logprob)
+        is_stop = token in self.stop_ids
+        if row.text is not None and not is_stop:
+            row.text.push(token)
+        if is_stop or (row.text is not None and row.text.stopped):
+            current.finish_reason = "stop"
+        elif (
+            len(current.token_ids) == self.sampling.max_new_tokens
+            or len(current.prompt_ids) + len(current.token_ids) > self.model.config.context_length
+        ):
+            current.finish_reason = "length"
+        finished = current if current.finish_reason is not None else None
+        if finished is not None:
+            self._finish_text(row, is_stop)
+        piece = row.text.take() if row.text is not None else ""
+        return TokenEvent(current.prompt_index, current.sample_index, token, logprob, piece, finished)
+
+    def _finish_text(self, row: _Row, is_stop: bool) -> None:
+        if row.text is not None:
+            row.text.finish()
+            if row.text.stopped:  # in text that was held back until now
+                row.sample.finish_reason = "stop"
+            row.sample.text = row.text.text
+        elif self.model.tokenizer is not None:
+            ids = row.sample.token_ids
+            row.sample.text = self.model.tokenizer.decode(ids[:-1] if is_stop else ids)

@@ -1,0 +1,22 @@
+"""Training: `Trainer`, what it reports, and the checkpoints of a run."""
+
+from fastgpt2.train.optimization import learning_rate, parameter_groups, resolve_dtype
+from fastgpt2.train.processes import Processes
+from fastgpt2.train.reports import CheckpointReport, EvalReport, Report, SampleReport, StepReport
+from fastgpt2.train.run_folder import checkpoint_paths, read_checkpoint
+from fastgpt2.train.trainer import Trainer
+
+__all__ = [
+    "CheckpointReport",
+    "EvalReport",
+    "Processes",
+    "Report",
+    "SampleReport",
+    "StepReport",
+    "Trainer",
+    "checkpoint_paths",
+    "learning_rate",
+    "parameter_groups",
+    "read_checkpoint",
+    "resolve_dtype",
+]

@@ -1,0 +1,41 @@
+"""The choices of an optimizer step: learning rate, which parameters decay, precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgpt2.config import TrainConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of step `step` (counted from 0): linear warm-up, then half a cosine to `min_lr`."""
+    low = config.lr / 10 if config.min_lr is None else config.min_lr
+    warmup = min(config.warmup_steps, config.steps // 2)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, config.steps - 1 - warmup))
+    return low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW, as GPT-2 and nanoGPT have them: matrices decay, biases and LayerNorm weights do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """What "auto" means on a device: the half precision it multiplies fast, fp32 where it has none."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"

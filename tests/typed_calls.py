@@ -1,0 +1,27 @@
+"""Mistakes that the type checker must find, and calls that it must accept. mypy reads this file; nothing runs it.
+
+mypy fails where a `type: ignore` is not needed, so each one here says that its line is an error of that kind.
+"""
+
+from __future__ import annotations
+
+from fastgpt2 import GPT2, SamplingConfig
+from fastgpt2.checkpoint import load_pretrained
+from fastgpt2.generate import generate, stream
+
+
+def accepted(model: GPT2) -> list[int]:
+    loaded: GPT2 = load_pretrained("gpt2", vocab_size=50257)
+    model = GPT2.from_pretrained("gpt2").train().eval()
+    generate(loaded, ["text"], sampling=SamplingConfig(top_k=3), num_samples=2)
+    return model.generate([[1, 2]], max_new_tokens=3, stop_token_ids=(1,), seed=2)[0].token_ids
+
+
+def refused(model: GPT2) -> None:
+    model.generate([[1]], max_new_token=3)  # type: ignore[call-arg]
+    model.generate_iter([[1]], batchsize=3)  # type: ignore[call-arg]
+    model.stream([[1]], temperature="hot")  # type: ignore[arg-type]
+    generate(model, [[1]], num_sample=3)  # type: ignore[call-arg]
+    stream(model, [[1]], top_p="most")  # type: ignore[arg-type]
+    GPT2.from_pretrained("gpt2", dtype="bfloat16")  # type: ignore[arg-type]
+    model.save_pretrained("folder", type=None)  # type: ignore[call-arg]
