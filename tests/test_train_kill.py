@@ -51,8 +51,8 @@ def run(text: Path, out: Path) -> None:
 
 
 def run_and_die(text: Path, out: Path, where: str, call: int) -> None:
-    """`run`, killed in the `call`-th call of `torch.save` (half of the bytes written) or of `os.replace`."""
-    owner, name = (torch, "save") if where == "save" else (os, "replace")
+    """`run`, killed in the `call`-th call of `torch.save` (half of the bytes written), `os.link` or `os.replace`."""
+    owner, name = {"save": (torch, "save"), "link": (os, "link")}.get(where, (os, "replace"))
     original, calls = getattr(owner, name), 0
 
     def deadly(*args: Any, **options: Any) -> Any:
@@ -137,11 +137,26 @@ def test_killed_in_the_middle_of_writing(text: Path, tmp_path: Path) -> None:
     assert_same_outcome(out, expected)
 
 
+def test_killed_between_the_best_checkpoint_and_its_link(text: Path, tmp_path: Path) -> None:
+    """At the last of the best ones, whose weights are exported: no later one repairs what is missing."""
+    finish(text, tmp_path / "whole")
+    expected = outcome(tmp_path / "whole")
+    losses = [line["val_loss"] for line in expected[0] if "val_loss" in line]
+    bests = [loss for i, loss in enumerate(losses) if loss < min(losses[:i], default=float("inf"))]
+    assert len(bests) > 1
+    out = tmp_path / "killed"
+    process = child(run_and_die, text, out, "link", len(bests))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    finish(text, out)
+    assert_same_outcome(out, expected)
+
+
 def test_sigterm_writes_a_checkpoint_and_ends(text: Path, tmp_path: Path) -> None:
     finish(text, tmp_path / "whole")
     out = tmp_path / "stopped"
     process = child(run, text, out)
-    while not checkpoint_paths(out):
+    while process.is_alive() and not checkpoint_paths(out):
         time.sleep(0.005)
     process.terminate()
     process.join()

@@ -68,12 +68,16 @@ class RunFolder:
             os.fsync(metrics.fileno())  # the lines up to a checkpoint outlive it
         path = self.best.with_name(f"step-{step:08d}.pt")
         with atomic_file(path) as file:
-            torch.save({"format": _FORMAT, **state}, file)
+            torch.save({"format": _FORMAT, "is_best": is_best, **state}, file)
         if is_best:
-            link_file(path, self.best)
+            self.link_best(path)
         for old in checkpoint_paths(self.path)[:-keep]:
             old.unlink()
         return path
+
+    def link_best(self, checkpoint: Path) -> None:
+        """Make best.pt the same file as a checkpoint."""
+        link_file(checkpoint, self.best)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

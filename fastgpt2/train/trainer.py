@@ -395,6 +395,8 @@ class Trainer:
         if trainer._fingerprint != state["data"]:
             raise ValueError(f"resume: data must be what the run began with; {data.train.path} holds other tokens")
         trainer._restore(state)
+        if state.get("is_best") and processes.is_first:
+            trainer._folder.link_best(paths[-1])  # the run may have been killed after the checkpoint, before the link
         return trainer
 
     def _restore(self, state: dict[str, Any]) -> None:
