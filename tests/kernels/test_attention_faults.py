@@ -64,8 +64,8 @@ MUTATIONS = {
     ),
     "scale dropped from dk": (
         "square",
-        "_store_tile(_head(dk, b, h), dk_acc * scales.scale,",
-        "_store_tile(_head(dk, b, h), dk_acc,",
+        "_store_tile(dk_head, dk_acc * scales.scale,",
+        "_store_tile(dk_head, dk_acc,",
     ),
     "delta dropped": (
         "square",

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/decode/lin
 MUTATIONS = {
     "a variance in one pass": (
         "_sum_inputs(total, SHARES) / K + norm.eps",
-        "tl.abs(_sum_inputs(x_k * x_k, SHARES) / K - tl.reshape(mean * mean, (META.BLOCK_R,))) + norm.eps",
+        "tl.abs(_sum_inputs(x_k * x_k, SHARES) / K - tl.reshape(mean * mean, (BLOCK_R,))) + norm.eps",
     ),
     "no eps": ("/ K + norm.eps", "/ K"),
     "what is masked away counts in the variance": (

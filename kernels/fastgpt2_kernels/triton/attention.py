@@ -152,10 +152,12 @@ def _load_tile(x, start, limit, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, MET
 @triton.jit
 def _load_keys(x, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
     """Rows s .. s + BLOCK_S of k or v, a matrix or with USE_TMA a (B, H, S, D) tensor descriptor."""
+    BLOCK_S: tl.constexpr = META.BLOCK_S
+    BLOCK_D: tl.constexpr = META.BLOCK_D
     if META.USE_TMA:
-        tile = tl.reshape(x.load([walk.b, walk.h, s, 0]), (META.BLOCK_S, META.BLOCK_D))
+        tile = tl.reshape(x.load([walk.b, walk.h, s, 0]), (BLOCK_S, BLOCK_D))
     else:
-        tile = _load_tile(x, s, walk.limit, BLOCK=META.BLOCK_S, HAS_MASK=IS_CUT, META=META)
+        tile = _load_tile(x, s, walk.limit, BLOCK=BLOCK_S, HAS_MASK=IS_CUT, META=META)
     return tile
 
 
@@ -175,8 +177,10 @@ def _keep_mask(seed_ptr, bh, t_start, s_start, threshold, META: tl.constexpr):
 
     One call of Philox gives 128 bits, 16 for each of 8 neighbouring keys; calls are what dropout costs.
     """
-    offs_t = (t_start + tl.arange(0, META.BLOCK_T))[:, None]
-    offs_g = (s_start // 8 + tl.arange(0, META.BLOCK_S // 8))[None, :]
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    BLOCK_S: tl.constexpr = META.BLOCK_S
+    offs_t = (t_start + tl.arange(0, BLOCK_T))[:, None]
+    offs_g = (s_start // 8 + tl.arange(0, BLOCK_S // 8))[None, :]
     zero = (offs_t + offs_g) * 0
     counter = tl.load(seed_ptr + 1).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(
@@ -184,7 +188,7 @@ def _keep_mask(seed_ptr, bh, t_start, s_start, threshold, META: tl.constexpr):
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (..., 2, 2), the words in their order
     keep = tl.join(words & 0xFFFF, words >> 16).to(tl.int32) >= threshold
-    return tl.reshape(keep, (META.BLOCK_T, META.BLOCK_S))
+    return tl.reshape(keep, (BLOCK_T, BLOCK_S))
 
 
 @triton.jit
@@ -274,6 +278,7 @@ def _attention_fwd_kernel(q, k, v, o, stats, mask, H, T, S, threshold, scales, M
     """One tile of queries of one head: its rows of O, m and l. With USE_TMA k and v are tensor descriptors."""
     BLOCK_T: tl.constexpr = META.BLOCK_T
     BLOCK_S: tl.constexpr = META.BLOCK_S
+    BLOCK_D: tl.constexpr = META.BLOCK_D
     num_tiles = tl.cdiv(T, BLOCK_T)
     bh, rank = _place(num_tiles)
     t_start = (num_tiles - 1 - rank) * BLOCK_T  # the last queries see the most keys
@@ -284,7 +289,7 @@ def _attention_fwd_kernel(q, k, v, o, stats, mask, H, T, S, threshold, scales, M
     if not META.USE_TMA:
         k, v = _head(k, b, h), _head(v, b, h)
     offs_t = t_start + tl.arange(0, BLOCK_T)
-    acc = tl.zeros((BLOCK_T, META.BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_T,), tl.float32)
     if t_start < t_limit:
@@ -345,6 +350,7 @@ def _attention_bwd_dq_kernel(inputs, o, do, dq, stats, mask, H, T, S, threshold,
     """One tile of queries of one head: its rows of delta and, unless dq is None, of dQ."""
     BLOCK_T: tl.constexpr = META.BLOCK_T
     BLOCK_S: tl.constexpr = META.BLOCK_S
+    BLOCK_D: tl.constexpr = META.BLOCK_D
     num_tiles = tl.cdiv(T, BLOCK_T)
     bh, rank = _place(num_tiles)
     t_start = (num_tiles - 1 - rank) * BLOCK_T
@@ -358,7 +364,7 @@ def _attention_bwd_dq_kernel(inputs, o, do, dq, stats, mask, H, T, S, threshold,
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     tl.store(stats.delta_ptr + rows, delta, mask=offs_t < T)
     if dq is not None:
-        acc = tl.zeros((BLOCK_T, META.BLOCK_D), tl.float32)
+        acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         if t_start < t_limit:
             t_end = tl.minimum(t_start + BLOCK_T, t_limit)
             heads = _Inputs(None, _head(inputs.k, b, h), _head(inputs.v, b, h))
@@ -427,13 +433,14 @@ def _attention_bwd_dkdv_kernel(inputs, do, dk, dv, stats, mask, H, T, S, thresho
     """One tile of keys of one head: its rows of dK and dV."""
     BLOCK_T: tl.constexpr = META.BLOCK_T
     BLOCK_S: tl.constexpr = META.BLOCK_S
+    BLOCK_D: tl.constexpr = META.BLOCK_D
     bh, rank = _place(tl.cdiv(S, BLOCK_S))
     s_start = rank * BLOCK_S  # the first keys are seen by the most queries
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     offset = S - T
     t_limit, s_limit = _limits(mask, b, T, S)
-    dk_acc = tl.zeros((BLOCK_S, META.BLOCK_D), tl.float32)
-    dv_acc = tl.zeros((BLOCK_S, META.BLOCK_D), tl.float32)
+    dk_acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    dv_acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     if s_start < s_limit:
         s_end = tl.minimum(s_start + BLOCK_S, s_limit)
         offs_s = s_start + tl.arange(0, BLOCK_S)
@@ -460,8 +467,9 @@ def _attention_bwd_dkdv_kernel(inputs, do, dk, dv, stats, mask, H, T, S, thresho
             dk_acc, dv_acc = _dkdv_step(
                 dk_acc, dv_acc, k, v, q_head, do_head, of_head, mask, walk, t, IS_CUT=False, META=META
             )
-    _store_tile(_head(dk, b, h), dk_acc * scales.scale, s_start, S, BLOCK=BLOCK_S, META=META)
-    _store_tile(_head(dv, b, h), dv_acc * scales.keep_scale, s_start, S, BLOCK=BLOCK_S, META=META)
+    dk_head, dv_head = _head(dk, b, h), _head(dv, b, h)
+    _store_tile(dk_head, dk_acc * scales.scale, s_start, S, BLOCK=BLOCK_S, META=META)
+    _store_tile(dv_head, dv_acc * scales.keep_scale, s_start, S, BLOCK=BLOCK_S, META=META)
 
 
 # -- launchers ----------------------------------------------------------------------------------------------------

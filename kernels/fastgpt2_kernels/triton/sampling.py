@@ -290,13 +290,14 @@ def _mass(y, low, y_max, scale_log2):
 @triton.jit
 def _mass_from(row, end, low, y_max, scale_log2, first, second, META: tl.constexpr):
     """sum of exp((y - y_max) / T) where y >= low: over the tokens 0 .. end, or, if end is 0, over the lanes' two."""
-    mass = tl.zeros((META.BLOCK,), tl.float32)
+    BLOCK: tl.constexpr = META.BLOCK
+    mass = tl.zeros((BLOCK,), tl.float32)
     if META.HAS_TOP_K:  # noqa: SIM102
         if end == 0:
             mass = _mass(first, low, y_max, scale_log2) + _mass(second, low, y_max, scale_log2)
-    offs = tl.arange(0, META.BLOCK)
-    tail = end // META.BLOCK * META.BLOCK
-    for start in range(0, tail, META.BLOCK):
+    offs = tl.arange(0, BLOCK)
+    tail = end // BLOCK * BLOCK
+    for start in range(0, tail, BLOCK):
         _, y = _load(row, start + offs, end, HAS_MASK=False, META=META)
         mass += _mass(y, low, y_max, scale_log2)
     if tail < end:

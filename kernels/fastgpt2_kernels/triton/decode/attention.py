@@ -239,13 +239,14 @@ def _decode_attention_kernel(
     META: tl.constexpr,
 ):
     """One split of one head of one row: its part of every new token; grid (R, H, splits)."""
+    BLOCK_D: tl.constexpr = META.BLOCK_D
     r, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     H, MAX_SPLITS = tl.num_programs(1), tl.num_programs(2)
     rows = _Rows(table_ptr, lengths_ptr, slots_ptr, starts_ptr, counts_ptr, N, num_slots, S, max_new)
     slot, start, count, past, fits = _find_row(r, rows, D=META.D)
     split_start = split * META.SPLIT_S
     scale_log2 = scale * LOG2_E
-    offs_d = tl.arange(0, META.BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < META.D
     part = (tl.cast(start, tl.int64) * H + h) * MAX_SPLITS + split  # the first token's place among the parts
     if fits & (count > 0) & (split_start < past + count):
@@ -279,9 +280,7 @@ def _decode_attention_kernel(
         # Nothing of a row that does not fit is written to the cache, and those of its tokens that there are give NaN.
         for t in range(tl.maximum(-start, 0), tl.minimum(count, N - start)):
             at = part + tl.cast(t, tl.int64) * (H * MAX_SPLITS)
-            tl.store(
-                parts.out_ptr + at * META.D + offs_d, tl.full((META.BLOCK_D,), float("nan"), tl.float32), mask=mask_d
-            )
+            tl.store(parts.out_ptr + at * META.D + offs_d, tl.full((BLOCK_D,), float("nan"), tl.float32), mask=mask_d)
             tl.store(parts.max_ptr + at, float("nan"))
             tl.store(parts.sum_ptr + at, float("nan"))
 

@@ -93,16 +93,19 @@ def _load_attended(splits, offs_r, mask_r, first_k, mask_k, META: tl.constexpr):
     num_splits = tl.where(mask_r, tl.minimum(past // META.SPLIT_S + 1, splits.MAX_SPLITS), 0)
     if splits.counts_ptr is not None:
         num_splits = tl.where(tl.load(splits.counts_ptr + offs_r, mask=mask_r, other=0) > 0, num_splits, 0)
+    SHARES: tl.constexpr = META.SHARES
+    BLOCK_R: tl.constexpr = META.BLOCK_R
+    BLOCK_K: tl.constexpr = META.BLOCK_K
     GRAIN: tl.constexpr = META.GRAIN
-    GRAINS: tl.constexpr = META.BLOCK_K // GRAIN
+    GRAINS: tl.constexpr = BLOCK_K // GRAIN
     grain_k = first_k + tl.arange(0, GRAINS)[None, :] * GRAIN  # (SHARES, GRAINS): columns c = h D + d
     h, d = grain_k // META.D, grain_k % META.D
     head = (offs_r.to(tl.int64) * splits.H)[None, None, :] + h[:, :, None]
     is_column = (tl.arange(0, GRAINS)[None, :] * GRAIN < mask_k)[:, :, None] & (h < splits.H)[:, :, None]
     columns = d[:, :, None, None] + tl.arange(0, GRAIN)[None, None, :, None]
-    m = tl.full((META.SHARES, GRAINS, META.BLOCK_R), float("-inf"), tl.float32)
-    l = tl.zeros((META.SHARES, GRAINS, META.BLOCK_R), tl.float32)
-    acc = tl.zeros((META.SHARES, GRAINS, GRAIN, META.BLOCK_R), tl.float32)
+    m = tl.full((SHARES, GRAINS, BLOCK_R), float("-inf"), tl.float32)
+    l = tl.zeros((SHARES, GRAINS, BLOCK_R), tl.float32)
+    acc = tl.zeros((SHARES, GRAINS, GRAIN, BLOCK_R), tl.float32)
     for i in range(0, tl.max(num_splits)):
         mask = is_column & (i < num_splits)[None, None, :]
         at = head * splits.MAX_SPLITS + i
@@ -116,7 +119,7 @@ def _load_attended(splits, offs_r, mask_r, first_k, mask_k, META: tl.constexpr):
         l = l * alpha + l_i * beta
         m = m_new
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, :, None, :]
-    return tl.reshape(acc, (META.SHARES, META.BLOCK_K, META.BLOCK_R))
+    return tl.reshape(acc, (SHARES, BLOCK_K, BLOCK_R))
 
 
 @triton.jit
@@ -150,10 +153,12 @@ def _linear_decode_kernel(x, weight, out, residual, bias_ptr, scale_ptr, norm, s
     """
     K = sizes.K
     SHARES: tl.constexpr = META.SHARES
+    BLOCK_R: tl.constexpr = META.BLOCK_R
+    BLOCK_N: tl.constexpr = META.BLOCK_N
     BLOCK_K: tl.constexpr = META.BLOCK_K
     STEPS: tl.constexpr = META.STEPS
-    offs_r = tl.program_id(0) * META.BLOCK_R + tl.arange(0, META.BLOCK_R)
-    offs_n = tl.program_id(1) * META.BLOCK_N + tl.arange(0, META.BLOCK_N)
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_r, mask_n = offs_r < sizes.R, offs_n < sizes.N
     # A share is whole products of 16, also where K is not.
     share = (K + SHARES * 16 - 1) // (SHARES * 16) * 16
@@ -187,7 +192,7 @@ def _linear_decode_kernel(x, weight, out, residual, bias_ptr, scale_ptr, norm, s
             total += centred * centred
         rstd = (1.0 / tl.sqrt_rn(_sum_inputs(total, SHARES) / K + norm.eps))[None, None, :]
 
-    acc = tl.zeros((SHARES, META.BLOCK_N, META.BLOCK_R), tl.float32)
+    acc = tl.zeros((SHARES, BLOCK_N, BLOCK_R), tl.float32)
     for i in range(STEPS):
         if STEPS > 1:  # the next step's operands, on their way while this one multiplies
             next_k = (i + 1) * BLOCK_K

@@ -211,10 +211,11 @@ def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: 
     """A block of columns of every num_programs(1)-th tile of rows: dx, and their share of dbias."""
     C: tl.constexpr = META.C
     BLOCK_N: tl.constexpr = META.BLOCK_N
+    BLOCK_C: tl.constexpr = META.BLOCK_C
     ALIGN: tl.constexpr = META.ALIGN
-    offs_c = tl.program_id(0) * META.BLOCK_C + tl.arange(0, META.BLOCK_C)
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    dbias = tl.zeros((BLOCK_N, META.BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & mask_c[None, :]
