@@ -57,9 +57,15 @@ class Gradients(NamedTuple):
 
 
 def loss_chunks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weight: Tensor | None,
-    row_grad: Tensor | None, grads: Gradients | None, options: LossOptions,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    row_grad: Tensor | None,
+    grads: Gradients | None,
+    options: LossOptions,
+) -> Tensor:
     """Loss of every row (N,); with `grads` also the gradients of sum(row_grad * loss), row_grad (N,)."""
     N, V = x.shape[0], weight.shape[0]
     compute, wide, scale = options.compute_dtype, options.wide_dtype, options.logit_scale
@@ -139,10 +145,23 @@ def _kept_dtype(compute_dtype: torch.dtype) -> torch.dtype | None:
 
 @torch.library.custom_op("fastgpt2::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, divisor: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, logit_scale: float, chunk_rows: int,
-    compute_dtype: torch.dtype, use_triton: bool, need_x: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    divisor: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    chunk_rows: int,
+    compute_dtype: torch.dtype,
+    use_triton: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum(loss) / divisor, and its gradients in x, weight, bias) of x (N, C); empty where none is needed.
 
     In float16 the gradients are those of sum(loss); backward divides.
@@ -154,9 +173,15 @@ def linear_cross_entropy_op(
 
 
 def _loss_and_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, divisor: Tensor, class_weight: Tensor | None,
-    options: LossOptions, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    divisor: Tensor,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads, row_grad = None, None
     if any(needs):
         grads = _new_gradients(x, weight, needs, options.wide_dtype)
@@ -170,9 +195,21 @@ def _loss_and_gradients(
 
 @linear_cross_entropy_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, divisor: Tensor, class_weight: Tensor | None,
-    i: int, s: float, z: float, scale: float, rows: int, compute_dtype: torch.dtype, triton: bool, *needs: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    divisor: Tensor,
+    class_weight: Tensor | None,
+    i: int,
+    s: float,
+    z: float,
+    scale: float,
+    rows: int,
+    compute_dtype: torch.dtype,
+    triton: bool,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     return x.new_empty((), dtype=wide), *_empty_gradients(x, weight, bias, needs, _kept_dtype(compute_dtype))
 
@@ -201,9 +238,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, divisor: Tensor,
-        class_weight: Tensor | None, options: LossOptions,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        divisor: Tensor,
+        class_weight: Tensor | None,
+        options: LossOptions,
+    ) -> Tensor:
         needs = ctx.needs_input_grad[:3]
         loss, *grads = _loss_and_gradients(x, weight, bias, targets, divisor, class_weight, options, needs)
         ctx.grads, ctx.use_triton = grads, options.use_triton
@@ -247,10 +290,19 @@ def scale_(grad: Tensor, factor: Tensor, use_triton: bool) -> Tensor:
 
 @torch.library.custom_op("fastgpt2::linear_cross_entropy_rows", mutates_args=())
 def linear_cross_entropy_rows_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, logit_scale: float, chunk_rows: int,
-    compute_dtype: torch.dtype, use_triton: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    chunk_rows: int,
+    compute_dtype: torch.dtype,
+    use_triton: bool,
+) -> Tensor:
     """Loss of every row (N,) of x (N, C). Differentiable any number of times over the same graph."""
     options = LossOptions(ignore_index, label_smoothing, z_loss, logit_scale, chunk_rows, compute_dtype, use_triton)
     return loss_chunks(x, weight, bias, targets, class_weight, None, None, options)
@@ -264,10 +316,23 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.custom_op("fastgpt2::linear_cross_entropy_rows_backward", mutates_args=())
 def linear_cross_entropy_rows_backward_op(
-    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, logit_scale: float, chunk_rows: int,
-    compute_dtype: torch.dtype, use_triton: bool, need_x: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    chunk_rows: int,
+    compute_dtype: torch.dtype,
+    use_triton: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of sum(dloss * loss) in x, weight, bias; empty where none is needed."""
     options = LossOptions(ignore_index, label_smoothing, z_loss, logit_scale, chunk_rows, compute_dtype, use_triton)
     grads = _new_gradients(x, weight, (need_x, need_weight, need_bias), options.wide_dtype)
@@ -304,9 +369,14 @@ class AccumulatingRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weight: Tensor | None,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        class_weight: Tensor | None,
         *options: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, targets, class_weight)
         ctx.weight, ctx.options = weight, LossOptions(*options)
         return loss_chunks(x, weight, bias, targets, class_weight, None, None, ctx.options)

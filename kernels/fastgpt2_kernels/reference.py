@@ -32,9 +32,16 @@ def document_mask(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, mask: Tensor | None = None,
-    keep: Tensor | None = None, dropout_p: float = 0.0, upcast: bool = False,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+    upcast: bool = False,
+) -> Tensor:
     """softmax(scale q k^T + causal mask) v: q (B, H, T, D), k, v (B, H, S, D); `mask` is and-ed to the causal one.
 
     `keep` (B, H, T, S) bool: the weights that dropout keeps, the others are 0 and these are divided by 1 - dropout_p.
@@ -67,9 +74,16 @@ def _scores(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None, upca
 
 
 def decode_attention(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, starts: Tensor | None = None,
-    counts: Tensor | None = None, slots: Tensor | None = None, scale: float | None = None,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    starts: Tensor | None = None,
+    counts: Tensor | None = None,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """`ops.decode_attention` row by row: writes the caches and returns (N, C) in qkv's dtype."""
     H, D = k_cache.shape[1], k_cache.shape[3]
     rows = torch.arange(qkv.shape[0] if starts is None else starts.shape[0]).tolist()
@@ -161,10 +175,17 @@ def filtered_logits(
 
 
 def sampling_scores(
-    logits: Tensor, *, temperature: Tensor | None = None, top_k: Tensor | None = None, top_p: Tensor | None = None,
-    min_p: Tensor | None = None, penalty: Tensor | None = None, seen: Tensor | None = None, keys: Tensor | None = None,
+    logits: Tensor,
+    *,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    penalty: Tensor | None = None,
+    seen: Tensor | None = None,
+    keys: Tensor | None = None,
     positions: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """What the argmax is taken of, (R, V) in logits' dtype: y + T g where the filters keep y, -inf elsewhere."""
     if penalty is not None and seen is not None:
         logits = penalized_logits(logits, seen, penalty.to(logits.dtype))
@@ -199,10 +220,17 @@ _layer_norm = layer_norm  # where an argument has its name
 
 
 def linear_decode(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None,
-    layer_norm: LayerNormWeights | None = None, activation: str = "linear", residual: Tensor | None = None,
-    product_dtype: torch.dtype, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_scale: Tensor | None = None,
+    layer_norm: LayerNormWeights | None = None,
+    activation: str = "linear",
+    residual: Tensor | None = None,
+    product_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """activation(LN(x) weight^T + bias) + residual, x (R, K), weight (N, K): statistics and sums are float32 or wider.
 
     The operands of the product are rounded to `product_dtype`, nothing else is before the result.
@@ -260,9 +288,15 @@ def shift_targets(targets: Tensor, ignore_index: int) -> Tensor:
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
-    reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """`cross_entropy(x @ weight.T + bias, targets)` for x (N, C), weight (V, C)."""
     logits_NV = F.linear(x, weight, bias)
     return cross_entropy(

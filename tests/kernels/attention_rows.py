@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastgpt2_kernels.triton import attention, launch
-from tests.kernels.compiling import Case
+from tests.kernels.compiling import Case, pointers_and_strides
 
 _KERNELS = {
     "forward": attention._attention_fwd_kernel,
     "dq": attention._attention_bwd_dq_kernel,
     "dkdv": attention._attention_bwd_dkdv_kernel,
 }
-_FLAGS = ("HAS_LENGTHS", "HAS_DOCS", "HAS_DROPOUT")
 _DOCUMENTS = ("HAS_LENGTHS", "HAS_DOCS")
-_INDEX_TYPES = {"lengths_ptr": "*i32", "doc_start_ptr": "*i32", "doc_end_ptr": "*i32", "seed_ptr": "*i64"}
-_STATISTICS = ("max_ptr", "sum_ptr", "delta_ptr")
 
 
 def attention_cases(arch: str) -> Iterator[Case]:
@@ -36,28 +33,31 @@ def _case(arch: str, name: str, kind: str, width: int, flags: tuple[str, ...]) -
     )
     if "HAS_LENGTHS" in flags:
         row = row._replace(use_tma=False)  # as the launcher does
-    constants = {
-        **{flag: flag in flags for flag in _FLAGS},
-        "HAS_SUM": kind != "half", "HAS_DQ": True, "USE_TMA": row.use_tma,
-        "PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "D": width, "BLOCK_D": width, "BLOCK_T": row.block_t, "BLOCK_S": row.block_s,
-    }  # fmt: skip
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in _INDEX_TYPES:
-            signature[argument] = _INDEX_TYPES[argument]
-        elif argument in _STATISTICS:
-            signature[argument] = "*fp32"
-        elif argument in ("k_ptr", "v_ptr") and row.use_tma:
-            signature[argument] = f"tensordesc<{dtype}[1, 1, {row.block_s}, {width}]>"
-        elif argument.endswith("_ptr"):
-            signature[argument] = f"*{dtype}"
-        else:
-            signature[argument] = "fp32" if argument in ("scale", "keep_scale") else "i32"
+    heads = attention._Heads(f"*{dtype}", "i32", "i32", "i32")
+    walked = f"tensordesc<{dtype}[1, 1, {row.block_s}, {width}]>" if row.use_tma else heads
+    known = {
+        "inputs": attention._Inputs(heads, heads, heads),
+        "q": heads,
+        "k": walked,
+        "v": walked,
+        **dict.fromkeys(("o", "do", "dq", "dk", "dv"), heads),
+        "stats": attention._Statistics(
+            "*fp32", None if kind == "half" else "*fp32", None if name == "forward" else "*fp32"
+        ),
+        "mask": attention._Mask(
+            lengths_ptr="*i32" if "HAS_LENGTHS" in flags else None,
+            doc_start_ptr="*i32" if "HAS_DOCS" in flags else None,
+            doc_end_ptr="*i32" if "HAS_DOCS" in flags else None,
+            seed_ptr="*i64" if "HAS_DROPOUT" in flags else None,
+        ),
+        **dict.fromkeys(("H", "T", "S", "threshold"), "i32"),
+        "scales": attention._Scales("fp32", "fp32"),
+        "META": "constexpr",
+    }
+    signature = {argument: known[argument] for argument in kernel.arg_names}
+    precision = "tf32" if kind == "tf32" else "ieee"
+    meta = attention._Meta(width, width, row.block_t, row.block_s, row.use_tma, precision)
     label = " ".join(["attention", name, kind, f"head {width}", f"{row.block_t}x{row.block_s}", *flags])
-    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride_"))
     options = {"num_stages": row.num_stages, **launch.OPTIONS}
-    return Case(label, kernel, signature, constants, row.num_warps, options, aligned)
+    aligned = pointers_and_strides(signature)
+    return Case(label, kernel, signature, {"META": meta}, row.num_warps, options, aligned)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -23,15 +25,46 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9
 
 
 class Case(NamedTuple):
-    """A kernel and what it is specialised to; the arguments named in `aligned` are multiples of 16."""
+    """A kernel and what it is specialised to; the arguments named in `aligned` are multiples of 16.
+
+    signature: the type of every argument, or a tuple of the types of its members; None for one that is not given.
+    constants: the values of "constexpr" arguments. A member of a tuple is named as it is used: "x.stride".
+    """
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
     options: dict[str, Any]
     aligned: tuple[str, ...]
+
+
+def members(signature: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], str | None]]:
+    """(name, place, type) of every argument, those that are tuples member by member."""
+
+    def visit(name: str, place: tuple[int, ...], kind: Any) -> Iterator[tuple[str, tuple[int, ...], str | None]]:
+        if not isinstance(kind, tuple):
+            yield name, place, kind
+            return
+        for i, (member, inner) in enumerate(zip(kind._fields, kind, strict=True)):
+            yield from visit(f"{name}.{member}", (*place, i), inner)
+
+    for i, (name, kind) in enumerate(signature.items()):
+        yield from visit(name, (i,), kind)
+
+
+def pointers_and_strides(signature: dict[str, Any]) -> tuple[str, ...]:
+    """The names of these arguments, which most kernels find to be multiples of 16."""
+    names = ((name, kind) for name, _, kind in members(signature) if kind is not None)
+    return tuple(name for name, kind in names if kind.startswith("*") or "stride" in name.split(".")[-1])
+
+
+def _given(kind: Any) -> Any:
+    """What Triton calls the type: None is a constant."""
+    if isinstance(kind, tuple):
+        return type(kind)(*map(_given, kind))
+    return "constexpr" if kind is None else kind
 
 
 def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
@@ -39,10 +72,15 @@ def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
 
     And by "reductions", which decide the order that numbers are added up in: see `_reductions`.
     """
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(case.kernel.arg_names) if name in case.aligned
-    }
-    source = ASTSource(case.kernel, case.signature, constexprs=case.constants, attrs=attributes)
+    assert list(case.signature) == case.kernel.arg_names, "the kernel's arguments have changed"
+    found = list(members(case.signature))
+    assert set(case.aligned) <= {name for name, _, _ in found}, "no such argument"
+    # A launch goes through a function that Triton writes with the kernel's own names beside its own, such as "options".
+    create_function_from_signature(case.kernel.signature, case.kernel.params, make_backend(target))
+    attributes = {place: [["tt.divisibility", 16]] for name, place, _ in found if name in case.aligned}
+    constants = dict(case.constants) | {place: None for _, place, kind in found if kind is None}
+    signature = {name: _given(kind) for name, kind in case.signature.items()}
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps, **case.options})
     result = {"case": case.name, "warps": case.num_warps, "shared": compiled.metadata.shared}
     result["reductions"] = _reductions(compiled.asm["ttgir"])

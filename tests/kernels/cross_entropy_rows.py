@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastgpt2_kernels.triton import cross_entropy, launch
-from tests.kernels.compiling import Case
+from fastgpt2_kernels.triton.arguments import Batch, Matrix
+from tests.kernels.compiling import Case, members
 
 # What the cross-entropy kernel can be asked for besides; each compiled once, fused, at an odd vocabulary.
 FLAGS = ("SHIFT", "HAS_WEIGHT", "HAS_SMOOTHING", "HAS_STATS", "HAS_Z")
@@ -34,28 +35,35 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
         has_extras = bool({"HAS_WEIGHT", "HAS_SMOOTHING", "HAS_STATS"} & set(flags))
         row = launch.cross_entropy_row(vocab_size, capability, element_size=element_size, has_extras=has_extras)
         align = 16 // element_size
-        constants = {
-            **{flag: flag in flags for flag in FLAGS},
-            "IS_FORWARD": mode != "backward",
-            "HAS_GRAD": mode != "forward",
-            "ALIGN": align,
-            "GRAD_ALIGN": align,
-            "BLOCK_V": row.block_v,
-            "MID_V": row.mid_v,
+        has = dict(zip(FLAGS, (flag in flags for flag in FLAGS), strict=True))
+        is_forward, has_grad = mode != "backward", mode != "forward"
+        meta = cross_entropy._Meta(
+            **has,
+            IS_FORWARD=is_forward,
+            HAS_GRAD=has_grad,
+            ALIGN=align,
+            GRAD_ALIGN=align,
+            BLOCK_V=row.block_v,
+            MID_V=row.mid_v,
+        )
+        rows = Batch("*" + dtype, "i32", "i32")
+        signature = {
+            "logits": rows,
+            "targets": Batch("*i32" if has["SHIFT"] else "*i64", "i32", "i32"),
+            "class_weight": cross_entropy._ClassWeight(
+                "*" + dtype if has["HAS_WEIGHT"] else None, "*fp32" if has["HAS_SMOOTHING"] else None
+            ),
+            "dloss": Matrix("*fp32", "i32") if has_grad else None,
+            "grad": rows if has_grad else None,
+            "rows": cross_entropy._RowPointers(*["*fp32"] * 5, "*i32"),
+            "T": "i32",
+            "V": "i32",
+            "settings": cross_entropy._Settings("i32", "fp32", "fp32"),
+            "META": "constexpr",
         }
-        types = {"logits_ptr": dtype, "weight_ptr": dtype, "grad_ptr": dtype}
-        types |= {"targets_ptr": "i32" if "SHIFT" in flags else "i64", "correct_ptr": "i32"}
-        signature = {}
-        for name in kernel.arg_names:
-            if name in constants:
-                signature[name] = "constexpr"
-            elif name.endswith("_ptr"):
-                signature[name] = "*" + types.get(name, "fp32")
-            else:
-                signature[name] = "fp32" if name in ("smoothing", "z_loss") else "i32"
-        name = " ".join(["cross_entropy", mode, dtype, f"block {row.block_v}", *flags])
-        aligned = tuple(argument for argument in kernel.arg_names if argument.endswith("_ptr"))
-        yield Case(name, kernel, signature, constants, row.num_warps, row.options, aligned)
+        title = " ".join(["cross_entropy", mode, dtype, f"block {row.block_v}", *flags])
+        aligned = tuple(name for name, _, kind in members(signature) if kind is not None and kind.startswith("*"))
+        yield Case(title, kernel, signature, {"META": meta}, row.num_warps, row.options, aligned)
     for dtype in ("bf16", "fp32"):
         yield _scale_rows_case(dtype)
 
@@ -63,9 +71,13 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
 def _scale_rows_case(dtype: str) -> Case:
     """Rows of an odd vocabulary begin anywhere, so nothing is known of their strides."""
     kernel, row = cross_entropy._scale_rows_kernel, launch.cross_entropy_row(50257)
-    constants = {"BLOCK_V": row.mid_v}
-    signature = dict.fromkeys(kernel.arg_names, "i32") | {"grad_ptr": f"*{dtype}", "factor_ptr": "*fp32"}
-    signature |= dict.fromkeys(constants, "constexpr")
-    options = dict(launch.OPTIONS)
-    name = f"scale_rows {dtype} block {row.mid_v}"
-    return Case(name, kernel, signature, constants, row.num_warps, options, ("grad_ptr", "factor_ptr"))
+    signature = {
+        "grad": Batch("*" + dtype, "i32", "i32"),
+        "factor_ptr": "*fp32",
+        "T": "i32",
+        "V": "i32",
+        "BLOCK_V": "constexpr",
+    }
+    aligned = tuple(name for name, _, kind in members(signature) if kind.startswith("*"))
+    title = f"scale_rows {dtype} block {row.mid_v}"
+    return Case(title, kernel, signature, {"BLOCK_V": row.mid_v}, row.num_warps, dict(launch.OPTIONS), aligned)

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode import attention
-from tests.kernels.compiling import Case
+from tests.kernels.compiling import Case, pointers_and_strides
 
-_INDEX_TYPES = {"table_ptr": "*i64"} | {f"{name}_ptr": "*i32" for name in ("lengths", "slots", "starts", "counts")}
 FLAGS = ("HAS_STARTS", "HAS_SLOTS", "INDIRECT")
+_UNSPECIALISED = ("layer", "N", "num_slots", "S", "max_new", "H", "MAX_SPLITS")
 
 
 def decode_cases(arch: str) -> Iterator[Case]:
@@ -29,40 +30,39 @@ def _attention(width: int, dtype: str, max_new: int, flags: tuple[str, ...]) -> 
     block_d = attention._block_d(width)
     row = launch.decode_row(4 if dtype == "fp32" else 2, block_d)
     use_dot = max_new > 1 and dtype != "fp32"
-    constants = {"D": width, "BLOCK_D": block_d, "BLOCK_T": 16 if use_dot else max_new, "SPLIT_S": row.split_s}
+    meta = attention._SplitMeta(width, block_d, 16 if use_dot else max_new, row.split_s, use_dot)
     label = f"decode_attention {'dot' if use_dot else 'cores'} {max_new} new {dtype} head {width}"
-    kernel = attention._decode_attention_kernel
+    arguments = {
+        "qkv": Matrix(f"*{dtype}", "i32"),
+        "cache": attention._Cache(f"*{dtype}", f"*{dtype}", "i32", "i32", "i32", "i32"),
+    }
     num_warps = row.one_warps if max_new == 1 else row.few_warps
-    return _case(label, kernel, dtype, {**constants, "USE_DOT": use_dot}, num_warps, flags)
+    return _case(label, attention._decode_attention_kernel, arguments, meta, num_warps, flags)
 
 
 def _combine(width: int, dtype: str, flags: tuple[str, ...]) -> Case:
     row = launch.decode_row(4 if dtype == "fp32" else 2, width)
-    constants = {"D": width, "BLOCK_C": row.block_c, "SPLIT_S": row.split_s}
-    label = f"decode_combine {dtype} head {width}"
-    return _case(label, attention._combine_kernel, dtype, constants, 1, flags)
+    meta = attention._CombineMeta(width, row.block_c, row.split_s)
+    arguments = {"out": Matrix(f"*{dtype}", "i32")}
+    return _case(f"decode_combine {dtype} head {width}", attention._combine_kernel, arguments, meta, 1, flags)
 
 
 def _case(
-    label: str, kernel: Any, dtype: str, constants: dict[str, Any], num_warps: int, flags: tuple[str, ...]
+    label: str, kernel: Any, arguments: dict[str, Any], meta: Any, num_warps: int, flags: tuple[str, ...]
 ) -> Case:
-    constants |= {flag: flag in flags for flag in FLAGS}
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in _INDEX_TYPES:
-            signature[name] = _INDEX_TYPES[name]
-        elif name.startswith("part_"):
-            signature[name] = "*fp32"
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{dtype}"
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-    tables = set(_INDEX_TYPES) - {"table_ptr"}
-    aligned = tuple(
-        name
-        for name in kernel.arg_names
-        if name.startswith("stride_") or (name.endswith("_ptr") and name not in tables)
-    )
-    return Case(" ".join([label, *flags]), kernel, signature, constants, num_warps, dict(launch.OPTIONS), aligned)
+    known = {
+        **arguments,
+        "parts": attention._Parts("*fp32", "*fp32", "*fp32"),
+        "table_ptr": "*i64" if "INDIRECT" in flags else None,
+        "lengths_ptr": "*i32",
+        "slots_ptr": "*i32" if "HAS_SLOTS" in flags else None,
+        "starts_ptr": "*i32" if "HAS_STARTS" in flags else None,
+        "counts_ptr": "*i32" if "HAS_STARTS" in flags else None,
+        **dict.fromkeys(_UNSPECIALISED, "i32"),
+        "scale": "fp32",
+        "META": "constexpr",
+    }
+    signature = {name: known[name] for name in kernel.arg_names}
+    unaligned = ("lengths_ptr", "slots_ptr", "starts_ptr", "counts_ptr")
+    aligned = tuple(name for name in pointers_and_strides(signature) if name not in unaligned)
+    return Case(" ".join([label, *flags]), kernel, signature, {"META": meta}, num_warps, dict(launch.OPTIONS), aligned)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Batch, Matrix
 from fastgpt2_kernels.triton.layers import activation, layer_norm, partial_sums
-from tests.kernels.compiling import Case
+from tests.kernels.compiling import Case, members
 
 WIDTHS = (768, 1024, 1280, 1600)
 LONGEST = 8192  # held in registers in the backward
@@ -23,42 +24,45 @@ def layer_cases(arch: str) -> Iterator[Case]:
         more = dtype == "bf16"  # with the residual, which is the larger kernel; without it in fp32
         row = launch.layer_norm_row("forward", C, arch)
         kernel = layer_norm._layer_norm_wide_fwd_kernel if row.block_c < C else layer_norm._layer_norm_fwd_kernel
-        constants = {"C": C, "HAS_RESIDUAL": more, "ALIGN": 8, "BLOCK_C": row.block_c}
-        yield case(f"layer_norm forward {dtype} {C}", kernel, dtype, constants, row)
+        rows = Batch("*" + dtype, "i32", "i32")
+        known = {
+            **dict.fromkeys(("x", "dy", "s"), rows),
+            **dict.fromkeys(("residual", "ds_after"), rows if more else None),
+            "s_ptr": "*" + dtype if more else None,
+            "stats": layer_norm._Statistics("*fp32", "*fp32", "*fp32"),
+        }
+        meta: Any = layer_norm._ForwardMeta(C=C, ALIGN=8, BLOCK_C=row.block_c)
+        yield case(f"layer_norm forward {dtype} {C}", kernel, dtype, known, meta, row)
         row = launch.layer_norm_row("backward", C, arch)
         kernel = layer_norm._layer_norm_wide_bwd_kernel if row.block_c < C else layer_norm._layer_norm_bwd_kernel
-        constants = {"C": C, "HAS_AFTER": more, "ALIGN": 8, "BLOCK_C": row.block_c}
-        constants |= dict.fromkeys(("NEEDS_DS", "NEEDS_DW", "NEEDS_DB"), True)
-        yield case(f"layer_norm backward {dtype} {C}", kernel, dtype, constants, row)
+        meta = layer_norm._BackwardMeta(C, NEEDS_DS=True, NEEDS_DW=True, NEEDS_DB=True, ALIGN=8, BLOCK_C=row.block_c)
+        yield case(f"layer_norm backward {dtype} {C}", kernel, dtype, known, meta, row)
     for C, dtype, name in (
         (3072, "bf16", "gelu_tanh"), (3072, "fp32", "gelu_tanh"), (6400, "bf16", "gelu_tanh"), (6400, "fp32", "gelu"),
     ):  # fmt: skip
         row = launch.ACTIVATION
-        constants = {"C": C, "NAME": name, "HAS_BIAS": True, "ALIGN": 8}
-        constants |= {"BLOCK_N": row.block_n, "BLOCK_C": row.block_c}
+        known = dict.fromkeys(("x", "dy"), Matrix("*" + dtype, "i32"))
+        meta = activation._ForwardMeta(C, name, ALIGN=8, BLOCK_N=row.block_n, BLOCK_C=row.block_c)
         kernel = activation._bias_activation_fwd_kernel
-        yield case(f"bias_activation {name} forward {dtype} {C}", kernel, dtype, constants, row)
-        constants = constants | {"NEEDS_DX": True, "NEEDS_DB": True, "BLOCK_N": row.bwd_block_n}
+        yield case(f"bias_activation {name} forward {dtype} {C}", kernel, dtype, known, meta, row)
+        meta = activation._BackwardMeta(
+            C, name, NEEDS_DX=True, NEEDS_DB=True, ALIGN=8, BLOCK_N=row.bwd_block_n, BLOCK_C=row.block_c
+        )
         kernel = activation._bias_activation_bwd_kernel
-        yield case(f"bias_activation {name} backward {dtype} {C}", kernel, dtype, constants, row)
+        yield case(f"bias_activation {name} backward {dtype} {C}", kernel, dtype, known, meta, row)
     sums = launch.partial_sums_row(768)
     constants = {"NUM_SUMS": 2, "BLOCK_P": sums.block_p, "BLOCK_C": sums.block_c}
-    yield case("partial_sums 768", partial_sums._sum_partials_kernel, "fp32", constants, sums)
+    kernel = partial_sums._sum_partials_kernel
+    yield case("partial_sums 768", kernel, "fp32", dict.fromkeys(constants, "constexpr"), constants, sums)
 
 
-def case(name: str, kernel: Any, dtype: str, constants: dict[str, Any], row: Any) -> Case:
+def case(name: str, kernel: Any, dtype: str, known: dict[str, Any], meta: Any, row: Any) -> Case:
     """Tensors of `dtype` but for the statistics and partial sums; strides known by the launcher's ALIGN alone."""
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in ("mean_ptr", "left_ptr", "rstd_ptr", "partials_ptr"):
-            signature[argument] = "*fp32"
-        else:
-            signature[argument] = "*" + dtype if argument.endswith("_ptr") else "fp32" if argument == "eps" else "i32"
-    aligned = (
-        *(argument for argument in kernel.arg_names if argument.endswith("_ptr")),
-        *(("C",) if "sums" in name else ()),
-    )
+    known = {"META": "constexpr", "partials_ptr": "*fp32", "eps": "fp32", **known}
+    other = {argument: "*" + dtype if argument.endswith("_ptr") else "i32" for argument in kernel.arg_names}
+    signature = {argument: known.get(argument, kind) for argument, kind in other.items()}
+    pointers = [name for name, _, kind in members(signature) if kind is not None and kind.startswith("*")]
+    aligned = (*pointers, *(("C",) if "sums" in name else ()))
+    constants = meta if isinstance(meta, dict) else {"META": meta}
     options = getattr(row, "options", launch.OPTIONS)
     return Case(name, kernel, signature, constants, row.num_warps, options, aligned)

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode import linear, step
-from tests.kernels.compiling import Case
+from tests.kernels.compiling import Case, pointers_and_strides
 
 _KERNEL = linear._linear_decode_kernel
 _INT8 = {"weight": "i8"}
@@ -53,11 +54,18 @@ def linear_cases(arch: str) -> Iterator[Case]:
 def _begin_case() -> Case:
     """The kernel that a step begins with."""
     kernel = step._begin_step_kernel
-    signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
-    signature |= {"wte_ptr": "*bf16", "wpe_ptr": "*bf16", "x_ptr": "*fp32"}
-    constants = {"BLOCK_C": 1024, "BLOCK_STOPS": 1}
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = ("wte_ptr", "wpe_ptr", "x_ptr", "C", "stride_te", "stride_pe", "stride_xr")
+    table = Matrix("*bf16", "i32")
+    signature = {
+        "state": step._Slots(*["*i32"] * 5),
+        **dict.fromkeys(("slots_ptr", "counts_ptr", "stop_ids_ptr"), "*i32"),
+        "wte": table,
+        "wpe": table,
+        "x": Matrix("*fp32", "i32"),
+        **dict.fromkeys(("C", "context", "num_stops"), "i32"),
+        "META": "constexpr",
+    }
+    constants = {"META": step._BeginMeta(BLOCK_C=1024, BLOCK_STOPS=1)}
+    aligned = ("wte.ptr", "wpe.ptr", "x.ptr", "C", "wte.stride", "wpe.stride", "x.stride")
     return Case("decode_begin bf16", kernel, signature, constants, 4, dict(launch.OPTIONS), aligned)
 
 
@@ -65,30 +73,38 @@ def _case(arch: str, prologue: str, product: str, R: int, N: int, K: int, change
     row = launch.linear_decode_row(R, N, K, 4 if product == "fp32" else 2, prologue, arch)
     types = {"weight": product, "x": product if prologue == "none" else "fp32", **changes}
     out = types.get("out", product if prologue == "layer_norm" else "fp32")
-    constants = {
-        "PROLOGUE": prologue, "ACTIVATION": "linear", "HAS_SCALE": types["weight"] == "i8", "HAS_BIAS": True,
-        "HAS_RESIDUAL": prologue != "layer_norm", "HAS_SLOTS": True, "HAS_COUNTS": True, "USE_PDL": False,
-        "PRODUCT_TYPE": tl.float32 if product == "fp32" else tl.bfloat16, "PRECISION": "ieee",
-        "D": 64, "GRAIN": math.gcd(16, 64), "SPLIT_S": 128, "BLOCK_R": row.block_r, "BLOCK_N": row.block_n,
-        "BLOCK_K": row.block_k, "SHARES": launch.SPLIT_K,
-        "STEPS": triton.cdiv(launch.linear_decode_share(K), row.block_k),
-        **{name: value for name, value in changes.items() if name.isupper()},
-    }  # fmt: skip
-    pointers = {
-        "x_ptr": types["x"], "weight_ptr": types["weight"], "scale_ptr": "fp32", "residual_ptr": out, "out_ptr": out,
-        "part_max_ptr": "fp32", "part_sum_ptr": "fp32", "lengths_ptr": "i32", "slots_ptr": "i32", "counts_ptr": "i32",
-    }  # fmt: skip
-    signature = {}
-    for name in _KERNEL.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + pointers.get(name, product)
-        else:
-            signature[name] = "fp32" if name == "eps" else "i32"
+    meta = linear._Meta(
+        PROLOGUE=prologue,
+        ACTIVATION=changes.get("ACTIVATION", "linear"),
+        USE_PDL=changes.get("USE_PDL", False),
+        PRODUCT_TYPE=tl.float32 if product == "fp32" else tl.bfloat16,
+        PRECISION="ieee",
+        D=64,
+        GRAIN=math.gcd(16, 64),
+        SPLIT_S=128,
+        BLOCK_R=row.block_r,
+        BLOCK_N=row.block_n,
+        BLOCK_K=row.block_k,
+        SHARES=launch.SPLIT_K,
+        STEPS=triton.cdiv(launch.linear_decode_share(K), row.block_k),
+    )
+    norm = linear._Norm(weight_ptr="*" + product, bias_ptr="*" + product, eps="fp32")
+    splits = linear._Splits(*["*fp32"] * 3, *["*i32"] * 3, H="i32", MAX_SPLITS="i32")
+    signature = {
+        "x": None if prologue == "combine" else Matrix("*" + types["x"], "i32"),
+        "weight": Matrix("*" + types["weight"], "i32"),
+        "out": Matrix("*" + out, "i32"),
+        "residual": None if prologue == "layer_norm" else Matrix("*" + out, "i32"),
+        "bias_ptr": "*" + product,
+        "scale_ptr": "*fp32" if types["weight"] == "i8" else None,
+        "norm": norm if prologue == "layer_norm" else None,
+        "splits": splits if prologue == "combine" else None,
+        "sizes": linear._Sizes(R="i32", N="i32", K="i32"),
+        "META": "constexpr",
+    }
     kinds = [*(["int8"] if types["weight"] == "i8" else []), *(name for name in changes if name.isupper())]
     tile = f"{row.block_r}x{row.block_n}x{row.block_k}"
     label = " ".join([f"linear_decode {prologue} {product} {K} to {N}, {R} rows, {tile}", *kinds])
     # Weights of nn.Linear and the step's buffers; a head's outputs are any number.
-    aligned = tuple(name for name in _KERNEL.arg_names if name.endswith("_ptr") or name == "K" or "stride" in name)
-    return Case(label, _KERNEL, signature, constants, row.num_warps, {"num_stages": 1, **launch.OPTIONS}, aligned)
+    aligned = (*pointers_and_strides(signature), "sizes.K")
+    return Case(label, _KERNEL, signature, {"META": meta}, row.num_warps, {"num_stages": 1, **launch.OPTIONS}, aligned)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastgpt2_kernels.triton import launch, sampling
-from tests.kernels.compiling import Case
+from fastgpt2_kernels.triton.arguments import Matrix
+from tests.kernels.compiling import Case, pointers_and_strides
 
 FLAGS = ("HAS_PENALTY", "HAS_TOP_K", "HAS_TOP_P", "HAS_MIN_P", "IS_GREEDY")
 FILTERS = {"HAS_TOP_K", "HAS_TOP_P", "HAS_MIN_P"}
@@ -18,11 +19,6 @@ VARIANTS = [
     ("HAS_PENALTY", "HAS_TOP_P", "HAS_MIN_P"),
     FLAGS[:4],
 ]
-OWNERS = {
-    "keys_ptr": "!IS_GREEDY", "positions_ptr": "!IS_GREEDY", "temperature_ptr": "!IS_GREEDY", "top_k_ptr": "HAS_TOP_K",
-    "top_p_ptr": "HAS_TOP_P", "min_p_ptr": "HAS_MIN_P", "penalty_ptr": "HAS_PENALTY", "seen_ptr": "HAS_PENALTY",
-}  # fmt: skip
-TYPES = {"ids_ptr": "i32", "slots_ptr": "i32", "keys_ptr": "i64", "positions_ptr": "i32", "top_k_ptr": "i32"}
 
 
 def sampling_cases(arch: str) -> Iterator[Case]:
@@ -32,22 +28,28 @@ def sampling_cases(arch: str) -> Iterator[Case]:
     cases += [(50257, "bf16", VARIANTS[-1]), (2000, "fp32", VARIANTS[-1]), (200, "fp32", VARIANTS[-1])]
     for vocab_size, dtype, flags in cases:
         row = launch.sampling_row(vocab_size, arch, has_filters=bool(FILTERS & set(flags)))
-        constants = {flag: flag in flags for flag in FLAGS}
-        constants |= {"HAS_SLOTS": True, "MARK_SEEN": "HAS_PENALTY" in flags, "BLOCK": row.block_v}
-        signature = {}
-        for name in kernel.arg_names:
-            owner = OWNERS.get(name, "")
-            if owner and (owner.removeprefix("!") in flags) == owner.startswith("!"):
-                constants[name] = None  # a tensor that is not given
-            if name in constants:
-                signature[name] = "constexpr"
-            elif name.endswith("_ptr"):
-                signature[name] = "*" + {"logits_ptr": dtype, "seen_ptr": "u8", **TYPES}.get(name, "fp32")
-            else:
-                signature[name] = "i32"
-        aligned = tuple(
-            name for name in kernel.arg_names if name.endswith("_ptr") and constants.get(name, 0) is not None
+        has = dict(zip(FLAGS, (flag in flags for flag in FLAGS), strict=True))
+        meta = sampling._Meta(**has, MARK_SEEN=has["HAS_PENALTY"], BLOCK=row.block_v)
+        settings = sampling._Settings(
+            keys_ptr=None if has["IS_GREEDY"] else "*i64",
+            positions_ptr=None if has["IS_GREEDY"] else "*i32",
+            temperature_ptr=None if has["IS_GREEDY"] else "*fp32",
+            top_k_ptr="*i32" if has["HAS_TOP_K"] else None,
+            top_p_ptr="*fp32" if has["HAS_TOP_P"] else None,
+            min_p_ptr="*fp32" if has["HAS_MIN_P"] else None,
+            penalty_ptr="*fp32" if has["HAS_PENALTY"] else None,
         )
+        signature = {
+            "logits": Matrix("*" + dtype, "i32"),
+            "ids_ptr": "*i32",
+            "logprobs_ptr": "*fp32",
+            "slots_ptr": "*i32",
+            "settings": settings,
+            "seen": Matrix("*u8", "i32") if has["HAS_PENALTY"] else None,
+            "V": "i32",
+            "META": "constexpr",
+        }
+        aligned = pointers_and_strides(signature)
         options = dict(launch.OPTIONS)
         title = " ".join(["sample", dtype, f"block {row.block_v}", *flags])
-        yield Case(title, kernel, signature, constants, row.num_warps, options, (*aligned, "stride_lr", "stride_ss"))
+        yield Case(title, kernel, signature, {"META": meta}, row.num_warps, options, aligned)

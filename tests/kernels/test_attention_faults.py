@@ -14,13 +14,23 @@ SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/attention.
 MUTATIONS = {
     "diagonal off by one": (
         "square",
-        "offs_s <= offs_t + offset",
-        "offs_s < offs_t + offset",
+        "offs_s[None, :] <= walk.offs[:, None] + walk.offset",
+        "offs_s[None, :] < walk.offs[:, None] + walk.offset",
     ),
     "diagonal one too far": (
         "square",
-        "offs_s <= offs_t + offset",
-        "offs_s <= offs_t + offset + 1",
+        "offs_s[None, :] <= walk.offs[:, None] + walk.offset",
+        "offs_s[None, :] <= walk.offs[:, None] + walk.offset + 1",
+    ),
+    "diagonal off by one for dK and dV": (
+        "square",
+        "walk.offs[:, None] <= offs_t[None, :] + walk.offset",
+        "walk.offs[:, None] < offs_t[None, :] + walk.offset",
+    ),
+    "documents see their neighbours in dK and dV": (
+        "documents",
+        "allowed = allowed & (walk.offs[:, None] >= doc_start[None, :])",
+        "allowed = allowed & (walk.offs[:, None] >= 0 * doc_start[None, :])",
     ),
     "the cache's offset forgotten": (
         "chunk",
@@ -44,18 +54,18 @@ MUTATIONS = {
     ),
     "scale dropped in the forward": (
         "square",
-        "p = tl.exp2(x * scale_log2 - m_used[:, None])",
+        "p = tl.exp2(x * walk.scale_log2 - m_used[:, None])",
         "p = tl.exp2(x * LOG2_E - m_used[:, None])",
     ),
     "scale dropped from dq": (
         "square",
-        "_store_tile(dq_ptr, dq * scale,",
-        "_store_tile(dq_ptr, dq,",
+        "_store_tile(_head(dq, b, h), acc * scales.scale,",
+        "_store_tile(_head(dq, b, h), acc,",
     ),
     "scale dropped from dk": (
         "square",
-        "_store_tile(dk_ptr, dk * scale,",
-        "_store_tile(dk_ptr, dk,",
+        "_store_tile(dk_head, dk_acc * scales.scale,",
+        "_store_tile(dk_head, dk_acc,",
     ),
     "delta dropped": (
         "square",
@@ -64,8 +74,8 @@ MUTATIONS = {
     ),
     "unmasked tail of keys": (
         "square",
-        "mask=(start + offs_t < limit)[:, None] & (offs_d < D)[None, :], other=0.0)\n        elif",
-        "mask=(start + offs_t < limit + 1)[:, None] & (offs_d < D)[None, :], other=0.0)\n        elif",
+        "mask=(start + offs_t < limit)[:, None] & (offs_d < D)[None, :], other=0.0)\n    elif",
+        "mask=(start + offs_t < limit + 1)[:, None] & (offs_d < D)[None, :], other=0.0)\n    elif",
     ),
     "unmasked columns": (
         "square",
@@ -74,13 +84,13 @@ MUTATIONS = {
     ),
     "rows stored past the end": (
         "square",
-        "tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(start + offs_t < limit)",
-        "tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(start + offs_t < limit + 1)",
+        "mask = (start + offs_t < limit)",
+        "mask = (start + offs_t < limit + 1)",
     ),
     "wrong stride of v": (
         "chunk",
-        "v = _load_tile(v_ptr, b, h, s, stride_vt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, USE_TMA)",
-        "v = _load_tile(v_ptr, b, h, s, stride_vt + 1, limit, D, BLOCK_S, BLOCK_D, IS_CUT, USE_TMA)",
+        "k, v = _head(k, b, h), _head(v, b, h)",
+        "k, v = _head(k, b, h), Matrix(_head(v, b, h).ptr, v.stride_t + 1)",
     ),
     "heads mixed up": (
         "mixed",
@@ -94,7 +104,7 @@ MUTATIONS = {
     ),
     "documents see their neighbours": (
         "documents",
-        "        allowed = allowed & (offs_s >= doc_start)\n",
+        "        allowed = allowed & (offs_s[None, :] >= walk.doc_start[:, None])\n",
         "        allowed = allowed\n",
     ),
     "documents' first tile skipped": (
@@ -114,7 +124,7 @@ MUTATIONS = {
     ),
     "dropout not scaled": (
         "dropout",
-        "acc * (keep_scale / l_used)[:, None]",
+        "acc * (scales.keep_scale / l_used)[:, None]",
         "acc * (1.0 / l_used)[:, None]",
     ),
     "dropout's mask transposed": (
@@ -129,7 +139,7 @@ MUTATIONS = {
     ),
     "dropout forgotten in dk": (
         "dropout",
-        "        dp_t = tl.where(keep, dp_t * keep_scale, 0.0)\n",
+        "        dp_t = tl.where(keep, dp_t * walk.keep_scale, 0.0)\n",
         "",
     ),
     "the last queries skipped": (

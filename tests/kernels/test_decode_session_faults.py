@@ -13,11 +13,14 @@ SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/decode/ste
 MUTATIONS = {
     "a stop token goes on": ("(not is_stop) & ", ""),
     "the first stop token only": ("offs_stop < num_stops", "offs_stop < 1"),
-    "a token past the limit": ("produced < tl.load(limits_ptr", "produced <= tl.load(limits_ptr"),
+    "a token past the limit": ("produced < tl.load(state.limits_ptr", "produced <= tl.load(state.limits_ptr"),
     "a token past the context": ("(past < context)", "(past <= context)"),
-    "a token over the last one": ("past = tl.load(lengths_ptr + slot) + went_on", "past = tl.load(lengths_ptr + slot)"),
-    "slot 0's token": ("tl.load(tokens_ptr + slot)", "tl.load(tokens_ptr)"),
-    "no positions": ("x += tl.load(wpe_ptr", "x += 0 * tl.load(wpe_ptr"),
+    "a token over the last one": (
+        "past = tl.load(state.lengths_ptr + slot) + went_on",
+        "past = tl.load(state.lengths_ptr + slot)",
+    ),
+    "slot 0's token": ("tl.load(state.tokens_ptr + slot)", "tl.load(state.tokens_ptr)"),
+    "no positions": ("embedded += tl.load(wpe.ptr", "embedded += 0 * tl.load(wpe.ptr"),
     "the first layer's cache": ("self.keys[i], self.values[i]", "self.keys[0], self.values[0]"),
     "no residual": ("self._linear(hidden, layer.down, x, residual=x,", "self._linear(hidden, layer.down, x,"),
     "a row that has ended goes on": ("tl.where(goes_on, _RUNNING, _IDLE)", "_RUNNING"),

@@ -408,14 +408,14 @@ MUTATIONS = {
     "mean(g) is left out": ("(g - tl.sum(g, 0) / C)", "g"),
     "mean(g h) is left out": ("- h * (tl.sum(g * h, 0) / C))", "- h * 0)"),
     "the gradient past the norm is left out": ("ds += tl.load(after_row", "ds += 0 * tl.load(after_row"),
-    "dweight of the last row only": ("dweight += dy * h\n", "dweight = dy * h\n"),
-    "dbias of the last row only": ("            dbias += dy\n    partial", "            dbias = dy\n    partial"),
-    "dbias in dweight's place": ("tl.store(partial + NEEDS_DW * C + offs, dbias", "tl.store(partial + offs, dbias"),
-    "rows of another batch": ("(n // T) * stride_b", "(n // T) * stride_t"),
+    "dweight of the last row only": ("dweight += dy_n * h\n", "dweight = dy_n * h\n"),
+    "dbias of the last row only": ("            dbias += dy_n\n    partial", "            dbias = dy_n\n    partial"),
+    "dbias in dweight's place": ("partial + META.NEEDS_DW * C + offs, dbias", "partial + offs, dbias"),
+    "rows of another batch": ("(n // T) * x.stride_b", "(n // T) * x.stride_t"),
     "long rows: a block's columns again": ("ds_row + offs", "ds_row + offs % BLOCK_C"),
     "long rows: the square of the mean": ("left = tl.sum(sums, 0) / C", "left = mean + tl.sum(sums, 0) / C"),
     "long rows: one block's sum of g h": ("sums_gh += g * h", "sums_gh = g * h"),
-    "long rows: dweight without rstd": ("(d * tl.load(rstd_ptr + n))", "d"),
+    "long rows: dweight without rstd": ("(d * tl.load(stats.rstd_ptr + n))", "d"),
 }  # fmt: skip
 
 

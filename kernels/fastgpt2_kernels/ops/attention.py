@@ -47,21 +47,45 @@ def plan_documents(cu_seqlens: Tensor, num_tokens: int) -> Documents:
 
 @overload
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = ..., lengths: Tensor | None = ...,
-    dropout_p: float = ..., dropout_seed: Tensor | None = ...,
-    upcast: bool = ..., return_lse: Literal[False] = ..., backend: str = ...,
-) -> Tensor: ...  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    lengths: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: Tensor | None = ...,
+    upcast: bool = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
 @overload
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = ..., lengths: Tensor | None = ...,
-    dropout_p: float = ..., dropout_seed: Tensor | None = ...,
-    upcast: bool = ..., return_lse: Literal[True], backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    lengths: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: Tensor | None = ...,
+    upcast: bool = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, lengths: Tensor | None = None,
-    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, upcast: bool = False, return_lse: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    upcast: bool = False,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal softmax(scale q k^T) v: q (B, H, T, D), k and v (B, H, S, D) with S >= T -> (B, H, T, D).
 
     Query t sees keys 0 .. S - T + t: the last query sees every key (new tokens after a cache). `scale` defaults to
@@ -101,21 +125,45 @@ def causal_attention(
 
 @overload
 def causal_attention_packed(
-    qkv: Tensor, num_heads: int, *, scale: float | None = ..., lengths: Tensor | None = ...,
-    cu_seqlens: Tensor | Documents | None = ..., dropout_p: float = ..., dropout_seed: Tensor | None = ...,
-    upcast: bool = ..., return_lse: Literal[False] = ..., backend: str = ...,
-) -> Tensor: ...  # fmt: skip
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = ...,
+    lengths: Tensor | None = ...,
+    cu_seqlens: Tensor | Documents | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: Tensor | None = ...,
+    upcast: bool = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
 @overload
 def causal_attention_packed(
-    qkv: Tensor, num_heads: int, *, scale: float | None = ..., lengths: Tensor | None = ...,
-    cu_seqlens: Tensor | Documents | None = ..., dropout_p: float = ..., dropout_seed: Tensor | None = ...,
-    upcast: bool = ..., return_lse: Literal[True], backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = ...,
+    lengths: Tensor | None = ...,
+    cu_seqlens: Tensor | Documents | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: Tensor | None = ...,
+    upcast: bool = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 def causal_attention_packed(
-    qkv: Tensor, num_heads: int, *, scale: float | None = None, lengths: Tensor | None = None,
-    cu_seqlens: Tensor | Documents | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
-    upcast: bool = False, return_lse: bool = False, backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | Documents | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    upcast: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal self-attention on the packed projection: qkv (B, T, 3C), queries then keys then values -> (B, T, C).
 
     The Triton backend reads qkv where it lies and writes one packed gradient. `cu_seqlens` (documents + 1,), or what
@@ -261,9 +309,15 @@ def _plan_kernels(rows: Sequence[tuple[int, int, int]], device: torch.device | s
 
 
 def cached_attention(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan, *, scale: float | None = None, upcast: bool = False,
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: RowPlan,
+    *,
+    scale: float | None = None,
+    upcast: bool = False,
     backend: str = "auto",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Append new tokens to a KV cache and attend: qkv (N, 3C) of N tokens, row after row of `plan` -> (N, C).
 
     k_cache, v_cache (R, H, S, D), in qkv's dtype or float32, written in place at the plan's slots and positions. Each
@@ -316,9 +370,17 @@ def _cached_attention_kernels(
 
 
 def decode_attention(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, starts: Tensor | None = None,
-    counts: Tensor | None = None, slots: Tensor | None = None, scale: float | None = None, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    starts: Tensor | None = None,
+    counts: Tensor | None = None,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Append up to 8 new tokens a row to a KV cache and attend: qkv (N, 3C), the packed projection -> (N, C).
 
     k_cache, v_cache (slots, H, S, D), in qkv's dtype or float32, are written in place. `lengths` (slots,): tokens that
@@ -361,9 +423,15 @@ def decode_attention(
 
 
 def _check_rows(
-    name: str, N: int, capacity: int, num_rows: int, lengths: Tensor, starts: Tensor | None, counts: Tensor | None,
+    name: str,
+    N: int,
+    capacity: int,
+    num_rows: int,
+    lengths: Tensor,
+    starts: Tensor | None,
+    counts: Tensor | None,
     slots: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """Looks at the values of the rows' tensors."""
     held = lengths.tolist()
     slot_R = list(range(num_rows)) if slots is None else slots.tolist()

@@ -34,10 +34,17 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_decode(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None,
-    layer_norm: LayerNormWeights | None = None, activation: str = "linear", residual: Tensor | None = None,
-    out_dtype: torch.dtype | None = None, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_scale: Tensor | None = None,
+    layer_norm: LayerNormWeights | None = None,
+    activation: str = "linear",
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """activation(LN(x) weight^T + bias) + residual for a few rows: x (R, K), weight (N, K) -> (R, N).
 
     Made for reading the weight once, at 1 to about 64 rows; a row's result is the same to the bit whatever rows are
@@ -87,9 +94,13 @@ def _why_not_triton(product: torch.dtype, activation: str, given: dict[str, Tens
 
 
 def decode_step(
-    weights: StepWeights, slots: SlotState, sampling: SlotSampling, stop_ids: Tensor, max_rows: int,
+    weights: StepWeights,
+    slots: SlotState,
+    sampling: SlotSampling,
+    stop_ids: Tensor,
+    max_rows: int,
     cache_dtype: torch.dtype,
-) -> DecodeStep:  # fmt: skip
+) -> DecodeStep:
     """The launches of a decoding step of up to `max_rows` rows; see `triton.decode.step.DecodeStep`."""
     chosen = choose_backend("decode_step", weights.wte.device, "triton")
     return implementation("decode_step", chosen)(weights, slots, sampling, stop_ids, max_rows, cache_dtype)

@@ -94,9 +94,15 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str =
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "linear",
-    residual: Tensor | None = None, packed: PackedLinear | None = None, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "linear",
+    residual: Tensor | None = None,
+    packed: PackedLinear | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """activation(x weight^T + bias) or x weight^T + bias + residual: x (..., in), weight (out, in) -> (..., out).
 
     `packed` is `pack_linear(weight)`, used instead of `weight` when it is given, for x (N, in): the same product, 2 to

@@ -52,11 +52,22 @@ class CrossEntropyStats(NamedTuple):
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
-    z_loss: float = 0.0, class_weight: Tensor | None = None, shift: bool = False, empty: str = "nan",
-    check_targets: bool | TargetCheck | None = None, fuse_backward: bool = False, inplace_backward: bool = False,
-    return_stats: bool = False, backend: str = "auto",
-) -> Tensor | tuple[Tensor, CrossEntropyStats]:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weight: Tensor | None = None,
+    shift: bool = False,
+    empty: str = "nan",
+    check_targets: bool | TargetCheck | None = None,
+    fuse_backward: bool = False,
+    inplace_backward: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """Softmax cross-entropy of logits (N, V) or (B, T, V) against integer targets (N,) or (B, T), in float32.
 
     As `F.cross_entropy`, and: `z_loss` adds z_loss * lse^2 to every counted row (Chowdhery et al. 2022). `shift=True`
@@ -154,12 +165,25 @@ def _counted_weight(targets: Tensor, counted: Tensor, class_weight: Tensor | Non
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
-    reduction: str = "mean", num_items_in_batch: int | Tensor | None = None, label_smoothing: float = 0.0,
-    z_loss: float = 0.0, class_weight: Tensor | None = None, logit_scale: float = 1.0, shift: bool = False,
-    empty: str = "nan", check_targets: bool | TargetCheck | None = None, accumulate_into_grad: bool = False,
-    chunk_rows: int | None = None, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    shift: bool = False,
+    empty: str = "nan",
+    check_targets: bool | TargetCheck | None = None,
+    accumulate_into_grad: bool = False,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """`cross_entropy(logit_scale * (x @ weight.T + bias), targets)` without ever holding the (N, V) logits.
 
     x (N, C) or (B, T, C), weight (V, C), bias (V,), targets (N,) or (B, T) integers; rows whose target is
@@ -249,9 +273,14 @@ def _check_num_items(operator: str, num_items: int | Tensor | None, reduction: s
 
 
 def _check_loss_options(
-    operator: str, vocab_size: int, reduction: str, label_smoothing: float, z_loss: float,
-    class_weight: Tensor | None, empty: str,
-) -> None:  # fmt: skip
+    operator: str,
+    vocab_size: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    class_weight: Tensor | None,
+    empty: str,
+) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"{operator}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if not 0 <= label_smoothing < 1:

@@ -26,11 +26,21 @@ _SETTINGS: dict[str, tuple[torch.dtype, str, Callable]] = {
 
 
 def sample(
-    logits: Tensor, *, temperature: float | Tensor = 1.0, top_k: int | Tensor | None = None,
-    top_p: float | Tensor | None = None, min_p: float | Tensor | None = None, repetition_penalty: float | Tensor = 1.0,
-    seen: Tensor | None = None, mark_seen: bool = False, keys: Tensor | None = None, positions: Tensor | None = None,
-    slots: Tensor | None = None, out: tuple[Tensor, Tensor] | None = None, backend: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    repetition_penalty: float | Tensor = 1.0,
+    seen: Tensor | None = None,
+    mark_seen: bool = False,
+    keys: Tensor | None = None,
+    positions: Tensor | None = None,
+    slots: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """Choose a token for every row of logits (R, V): ids (R,) int64 and their log-probabilities (R,) float32.
 
     The filters apply in this order: repetition penalty (Keskar et al. 2019) of the tokens `seen`, temperature, top-k,
@@ -55,9 +65,12 @@ def sample(
     chosen = choose_backend(_NAME, logits.device, backend, lambda: only_float32(logits.dtype))
     R = len(logits)
     numbers: dict[str, float | Tensor | None] = {
-        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
         "repetition_penalty": repetition_penalty,
-    }  # fmt: skip
+    }
     given = {name: t for name, t in numbers.items() if isinstance(t, Tensor)}
     state = {"keys": keys, "positions": positions, "seen": seen}
     if out is not None:

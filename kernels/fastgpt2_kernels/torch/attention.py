@@ -21,9 +21,13 @@ def attention(
 
 
 def attention_packed(
-    qkv: Tensor, num_heads: int, options: AttentionOptions, lengths: Tensor | None, documents: Documents | None,
+    qkv: Tensor,
+    num_heads: int,
+    options: AttentionOptions,
+    lengths: Tensor | None,
+    documents: Documents | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """The output (B, T, C) and, where it is asked for, the log-sum-exp (B, H, T)."""
     cu_seqlens = None if documents is None else documents.cu_seqlens
     out = causal_attention_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
@@ -87,9 +91,13 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def causal_attention_packed(
-    qkv: Tensor, num_heads: int, options: AttentionOptions, *, lengths: Tensor | None = None,
+    qkv: Tensor,
+    num_heads: int,
+    options: AttentionOptions,
+    *,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """qkv (B, T, 3C) -> (B, T, C); with `cu_seqlens` B is 1 and each document sees itself only."""
     if cu_seqlens is None:
         out = causal_attention(*split_heads(qkv, num_heads), options, lengths=lengths)
@@ -108,9 +116,13 @@ def causal_attention_packed(
 
 
 def attention_lse_packed(
-    qkv: Tensor, num_heads: int, options: AttentionOptions, *, lengths: Tensor | None = None,
+    qkv: Tensor,
+    num_heads: int,
+    options: AttentionOptions,
+    *,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     if cu_seqlens is None:
         q, k, _ = split_heads(qkv, num_heads)
         return attention_lse(q, k, options, lengths=lengths)

@@ -11,22 +11,36 @@ from fastgpt2_kernels.types import CrossEntropyOptions, LossOptions, LossRows
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, class_weight: Tensor | None, options: CrossEntropyOptions, counted: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    options: CrossEntropyOptions,
+    counted: Tensor,
     divisor: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The reduced loss, and (lse, logprob, entropy, correct) of every row where they are asked for."""
     rows = cross_entropy_rows(
-        logits, reference.shift_targets(targets, options.ignore_index) if options.shift else targets,
-        ignore_index=options.ignore_index, class_weight=class_weight, label_smoothing=options.label_smoothing,
-        z_loss=options.z_loss, with_stats=options.return_stats,
-    )  # fmt: skip
+        logits,
+        reference.shift_targets(targets, options.ignore_index) if options.shift else targets,
+        ignore_index=options.ignore_index,
+        class_weight=class_weight,
+        label_smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        with_stats=options.return_stats,
+    )
     return reference.reduce_loss(rows.loss, options.reduction, divisor), tuple(t for t in rows[1:] if t is not None)
 
 
 def cross_entropy_rows(
-    logits: Tensor, targets: Tensor, *, ignore_index: int, class_weight: Tensor | None, label_smoothing: float,
-    z_loss: float, with_stats: bool,
-) -> LossRows:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    with_stats: bool,
+) -> LossRows:
     """Loss of every row of logits (..., V), targets (...), in float32 (float64 for float64 logits)."""
     V = logits.shape[-1]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32

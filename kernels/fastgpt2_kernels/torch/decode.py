@@ -47,9 +47,12 @@ def append_to_cache(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 
 
 def attend_row_by_row(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Iterable[tuple[int, int, int]],
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Iterable[tuple[int, int, int]],
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The queries of qkv (N, 3C) against the caches that hold their keys already -> (N, C).
 
     One fused call a row: rows of any lengths cost what they hold (no padding is computed), and a row's result does
@@ -70,11 +73,24 @@ def _split_tokens(qkv: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
 
 
 def linear_decode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None, layer_norm: LayerNormWeights | None,
-    activation: str, residual: Tensor | None, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    layer_norm: LayerNormWeights | None,
+    activation: str,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """activation(LN(x) weight^T + bias) + residual, x (R, K), weight (N, K) -> (R, N)."""
     return reference.linear_decode(
-        x, weight, bias, weight_scale=weight_scale, layer_norm=layer_norm, activation=activation, residual=residual,
-        product_dtype=product_dtype(x, weight, bias, layer_norm), out_dtype=out_dtype,
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        weight_scale=weight_scale,
+        layer_norm=layer_norm,
+        activation=activation,
+        residual=residual,
+        product_dtype=product_dtype(x, weight, bias, layer_norm),
+        out_dtype=out_dtype,
+    )

@@ -9,9 +9,14 @@ from fastgpt2_kernels import reference
 
 
 def sample(
-    logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, settings: dict[str, Tensor | None],
-    seen: Tensor | None, mark_seen: bool,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    slots: Tensor | None,
+    settings: dict[str, Tensor | None],
+    seen: Tensor | None,
+    mark_seen: bool,
+) -> None:
     """Choose a token for every row of logits (R, V), into ids and logprobs (S,) at `slots`."""
     at = torch.arange(len(logits), device=logits.device) if slots is None else slots.long()
     rows = {name: None if t is None else t[at] for name, t in settings.items()}

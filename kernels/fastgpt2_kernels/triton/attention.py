@@ -34,15 +34,81 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.types import AttentionOptions, Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every statistical test (Salmon et al. 2011, table 2)
-SECTION = tl.constexpr(
-    24
-)  # heads: at T = 2048, D = 64 and 16 bits their K and V take 12.6 MB of a cache of 40 to 50 MB
+# Heads: at T = 2048, D = 64 and 16 bits their K and V take 12.6 MB of a cache of 40 to 50 MB.
+SECTION = tl.constexpr(24)
+
+
+# -- arguments ----------------------------------------------------------------------------------------------------
+
+
+class _Heads(NamedTuple):
+    """A (T, D) matrix for every row b and head h."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_t: Any
+
+
+class _Inputs(NamedTuple):
+    q: Any
+    k: Any
+    v: Any
+
+
+class _Statistics(NamedTuple):
+    """(B, H, T) float32. Without sum_ptr, max_ptr holds m + log2 l."""
+
+    max_ptr: Any
+    sum_ptr: Any
+    delta_ptr: Any = None
+
+
+class _Mask(NamedTuple):
+    """Each None where there is no such mask."""
+
+    lengths_ptr: Any
+    doc_start_ptr: Any
+    doc_end_ptr: Any
+    seed_ptr: Any
+
+
+class _Scales(NamedTuple):
+    scale: Any
+    keep_scale: Any  # 1 / (1 - p)
+
+
+class _Meta(NamedTuple):
+    D: int
+    BLOCK_D: int
+    BLOCK_T: int
+    BLOCK_S: int
+    USE_TMA: bool
+    PRECISION: str
+
+
+class _Walk(NamedTuple):
+    """What stays the same while a program walks from its own tile over the others."""
+
+    b: Any
+    h: Any
+    bh: Any
+    start: Any  # of its own tile
+    offs: Any
+    limit: Any  # of the rows that it walks over
+    offset: Any
+    doc_start: Any  # of its queries, or None
+    scale_log2: Any
+    threshold: Any
+    keep_scale: Any
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
@@ -59,48 +125,60 @@ def _place(num_tiles):
 
 
 @triton.jit
-def _load_tile(
-    ptr, b, h, start, stride_t, limit,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """Rows start .. start + BLOCK of a (T, D) matrix, zeros from row `limit` on (HAS_MASK) and past column D.
+def _head(x, b, h):
+    """The matrix of a row's head."""
+    return Matrix(x.ptr + (tl.cast(b, tl.int64) * x.stride_b + tl.cast(h, tl.int64) * x.stride_h), x.stride_t)
 
-    `ptr` points to the head's first element, or is a (B, H, T, D) tensor descriptor (USE_TMA).
-    """
-    if USE_TMA:
-        tile = tl.reshape(ptr.load([b, h, start, 0]), (BLOCK, BLOCK_D))
+
+@triton.jit
+def _load_tile(x, start, limit, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, META: tl.constexpr):
+    """Rows start .. start + BLOCK of a (T, D) matrix, zeros from row `limit` on (HAS_MASK) and past column D."""
+    D: tl.constexpr = META.D
+    BLOCK_D: tl.constexpr = META.BLOCK_D
+    offs_t = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = x.ptr + tl.cast(start, tl.int64) * x.stride + (offs_t[:, None] * x.stride + offs_d[None, :])
+    if HAS_MASK and D == BLOCK_D:
+        tile = tl.load(ptrs, mask=(start + offs_t < limit)[:, None], other=0.0)
+    elif HAS_MASK:
+        tile = tl.load(ptrs, mask=(start + offs_t < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        tile = tl.load(ptrs)
     else:
-        offs_t = tl.arange(0, BLOCK)
-        offs_d = tl.arange(0, BLOCK_D)
-        ptrs = ptr + tl.cast(start, tl.int64) * stride_t + (offs_t[:, None] * stride_t + offs_d[None, :])
-        if HAS_MASK and D == BLOCK_D:
-            tile = tl.load(ptrs, mask=(start + offs_t < limit)[:, None], other=0.0)
-        elif HAS_MASK:
-            tile = tl.load(ptrs, mask=(start + offs_t < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
-        elif D == BLOCK_D:
-            tile = tl.load(ptrs)
-        else:
-            tile = tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+        tile = tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
-def _store_tile(
-    ptr, tile, start, stride_t, limit, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Rows start .. start + BLOCK up to `limit`, columns up to D, in the matrix's dtype."""
-    offs_t = tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + tl.cast(start, tl.int64) * stride_t + (offs_t[:, None] * stride_t + offs_d[None, :])
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(start + offs_t < limit)[:, None] & (offs_d < D)[None, :])
+def _load_keys(x, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
+    """Rows s .. s + BLOCK_S of k or v, a matrix or with USE_TMA a (B, H, S, D) tensor descriptor."""
+    BLOCK_S: tl.constexpr = META.BLOCK_S
+    BLOCK_D: tl.constexpr = META.BLOCK_D
+    if META.USE_TMA:
+        tile = tl.reshape(x.load([walk.b, walk.h, s, 0]), (BLOCK_S, BLOCK_D))
+    else:
+        tile = _load_tile(x, s, walk.limit, BLOCK=BLOCK_S, HAS_MASK=IS_CUT, META=META)
+    return tile
 
 
 @triton.jit
-def _keep_mask(seed_ptr, bh, t_start, s_start, threshold, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def _store_tile(x, tile, start, limit, BLOCK: tl.constexpr, META: tl.constexpr):
+    """Rows start .. start + BLOCK up to `limit`, columns up to D, in the matrix's dtype."""
+    offs_t = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, META.BLOCK_D)
+    ptrs = x.ptr + tl.cast(start, tl.int64) * x.stride + (offs_t[:, None] * x.stride + offs_d[None, :])
+    mask = (start + offs_t < limit)[:, None] & (offs_d < META.D)[None, :]
+    tl.store(ptrs, tile.to(x.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _keep_mask(seed_ptr, bh, t_start, s_start, threshold, META: tl.constexpr):
     """Which weights of a tile dropout keeps, (BLOCK_T, BLOCK_S); threshold: p in units of 2^-16.
 
     One call of Philox gives 128 bits, 16 for each of 8 neighbouring keys; calls are what dropout costs.
     """
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    BLOCK_S: tl.constexpr = META.BLOCK_S
     offs_t = (t_start + tl.arange(0, BLOCK_T))[:, None]
     offs_g = (s_start // 8 + tl.arange(0, BLOCK_S // 8))[None, :]
     zero = (offs_t + offs_g) * 0
@@ -114,7 +192,7 @@ def _keep_mask(seed_ptr, bh, t_start, s_start, threshold, BLOCK_T: tl.constexpr,
 
 
 @triton.jit
-def _key_range(t_start, t_end, offset, doc_start_ptr, BLOCK_S: tl.constexpr, HAS_DOCS: tl.constexpr):
+def _key_range(t_start, t_end, offset, doc_start_ptr, BLOCK_S: tl.constexpr):
     """The keys that the queries t_start .. t_end see, in tiles: (whole_start, whole_end, cut_start, num_lead, num_cut).
 
     Whole tiles lie in whole_start .. whole_end. Of the `num_cut` tiles that the mask cuts through, the first `num_lead`
@@ -122,7 +200,7 @@ def _key_range(t_start, t_end, offset, doc_start_ptr, BLOCK_S: tl.constexpr, HAS
     """
     whole_start, cut_start = 0, 0
     whole_end = (t_start + offset + 1) // BLOCK_S * BLOCK_S
-    if HAS_DOCS:
+    if doc_start_ptr is not None:
         cut_start = tl.load(doc_start_ptr + t_start) // BLOCK_S * BLOCK_S
         whole_start = tl.cdiv(tl.load(doc_start_ptr + t_end - 1), BLOCK_S) * BLOCK_S
         whole_start = tl.minimum(whole_start, whole_end)
@@ -132,11 +210,11 @@ def _key_range(t_start, t_end, offset, doc_start_ptr, BLOCK_S: tl.constexpr, HAS
 
 
 @triton.jit
-def _query_range(s_start, s_end, num_queries, offset, doc_end_ptr, BLOCK_T: tl.constexpr, HAS_DOCS: tl.constexpr):
+def _query_range(s_start, s_end, num_queries, offset, doc_end_ptr, BLOCK_T: tl.constexpr):
     """The queries that see the keys s_start .. s_end, in the terms of `_key_range`: diagonal first, documents last."""
     cut_start = tl.maximum(s_start - offset, 0) // BLOCK_T * BLOCK_T
     last, whole_last = num_queries, num_queries
-    if HAS_DOCS:
+    if doc_end_ptr is not None:
         last = tl.minimum(last, tl.load(doc_end_ptr + s_end - 1))
         whole_last = tl.minimum(last, tl.load(doc_end_ptr + s_start))
     whole_start = tl.maximum(tl.cdiv(s_end - 1 - offset, BLOCK_T) * BLOCK_T, cut_start)
@@ -148,10 +226,21 @@ def _query_range(s_start, s_end, num_queries, offset, doc_end_ptr, BLOCK_T: tl.c
 
 
 @triton.jit
-def _allowed(offs_t, offs_s, offset, doc_start, HAS_DOCS: tl.constexpr):
-    allowed = offs_s <= offs_t + offset
-    if HAS_DOCS:
-        allowed = allowed & (offs_s >= doc_start)
+def _limits(mask, b, T, S):
+    """(queries, keys) of row b that there are: all of them, or up to its length."""
+    t_limit, s_limit = T, S
+    if mask.lengths_ptr is not None:
+        t_limit = tl.minimum(tl.maximum(tl.load(mask.lengths_ptr + b), 0), T)
+        s_limit = t_limit
+    return t_limit, s_limit
+
+
+@triton.jit
+def _is_seen(walk, offs_s):
+    """Whether the program's own queries see the keys offs_s, (BLOCK_T, BLOCK_S)."""
+    allowed = offs_s[None, :] <= walk.offs[:, None] + walk.offset
+    if walk.doc_start is not None:
+        allowed = allowed & (offs_s[None, :] >= walk.doc_start[:, None])
     return allowed
 
 
@@ -159,228 +248,180 @@ def _allowed(offs_t, offs_s, offset, doc_start, HAS_DOCS: tl.constexpr):
 
 
 @triton.jit
-def _online_softmax_step(
-    acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt, stride_vt, limit, offset, doc_start,
-    scale_log2, threshold,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _online_softmax_step(acc, m, l, q, k_heads, v_heads, mask, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
     """Take the keys s .. s + BLOCK_S into the running maximum m, sum l and output acc (before division by l)."""
-    offs_s = s + tl.arange(0, BLOCK_S)
-    k = _load_tile(k_ptr, b, h, s, stride_kt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, USE_TMA)
+    PRECISION: tl.constexpr = META.PRECISION
+    offs_s = s + tl.arange(0, META.BLOCK_S)
+    k = _load_keys(k_heads, walk, s, IS_CUT=IS_CUT, META=META)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_T, BLOCK_S)
     if IS_CUT:
-        x = tl.where(_allowed(offs_t[:, None], offs_s[None, :], offset, doc_start[:, None], HAS_DOCS), x, float("-inf"))
-    m_new = tl.maximum(m, tl.max(x, 1) * scale_log2)
+        x = tl.where(_is_seen(walk, offs_s), x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * walk.scale_log2)
     m_used = m_new
-    if HAS_DOCS and IS_CUT:
+    if IS_CUT and mask.doc_start_ptr is not None:
         # A row of a later document has seen nothing yet: subtract 0, as -inf - (-inf) is NaN.
         m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(x * scale_log2 - m_used[:, None])
+    p = tl.exp2(x * walk.scale_log2 - m_used[:, None])
     alpha = tl.exp2(m - m_used)
     l = l * alpha + tl.sum(p, 1)
-    if HAS_DROPOUT:
-        p = tl.where(_keep_mask(seed_ptr, bh, t_start, s, threshold, BLOCK_T, BLOCK_S), p, 0.0)
+    if mask.seed_ptr is not None:
+        keep = _keep_mask(mask.seed_ptr, walk.bh, walk.start, s, walk.threshold, META=META)
+        p = tl.where(keep, p, 0.0)
     acc = acc * alpha[:, None]
-    v = _load_tile(v_ptr, b, h, s, stride_vt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, USE_TMA)
+    v = _load_keys(v_heads, walk, s, IS_CUT=IS_CUT, META=META)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, m_new, l
 
 
 @triton.jit(do_not_specialize=["H", "T", "S", "threshold"])
-def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, max_ptr, sum_ptr, lengths_ptr, doc_start_ptr, seed_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot, H, T, S, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of queries of one head: its rows of O, m and l."""
+def _attention_fwd_kernel(q, k, v, o, stats, mask, H, T, S, threshold, scales, META: tl.constexpr):
+    """One tile of queries of one head: its rows of O, m and l. With USE_TMA k and v are tensor descriptors."""
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    BLOCK_S: tl.constexpr = META.BLOCK_S
+    BLOCK_D: tl.constexpr = META.BLOCK_D
     num_tiles = tl.cdiv(T, BLOCK_T)
     bh, rank = _place(num_tiles)
     t_start = (num_tiles - 1 - rank) * BLOCK_T  # the last queries see the most keys
     b, h = bh // H, bh % H
     offset = S - T
-    t_limit, s_limit = T, S
-    if HAS_LENGTHS:
-        t_limit = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), T)
-        s_limit = t_limit
-    q_ptr += b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
-    o_ptr += b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
-    if not USE_TMA:
-        k_ptr += b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
-        v_ptr += b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
+    t_limit, s_limit = _limits(mask, b, T, S)
+    q_head, o_head = _head(q, b, h), _head(o, b, h)
+    if not META.USE_TMA:
+        k, v = _head(k, b, h), _head(v, b, h)
     offs_t = t_start + tl.arange(0, BLOCK_T)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_T,), tl.float32)
     if t_start < t_limit:
         t_end = tl.minimum(t_start + BLOCK_T, t_limit)
-        doc_start = offs_t
-        if HAS_DOCS:
-            doc_start = tl.load(doc_start_ptr + offs_t, mask=offs_t < t_limit, other=0)
-        q = _load_tile(q_ptr, b, h, t_start, stride_qt, t_limit, D, BLOCK_T, BLOCK_D, True, False)
-        scale_log2 = scale * LOG2_E
+        doc_start = None
+        if mask.doc_start_ptr is not None:
+            doc_start = tl.load(mask.doc_start_ptr + offs_t, mask=offs_t < t_limit, other=0)
+        q_tile = _load_tile(q_head, t_start, t_limit, BLOCK=BLOCK_T, HAS_MASK=True, META=META)
+        walk = _Walk(
+            b, h, bh, t_start, offs_t, s_limit, offset, doc_start, scales.scale * LOG2_E, threshold, scales.keep_scale
+        )
         whole_start, whole_end, cut_start, num_lead, num_cut = _key_range(
-            t_start, t_end, offset, doc_start_ptr, BLOCK_S, HAS_DOCS)  # fmt: skip
+            t_start, t_end, offset, mask.doc_start_ptr, BLOCK_S=BLOCK_S
+        )
         for s in range(whole_start, whole_end, BLOCK_S):
-            acc, m, l = _online_softmax_step(
-                acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt, stride_vt, s_limit,
-                offset,
-                doc_start, scale_log2, threshold, D, BLOCK_T, BLOCK_S, BLOCK_D, False, HAS_DOCS, HAS_DROPOUT, USE_TMA,
-                PRECISION)  # fmt: skip
+            acc, m, l = _online_softmax_step(acc, m, l, q_tile, k, v, mask, walk, s, IS_CUT=False, META=META)
         for i in range(num_cut):
             s = tl.where(i < num_lead, cut_start + i * BLOCK_S, whole_end + (i - num_lead) * BLOCK_S)
-            acc, m, l = _online_softmax_step(
-                acc, m, l, q, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt, stride_vt, s_limit,
-                offset,
-                doc_start, scale_log2, threshold, D, BLOCK_T, BLOCK_S, BLOCK_D, True, HAS_DOCS, HAS_DROPOUT, USE_TMA,
-                PRECISION)  # fmt: skip
+            acc, m, l = _online_softmax_step(acc, m, l, q_tile, k, v, mask, walk, s, IS_CUT=True, META=META)
     is_valid = offs_t < t_limit
     l_used = tl.where(is_valid, l, 1.0)
-    acc = tl.where(is_valid[:, None], acc * (keep_scale / l_used)[:, None], 0.0)
-    _store_tile(o_ptr, acc, t_start, stride_ot, T, D, BLOCK_T, BLOCK_D)
+    acc = tl.where(is_valid[:, None], acc * (scales.keep_scale / l_used)[:, None], 0.0)
+    _store_tile(o_head, acc, t_start, T, BLOCK=BLOCK_T, META=META)
     rows = bh.to(tl.int64) * T + offs_t
-    if HAS_SUM:
-        tl.store(sum_ptr + rows, tl.where(is_valid, l, 0.0), mask=offs_t < T)
+    if stats.sum_ptr is not None:
+        tl.store(stats.sum_ptr + rows, tl.where(is_valid, l, 0.0), mask=offs_t < T)
     else:
         m += tl.log2(l_used)
-    tl.store(max_ptr + rows, tl.where(is_valid, m, float("-inf")), mask=offs_t < T)
+    tl.store(stats.max_ptr + rows, tl.where(is_valid, m, float("-inf")), mask=offs_t < T)
 
 
 # -- backward -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _dq_step(
-    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt, stride_vt, limit,
-    offset,
-    doc_start, scale_log2, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq += dS K / scale over the keys s .. s + BLOCK_S."""
-    offs_s = s + tl.arange(0, BLOCK_S)
-    k = _load_tile(k_ptr, b, h, s, stride_kt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, False)
-    v = _load_tile(v_ptr, b, h, s, stride_vt, limit, D, BLOCK_S, BLOCK_D, IS_CUT, False)
+def _dq_step(dq, q, do, m, inv_l, delta, heads, mask, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
+    """dq += dS K / scale over the keys s .. s + BLOCK_S. inv_l is 1 / l, or None where m has it."""
+    PRECISION: tl.constexpr = META.PRECISION
+    offs_s = s + tl.arange(0, META.BLOCK_S)
+    k = _load_keys(heads.k, walk, s, IS_CUT=IS_CUT, META=META)
+    v = _load_keys(heads.v, walk, s, IS_CUT=IS_CUT, META=META)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(x * scale_log2 - m[:, None])
-    if HAS_SUM:
+    p = tl.exp2(x * walk.scale_log2 - m[:, None])
+    if inv_l is not None:
         p = p * inv_l[:, None]
     if IS_CUT:
-        p = tl.where(_allowed(offs_t[:, None], offs_s[None, :], offset, doc_start[:, None], HAS_DOCS), p, 0.0)
+        p = tl.where(_is_seen(walk, offs_s), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    if HAS_DROPOUT:
-        keep = _keep_mask(seed_ptr, bh, t_start, s, threshold, BLOCK_T, BLOCK_S)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
+    if mask.seed_ptr is not None:
+        keep = _keep_mask(mask.seed_ptr, walk.bh, walk.start, s, walk.threshold, META=META)
+        dp = tl.where(keep, dp * walk.keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["H", "T", "S", "threshold"])
-def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, dq_ptr, lengths_ptr, doc_start_ptr, seed_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt,
-    H, T, S, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_DQ: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of queries of one head: its rows of delta and, with HAS_DQ, of dQ."""
+def _attention_bwd_dq_kernel(inputs, o, do, dq, stats, mask, H, T, S, threshold, scales, META: tl.constexpr):
+    """One tile of queries of one head: its rows of delta and, unless dq is None, of dQ."""
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    BLOCK_S: tl.constexpr = META.BLOCK_S
+    BLOCK_D: tl.constexpr = META.BLOCK_D
     num_tiles = tl.cdiv(T, BLOCK_T)
     bh, rank = _place(num_tiles)
     t_start = (num_tiles - 1 - rank) * BLOCK_T
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     offset = S - T
-    t_limit, s_limit = T, S
-    if HAS_LENGTHS:
-        t_limit = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), T)
-        s_limit = t_limit
+    t_limit, s_limit = _limits(mask, b, T, S)
     offs_t = t_start + tl.arange(0, BLOCK_T)
     rows = bh.to(tl.int64) * T + offs_t
-    o = _load_tile(
-        o_ptr + b * stride_ob + h * stride_oh, b, h, t_start, stride_ot, t_limit, D, BLOCK_T, BLOCK_D, True,
-        False)  # fmt: skip
-    do = _load_tile(
-        do_ptr + b * stride_dob + h * stride_doh, b, h, t_start, stride_dot, t_limit, D, BLOCK_T, BLOCK_D, True,
-        False)  # fmt: skip
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + rows, delta, mask=offs_t < T)
-    if HAS_DQ:
-        dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    o_tile = _load_tile(_head(o, b, h), t_start, t_limit, BLOCK=BLOCK_T, HAS_MASK=True, META=META)
+    do_tile = _load_tile(_head(do, b, h), t_start, t_limit, BLOCK=BLOCK_T, HAS_MASK=True, META=META)
+    delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    tl.store(stats.delta_ptr + rows, delta, mask=offs_t < T)
+    if dq is not None:
+        acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         if t_start < t_limit:
             t_end = tl.minimum(t_start + BLOCK_T, t_limit)
-            k_ptr += b * stride_kb + h * stride_kh
-            v_ptr += b * stride_vb + h * stride_vh
-            doc_start = offs_t
-            if HAS_DOCS:
-                doc_start = tl.load(doc_start_ptr + offs_t, mask=offs_t < t_limit, other=0)
-            q = _load_tile(
-                q_ptr + b * stride_qb + h * stride_qh, b, h, t_start, stride_qt, t_limit, D, BLOCK_T, BLOCK_D, True,
-                False)  # fmt: skip
-            m = tl.load(max_ptr + rows, mask=offs_t < t_limit, other=float("inf"))
-            inv_l = m
-            if HAS_SUM:
-                inv_l = 1.0 / tl.load(sum_ptr + rows, mask=offs_t < t_limit, other=1.0)
-            scale_log2 = scale * LOG2_E
+            heads = _Inputs(None, _head(inputs.k, b, h), _head(inputs.v, b, h))
+            doc_start = None
+            if mask.doc_start_ptr is not None:
+                doc_start = tl.load(mask.doc_start_ptr + offs_t, mask=offs_t < t_limit, other=0)
+            q = _load_tile(_head(inputs.q, b, h), t_start, t_limit, BLOCK=BLOCK_T, HAS_MASK=True, META=META)
+            m = tl.load(stats.max_ptr + rows, mask=offs_t < t_limit, other=float("inf"))
+            inv_l = None
+            if stats.sum_ptr is not None:
+                inv_l = 1.0 / tl.load(stats.sum_ptr + rows, mask=offs_t < t_limit, other=1.0)
+            scale_log2 = scales.scale * LOG2_E
+            walk = _Walk(
+                b, h, bh, t_start, offs_t, s_limit, offset, doc_start, scale_log2, threshold, scales.keep_scale
+            )
             whole_start, whole_end, cut_start, num_lead, num_cut = _key_range(
-                t_start, t_end, offset, doc_start_ptr, BLOCK_S, HAS_DOCS)  # fmt: skip
+                t_start, t_end, offset, mask.doc_start_ptr, BLOCK_S=BLOCK_S
+            )
             for s in range(whole_start, whole_end, BLOCK_S):
-                dq = _dq_step(
-                    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt,
-                    stride_vt,
-                    s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_S, BLOCK_D,
-                    False, HAS_DOCS,
-                    HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
+                acc = _dq_step(acc, q, do_tile, m, inv_l, delta, heads, mask, walk, s, IS_CUT=False, META=META)
             for i in range(num_cut):
                 s = tl.where(i < num_lead, cut_start + i * BLOCK_S, whole_end + (i - num_lead) * BLOCK_S)
-                dq = _dq_step(
-                    dq, q, do, m, inv_l, delta, k_ptr, v_ptr, seed_ptr, b, h, bh, s, t_start, offs_t, stride_kt,
-                    stride_vt,
-                    s_limit, offset, doc_start, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_S, BLOCK_D, True,
-                    HAS_DOCS,
-                    HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
-        dq_ptr += b * stride_dqb + h * stride_dqh
-        _store_tile(dq_ptr, dq * scale, t_start, stride_dqt, T, D, BLOCK_T, BLOCK_D)
+                acc = _dq_step(acc, q, do_tile, m, inv_l, delta, heads, mask, walk, s, IS_CUT=True, META=META)
+        _store_tile(_head(dq, b, h), acc * scales.scale, t_start, T, BLOCK=BLOCK_T, META=META)
 
 
 @triton.jit
-def _dkdv_step(
-    dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t, s_start, offs_s,
-    stride_qt,
-    stride_dot,
-    limit, offset, scale_log2, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_CUT: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _dkdv_step(dk, dv, k, v, q_head, do_head, stats, mask, walk, t, IS_CUT: tl.constexpr, META: tl.constexpr):
     """dk += dS^T Q / scale and dv += (P o Z)^T dO (1 - p) over the queries t .. t + BLOCK_T."""
-    offs_t = t + tl.arange(0, BLOCK_T)
-    q = _load_tile(q_ptr, b, h, t, stride_qt, limit, D, BLOCK_T, BLOCK_D, IS_CUT, False)
-    do = _load_tile(do_ptr, b, h, t, stride_dot, limit, D, BLOCK_T, BLOCK_D, IS_CUT, False)
+    PRECISION: tl.constexpr = META.PRECISION
+    limit = walk.limit
+    offs_t = t + tl.arange(0, META.BLOCK_T)
+    q = _load_tile(q_head, t, limit, BLOCK=META.BLOCK_T, HAS_MASK=IS_CUT, META=META)
+    do = _load_tile(do_head, t, limit, BLOCK=META.BLOCK_T, HAS_MASK=IS_CUT, META=META)
     if IS_CUT:
         # Past the last row exp2(x - inf) is 0.
-        m = tl.load(max_ptr + offs_t, mask=offs_t < limit, other=float("inf"))
-        delta = tl.load(delta_ptr + offs_t, mask=offs_t < limit, other=0.0)
+        m = tl.load(stats.max_ptr + offs_t, mask=offs_t < limit, other=float("inf"))
+        delta = tl.load(stats.delta_ptr + offs_t, mask=offs_t < limit, other=0.0)
     else:
-        m = tl.load(max_ptr + offs_t)
-        delta = tl.load(delta_ptr + offs_t)
+        m = tl.load(stats.max_ptr + offs_t)
+        delta = tl.load(stats.delta_ptr + offs_t)
     x_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_S, BLOCK_T)
-    p_t = tl.exp2(x_t * scale_log2 - m[None, :])
-    if HAS_SUM:
-        p_t = p_t * (1.0 / tl.load(sum_ptr + offs_t, mask=offs_t < limit, other=1.0))[None, :]
+    p_t = tl.exp2(x_t * walk.scale_log2 - m[None, :])
+    if stats.sum_ptr is not None:
+        p_t = p_t * (1.0 / tl.load(stats.sum_ptr + offs_t, mask=offs_t < limit, other=1.0))[None, :]
     if IS_CUT:
-        doc_start = offs_t
-        if HAS_DOCS:
-            doc_start = tl.load(doc_start_ptr + offs_t, mask=offs_t < limit, other=0)
-        p_t = tl.where(_allowed(offs_t[None, :], offs_s[:, None], offset, doc_start[None, :], HAS_DOCS), p_t, 0.0)
+        allowed = walk.offs[:, None] <= offs_t[None, :] + walk.offset
+        if mask.doc_start_ptr is not None:
+            doc_start = tl.load(mask.doc_start_ptr + offs_t, mask=offs_t < limit, other=0)
+            allowed = allowed & (walk.offs[:, None] >= doc_start[None, :])
+        p_t = tl.where(allowed, p_t, 0.0)
     dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     kept_t = p_t
-    if HAS_DROPOUT:
-        keep = tl.trans(_keep_mask(seed_ptr, bh, t, s_start, threshold, BLOCK_T, BLOCK_S))
+    if mask.seed_ptr is not None:
+        keep = tl.trans(_keep_mask(mask.seed_ptr, walk.bh, t, walk.start, walk.threshold, META=META))
         kept_t = tl.where(keep, p_t, 0.0)
-        dp_t = tl.where(keep, dp_t * keep_scale, 0.0)
+        dp_t = tl.where(keep, dp_t * walk.keep_scale, 0.0)
     dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=PRECISION)
     ds_t = p_t * (dp_t - delta[None, :])
     dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -388,64 +429,47 @@ def _dkdv_step(
 
 
 @triton.jit(do_not_specialize=["H", "T", "S", "threshold"])
-def _attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, dk_ptr, dv_ptr, lengths_ptr, doc_start_ptr, doc_end_ptr,
-    seed_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_dob, stride_doh, stride_dot, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    H, T, S, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _attention_bwd_dkdv_kernel(inputs, do, dk, dv, stats, mask, H, T, S, threshold, scales, META: tl.constexpr):
     """One tile of keys of one head: its rows of dK and dV."""
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    BLOCK_S: tl.constexpr = META.BLOCK_S
+    BLOCK_D: tl.constexpr = META.BLOCK_D
     bh, rank = _place(tl.cdiv(S, BLOCK_S))
     s_start = rank * BLOCK_S  # the first keys are seen by the most queries
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     offset = S - T
-    t_limit, s_limit = T, S
-    if HAS_LENGTHS:
-        t_limit = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), T)
-        s_limit = t_limit
-    dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    t_limit, s_limit = _limits(mask, b, T, S)
+    dk_acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    dv_acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     if s_start < s_limit:
         s_end = tl.minimum(s_start + BLOCK_S, s_limit)
         offs_s = s_start + tl.arange(0, BLOCK_S)
-        k = _load_tile(
-            k_ptr + b * stride_kb + h * stride_kh, b, h, s_start, stride_kt, s_limit, D, BLOCK_S, BLOCK_D, True,
-            False)  # fmt: skip
-        v = _load_tile(
-            v_ptr + b * stride_vb + h * stride_vh, b, h, s_start, stride_vt, s_limit, D, BLOCK_S, BLOCK_D, True,
-            False)  # fmt: skip
-        q_ptr += b * stride_qb + h * stride_qh
-        do_ptr += b * stride_dob + h * stride_doh
-        max_ptr += bh.to(tl.int64) * T
-        sum_ptr += bh.to(tl.int64) * T
-        delta_ptr += bh.to(tl.int64) * T
-        scale_log2 = scale * LOG2_E
+        k = _load_tile(_head(inputs.k, b, h), s_start, s_limit, BLOCK=BLOCK_S, HAS_MASK=True, META=META)
+        v = _load_tile(_head(inputs.v, b, h), s_start, s_limit, BLOCK=BLOCK_S, HAS_MASK=True, META=META)
+        q_head, do_head = _head(inputs.q, b, h), _head(do, b, h)
+        rows = bh.to(tl.int64) * T
+        of_head = _Statistics(
+            max_ptr=stats.max_ptr + rows,
+            sum_ptr=stats.sum_ptr + rows if stats.sum_ptr is not None else None,
+            delta_ptr=stats.delta_ptr + rows,
+        )
+        scale_log2 = scales.scale * LOG2_E
+        walk = _Walk(b, h, bh, s_start, offs_s, t_limit, offset, None, scale_log2, threshold, scales.keep_scale)
         whole_start, whole_end, cut_start, num_lead, num_cut = _query_range(
-            s_start, s_end, t_limit, offset, doc_end_ptr, BLOCK_T, HAS_DOCS)  # fmt: skip
+            s_start, s_end, t_limit, offset, mask.doc_end_ptr, BLOCK_T=BLOCK_T
+        )
         for i in range(num_cut):
             t = tl.where(i < num_lead, cut_start + i * BLOCK_T, whole_end + (i - num_lead) * BLOCK_T)
-            dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t,
-                s_start, offs_s,
-                stride_qt,
-                stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_S, BLOCK_D, True,
-                HAS_DOCS,
-                HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
+            dk_acc, dv_acc = _dkdv_step(
+                dk_acc, dv_acc, k, v, q_head, do_head, of_head, mask, walk, t, IS_CUT=True, META=META
+            )
         for t in range(whole_start, whole_end, BLOCK_T):
-            dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptr, do_ptr, max_ptr, sum_ptr, delta_ptr, doc_start_ptr, seed_ptr, b, h, bh, t,
-                s_start, offs_s,
-                stride_qt,
-                stride_dot, t_limit, offset, scale_log2, threshold, keep_scale, D, BLOCK_T, BLOCK_S, BLOCK_D, False,
-                HAS_DOCS,
-                HAS_DROPOUT, HAS_SUM, PRECISION)  # fmt: skip
-    dk_ptr += b * stride_dkb + h * stride_dkh
-    dv_ptr += b * stride_dvb + h * stride_dvh
-    _store_tile(dk_ptr, dk * scale, s_start, stride_dkt, S, D, BLOCK_S, BLOCK_D)
-    _store_tile(dv_ptr, dv * keep_scale, s_start, stride_dvt, S, D, BLOCK_S, BLOCK_D)
+            dk_acc, dv_acc = _dkdv_step(
+                dk_acc, dv_acc, k, v, q_head, do_head, of_head, mask, walk, t, IS_CUT=False, META=META
+            )
+    dk_head, dv_head = _head(dk, b, h), _head(dv, b, h)
+    _store_tile(dk_head, dk_acc * scales.scale, s_start, S, BLOCK=BLOCK_S, META=META)
+    _store_tile(dv_head, dv_acc * scales.keep_scale, s_start, S, BLOCK=BLOCK_S, META=META)
 
 
 # -- launchers ----------------------------------------------------------------------------------------------------
@@ -476,10 +500,11 @@ class Heads(NamedTuple):
         B, T, C = x.shape
         return cls(x, (B, num_heads, T, C // num_heads), (x.stride(0), C // num_heads, x.stride(1)))
 
+    def argument(self) -> _Heads:
+        return _Heads(self.data, *self.strides)
+
     def descriptor(self, block: int, block_d: int) -> Any:
         """For the tensor memory accelerator, which fills up with zeros outside the shape."""
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
         return TensorDescriptor(self.data, list(self.shape), [*self.strides, 1], [1, 1, block, block_d])
 
     def fits_descriptor(self) -> bool:
@@ -515,92 +540,62 @@ def attention_forward(
     row = _row("forward", q.data, block_d, masking)
     use_tma = row.use_tma and masking.lengths is None and k.fits_descriptor() and v.fits_descriptor()
     _attention_fwd_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
-        q.data,
-        k.descriptor(row.block_s, block_d) if use_tma else k.data,
-        v.descriptor(row.block_s, block_d) if use_tma else v.data,
-        out.data,
-        row_max,
-        row_sum,
-        *_mask_pointers(masking, q.data),
-        *q.strides,
-        *k.strides,
-        *v.strides,
-        *out.strides,
-        *_scalars(q, k, masking, scale),
-        D=D,
-        BLOCK_D=block_d,
-        USE_TMA=use_tma,
-        **_flags(masking, q.data),
-        **row.tiles(),
+        q=q.argument(),
+        k=k.descriptor(row.block_s, block_d) if use_tma else k.argument(),
+        v=v.descriptor(row.block_s, block_d) if use_tma else v.argument(),
+        o=out.argument(),
+        stats=_Statistics(row_max, row_sum if q.data.dtype == torch.float32 else None),
+        **_common(q, k, masking, scale),
+        META=_meta(q, row, use_tma),
+        **row.options(),
     )
 
 
 def attention_backward(
-    dout: Heads, q: Heads, k: Heads, v: Heads, out: Heads, row_max: Tensor, row_sum: Tensor, dq: Heads | None,
-    dkdv: tuple[Heads, Heads] | None, masking: Masking, scale: float,
-) -> None:  # fmt: skip
+    dout: Heads,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    out: Heads,
+    row_max: Tensor,
+    row_sum: Tensor,
+    dq: Heads | None,
+    dkdv: tuple[Heads, Heads] | None,
+    masking: Masking,
+    scale: float,
+) -> None:
     """Write the gradients that are asked for: dq, and dk with dv."""
     B, H, T, D = q.shape
     S = k.shape[2]
     block_d = _block_d(D)
-    pointers, scalars = _mask_pointers(masking, q.data), _scalars(q, k, masking, scale)
-    flags = _flags(masking, q.data)
+    inputs = _Inputs(q.argument(), k.argument(), v.argument())
+    common = _common(q, k, masking, scale)
     delta = torch.empty_like(row_max)
+    stats = _Statistics(row_max, row_sum if q.data.dtype == torch.float32 else None, delta)
     if B * H * T:
         row = _row("dq", q.data, block_d, masking)
         _attention_bwd_dq_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
-            q.data,
-            k.data,
-            v.data,
-            out.data,
-            dout.data,
-            row_max,
-            row_sum,
-            delta,
-            q.data if dq is None else dq.data,
-            *pointers,
-            *q.strides,
-            *k.strides,
-            *v.strides,
-            *out.strides,
-            *dout.strides,
-            *(q if dq is None else dq).strides,
-            *scalars,
-            D=D,
-            BLOCK_D=block_d,
-            HAS_DQ=dq is not None,
-            **flags,
-            **row.tiles(),
+            inputs=inputs,
+            o=out.argument(),
+            do=dout.argument(),
+            dq=None if dq is None else dq.argument(),
+            stats=stats,
+            **common,
+            META=_meta(q, row),
+            **row.options(),
         )
     if dkdv is not None and B * H * S:
         dk, dv = dkdv
         row = _row("dkdv", q.data, block_d, masking)
-        lengths, doc_start, seed = pointers
         _attention_bwd_dkdv_kernel[(triton.cdiv(S, row.block_s) * B * H,)](
-            q.data,
-            k.data,
-            v.data,
-            dout.data,
-            row_max,
-            row_sum,
-            delta,
-            dk.data,
-            dv.data,
-            lengths,
-            doc_start,
-            q.data if masking.doc_end is None else masking.doc_end,
-            seed,
-            *q.strides,
-            *k.strides,
-            *v.strides,
-            *dout.strides,
-            *dk.strides,
-            *dv.strides,
-            *scalars,
-            D=D,
-            BLOCK_D=block_d,
-            **flags,
-            **row.tiles(),
+            inputs=inputs,
+            do=dout.argument(),
+            dk=dk.argument(),
+            dv=dv.argument(),
+            stats=stats,
+            **common,
+            META=_meta(q, row),
+            **row.options(),
         )
 
 
@@ -624,30 +619,22 @@ def _row(kernel: str, x: Tensor, block_d: int, masking: Masking) -> launch.Atten
     )
 
 
-def _mask_pointers(masking: Masking, unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(lengths, doc_start, seed); a tensor that is not read stands for one that is not given."""
-    lengths, doc_start, _, seed, _ = masking
-    return (
-        unread if lengths is None else lengths,
-        unread if doc_start is None else doc_start,
-        unread if seed is None else seed,
-    )
-
-
-def _scalars(q: Heads, k: Heads, masking: Masking, scale: float) -> tuple[Any, ...]:
+def _common(q: Heads, k: Heads, masking: Masking, scale: float) -> dict[str, Any]:
+    """The arguments that all three kernels take."""
     p = masking.dropout_p
-    return q.shape[1], q.shape[2], k.shape[2], scale, round(p * 2**16), 1.0 / (1.0 - p)
-
-
-def _flags(masking: Masking, x: Tensor) -> dict[str, Any]:
     return {
-        "HAS_LENGTHS": masking.lengths is not None,
-        "HAS_DOCS": masking.doc_start is not None,
-        "HAS_DROPOUT": masking.seed is not None,
-        "HAS_SUM": x.dtype == torch.float32,
-        "PRECISION": _precision(x),
-        **launch.OPTIONS,
+        "mask": _Mask(masking.lengths, masking.doc_start, masking.doc_end, masking.seed),
+        "H": q.shape[1],
+        "T": q.shape[2],
+        "S": k.shape[2],
+        "threshold": round(p * 2**16),
+        "scales": _Scales(scale, 1.0 / (1.0 - p)),
     }
+
+
+def _meta(q: Heads, row: launch.AttentionRow, use_tma: bool = False) -> _Meta:
+    D = q.shape[3]
+    return _Meta(D, _block_d(D), row.block_t, row.block_s, use_tma, _precision(q.data))
 
 
 # -- what `ops` calls ---------------------------------------------------------------------------------------------
@@ -663,9 +650,13 @@ def attention(
 
 
 def attention_packed(
-    qkv: Tensor, num_heads: int, options: AttentionOptions, lengths: Tensor | None, documents: Documents | None,
+    qkv: Tensor,
+    num_heads: int,
+    options: AttentionOptions,
+    lengths: Tensor | None,
+    documents: Documents | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """The output (B, T, C) and, where it is asked for, the log-sum-exp (B, H, T)."""
     seed, dropout_p = _dropout(options, qkv.device)
     starts, ends = None, None
@@ -773,9 +764,7 @@ def _attention_backward(
 def _attention_packed(qkv, num_heads, lengths, doc_start, doc_end, seed, dropout_p, scale):
     out, row_max, row_sum = _new_packed_output(qkv, num_heads)
     masking = Masking(lengths, doc_start, doc_end, seed, dropout_p)
-    attention_forward(
-        *Heads.packed(qkv, num_heads), Heads.merged(out, num_heads), row_max, row_sum, masking, scale
-    )  # fmt: skip
+    attention_forward(*Heads.packed(qkv, num_heads), Heads.merged(out, num_heads), row_max, row_sum, masking, scale)
     return out, row_max, row_sum
 
 

@@ -21,7 +21,7 @@ Dimension key: N = B * T rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastgpt2_kernels import reference
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Batch, Matrix
 from fastgpt2_kernels.types import CrossEntropyOptions, LossOptions
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -38,6 +39,65 @@ LN_2 = tl.constexpr(0.6931471805599453)
 HEAD = tl.constexpr(16)
 # Where the target holds all but this of a row's softmax, the rest is summed once more, by itself.
 CONFIDENT = tl.constexpr(2.0**-5)
+
+
+class _ClassWeight(NamedTuple):
+    """(V,) weights and their sum (V without weights, for smoothing): None where they are not needed."""
+
+    ptr: Any
+    sum_ptr: Any
+
+
+class _RowPointers(NamedTuple):
+    """Where every row's figures go, or in backward come from."""
+
+    loss_ptr: Any
+    max_ptr: Any
+    log_sum_ptr: Any
+    logprob_ptr: Any
+    entropy_ptr: Any
+    correct_ptr: Any
+
+
+class _Settings(NamedTuple):
+    ignore_index: Any
+    smoothing: Any
+    z_loss: Any
+
+
+class _Meta(NamedTuple):
+    SHIFT: bool
+    HAS_WEIGHT: bool
+    HAS_SMOOTHING: bool
+    HAS_STATS: bool
+    HAS_Z: bool
+    IS_FORWARD: bool
+    HAS_GRAD: bool
+    ALIGN: int
+    GRAD_ALIGN: int
+    BLOCK_V: int
+    MID_V: int
+
+
+class _Sums(NamedTuple):
+    """Running maximum m, sum of exp(x - m), of x (or w x), of exp(x - m) (x - m)."""
+
+    m: Any
+    p: Any
+    x: Any
+    px: Any
+
+
+class _Factors(NamedTuple):
+    """What a row's gradient is made with: see `_gradient_step`."""
+
+    target_grad: Any
+    m: Any
+    inv_sum: Any
+    weight_sum: Any
+    target: Any
+    smooth: Any
+    z: Any
 
 
 @triton.jit
@@ -68,11 +128,9 @@ def _sum_of_others(x_ptr, V, target, m, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _online_softmax_step(
-    x_ptr, w_ptr, offs, mask, m, sum_p, sum_x, sum_px,
-    HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-):  # fmt: skip
+def _online_softmax_step(x_ptr, w_ptr, offs, mask, sums, HAS_MASK: tl.constexpr, META: tl.constexpr):
     """Take the logits at x_ptr + offs into the running maximum m, the sum of exp(x - m), and the sums asked for."""
+    m, sum_p, sum_x, sum_px = sums
     if HAS_MASK:
         x = tl.load(x_ptr + offs, mask=mask, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
     else:
@@ -82,24 +140,20 @@ def _online_softmax_step(
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2((m - m_safe) * LOG2_E)
     p = tl.exp2((x - m_safe) * LOG2_E)
-    if HAS_ENTROPY:
+    if META.HAS_STATS:
         # sum p (x - max), so that nothing large cancels; moving the maximum moves every term by the same amount.
         moved = tl.where(sum_p > 0, m - m_safe, 0.0)
         sum_px = alpha * (sum_px + moved * sum_p) + tl.sum(p * tl.where(p > 0, x - m_safe, 0.0), 0)
     sum_p = sum_p * alpha + tl.sum(p, 0)
-    if HAS_SUM:
-        if HAS_WEIGHT:
+    if META.HAS_SMOOTHING:
+        if META.HAS_WEIGHT:
             x = x * (tl.load(w_ptr + offs, mask=mask, other=0.0) if HAS_MASK else tl.load(w_ptr + offs)).to(tl.float32)
         sum_x += tl.sum(tl.where(mask, x, 0.0) if HAS_MASK else x, 0)
-    return m_new, sum_p, sum_x, sum_px
+    return _Sums(m_new, sum_p, sum_x, sum_px)
 
 
 @triton.jit
-def _gradient_step(
-    x_ptr, grad_ptr, w_ptr, offs, mask, target, target_grad, m, inv_sum, weight_sum, target_factor,
-    smooth_factor, z_factor,
-    HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_Z: tl.constexpr,
-):  # fmt: skip
+def _gradient_step(x_ptr, grad_ptr, w_ptr, offs, mask, target, factors, HAS_MASK: tl.constexpr, META: tl.constexpr):
     """grad = target_factor (p - [target]) + smooth_factor (W p - w) + z_factor p: differences of equals first.
 
     target_grad is p - 1 of the target, from its log-probability: rounding p first would lose it."""
@@ -107,16 +161,16 @@ def _gradient_step(
         x = tl.load(x_ptr + offs, mask=mask, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
     else:
         x = tl.load(x_ptr + offs, eviction_policy="evict_first").to(tl.float32)
-    p = tl.exp2((x - m) * LOG2_E) * inv_sum
-    grad = target_factor * tl.where(offs == target, target_grad, p)
-    if HAS_SMOOTHING:
-        if HAS_WEIGHT:
+    p = tl.exp2((x - factors.m) * LOG2_E) * factors.inv_sum
+    grad = factors.target * tl.where(offs == target, factors.target_grad, p)
+    if META.HAS_SMOOTHING:
+        if META.HAS_WEIGHT:
             w = (tl.load(w_ptr + offs, mask=mask, other=0.0) if HAS_MASK else tl.load(w_ptr + offs)).to(tl.float32)
-            grad += smooth_factor * (weight_sum * p - w)
+            grad += factors.smooth * (factors.weight_sum * p - w)
         else:
-            grad += smooth_factor * (weight_sum * p - 1.0)
-    if HAS_Z:
-        grad += z_factor * p
+            grad += factors.smooth * (factors.weight_sum * p - 1.0)
+    if META.HAS_Z:
+        grad += factors.z * p
     grad = grad.to(grad_ptr.dtype.element_ty)
     if HAS_MASK:
         tl.store(grad_ptr + offs, grad, mask=mask)
@@ -125,28 +179,24 @@ def _gradient_step(
 
 
 @triton.jit
-def _cross_entropy_kernel(
-    logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, dloss_ptr, loss_ptr, max_ptr, log_sum_ptr, grad_ptr,
-    logprob_ptr, entropy_ptr, correct_ptr, T, V,
-    stride_lb, stride_lt, stride_tb, stride_tt, stride_gb, stride_gt, stride_d,
-    ignore_index, smoothing, z_loss,
-    SHIFT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_STATS: tl.constexpr,
-    HAS_Z: tl.constexpr, IS_FORWARD: tl.constexpr, HAS_GRAD: tl.constexpr,
-    ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, BLOCK_V: tl.constexpr, MID_V: tl.constexpr,
-):  # fmt: skip
+def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V, settings, META: tl.constexpr):
     """One row: its loss and lse (IS_FORWARD), its gradient (HAS_GRAD), or both."""
+    ALIGN: tl.constexpr = META.ALIGN
+    BLOCK_V: tl.constexpr = META.BLOCK_V
+    MID_V: tl.constexpr = META.MID_V
+    ignore_index, smoothing, z_loss = settings
     n = tl.program_id(0).to(tl.int64)
     b, t = n // T, n % T
-    if SHIFT:
-        target = tl.load(targets_ptr + b * stride_tb + (t + 1) * stride_tt, mask=t + 1 < T, other=ignore_index)
+    target_row = targets.ptr + b * targets.stride_b
+    if META.SHIFT:
+        target = tl.load(target_row + (t + 1) * targets.stride_t, mask=t + 1 < T, other=ignore_index)
     else:
-        target = tl.load(targets_ptr + b * stride_tb + t * stride_tt)
+        target = tl.load(target_row + t * targets.stride_t)
     target = target.to(tl.int64)
     counted = target != ignore_index
     is_valid = (target >= 0) & (target < V)
-    row_start = b * stride_lb + t * stride_lt
-    grad_start = b * stride_gb + t * stride_gt
-    x_ptr = logits_ptr + row_start
+    row_start = b * logits.stride_b + t * logits.stride_t
+    x_ptr = logits.ptr + row_start
 
     # The row in elements of its own: [0, head) to the first aligned address, [head, main_end) whole blocks,
     # [main_end, mid_end) whole small blocks, [mid_end, V) the tail.
@@ -162,112 +212,106 @@ def _cross_entropy_kernel(
     mask_head = offs_head < head
     mask_tail = mid_end + offs_mid < V
     # The aligned addresses again, in a form that the compiler sees the alignment of.
-    body_ptr = logits_ptr + tl.multiple_of(row_start + head, ALIGN)
-    wbody_ptr = weight_ptr + head
+    body_ptr = logits.ptr + tl.multiple_of(row_start + head, ALIGN)
+    w_ptr = class_weight.ptr
+    wbody_ptr = w_ptr + head if META.HAS_WEIGHT else None
 
-    if IS_FORWARD:
+    if META.IS_FORWARD:
         m, log_sum, loss, logprob, entropy = 0.0, 0.0, 0.0, 0.0, 0.0
         correct = 0
         if counted:
             # Read before the reductions, which all warps pass together: a gradient written in place comes after them.
             x_t = tl.load(x_ptr + target, mask=is_valid, other=float("nan")).to(tl.float32)
-            m, sum_p, sum_x, sum_px = float("-inf"), 0.0, 0.0, 0.0
+            sums = _Sums(float("-inf"), 0.0, 0.0, 0.0)
             for i in range(main_blocks):
-                m, sum_p, sum_x, sum_px = _online_softmax_step(
-                    body_ptr, wbody_ptr, i * BLOCK_V + offs_main, offs_main < 0, m, sum_p, sum_x, sum_px,
-                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_STATS)  # fmt: skip
+                offs = i * BLOCK_V + offs_main
+                sums = _online_softmax_step(body_ptr, wbody_ptr, offs, None, sums, HAS_MASK=False, META=META)
             for i in range(mid_blocks):
-                m, sum_p, sum_x, sum_px = _online_softmax_step(
-                    body_ptr, wbody_ptr, main_blocks * BLOCK_V + i * MID_V + offs_mid, offs_mid < 0,
-                    m, sum_p, sum_x, sum_px, False, HAS_WEIGHT, HAS_SMOOTHING, HAS_STATS)  # fmt: skip
-            m, sum_p, sum_x, sum_px = _online_softmax_step(
-                x_ptr, weight_ptr, mid_end + offs_mid, mask_tail, m, sum_p, sum_x, sum_px,
-                True, HAS_WEIGHT, HAS_SMOOTHING, HAS_STATS)  # fmt: skip
+                offs = main_blocks * BLOCK_V + i * MID_V + offs_mid
+                sums = _online_softmax_step(body_ptr, wbody_ptr, offs, None, sums, HAS_MASK=False, META=META)
+            sums = _online_softmax_step(x_ptr, w_ptr, mid_end + offs_mid, mask_tail, sums, HAS_MASK=True, META=META)
             if head > 0:
-                m, sum_p, sum_x, sum_px = _online_softmax_step(
-                    x_ptr, weight_ptr, offs_head, mask_head, m, sum_p, sum_x, sum_px,
-                    True, HAS_WEIGHT, HAS_SMOOTHING, HAS_STATS)  # fmt: skip
+                sums = _online_softmax_step(x_ptr, w_ptr, offs_head, mask_head, sums, HAS_MASK=True, META=META)
+            m, sum_p, sum_x, sum_px = sums
             above_one = sum_p - 1.0
             if (x_t == m) & (above_one < CONFIDENT):
-                above_one = _sum_of_others(x_ptr, V, target, m, MID_V)
+                above_one = _sum_of_others(x_ptr, V, target, m, BLOCK=MID_V)
             log_sum = tl.where(sum_p < 1.5, _log1p_below_half(above_one), LN_2 * tl.log2(sum_p))
             lse = m + log_sum
             w_t = 1.0
-            if HAS_WEIGHT:
-                w_t = tl.load(weight_ptr + target, mask=is_valid, other=float("nan")).to(tl.float32)
+            if META.HAS_WEIGHT:
+                w_t = tl.load(w_ptr + target, mask=is_valid, other=float("nan")).to(tl.float32)
             logprob = (x_t - m) - log_sum
             loss = (smoothing - 1.0) * w_t * logprob
-            if HAS_SMOOTHING:
-                weight_sum = tl.load(weight_sum_ptr)
+            if META.HAS_SMOOTHING:
+                weight_sum = tl.load(class_weight.sum_ptr)
                 loss += smoothing / V * (weight_sum * log_sum + (weight_sum * m - sum_x))
             loss += z_loss * lse * lse
-            if HAS_STATS:
+            if META.HAS_STATS:
                 entropy = log_sum - sum_px / sum_p
                 correct = (x_t >= m).to(tl.int32)
-        tl.store(loss_ptr + n, loss)
-        tl.store(max_ptr + n, m)
-        tl.store(log_sum_ptr + n, log_sum)
-        tl.store(logprob_ptr + n, logprob)
-        if HAS_STATS:
-            tl.store(entropy_ptr + n, entropy)
-            tl.store(correct_ptr + n, correct)
+        tl.store(rows.loss_ptr + n, loss)
+        tl.store(rows.max_ptr + n, m)
+        tl.store(rows.log_sum_ptr + n, log_sum)
+        tl.store(rows.logprob_ptr + n, logprob)
+        if META.HAS_STATS:
+            tl.store(rows.entropy_ptr + n, entropy)
+            tl.store(rows.correct_ptr + n, correct)
     else:
-        m = tl.load(max_ptr + n)
-        log_sum = tl.load(log_sum_ptr + n)
-        logprob = tl.load(logprob_ptr + n)
+        m = tl.load(rows.max_ptr + n)
+        log_sum = tl.load(rows.log_sum_ptr + n)
+        logprob = tl.load(rows.logprob_ptr + n)
 
-    if HAS_GRAD:
-        g_ptr = grad_ptr + grad_start
+    if META.HAS_GRAD:
+        grad_start = b * grad.stride_b + t * grad.stride_t
+        g_ptr = grad.ptr + grad_start
         if counted:
-            dloss = tl.load(dloss_ptr + n * stride_d).to(tl.float32)
+            dloss_n = tl.load(dloss.ptr + n * dloss.stride).to(tl.float32)
             w_t = 1.0
-            if HAS_WEIGHT:
-                w_t = tl.load(weight_ptr + target, mask=is_valid, other=0.0).to(tl.float32)
-            target_factor = dloss * (1.0 - smoothing) * w_t
-            smooth_factor = dloss * smoothing / V
-            z_factor = dloss * 2.0 * z_loss * (m + log_sum)
+            if META.HAS_WEIGHT:
+                w_t = tl.load(w_ptr + target, mask=is_valid, other=0.0).to(tl.float32)
             grad_weight_sum = 0.0
-            if HAS_SMOOTHING:
-                grad_weight_sum = tl.load(weight_sum_ptr)
-            target_grad = _exp_minus_one(logprob)
-            inv_sum = tl.where(is_valid, tl.exp2(-log_sum * LOG2_E), float("nan"))
-            gbody_ptr = grad_ptr + tl.multiple_of(grad_start + head, GRAD_ALIGN)
+            if META.HAS_SMOOTHING:
+                grad_weight_sum = tl.load(class_weight.sum_ptr)
+            factors = _Factors(
+                target_grad=_exp_minus_one(logprob),
+                m=m,
+                inv_sum=tl.where(is_valid, tl.exp2(-log_sum * LOG2_E), float("nan")),
+                weight_sum=grad_weight_sum,
+                target=dloss_n * (1.0 - smoothing) * w_t,
+                smooth=dloss_n * smoothing / V,
+                z=dloss_n * 2.0 * z_loss * (m + log_sum),
+            )
+            gbody_ptr = grad.ptr + tl.multiple_of(grad_start + head, META.GRAD_ALIGN)
             if head > 0:
-                _gradient_step(
-                    x_ptr, g_ptr, weight_ptr, offs_head, mask_head, target, target_grad, m, inv_sum, grad_weight_sum,
-                    target_factor, smooth_factor, z_factor, True, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
-            _gradient_step(
-                x_ptr, g_ptr, weight_ptr, mid_end + offs_mid, mask_tail, target, target_grad, m, inv_sum,
-                grad_weight_sum, target_factor, smooth_factor, z_factor,
-                True, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
+                _gradient_step(x_ptr, g_ptr, w_ptr, offs_head, mask_head, target, factors, HAS_MASK=True, META=META)
+            tail = mid_end + offs_mid
+            _gradient_step(x_ptr, g_ptr, w_ptr, tail, mask_tail, target, factors, HAS_MASK=True, META=META)
+            at = target - head  # the target's place in what follows the head
             for i in range(mid_blocks):
-                _gradient_step(
-                    body_ptr, gbody_ptr, wbody_ptr, main_blocks * BLOCK_V + i * MID_V + offs_mid, offs_mid < 0,
-                    target - head, target_grad, m, inv_sum, grad_weight_sum, target_factor, smooth_factor, z_factor,
-                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
+                offs = main_blocks * BLOCK_V + i * MID_V + offs_mid
+                _gradient_step(body_ptr, gbody_ptr, wbody_ptr, offs, None, at, factors, HAS_MASK=False, META=META)
             for i in range(main_blocks):
-                _gradient_step(
-                    body_ptr, gbody_ptr, wbody_ptr, (main_blocks - 1 - i) * BLOCK_V + offs_main, offs_main < 0,
-                    target - head, target_grad, m, inv_sum, grad_weight_sum, target_factor, smooth_factor, z_factor,
-                    False, HAS_WEIGHT, HAS_SMOOTHING, HAS_Z)  # fmt: skip
+                offs = (main_blocks - 1 - i) * BLOCK_V + offs_main
+                _gradient_step(body_ptr, gbody_ptr, wbody_ptr, offs, None, at, factors, HAS_MASK=False, META=META)
         else:
             # Whatever the logits are, NaN and inf too: nothing of an ignored row is read.
-            zeros = tl.zeros((MID_V,), grad_ptr.dtype.element_ty)
+            zeros = tl.zeros((MID_V,), grad.ptr.dtype.element_ty)
             for i in range(tl.cdiv(V, MID_V)):
                 tl.store(g_ptr + i * MID_V + offs_mid, zeros, mask=i * MID_V + offs_mid < V)
 
 
 @triton.jit
-def _scale_rows_kernel(grad_ptr, factor_ptr, T, V, stride_gb, stride_gt, BLOCK_V: tl.constexpr):
+def _scale_rows_kernel(grad, factor_ptr, T, V, BLOCK_V: tl.constexpr):
     """grad *= factor, a scalar on the device; where it is 1, as after `loss.backward()`, the rest is left out."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         n = tl.program_id(0).to(tl.int64)
-        g_ptr = grad_ptr + (n // T) * stride_gb + (n % T) * stride_gt
+        g_ptr = grad.ptr + (n // T) * grad.stride_b + (n % T) * grad.stride_t
         for start in range(0, V, BLOCK_V):
             offs = start + tl.arange(0, BLOCK_V)
-            grad = tl.load(g_ptr + offs, mask=offs < V, other=0.0).to(tl.float32)
-            tl.store(g_ptr + offs, (grad * factor).to(grad_ptr.dtype.element_ty), mask=offs < V)
+            scaled = tl.load(g_ptr + offs, mask=offs < V, other=0.0).to(tl.float32) * factor
+            tl.store(g_ptr + offs, scaled.to(grad.ptr.dtype.element_ty), mask=offs < V)
 
 
 # -- launchers ----------------------------------------------------------------------------------------------------
@@ -337,9 +381,18 @@ def cross_entropy_rows_backward(
 
 
 def _launch(
-    logits: Tensor, targets: Tensor, out: RowOutputs, grad: Tensor | None, dloss: Tensor | None, ignore_index: int,
-    class_weight: Tensor | None, label_smoothing: float, z_loss: float, shift: bool, forward: bool,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    out: RowOutputs,
+    grad: Tensor | None,
+    dloss: Tensor | None,
+    ignore_index: int,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    shift: bool,
+    forward: bool,
+) -> None:
     B, T, V = logits.shape
     if B * T == 0:
         return
@@ -347,51 +400,36 @@ def _launch(
     row = launch.cross_entropy_row(V, _capability(logits), element_size=logits.element_size(), has_extras=has_extras)
     align = _elements_in_16_bytes(logits)
     same_layout = grad is not None and grad.stride() == logits.stride() and _elements_in_16_bytes(grad) == align
-    weight_sum = logits  # any tensor: not read
+    weight_sum = None
     if label_smoothing:
         weight_sum = (
             class_weight.sum(dtype=torch.float32)
             if class_weight is not None
             else torch.full((), V, dtype=torch.float32, device=logits.device)
         )
-    dloss = out.max.reshape(-1) if dloss is None else dloss.reshape(-1)
-    grad_strides = grad.stride() if grad is not None else (0, 0, 1)
     _cross_entropy_kernel[(B * T,)](
-        logits_ptr=logits,
-        targets_ptr=targets,
-        weight_ptr=logits if class_weight is None else class_weight,
-        weight_sum_ptr=weight_sum,
-        dloss_ptr=dloss,
-        loss_ptr=out.loss,
-        max_ptr=out.max,
-        log_sum_ptr=out.log_sum,
-        grad_ptr=logits if grad is None else grad,
-        logprob_ptr=out.logprob,
-        entropy_ptr=out.entropy,
-        correct_ptr=out.correct,
+        logits=Batch.of(logits),
+        targets=Batch.of(targets),
+        class_weight=_ClassWeight(class_weight, weight_sum),
+        dloss=None if dloss is None else Matrix.of(dloss.reshape(-1)),
+        grad=Batch.of(grad),
+        rows=_RowPointers(*out),
         T=T,
         V=V,
-        stride_lb=logits.stride(0),
-        stride_lt=logits.stride(1),
-        stride_tb=targets.stride(0),
-        stride_tt=targets.stride(1),
-        stride_gb=grad_strides[0],
-        stride_gt=grad_strides[1],
-        stride_d=dloss.stride(0),
-        ignore_index=ignore_index,
-        smoothing=label_smoothing,
-        z_loss=z_loss,
-        SHIFT=shift,
-        HAS_WEIGHT=class_weight is not None,
-        HAS_SMOOTHING=label_smoothing != 0.0,
-        HAS_STATS=out.entropy.numel() > 0,
-        HAS_Z=z_loss != 0.0,
-        IS_FORWARD=forward,
-        HAS_GRAD=grad is not None,
-        ALIGN=align,
-        GRAD_ALIGN=align if same_layout else 1,
-        BLOCK_V=row.block_v,
-        MID_V=row.mid_v,
+        settings=_Settings(ignore_index, label_smoothing, z_loss),
+        META=_Meta(
+            SHIFT=shift,
+            HAS_WEIGHT=class_weight is not None,
+            HAS_SMOOTHING=label_smoothing != 0.0,
+            HAS_STATS=out.entropy.numel() > 0,
+            HAS_Z=z_loss != 0.0,
+            IS_FORWARD=forward,
+            HAS_GRAD=grad is not None,
+            ALIGN=align,
+            GRAD_ALIGN=align if same_layout else 1,
+            BLOCK_V=row.block_v,
+            MID_V=row.mid_v,
+        ),
         num_warps=row.num_warps,
         **row.options,
     )
@@ -413,12 +451,10 @@ def scale_rows(grad: Tensor, factor: Tensor) -> None:
     if B * T:
         row = launch.cross_entropy_row(V)
         _scale_rows_kernel[(B * T,)](
-            grad_ptr=grad,
+            grad=Batch.of(grad),
             factor_ptr=factor,
             T=T,
             V=V,
-            stride_gb=grad.stride(0),
-            stride_gt=grad.stride(1),
             BLOCK_V=row.mid_v,
             num_warps=row.num_warps,
             **launch.OPTIONS,
@@ -431,14 +467,27 @@ def scale_rows(grad: Tensor, factor: Tensor) -> None:
 
 @torch.library.custom_op("fastgpt2::cross_entropy", mutates_args=())
 def cross_entropy_op(
-    logits: Tensor, targets: Tensor, class_weight: Tensor | None, ignore_index: int,
-    label_smoothing: float, z_loss: float, shift: bool, with_stats: bool, inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    shift: bool,
+    with_stats: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, max, log_sum, logprob, entropy, correct) of every row of logits (B, T, V); differentiable in the loss."""
     return cross_entropy_rows(
-        logits, targets, ignore_index=ignore_index, class_weight=class_weight, label_smoothing=label_smoothing,
-        z_loss=z_loss, shift=shift, with_stats=with_stats,
-    )  # fmt: skip
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        shift=shift,
+        with_stats=with_stats,
+    )
 
 
 @cross_entropy_op.register_fake
@@ -448,9 +497,18 @@ def _(logits, targets, class_weight, ignore_index, smoothing, z_loss, shift, wit
 
 @torch.library.custom_op("fastgpt2::cross_entropy_backward", mutates_args=())
 def cross_entropy_backward_op(
-    dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, logprob: Tensor,
-    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
-) -> Tensor:  # fmt: skip
+    dloss: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    logprob: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    shift: bool,
+) -> Tensor:
     grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
     _backward_into(
         grad,
@@ -476,9 +534,18 @@ def _(dloss, logits, *rest):
 
 @torch.library.custom_op("fastgpt2::cross_entropy_backward_", mutates_args=("logits",))
 def cross_entropy_backward_inplace_op(
-    dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, logprob: Tensor,
-    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
-) -> None:  # fmt: skip
+    dloss: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    logprob: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    shift: bool,
+) -> None:
     """The gradient takes the logits' place. Their version moves on, so autograd refuses to use them again."""
     _backward_into(
         logits,
@@ -498,15 +565,30 @@ def cross_entropy_backward_inplace_op(
 
 @torch.library.custom_op("fastgpt2::cross_entropy_fused", mutates_args=())
 def cross_entropy_fused_op(
-    logits: Tensor, targets: Tensor, dloss: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, shift: bool, with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    dloss: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    shift: bool,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum(dloss * loss), its gradient, max, log_sum, logprob, entropy, correct) in one launch."""
     grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
     rows = cross_entropy_rows(
-        logits, targets, ignore_index=ignore_index, class_weight=class_weight, label_smoothing=label_smoothing,
-        z_loss=z_loss, shift=shift, with_stats=with_stats, dloss=dloss, grad=grad,
-    )  # fmt: skip
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        shift=shift,
+        with_stats=with_stats,
+        dloss=dloss,
+        grad=grad,
+    )
     return (rows.loss * dloss).sum(), grad, *rows[1:]
 
 
@@ -522,13 +604,33 @@ def scale_rows_op(grad: Tensor, factor: Tensor) -> None:
 
 
 def _backward_into(
-    grad: Tensor, dloss: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, logprob: Tensor,
-    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, shift: bool,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    dloss: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    logprob: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    shift: bool,
+) -> None:
     cross_entropy_rows_backward(
-        dloss.contiguous(), logits, targets, row_max, log_sum, logprob, grad, ignore_index=ignore_index,
-        class_weight=class_weight, label_smoothing=label_smoothing, z_loss=z_loss, shift=shift,
-    )  # fmt: skip
+        dloss.contiguous(),
+        logits,
+        targets,
+        row_max,
+        log_sum,
+        logprob,
+        grad,
+        ignore_index=ignore_index,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        shift=shift,
+    )
 
 
 def _save_rows(ctx, inputs, output):
@@ -577,9 +679,13 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, class_weight: Tensor | None, options: CrossEntropyOptions, counted: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    options: CrossEntropyOptions,
+    counted: Tensor,
     divisor: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The reduced loss, and (lse, logprob, entropy, correct) of every row where they are asked for."""
     shape = targets.shape
     if logits.dim() == 2:

@@ -85,11 +85,8 @@ class AttentionRow(NamedTuple):
     num_stages: int
     use_tma: bool = False
 
-    def tiles(self) -> dict[str, Any]:
-        """The launch's keywords."""
-        return {
-            "BLOCK_T": self.block_t, "BLOCK_S": self.block_s, "num_warps": self.num_warps, "num_stages": self.num_stages
-        }  # fmt: skip
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
 
 
 # By what is multiplied ("half" 16 bits, "tf32", "ieee" float32) and the largest padded head size: forward, dq, dkdv.
@@ -293,13 +290,10 @@ def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
 
 
 # The activations that have a kernel by transformers' names, and the kernels' own names for them.
-_SAME_NAME = (
-    "gelu", "gelu_10", "hardswish", "laplace", "leaky_relu", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid",
-    "silu", "tanh",
-)  # fmt: skip
+_SAME_NAME = ("gelu", "gelu_10", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "hardswish", "laplace", "mish")
 _GELU_TANH = ("gelu_new", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh", "gelu_fast")
 ACTIVATIONS = {
-    **{name: name for name in _SAME_NAME},
+    **{name: name for name in (*_SAME_NAME, "sigmoid", "silu", "tanh")},
     **dict.fromkeys(_GELU_TANH, "gelu_tanh"),
     "gelu_python": "gelu",
     "swish": "silu",

@@ -27,12 +27,15 @@ Dimension key: R rows, S slots that the rows' state lies in, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.cross_entropy import _log1p_below_half
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -42,6 +45,75 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Beyond these no logit matters to y + T g, or only ties with the largest do; they keep both finite.
 MAX_TEMPERATURE = tl.constexpr(1e30)
 MAX_INVERSE = tl.constexpr(1e30)
+
+
+# -- arguments ----------------------------------------------------------------------------------------------------
+
+
+class _Settings(NamedTuple):
+    """A tensor of slots each, or None."""
+
+    keys_ptr: Any
+    positions_ptr: Any
+    temperature_ptr: Any
+    top_k_ptr: Any
+    top_p_ptr: Any
+    min_p_ptr: Any
+    penalty_ptr: Any
+
+
+class _Meta(NamedTuple):
+    HAS_PENALTY: bool
+    HAS_TOP_K: bool
+    HAS_TOP_P: bool
+    HAS_MIN_P: bool
+    IS_GREEDY: bool
+    MARK_SEEN: bool
+    BLOCK: int
+
+
+class _Row(NamedTuple):
+    """Logits, which of them were seen (None if that does not matter) and what those are penalised by."""
+
+    x_ptr: Any
+    seen_ptr: Any
+    penalty: Any
+    V: Any
+
+
+class _Draw(NamedTuple):
+    """What a row draws with; scale_log2 is log2(e) / T."""
+
+    key: Any
+    position: Any
+    temperature: Any
+    scale_log2: Any
+
+
+class _Lanes(NamedTuple):
+    """What every lane holds after the first pass: see `_first_step`."""
+
+    m: Any
+    rest: Any
+    y_max: Any
+    y_rest: Any
+    bar: Any
+    best: Any
+    best_id: Any
+    second: Any
+    second_id: Any
+    third: Any
+
+
+class _Held(NamedTuple):
+    """With top-k the two largest logits of every lane, their scores y + T g and their tokens."""
+
+    first: Any
+    first_score: Any
+    first_id: Any
+    second: Any
+    second_score: Any
+    second_id: Any
 
 
 # -- noise --------------------------------------------------------------------------------------------------------
@@ -75,17 +147,17 @@ def _words(key, position, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scores(y, bar, temperature, scale_log2, key, position, start, BLOCK: tl.constexpr):
+def _scores(y, bar, draw, start, BLOCK: tl.constexpr):
     """y + T g of the tokens start .. start + BLOCK, and the new bar; -inf if none of them can beat `bar`, a score.
 
     The logarithms are most of what noise costs. y + T g > bar means -log u < exp((y - bar) / T), and -log u >= 1 - u:
     one exponential tells, and says yes to a block about as often as the maximum moves, 3 times in 12 blocks.
     """
-    words = _words(key, position, start, BLOCK)
-    may_win = words.to(tl.float32) * 2.0**-32 <= tl.exp2((y - bar) * scale_log2 + 1e-4)  # with room for rounding
+    words = _words(draw.key, draw.position, start, BLOCK=BLOCK)
+    may_win = words.to(tl.float32) * 2.0**-32 <= tl.exp2((y - bar) * draw.scale_log2 + 1e-4)  # with room for rounding
     scores = tl.full((BLOCK,), float("-inf"), tl.float32)
     if tl.max(may_win.to(tl.int32), 0) > 0:
-        scores = y + temperature * _gumbel(words)
+        scores = y + draw.temperature * _gumbel(words)
         bar = tl.maximum(bar, tl.max(scores, 0))
     return scores, bar
 
@@ -120,18 +192,18 @@ def _penalized(x, seen, penalty):
 
 
 @triton.jit
-def _load(x_ptr, seen_ptr, offs, end, penalty, HAS_PENALTY: tl.constexpr, HAS_MASK: tl.constexpr):
+def _load(row, offs, end, HAS_MASK: tl.constexpr, META: tl.constexpr):
     """The logits as they are and penalised, float32; -inf from `end` on (HAS_MASK)."""
     if HAS_MASK:
-        x = tl.load(x_ptr + offs, mask=offs < end, other=float("-inf")).to(tl.float32)
+        x = tl.load(row.x_ptr + offs, mask=offs < end, other=float("-inf")).to(tl.float32)
     else:
-        x = tl.load(x_ptr + offs).to(tl.float32)
+        x = tl.load(row.x_ptr + offs).to(tl.float32)
     y = x
-    if HAS_PENALTY:
+    if META.HAS_PENALTY:
         if HAS_MASK:
-            y = _penalized(x, tl.load(seen_ptr + offs, mask=offs < end, other=0), penalty)
+            y = _penalized(x, tl.load(row.seen_ptr + offs, mask=offs < end, other=0), row.penalty)
         else:
-            y = _penalized(x, tl.load(seen_ptr + offs), penalty)
+            y = _penalized(x, tl.load(row.seen_ptr + offs), row.penalty)
     return x, y
 
 
@@ -147,35 +219,31 @@ def _online_softmax_step(m, rest, x, scale_log2):
 
 
 @triton.jit
-def _first_step(
-    x_ptr, seen_ptr, start, V, penalty, temperature, scale_log2, key, position,
-    m, rest, y_max, y_rest, bar, best, best_id, second, second_id, third,
-    HAS_PENALTY: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
-    IS_GREEDY: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _first_step(lanes, row, draw, start, HAS_MASK: tl.constexpr, META: tl.constexpr):
     """Take the tokens start .. start + BLOCK into every lane's state.
 
     Without top-k `best` is the best of y + T g so far. With it, `best`, `second` and `third` are the largest y.
     """
-    offs = start + tl.arange(0, BLOCK)
-    x, y = _load(x_ptr, seen_ptr, offs, V, penalty, HAS_PENALTY, HAS_MASK)
+    m, rest, y_max, y_rest, bar, best, best_id, second, second_id, third = lanes
+    offs = start + tl.arange(0, META.BLOCK)
+    x, y = _load(row, offs, row.V, HAS_MASK=HAS_MASK, META=META)
     m, rest = _online_softmax_step(m, rest, x, LOG2_E)
-    if HAS_TOP_K:
+    if META.HAS_TOP_K:
         is_best, is_second = y > best, y > second
         third = tl.maximum(third, tl.minimum(y, second))
         second_id = tl.where(is_best, best_id, tl.where(is_second, offs, second_id))
         second = tl.where(is_best, best, tl.maximum(second, y))
     else:
-        if HAS_TOP_P:
-            y_max, y_rest = _online_softmax_step(y_max, y_rest, y, scale_log2)
-        elif HAS_MIN_P:
+        if META.HAS_TOP_P:
+            y_max, y_rest = _online_softmax_step(y_max, y_rest, y, draw.scale_log2)
+        elif META.HAS_MIN_P:
             y_max = tl.maximum(y_max, y)
-        if not IS_GREEDY:
-            y, bar = _scores(y, bar, temperature, scale_log2, key, position, start, BLOCK)
+        if not META.IS_GREEDY:
+            y, bar = _scores(y, bar, draw, start, BLOCK=META.BLOCK)
         is_best = y > best
     best_id = tl.where(is_best, offs, best_id)
     best = tl.where(is_best, y, best)
-    return m, rest, y_max, y_rest, bar, best, best_id, second, second_id, third
+    return _Lanes(m, rest, y_max, y_rest, bar, best, best_id, second, second_id, third)
 
 
 @triton.jit
@@ -202,16 +270,14 @@ def _narrow(counts, k, p1, p2, p3, lo, hi, n):
 
 
 @triton.jit
-def _row_counts(
-    x_ptr, seen_ptr, end, penalty, f1, f2, f3, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """`_counts` of the tokens 0 .. end."""
-    offs = tl.arange(0, BLOCK)
-    tail = end // BLOCK * BLOCK
-    _, y = _load(x_ptr, seen_ptr, tail + offs, end, penalty, HAS_PENALTY, True)
+def _row_counts(row, f1, f2, f3, META: tl.constexpr):
+    """`_counts` of the whole row."""
+    offs = tl.arange(0, META.BLOCK)
+    tail = row.V // META.BLOCK * META.BLOCK
+    _, y = _load(row, tail + offs, row.V, HAS_MASK=True, META=META)
     counts = _counts(y, f1, f2, f3)
-    for start in range(0, tail, BLOCK):
-        _, y = _load(x_ptr, seen_ptr, start + offs, end, penalty, HAS_PENALTY, False)
+    for start in range(0, tail, META.BLOCK):
+        _, y = _load(row, start + offs, row.V, HAS_MASK=False, META=META)
         counts += _counts(y, f1, f2, f3)
     return tl.sum(counts, 0)
 
@@ -222,35 +288,30 @@ def _mass(y, low, y_max, scale_log2):
 
 
 @triton.jit
-def _mass_from(
-    x_ptr, seen_ptr, end, penalty, low, y_max, scale_log2, top1, top2,
-    HAS_PENALTY: tl.constexpr, HAS_TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _mass_from(row, end, low, y_max, scale_log2, first, second, META: tl.constexpr):
     """sum of exp((y - y_max) / T) where y >= low: over the tokens 0 .. end, or, if end is 0, over the lanes' two."""
+    BLOCK: tl.constexpr = META.BLOCK
     mass = tl.zeros((BLOCK,), tl.float32)
-    if HAS_TOP_K:  # noqa: SIM102
+    if META.HAS_TOP_K:  # noqa: SIM102
         if end == 0:
-            mass = _mass(top1, low, y_max, scale_log2) + _mass(top2, low, y_max, scale_log2)
+            mass = _mass(first, low, y_max, scale_log2) + _mass(second, low, y_max, scale_log2)
     offs = tl.arange(0, BLOCK)
     tail = end // BLOCK * BLOCK
     for start in range(0, tail, BLOCK):
-        _, y = _load(x_ptr, seen_ptr, start + offs, end, penalty, HAS_PENALTY, False)
+        _, y = _load(row, start + offs, end, HAS_MASK=False, META=META)
         mass += _mass(y, low, y_max, scale_log2)
     if tail < end:
-        _, y = _load(x_ptr, seen_ptr, tail + offs, end, penalty, HAS_PENALTY, True)
+        _, y = _load(row, tail + offs, end, HAS_MASK=True, META=META)
         mass += _mass(y, low, y_max, scale_log2)
     return tl.sum(mass, 0)
 
 
 @triton.jit
-def _draw_step(
-    x_ptr, seen_ptr, start, end, penalty, temperature, scale_log2, key, position, low, bar, best, best_id,
-    HAS_PENALTY: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    offs = start + tl.arange(0, BLOCK)
-    _, y = _load(x_ptr, seen_ptr, offs, end, penalty, HAS_PENALTY, HAS_MASK)
+def _draw_step(bar, best, best_id, row, draw, start, end, low, HAS_MASK: tl.constexpr, META: tl.constexpr):
+    offs = start + tl.arange(0, META.BLOCK)
+    _, y = _load(row, offs, end, HAS_MASK=HAS_MASK, META=META)
     y = tl.where(y >= low, y, float("-inf"))
-    score, bar = _scores(y, bar, temperature, scale_log2, key, position, start, BLOCK)
+    score, bar = _scores(y, bar, draw, start, BLOCK=META.BLOCK)
     is_best = score > best
     return bar, tl.where(is_best, score, best), tl.where(is_best, offs, best_id)
 
@@ -262,95 +323,82 @@ def _first_best(best, best_id):
 
 
 @triton.jit
-def _draw(
-    x_ptr, seen_ptr, end, penalty, temperature, scale_log2, key, position, low, top1, top1_score, top1_id, top2,
-    top2_score, top2_id, HAS_PENALTY: tl.constexpr, HAS_TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _draw(row, draw, end, low, held, META: tl.constexpr):
     """argmax of y + T g where y >= low: over the tokens 0 .. end, or, if end is 0, over those that the lanes hold."""
+    BLOCK: tl.constexpr = META.BLOCK
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_id = tl.zeros((BLOCK,), tl.int32)
-    if HAS_TOP_K:  # noqa: SIM102
+    if META.HAS_TOP_K:  # noqa: SIM102
         if end == 0:
-            best = tl.where(top1 >= low, top1_score, float("-inf"))
-            other = tl.where(top2 >= low, top2_score, float("-inf"))
-            is_other = (other > best) | ((other == best) & (top2_id < top1_id))
-            best_id = tl.where(is_other, top2_id, top1_id)
+            best = tl.where(held.first >= low, held.first_score, float("-inf"))
+            other = tl.where(held.second >= low, held.second_score, float("-inf"))
+            is_other = (other > best) | ((other == best) & (held.second_id < held.first_id))
+            best_id = tl.where(is_other, held.second_id, held.first_id)
             best = tl.where(is_other, other, best)
     bar = tl.full((), float("-inf"), tl.float32)
     tail = end // BLOCK * BLOCK
     for start in range(0, tail, BLOCK):
-        bar, best, best_id = _draw_step(
-            x_ptr, seen_ptr, start, end, penalty, temperature, scale_log2, key, position, low, bar, best, best_id,
-            HAS_PENALTY, False, BLOCK)  # fmt: skip
+        bar, best, best_id = _draw_step(bar, best, best_id, row, draw, start, end, low, HAS_MASK=False, META=META)
     if tail < end:
-        bar, best, best_id = _draw_step(
-            x_ptr, seen_ptr, tail, end, penalty, temperature, scale_log2, key, position, low, bar, best, best_id,
-            HAS_PENALTY, True, BLOCK)  # fmt: skip
+        bar, best, best_id = _draw_step(bar, best, best_id, row, draw, tail, end, low, HAS_MASK=True, META=META)
     return _first_best(best, best_id)
 
 
 @triton.jit
-def _sample_kernel(
-    logits_ptr, ids_ptr, logprobs_ptr, slots_ptr, keys_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
-    min_p_ptr, penalty_ptr, seen_ptr, stride_lr, stride_ss, V,
-    HAS_SLOTS: tl.constexpr, HAS_PENALTY: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
-    HAS_MIN_P: tl.constexpr, IS_GREEDY: tl.constexpr, MARK_SEEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _sample_kernel(logits, ids_ptr, logprobs_ptr, slots_ptr, settings, seen, V, META: tl.constexpr):
     """One row: the token, and the log-probability that the logits as they are give it."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = row
-    if HAS_SLOTS:
-        slot = tl.load(slots_ptr + row).to(tl.int64)
-    x_ptr = logits_ptr + row * stride_lr
-    s_ptr = seen_ptr
-    if HAS_PENALTY or MARK_SEEN:
-        s_ptr = seen_ptr + slot * stride_ss
+    BLOCK: tl.constexpr = META.BLOCK
+    r = tl.program_id(0).to(tl.int64)
+    slot = r
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + r).to(tl.int64)
+    x_ptr = logits.ptr + r * logits.stride
+    s_ptr = None
+    if META.HAS_PENALTY or META.MARK_SEEN:
+        s_ptr = seen.ptr + slot * seen.stride
     penalty, temperature, scale_log2 = 1.0, 0.0, 1.0
-    key, position = row, 0
-    if HAS_PENALTY:
-        penalty = tl.load(penalty_ptr + slot)
-    if not IS_GREEDY:
-        low_word = tl.load(keys_ptr + 2 * slot).to(tl.int64) & 0xFFFFFFFF
-        key = low_word | (tl.load(keys_ptr + 2 * slot + 1).to(tl.int64) << 32)
-        position = tl.load(positions_ptr + slot).to(tl.int32)
-        temperature = tl.minimum(tl.maximum(tl.load(temperature_ptr + slot), 0.0), MAX_TEMPERATURE)
+    key, position = r, 0
+    if META.HAS_PENALTY:
+        penalty = tl.load(settings.penalty_ptr + slot)
+    if not META.IS_GREEDY:
+        low_word = tl.load(settings.keys_ptr + 2 * slot).to(tl.int64) & 0xFFFFFFFF
+        key = low_word | (tl.load(settings.keys_ptr + 2 * slot + 1).to(tl.int64) << 32)
+        position = tl.load(settings.positions_ptr + slot).to(tl.int32)
+        temperature = tl.minimum(tl.maximum(tl.load(settings.temperature_ptr + slot), 0.0), MAX_TEMPERATURE)
     k = V
-    if HAS_TOP_K:
-        k = tl.load(top_k_ptr + slot).to(tl.int32)
+    if META.HAS_TOP_K:
+        k = tl.load(settings.top_k_ptr + slot).to(tl.int32)
         k = tl.where(k <= 0, V, k)
         temperature = tl.where(k == 1, 0.0, temperature)  # as greedy: the lowest index among equals
-    if not IS_GREEDY:
+    if not META.IS_GREEDY:
         scale_log2 = tl.minimum(1.0 / temperature, MAX_INVERSE) * LOG2_E
+    row = _Row(x_ptr, s_ptr, penalty, V)
+    draw = _Draw(key, position, temperature, scale_log2)
 
     # The first pass.
-    m = tl.full((BLOCK,), LOWEST, tl.float32)
-    rest = tl.full((BLOCK,), -1.0, tl.float32)
+    lowest = tl.full((BLOCK,), LOWEST, tl.float32)
+    nothing = tl.full((BLOCK,), -1.0, tl.float32)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_id = tl.zeros((BLOCK,), tl.int32)
-    lane_max, lane_rest, second, second_id, third = m, rest, best, best_id, best
     bar = tl.full((), float("-inf"), tl.float32)
+    lanes = _Lanes(lowest, nothing, lowest, nothing, bar, best, best_id, best, best_id, best)
     tail = V // BLOCK * BLOCK
     for start in range(0, tail, BLOCK):
-        m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third = _first_step(
-            x_ptr, s_ptr, start, V, penalty, temperature, scale_log2, key, position,
-            m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third,
-            HAS_PENALTY, HAS_TOP_K, HAS_TOP_P, HAS_MIN_P, IS_GREEDY, False, BLOCK)  # fmt: skip
+        lanes = _first_step(lanes, row, draw, start, HAS_MASK=False, META=META)
     if tail < V:
-        m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third = _first_step(
-            x_ptr, s_ptr, tail, V, penalty, temperature, scale_log2, key, position,
-            m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third,
-            HAS_PENALTY, HAS_TOP_K, HAS_TOP_P, HAS_MIN_P, IS_GREEDY, True, BLOCK)  # fmt: skip
+        lanes = _first_step(lanes, row, draw, tail, HAS_MASK=True, META=META)
+    m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third = lanes
     row_max = tl.max(m, 0)
     # All but one largest logit, whose 1 would round the rest of a confident row away.
-    lanes = tl.arange(0, BLOCK)
-    first = tl.min(tl.where(m == row_max, lanes, BLOCK), 0)
-    rest = tl.sum(tl.where(lanes == first, rest, (rest + 1.0) * tl.exp2((m - row_max) * LOG2_E)), 0)
+    lane = tl.arange(0, BLOCK)
+    first = tl.min(tl.where(m == row_max, lane, BLOCK), 0)
+    rest = tl.sum(tl.where(lane == first, rest, (rest + 1.0) * tl.exp2((m - row_max) * LOG2_E)), 0)
     is_good = (rest > -1.0) & (row_max < float("inf"))  # not so if a logit is NaN or +inf, or all are -inf
     log_sum = tl.where(rest < 0.5, _log1p_below_half(rest), LN_2 * tl.log2(1.0 + rest))
 
     low, end = float("-inf"), V
     y_max, mass = row_max, 1.0
-    if HAS_TOP_K:
+    if META.HAS_TOP_K:
         # The k-th largest of what the lanes hold, by bisection (into four) of the floats' order.
         y_max = tl.max(best, 0)
         lo = _to_key(float("-inf") + tl.zeros((), tl.float32))
@@ -375,57 +423,51 @@ def _sample_kernel(
             n = tl.cast(1 << 30, tl.int64)
             while (hi - lo > 1) & (n != k):
                 p1, p2, p3 = _pivots(lo, hi)
-                counts = _row_counts(
-                    x_ptr, s_ptr, V, penalty, _from_key(p1), _from_key(p2), _from_key(p3), HAS_PENALTY,
-                    BLOCK)  # fmt: skip
+                counts = _row_counts(row, _from_key(p1), _from_key(p2), _from_key(p3), META=META)
                 lo, hi, n = _narrow(counts, k, p1, p2, p3, lo, hi, n)
             low = _from_key(lo)
-        if HAS_TOP_P:
-            mass = _mass_from(
-                x_ptr, s_ptr, end, penalty, low, y_max, scale_log2, best, second, HAS_PENALTY, True, BLOCK)  # fmt: skip
+        if META.HAS_TOP_P:
+            mass = _mass_from(row, end, low, y_max, scale_log2, best, second, META=META)
         chosen = tl.zeros((), tl.int32)
         y = float("nan")  # nothing is chosen yet
     else:
         chosen = tl.minimum(_first_best(best, best_id), V - 1)
-        if HAS_TOP_P or HAS_MIN_P:
+        if META.HAS_TOP_P or META.HAS_MIN_P:
             y_max = tl.max(lane_max, 0)
-        if HAS_TOP_P:
+        if META.HAS_TOP_P:
             mass = tl.sum((lane_rest + 1.0) * tl.exp2((lane_max - y_max) * scale_log2), 0)
         y = 0.0
-        if HAS_TOP_P or HAS_MIN_P:
+        if META.HAS_TOP_P or META.HAS_MIN_P:
             y = tl.load(x_ptr + chosen).to(tl.float32)
-            if HAS_PENALTY:
-                y = _penalized(y, tl.load(s_ptr + chosen), penalty)
-    if HAS_MIN_P:
-        min_p = tl.load(min_p_ptr + slot)
+            if META.HAS_PENALTY:
+                y = _penalized(y, tl.load(row.seen_ptr + chosen), penalty)
+    if META.HAS_MIN_P:
+        min_p = tl.load(settings.min_p_ptr + slot)
         low = tl.maximum(low, tl.where(min_p > 0, y_max + temperature * (LN_2 * tl.log2(min_p)), float("-inf")))
 
-    if HAS_TOP_K or HAS_TOP_P or HAS_MIN_P:
+    if META.HAS_TOP_K or META.HAS_TOP_P or META.HAS_MIN_P:
         best_score, second_score = best, second
-        if HAS_TOP_K:
+        if META.HAS_TOP_K:
             best_score += temperature * _gumbel_at(key, position, best_id)
             if tl.max(second, 0) >= low:
                 second_score += temperature * _gumbel_at(key, position, second_id)
         limit = float("inf")
-        if HAS_TOP_P:
-            top_p = tl.load(top_p_ptr + slot)
+        if META.HAS_TOP_P:
+            top_p = tl.load(settings.top_p_ptr + slot)
             limit = tl.where(top_p < 1.0, top_p * mass, float("inf"))
         is_open = is_good
         while is_open:
             if not (y >= low):
-                chosen = _draw(
-                    x_ptr, s_ptr, end, penalty, temperature, scale_log2, key, position, low, best, best_score,
-                    best_id, second, second_score, second_id, HAS_PENALTY, HAS_TOP_K, BLOCK)  # fmt: skip
+                held = _Held(best, best_score, best_id, second, second_score, second_id)
+                chosen = _draw(row, draw, end, low, held, META=META)
                 chosen = tl.minimum(chosen, V - 1)
                 y = tl.load(x_ptr + chosen).to(tl.float32)
-                if HAS_PENALTY:
-                    y = _penalized(y, tl.load(s_ptr + chosen), penalty)
+                if META.HAS_PENALTY:
+                    y = _penalized(y, tl.load(row.seen_ptr + chosen), penalty)
             is_open = is_open & False
-            if HAS_TOP_P:
+            if META.HAS_TOP_P:
                 above = _from_key(_to_key(y) + 1)
-                mass_above = _mass_from(
-                    x_ptr, s_ptr, end, penalty, above, y_max, scale_log2, best, second, HAS_PENALTY, HAS_TOP_K,
-                    BLOCK)  # fmt: skip
+                mass_above = _mass_from(row, end, above, y_max, scale_log2, best, second, META=META)
                 is_open = (mass_above >= limit) & (mass_above > 0)
                 low = tl.where(is_open, tl.maximum(low, above), low)
 
@@ -433,19 +475,29 @@ def _sample_kernel(
     logprob = (tl.load(x_ptr + chosen).to(tl.float32) - row_max) - log_sum
     tl.store(ids_ptr + slot, chosen.to(ids_ptr.dtype.element_ty))
     tl.store(logprobs_ptr + slot, tl.where(is_good, logprob, float("nan")))
-    if MARK_SEEN:
-        tl.store(s_ptr + chosen, tl.full((), 1, s_ptr.dtype.element_ty), mask=is_good)
+    if META.MARK_SEEN:
+        tl.store(row.seen_ptr + chosen, tl.full((), 1, row.seen_ptr.dtype.element_ty), mask=is_good)
 
 
 # -- launcher -----------------------------------------------------------------------------------------------------
 
 
 def sample_rows(
-    logits: Tensor, ids: Tensor, logprobs: Tensor, *, slots: Tensor | None = None, keys: Tensor | None = None,
-    positions: Tensor | None = None, temperature: Tensor | None = None, top_k: Tensor | None = None,
-    top_p: Tensor | None = None, min_p: Tensor | None = None, penalty: Tensor | None = None,
-    seen: Tensor | None = None, mark_seen: bool = False,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    *,
+    slots: Tensor | None = None,
+    keys: Tensor | None = None,
+    positions: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    penalty: Tensor | None = None,
+    seen: Tensor | None = None,
+    mark_seen: bool = False,
+) -> None:
     """Choose a token for every row of logits (R, V), last stride 1, into ids (S,) and logprobs (S,) float32.
 
     What is None is off (temperature None: greedy). The rest is as in `ops.sample`, every setting a tensor (S,); nothing
@@ -459,26 +511,36 @@ def sample_rows(
     has_filters = top_k is not None or top_p is not None or min_p is not None
     row = launch.sampling_row(V, launch.architecture(logits.device), has_filters=has_filters)
     _sample_kernel[(R,)](
-        logits, ids, logprobs, slots, keys, positions, temperature, top_k, top_p, min_p, penalty,
-        None if seen is None else seen.view(torch.uint8),
-        logits.stride(0), 0 if seen is None else seen.stride(0), V,
-        HAS_SLOTS=slots is not None,
-        HAS_PENALTY=penalty is not None,
-        HAS_TOP_K=top_k is not None,
-        HAS_TOP_P=top_p is not None,
-        HAS_MIN_P=min_p is not None,
-        IS_GREEDY=temperature is None,
-        MARK_SEEN=mark_seen,
-        BLOCK=row.block_v,
+        logits=Matrix.of(logits),
+        ids_ptr=ids,
+        logprobs_ptr=logprobs,
+        slots_ptr=slots,
+        settings=_Settings(keys, positions, temperature, top_k, top_p, min_p, penalty),
+        seen=None if seen is None else Matrix.of(seen.view(torch.uint8)),
+        V=V,
+        META=_Meta(
+            HAS_PENALTY=penalty is not None,
+            HAS_TOP_K=top_k is not None,
+            HAS_TOP_P=top_p is not None,
+            HAS_MIN_P=min_p is not None,
+            IS_GREEDY=temperature is None,
+            MARK_SEEN=mark_seen,
+            BLOCK=row.block_v,
+        ),
         num_warps=row.num_warps,
         **launch.OPTIONS,
-    )  # fmt: skip
+    )
 
 
 def sample(
-    logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, settings: dict[str, Tensor | None],
-    seen: Tensor | None, mark_seen: bool,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    slots: Tensor | None,
+    settings: dict[str, Tensor | None],
+    seen: Tensor | None,
+    mark_seen: bool,
+) -> None:
     """Choose a token for every row of logits (R, V), into ids and logprobs (S,) at `slots`."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
@@ -487,12 +549,33 @@ def sample(
 
 @torch.library.custom_op("fastgpt2::sample_", mutates_args=("ids", "logprobs", "seen"))
 def sample_op(
-    logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, keys: Tensor | None, positions: Tensor | None,
-    temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None,
-    penalty: Tensor | None, seen: Tensor | None, mark_seen: bool,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    slots: Tensor | None,
+    keys: Tensor | None,
+    positions: Tensor | None,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    penalty: Tensor | None,
+    seen: Tensor | None,
+    mark_seen: bool,
+) -> None:
     """`sample_rows` as PyTorch's dispatcher and torch.compile see it."""
     sample_rows(
-        logits, ids, logprobs, slots=slots, keys=keys, positions=positions, temperature=temperature, top_k=top_k,
-        top_p=top_p, min_p=min_p, penalty=penalty, seen=seen, mark_seen=mark_seen,
-    )  # fmt: skip
+        logits,
+        ids,
+        logprobs,
+        slots=slots,
+        keys=keys,
+        positions=positions,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        penalty=penalty,
+        seen=seen,
+        mark_seen=mark_seen,
+    )

@@ -22,7 +22,7 @@ Dimension key: R rows, N new tokens, S cache positions, H heads, D head size, C 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.types import DecodeRows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -38,41 +39,83 @@ UNROLLED_SPLITS = tl.constexpr(8)  # a context of 1024
 _DOT_ROWS = 16  # the fewest queries that a tensor-core product takes
 
 
+# -- arguments ----------------------------------------------------------------------------------------------------
+
+
+class _Cache(NamedTuple):
+    """Keys and values of a layer, and their strides of slots and heads."""
+
+    k_ptr: Any
+    v_ptr: Any
+    stride_k_slot: Any
+    stride_k_head: Any
+    stride_v_slot: Any
+    stride_v_head: Any
+
+
+class _Parts(NamedTuple):
+    out_ptr: Any
+    max_ptr: Any
+    sum_ptr: Any
+
+
+class _Rows(NamedTuple):
+    """The rows of a launch and what they have to fit in; table_ptr, slots_ptr, starts_ptr, counts_ptr may be None."""
+
+    table_ptr: Any
+    lengths_ptr: Any
+    slots_ptr: Any
+    starts_ptr: Any
+    counts_ptr: Any
+    N: Any
+    num_slots: Any
+    S: Any
+    max_new: Any
+
+
+class _SplitMeta(NamedTuple):
+    D: int
+    BLOCK_D: int
+    BLOCK_T: int
+    SPLIT_S: int
+    USE_DOT: bool
+
+
+class _CombineMeta(NamedTuple):
+    D: int
+    BLOCK_C: int
+    SPLIT_S: int
+
+
 # -- pieces -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _find_row(
-    r, lengths_ptr, slots_ptr, starts_ptr, counts_ptr, table_ptr, N, num_slots, S, max_new,
-    D: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SLOTS: tl.constexpr, INDIRECT: tl.constexpr,
-):  # fmt: skip
+def _find_row(r, rows, D: tl.constexpr):
     """Row r's (cache slot, first new token, number of new tokens, cached tokens, whether all of that fits)."""
     slot, start, count = r, r, 1
-    if HAS_SLOTS:
-        slot = tl.load(slots_ptr + r)
-    if HAS_STARTS:
-        start = tl.load(starts_ptr + r)
-        count = tl.load(counts_ptr + r)
-    capacity = S
-    if INDIRECT:
+    if rows.slots_ptr is not None:
+        slot = tl.load(rows.slots_ptr + r)
+    if rows.starts_ptr is not None:
+        start = tl.load(rows.starts_ptr + r)
+        count = tl.load(rows.counts_ptr + r)
+    capacity = rows.S
+    if rows.table_ptr is not None:
         # Slots and heads are whole blocks of (S, D), one inside the other: the smaller stride is one block.
-        block = tl.minimum(tl.load(table_ptr + 3), tl.load(table_ptr + 4))
-        capacity = tl.minimum(block // D, S).to(tl.int32)
-    is_slot = (slot >= 0) & (slot < num_slots)
-    past = tl.load(lengths_ptr + slot, mask=is_slot, other=-1)
+        block = tl.minimum(tl.load(rows.table_ptr + 3), tl.load(rows.table_ptr + 4))
+        capacity = tl.minimum(block // D, rows.S).to(tl.int32)
+    is_slot = (slot >= 0) & (slot < rows.num_slots)
+    past = tl.load(rows.lengths_ptr + slot, mask=is_slot, other=-1)
     # Differences, since sums of what nobody has checked could overflow.
-    fits = (past >= 0) & (count <= max_new) & (past <= capacity - count) & (start >= 0) & (start <= N - count)
-    return slot, start, count, past, fits
+    has_room = (past >= 0) & (count <= rows.max_new) & (past <= capacity - count)
+    return slot, start, count, past, has_room & (start >= 0) & (start <= rows.N - count)
 
 
 @triton.jit
-def _find_cache(
-    k_ptr, v_ptr, table_ptr, layer, slot, h, stride_ks, stride_kh, stride_vs, stride_vh,
-    D: tl.constexpr, INDIRECT: tl.constexpr,
-):  # fmt: skip
+def _find_cache(cache, table_ptr, layer, slot, h, D: tl.constexpr):
     """Where the keys and the values of a slot's head begin."""
     slot, h = tl.cast(slot, tl.int64), tl.cast(h, tl.int64)
-    if INDIRECT:
+    if table_ptr is not None:
         # All strides are multiples of D; said, and the addresses' alignment too, accesses are 128 bits wide.
         ALIGN: tl.constexpr = 16 if D % 16 == 0 else 8 if D % 8 == 0 else 1
         BYTES: tl.constexpr = 16
@@ -80,18 +123,18 @@ def _find_cache(
         stride_slot = tl.multiple_of(tl.load(table_ptr + 3), ALIGN)
         stride_head = tl.multiple_of(tl.load(table_ptr + 4), ALIGN)
         offset = layer * stride_layer + slot * stride_slot + h * stride_head
-        k_type: tl.constexpr = tl.pointer_type(k_ptr.dtype.element_ty)
-        v_type: tl.constexpr = tl.pointer_type(v_ptr.dtype.element_ty)
+        k_type: tl.constexpr = tl.pointer_type(cache.k_ptr.dtype.element_ty)
+        v_type: tl.constexpr = tl.pointer_type(cache.v_ptr.dtype.element_ty)
         k_ptr = tl.multiple_of(tl.load(table_ptr).to(k_type), BYTES) + offset
         v_ptr = tl.multiple_of(tl.load(table_ptr + 1).to(v_type), BYTES) + offset
     else:
-        k_ptr += slot * stride_ks + h * stride_kh
-        v_ptr += slot * stride_vs + h * stride_vh
+        k_ptr = cache.k_ptr + slot * cache.stride_k_slot + h * cache.stride_k_head
+        v_ptr = cache.v_ptr + slot * cache.stride_v_slot + h * cache.stride_v_head
     return k_ptr, v_ptr
 
 
 @triton.jit
-def _combine_splits(part_out_ptr, part_max_ptr, part_sum_ptr, rows, offs_d, num_splits, MAX_SPLITS, D: tl.constexpr):
+def _combine_splits(parts, rows, offs_d, num_splits, MAX_SPLITS, D: tl.constexpr):
     """Attention's output in float32 from the splits' parts, for a tile, say (tokens, columns).
 
     All of the tile's shape: column c belongs to head h = c // D, `rows` is n H + h in int64, `offs_d` is c - h D, and
@@ -107,9 +150,9 @@ def _combine_splits(part_out_ptr, part_max_ptr, part_sum_ptr, rows, offs_d, num_
         for i in tl.static_range(UNROLLED_SPLITS):
             is_split = start + i < num_splits
             at = rows * MAX_SPLITS + start + i
-            m_i = tl.load(part_max_ptr + at, mask=is_split, other=float("-inf"))
-            l_i = tl.load(part_sum_ptr + at, mask=is_split, other=0.0)
-            acc_i = tl.load(part_out_ptr + at * D + offs_d, mask=is_split, other=0.0)
+            m_i = tl.load(parts.max_ptr + at, mask=is_split, other=float("-inf"))
+            l_i = tl.load(parts.sum_ptr + at, mask=is_split, other=0.0)
+            acc_i = tl.load(parts.out_ptr + at * D + offs_d, mask=is_split, other=0.0)
             m_new = tl.maximum(m, m_i)
             m_used = tl.where(is_any, m_new, 0.0)  # -inf - (-inf) is NaN
             alpha, beta = tl.exp2(m - m_used), tl.exp2(m_i - m_used)
@@ -123,11 +166,10 @@ def _combine_splits(part_out_ptr, part_max_ptr, part_sum_ptr, rows, offs_d, num_
 
 
 @triton.jit
-def _load_cached(
-    k_ptr, v_ptr, past, split_start, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT_S: tl.constexpr
-):  # fmt: skip
+def _load_cached(k_ptr, v_ptr, past, split_start, META: tl.constexpr):
     """The split's cached keys and values (SPLIT_S, BLOCK_D), and which there are: zeros from position `past` on."""
-    offs_s, offs_d = tl.arange(0, SPLIT_S), tl.arange(0, BLOCK_D)
+    D: tl.constexpr = META.D
+    offs_s, offs_d = tl.arange(0, META.SPLIT_S), tl.arange(0, META.BLOCK_D)
     is_cached = split_start + offs_s < past
     mask = is_cached[:, None] & (offs_d < D)[None, :]
     tile = tl.cast(split_start, tl.int64) * D + (offs_s[:, None] * D + offs_d[None, :])
@@ -135,15 +177,13 @@ def _load_cached(
 
 
 @triton.jit
-def _append_new(
-    qkv_ptr, k_ptr, v_ptr, past, count, split_start, stride_qn, C,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT_S: tl.constexpr,
-):  # fmt: skip
+def _append_new(qkv, k_ptr, v_ptr, past, count, split_start, C, META: tl.constexpr):
     """The new keys and values (BLOCK_T, BLOCK_D) that lie in the split, written to the cache, and which they are."""
-    offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    is_here = (offs_t < count) & (past + offs_t >= split_start) & (past + offs_t < split_start + SPLIT_S)
+    D: tl.constexpr = META.D
+    offs_t, offs_d = tl.arange(0, META.BLOCK_T), tl.arange(0, META.BLOCK_D)
+    is_here = (offs_t < count) & (past + offs_t >= split_start) & (past + offs_t < split_start + META.SPLIT_S)
     mask = is_here[:, None] & (offs_d < D)[None, :]
-    new = qkv_ptr + (offs_t[:, None] * stride_qn + offs_d[None, :])
+    new = qkv.ptr + (offs_t[:, None] * qkv.stride + offs_d[None, :])
     k = tl.load(new + C, mask=mask, other=0.0).to(k_ptr.dtype.element_ty)
     v = tl.load(new + 2 * C, mask=mask, other=0.0).to(v_ptr.dtype.element_ty)
     at = tl.cast(past, tl.int64) * D + (offs_t[:, None] * D + offs_d[None, :])
@@ -182,61 +222,67 @@ def _attend_all(q, k, v, is_seen, k_new, v_new, is_here, scale_log2, BLOCK_T: tl
     do_not_specialize_on_alignment=["lengths_ptr", "slots_ptr", "starts_ptr", "counts_ptr"],
 )
 def _decode_attention_kernel(
-    qkv_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, slots_ptr, starts_ptr, counts_ptr,
-    part_out_ptr, part_max_ptr, part_sum_ptr,
-    stride_qn, stride_ks, stride_kh, stride_vs, stride_vh, layer, N, num_slots, S, max_new, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT_S: tl.constexpr, HAS_STARTS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, INDIRECT: tl.constexpr, USE_DOT: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    cache,
+    parts,
+    table_ptr,
+    lengths_ptr,
+    slots_ptr,
+    starts_ptr,
+    counts_ptr,
+    layer,
+    N,
+    num_slots,
+    S,
+    max_new,
+    scale,
+    META: tl.constexpr,
+):
     """One split of one head of one row: its part of every new token; grid (R, H, splits)."""
+    BLOCK_D: tl.constexpr = META.BLOCK_D
     r, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     H, MAX_SPLITS = tl.num_programs(1), tl.num_programs(2)
-    slot, start, count, past, fits = _find_row(
-        r, lengths_ptr, slots_ptr, starts_ptr, counts_ptr, table_ptr, N, num_slots, S, max_new, D, HAS_STARTS,
-        HAS_SLOTS, INDIRECT)  # fmt: skip
-    split_start = split * SPLIT_S
+    rows = _Rows(table_ptr, lengths_ptr, slots_ptr, starts_ptr, counts_ptr, N, num_slots, S, max_new)
+    slot, start, count, past, fits = _find_row(r, rows, D=META.D)
+    split_start = split * META.SPLIT_S
     scale_log2 = scale * LOG2_E
     offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
+    mask_d = offs_d < META.D
     part = (tl.cast(start, tl.int64) * H + h) * MAX_SPLITS + split  # the first token's place among the parts
     if fits & (count > 0) & (split_start < past + count):
-        k_ptr, v_ptr = _find_cache(
-            k_ptr, v_ptr, table_ptr, layer, slot, h, stride_ks, stride_kh, stride_vs, stride_vh, D,
-            INDIRECT)  # fmt: skip
-        qkv_ptr += tl.cast(start, tl.int64) * stride_qn + h * D
-        k, v, is_cached = _load_cached(k_ptr, v_ptr, past, split_start, D, BLOCK_D, SPLIT_S)
-        k_new, v_new, is_here = _append_new(
-            qkv_ptr, k_ptr, v_ptr, past, count, split_start, stride_qn, H * D, D, BLOCK_D, BLOCK_T,
-            SPLIT_S)  # fmt: skip
-        offs_t = tl.arange(0, BLOCK_T)
-        if USE_DOT:
-            ptrs = qkv_ptr + (offs_t[:, None] * stride_qn + offs_d[None, :])
+        k_ptr, v_ptr = _find_cache(cache, table_ptr, layer, slot, h, D=META.D)
+        new = Matrix(qkv.ptr + tl.cast(start, tl.int64) * qkv.stride + h * META.D, qkv.stride)
+        k, v, is_cached = _load_cached(k_ptr, v_ptr, past, split_start, META=META)
+        k_new, v_new, is_here = _append_new(new, k_ptr, v_ptr, past, count, split_start, C=H * META.D, META=META)
+        offs_t = tl.arange(0, META.BLOCK_T)
+        if META.USE_DOT:
+            ptrs = new.ptr + (offs_t[:, None] * new.stride + offs_d[None, :])
             q = tl.load(ptrs, mask=(offs_t < count)[:, None] & mask_d[None, :], other=0.0)
-            acc, m, l = _attend_all(q, k, v, is_cached, k_new, v_new, is_here, scale_log2, BLOCK_T)
+            acc, m, l = _attend_all(q, k, v, is_cached, k_new, v_new, is_here, scale_log2, BLOCK_T=META.BLOCK_T)
             mask_t = (offs_t < count) & (past + offs_t >= split_start)
-            parts = part + offs_t * (H * MAX_SPLITS)
+            at = part + offs_t * (H * MAX_SPLITS)
             mask = mask_t[:, None] & mask_d[None, :]
-            tl.store(part_out_ptr + parts[:, None] * D + offs_d[None, :], acc, mask=mask)
-            tl.store(part_max_ptr + parts, m, mask=mask_t)
-            tl.store(part_sum_ptr + parts, l, mask=mask_t)
+            tl.store(parts.out_ptr + at[:, None] * META.D + offs_d[None, :], acc, mask=mask)
+            tl.store(parts.max_ptr + at, m, mask=mask_t)
+            tl.store(parts.sum_ptr + at, l, mask=mask_t)
         else:
             t_first, t_end = tl.maximum(split_start - past, 0), count
-            if BLOCK_T == 1:
+            if META.BLOCK_T == 1:
                 t_first, t_end = 0, 1  # no loop
             for t in range(t_first, t_end):
-                q = tl.load(qkv_ptr + t * stride_qn + offs_d, mask=mask_d, other=0.0).to(tl.float32) * scale_log2
+                q = tl.load(new.ptr + t * new.stride + offs_d, mask=mask_d, other=0.0).to(tl.float32) * scale_log2
                 acc, m, l = _attend_one(q, k, v, is_cached, k_new, v_new, is_here & (offs_t <= t))
                 at = part + t * (H * MAX_SPLITS)
-                tl.store(part_out_ptr + at * D + offs_d, acc, mask=mask_d)
-                tl.store(part_max_ptr + at, m)
-                tl.store(part_sum_ptr + at, l)
+                tl.store(parts.out_ptr + at * META.D + offs_d, acc, mask=mask_d)
+                tl.store(parts.max_ptr + at, m)
+                tl.store(parts.sum_ptr + at, l)
     elif (split == 0) & (not fits):
         # Nothing of a row that does not fit is written to the cache, and those of its tokens that there are give NaN.
         for t in range(tl.maximum(-start, 0), tl.minimum(count, N - start)):
             at = part + tl.cast(t, tl.int64) * (H * MAX_SPLITS)
-            tl.store(part_out_ptr + at * D + offs_d, tl.full((BLOCK_D,), float("nan"), tl.float32), mask=mask_d)
-            tl.store(part_max_ptr + at, float("nan"))
-            tl.store(part_sum_ptr + at, float("nan"))
+            tl.store(parts.out_ptr + at * META.D + offs_d, tl.full((BLOCK_D,), float("nan"), tl.float32), mask=mask_d)
+            tl.store(parts.max_ptr + at, float("nan"))
+            tl.store(parts.sum_ptr + at, float("nan"))
 
 
 @triton.jit(
@@ -244,26 +290,35 @@ def _decode_attention_kernel(
     do_not_specialize_on_alignment=["lengths_ptr", "slots_ptr", "starts_ptr", "counts_ptr"],
 )
 def _combine_kernel(
-    out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr, table_ptr, lengths_ptr, slots_ptr, starts_ptr, counts_ptr,
-    stride_on, N, num_slots, S, max_new, H, MAX_SPLITS,
-    D: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT_S: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SLOTS: tl.constexpr,
-    INDIRECT: tl.constexpr,
-):  # fmt: skip
+    out,
+    parts,
+    table_ptr,
+    lengths_ptr,
+    slots_ptr,
+    starts_ptr,
+    counts_ptr,
+    N,
+    num_slots,
+    S,
+    max_new,
+    H,
+    MAX_SPLITS,
+    META: tl.constexpr,
+):
     """BLOCK_C columns of one new token's output; grid (R, cdiv(C, BLOCK_C), most new tokens of a row)."""
-    _, start, count, past, fits = _find_row(
-        tl.program_id(0), lengths_ptr, slots_ptr, starts_ptr, counts_ptr, table_ptr, N, num_slots, S, max_new, D,
-        HAS_STARTS, HAS_SLOTS, INDIRECT)  # fmt: skip
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    D: tl.constexpr = META.D
+    rows = _Rows(table_ptr, lengths_ptr, slots_ptr, starts_ptr, counts_ptr, N, num_slots, S, max_new)
+    _, start, count, past, fits = _find_row(tl.program_id(0), rows, D=D)
+    offs_c = tl.program_id(1) * META.BLOCK_C + tl.arange(0, META.BLOCK_C)
     h = offs_c // D
     # One turn, but for a row that does not fit because it has too many tokens: all of them are NaN.
     t_first = tl.maximum(-start, 0) + tl.program_id(2)
     for t in range(t_first, tl.minimum(count, N - start), tl.num_programs(2)):
         n = tl.cast(start + t, tl.int64)
         mask = offs_c < H * D
-        num_splits = tl.where(mask, tl.where(fits, tl.cdiv(past + t + 1, SPLIT_S), 1), 0)
-        out = _combine_splits(
-            part_out_ptr, part_max_ptr, part_sum_ptr, n * H + h, offs_c - h * D, num_splits, MAX_SPLITS, D)  # fmt: skip
-        tl.store(out_ptr + n * stride_on + offs_c, out.to(out_ptr.dtype.element_ty), mask=mask)
+        num_splits = tl.where(mask, tl.where(fits, tl.cdiv(past + t + 1, META.SPLIT_S), 1), 0)
+        y = _combine_splits(parts, n * H + h, offs_c - h * D, num_splits, MAX_SPLITS, D=D)
+        tl.store(out.ptr + n * out.stride + offs_c, y.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 # -- launchers ----------------------------------------------------------------------------------------------------
@@ -329,27 +384,21 @@ def decode_splits(qkv: Tensor, cache: Cache, rows: Rows, parts: Parts, scale: fl
     row = launch.decode_row(cache.k.element_size(), _block_d(D))
     use_dot = rows.max_new > 1 and cache.k.element_size() == 2
     _decode_attention_kernel[(rows.num_rows, H, splits)](
-        qkv,
-        cache.k,
-        cache.v,
-        *_row_pointers(cache, rows),
-        *parts,
-        qkv.stride(0),
-        *cache.k.stride()[:2],
-        *cache.v.stride()[:2],
-        cache.layer,
-        qkv.shape[0],
-        rows.lengths.shape[0],
-        cache.capacity,
-        rows.max_new,
-        scale,
-        D=D,
-        BLOCK_D=_block_d(D),
-        BLOCK_T=1 if rows.max_new == 1 else _DOT_ROWS if use_dot else MAX_NEW,
-        SPLIT_S=row.split_s,
-        USE_DOT=use_dot,
+        qkv=Matrix.of(qkv),
+        cache=_Cache(cache.k, cache.v, *cache.k.stride()[:2], *cache.v.stride()[:2]),
+        parts=_Parts(*parts),
+        layer=cache.layer,
+        scale=scale,
+        META=_SplitMeta(
+            D=D,
+            BLOCK_D=_block_d(D),
+            BLOCK_T=1 if rows.max_new == 1 else _DOT_ROWS if use_dot else MAX_NEW,
+            SPLIT_S=row.split_s,
+            USE_DOT=use_dot,
+        ),
         num_warps=row.one_warps if rows.max_new == 1 else row.few_warps,
-        **_flags(cache, rows),
+        **_row_arguments(qkv.shape[0], cache, rows),
+        **launch.OPTIONS,
     )
 
 
@@ -360,21 +409,14 @@ def combine_splits(parts: Parts, cache: Cache, rows: Rows, out: Tensor) -> None:
         return
     row = launch.decode_row(cache.k.element_size(), _block_d(D))
     _combine_kernel[(rows.num_rows, triton.cdiv(H * D, row.block_c), rows.max_new)](
-        out,
-        *parts,
-        *_row_pointers(cache, rows),
-        out.stride(0),
-        N,
-        rows.lengths.shape[0],
-        cache.capacity,
-        rows.max_new,
-        H,
-        splits,
-        D=D,
-        BLOCK_C=row.block_c,
-        SPLIT_S=row.split_s,
+        out=Matrix.of(out),
+        parts=_Parts(*parts),
+        H=H,
+        MAX_SPLITS=splits,
+        META=_CombineMeta(D=D, BLOCK_C=row.block_c, SPLIT_S=row.split_s),
         num_warps=1,
-        **_flags(cache, rows),
+        **_row_arguments(N, cache, rows),
+        **launch.OPTIONS,
     )
 
 
@@ -392,19 +434,18 @@ def _block_d(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
-def _row_pointers(cache: Cache, rows: Rows) -> tuple[Tensor, ...]:
-    """(table, lengths, slots, starts, counts); a tensor that is not read stands for one that is not given."""
-    unread = rows.lengths
-    given = (cache.table, rows.lengths, rows.slots, rows.starts, rows.counts)
-    return tuple(unread if tensor is None else tensor for tensor in given)
-
-
-def _flags(cache: Cache, rows: Rows) -> dict[str, bool | int]:
+def _row_arguments(num_tokens: int, cache: Cache, rows: Rows) -> dict[str, Any]:
+    """The members of `_Rows`, each an argument by itself: nothing may be compiled for their values or alignment."""
     return {
-        "HAS_STARTS": rows.starts is not None,
-        "HAS_SLOTS": rows.slots is not None,
-        "INDIRECT": cache.table is not None,
-        **launch.OPTIONS,
+        "table_ptr": cache.table,
+        "lengths_ptr": rows.lengths,
+        "slots_ptr": rows.slots,
+        "starts_ptr": rows.starts,
+        "counts_ptr": rows.counts,
+        "N": num_tokens,
+        "num_slots": rows.lengths.shape[0],
+        "S": cache.capacity,
+        "max_new": rows.max_new,
     }
 
 

@@ -23,7 +23,7 @@ Dimension key: R rows, K inputs, N outputs, C width, H heads, D head size.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,46 +32,86 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Matrix
+from fastgpt2_kernels.triton.decode.attention import Parts, Rows
 from fastgpt2_kernels.triton.layers.activation import _activation
 from fastgpt2_kernels.types import LayerNormWeights, product_dtype
-
-if TYPE_CHECKING:
-    from fastgpt2_kernels.triton.decode.attention import Parts, Rows
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+class _Splits(NamedTuple):
+    """What attention's splits have left, (N, H, splits, D) and (N, H, splits), and of which rows: x is their sum."""
+
+    out_ptr: Any
+    max_ptr: Any
+    sum_ptr: Any
+    lengths_ptr: Any
+    slots_ptr: Any
+    counts_ptr: Any
+    H: Any
+    MAX_SPLITS: Any
+
+
+class _Norm(NamedTuple):
+    weight_ptr: Any
+    bias_ptr: Any
+    eps: Any
+
+
+class _Sizes(NamedTuple):
+    R: Any
+    N: Any
+    K: Any
+
+
+class _Meta(NamedTuple):
+    PROLOGUE: str  # "none", "layer_norm" or "combine"
+    ACTIVATION: str
+    USE_PDL: bool
+    PRODUCT_TYPE: tl.dtype
+    PRECISION: str
+    D: int
+    GRAIN: int
+    SPLIT_S: int
+    BLOCK_R: int
+    BLOCK_N: int
+    BLOCK_K: int
+    SHARES: int
+    STEPS: int
+
+
 @triton.jit
-def _load_attended(
-    part_out_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, slots_ptr, counts_ptr, offs_r, mask_r, first_k, mask_k,
-    H, MAX_SPLITS, D: tl.constexpr, GRAIN: tl.constexpr, SPLIT_S: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, SHARES: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_COUNTS: tl.constexpr,
-):  # fmt: skip
+def _load_attended(splits, offs_r, mask_r, first_k, mask_k, META: tl.constexpr):
     """Attention's output (SHARES, BLOCK_K, BLOCK_R) in float32 from the splits' parts.
 
     GRAIN columns in a row belong to one head and share their weights, so exponentials are taken once a grain.
     """
-    slot = tl.load(slots_ptr + offs_r, mask=mask_r, other=0) if HAS_SLOTS else offs_r
-    past = tl.load(lengths_ptr + slot, mask=mask_r, other=0)
+    slot = tl.load(splits.slots_ptr + offs_r, mask=mask_r, other=0) if splits.slots_ptr is not None else offs_r
+    past = tl.load(splits.lengths_ptr + slot, mask=mask_r, other=0)
     # A row that does not fit has its NaN in the first split.
-    num_splits = tl.where(mask_r, tl.minimum(past // SPLIT_S + 1, MAX_SPLITS), 0)
-    if HAS_COUNTS:
-        num_splits = tl.where(tl.load(counts_ptr + offs_r, mask=mask_r, other=0) > 0, num_splits, 0)
+    num_splits = tl.where(mask_r, tl.minimum(past // META.SPLIT_S + 1, splits.MAX_SPLITS), 0)
+    if splits.counts_ptr is not None:
+        num_splits = tl.where(tl.load(splits.counts_ptr + offs_r, mask=mask_r, other=0) > 0, num_splits, 0)
+    SHARES: tl.constexpr = META.SHARES
+    BLOCK_R: tl.constexpr = META.BLOCK_R
+    BLOCK_K: tl.constexpr = META.BLOCK_K
+    GRAIN: tl.constexpr = META.GRAIN
     GRAINS: tl.constexpr = BLOCK_K // GRAIN
     grain_k = first_k + tl.arange(0, GRAINS)[None, :] * GRAIN  # (SHARES, GRAINS): columns c = h D + d
-    h, d = grain_k // D, grain_k % D
-    head = (offs_r.to(tl.int64) * H)[None, None, :] + h[:, :, None]
-    is_column = (tl.arange(0, GRAINS)[None, :] * GRAIN < mask_k)[:, :, None] & (h < H)[:, :, None]
+    h, d = grain_k // META.D, grain_k % META.D
+    head = (offs_r.to(tl.int64) * splits.H)[None, None, :] + h[:, :, None]
+    is_column = (tl.arange(0, GRAINS)[None, :] * GRAIN < mask_k)[:, :, None] & (h < splits.H)[:, :, None]
     columns = d[:, :, None, None] + tl.arange(0, GRAIN)[None, None, :, None]
     m = tl.full((SHARES, GRAINS, BLOCK_R), float("-inf"), tl.float32)
     l = tl.zeros((SHARES, GRAINS, BLOCK_R), tl.float32)
     acc = tl.zeros((SHARES, GRAINS, GRAIN, BLOCK_R), tl.float32)
     for i in range(0, tl.max(num_splits)):
         mask = is_column & (i < num_splits)[None, None, :]
-        at = head * MAX_SPLITS + i
-        m_i = tl.load(part_max_ptr + at, mask=mask, other=float("-inf"))
-        l_i = tl.load(part_sum_ptr + at, mask=mask, other=0.0)
-        out_i = tl.load(part_out_ptr + at[:, :, None, :] * D + columns, mask=mask[:, :, None, :], other=0.0)
+        at = head * splits.MAX_SPLITS + i
+        m_i = tl.load(splits.max_ptr + at, mask=mask, other=float("-inf"))
+        l_i = tl.load(splits.sum_ptr + at, mask=mask, other=0.0)
+        out_i = tl.load(splits.out_ptr + at[:, :, None, :] * META.D + columns, mask=mask[:, :, None, :], other=0.0)
         m_new = tl.maximum(m, m_i)
         m_used = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - (-inf) is NaN
         alpha, beta = tl.exp2(m - m_used), tl.exp2(m_i - m_used)
@@ -106,89 +146,86 @@ def _sum_inputs(x, SHARES: tl.constexpr):
 
 
 @triton.jit
-def _linear_decode_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, ln_weight_ptr, ln_bias_ptr,
-    part_max_ptr, part_sum_ptr, lengths_ptr, slots_ptr, counts_ptr,
-    R, N, K, stride_xr, stride_wn, stride_rr, stride_or, H, MAX_SPLITS, eps,
-    PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_COUNTS: tl.constexpr, USE_PDL: tl.constexpr,
-    PRODUCT_TYPE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, GRAIN: tl.constexpr, SPLIT_S: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHARES: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N outputs of BLOCK_R rows; grid (row blocks, output blocks). STEPS blocks of K make up a share."""
+def _linear_decode_kernel(x, weight, out, residual, bias_ptr, scale_ptr, norm, splits, sizes, META: tl.constexpr):
+    """BLOCK_N outputs of BLOCK_R rows; grid (row blocks, output blocks). STEPS blocks of K make up a share.
+
+    x, or in its place splits; residual, bias_ptr, scale_ptr and norm may be None.
+    """
+    K = sizes.K
+    SHARES: tl.constexpr = META.SHARES
+    BLOCK_R: tl.constexpr = META.BLOCK_R
+    BLOCK_N: tl.constexpr = META.BLOCK_N
+    BLOCK_K: tl.constexpr = META.BLOCK_K
+    STEPS: tl.constexpr = META.STEPS
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_r, mask_n = offs_r < R, offs_n < N
+    mask_r, mask_n = offs_r < sizes.R, offs_n < sizes.N
     # A share is whole products of 16, also where K is not.
     share = (K + SHARES * 16 - 1) // (SHARES * 16) * 16
     first_k = tl.arange(0, SHARES)[:, None] * share
     share_end = tl.minimum(share, K - first_k)  # (SHARES, 1), what there is of each share
     offs_b = tl.arange(0, BLOCK_K)[None, :]
     mask_k = offs_b < share_end
-    w_ptrs = weight_ptr + offs_n.to(tl.int64)[None, :, None] * stride_wn + (first_k + offs_b)[:, None, :]
+    w_ptrs = weight.ptr + offs_n.to(tl.int64)[None, :, None] * weight.stride + (first_k + offs_b)[:, None, :]
     w = tl.load(w_ptrs, mask=mask_k[:, None, :] & mask_n[None, :, None], other=0.0)
-    if USE_PDL:
+    if META.USE_PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
 
-    x_ptrs = x_ptr + offs_r.to(tl.int64)[None, None, :] * stride_xr + (first_k + offs_b)[:, :, None]
-    if PROLOGUE == "combine":
-        x = _load_attended(
-            x_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, slots_ptr, counts_ptr, offs_r, mask_r, first_k,
-            share_end, H, MAX_SPLITS, D, GRAIN, SPLIT_S, BLOCK_R, BLOCK_K, SHARES, HAS_SLOTS, HAS_COUNTS)  # fmt: skip
+    if META.PROLOGUE == "combine":
+        x_k = _load_attended(splits, offs_r, mask_r, first_k, mask_k=share_end, META=META)
     else:
-        x = tl.load(x_ptrs, mask=mask_k[:, :, None] & mask_r[None, None, :], other=0.0)
-    if PROLOGUE == "layer_norm":
-        total = x.to(tl.float32)
+        x_ptrs = x.ptr + offs_r.to(tl.int64)[None, None, :] * x.stride + (first_k + offs_b)[:, :, None]
+        x_k = tl.load(x_ptrs, mask=mask_k[:, :, None] & mask_r[None, None, :], other=0.0)
+    if META.PROLOGUE == "layer_norm":
+        total = x_k.to(tl.float32)
         for i in range(1, STEPS):
             mask = (i * BLOCK_K + offs_b < share_end)[:, :, None] & mask_r[None, None, :]
             total += tl.load(x_ptrs + i * BLOCK_K, mask=mask, other=0.0).to(tl.float32)
         mean = (_sum_inputs(total, SHARES) / K)[None, None, :]
-        centred = tl.where(mask_k[:, :, None], x.to(tl.float32) - mean, 0.0)
+        centred = tl.where(mask_k[:, :, None], x_k.to(tl.float32) - mean, 0.0)
         total = centred * centred
         for i in range(1, STEPS):
             mask = (i * BLOCK_K + offs_b < share_end)[:, :, None]
             x_i = tl.load(x_ptrs + i * BLOCK_K, mask=mask & mask_r[None, None, :], other=0.0).to(tl.float32)
             centred = tl.where(mask, x_i - mean, 0.0)
             total += centred * centred
-        rstd = (1.0 / tl.sqrt_rn(_sum_inputs(total, SHARES) / K + eps))[None, None, :]
+        rstd = (1.0 / tl.sqrt_rn(_sum_inputs(total, SHARES) / K + norm.eps))[None, None, :]
 
     acc = tl.zeros((SHARES, BLOCK_N, BLOCK_R), tl.float32)
     for i in range(STEPS):
         if STEPS > 1:  # the next step's operands, on their way while this one multiplies
-            mask_next = (i + 1) * BLOCK_K + offs_b < share_end
-            w_next = tl.load(w_ptrs + (i + 1) * BLOCK_K, mask=mask_next[:, None, :] & mask_n[None, :, None], other=0.0)
-            if PROLOGUE == "combine":
-                x_next = _load_attended(
-                    x_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, slots_ptr, counts_ptr, offs_r, mask_r,
-                    first_k + (i + 1) * BLOCK_K, share_end - (i + 1) * BLOCK_K, H, MAX_SPLITS, D, GRAIN, SPLIT_S,
-                    BLOCK_R, BLOCK_K, SHARES, HAS_SLOTS, HAS_COUNTS)  # fmt: skip
+            next_k = (i + 1) * BLOCK_K
+            mask_next = next_k + offs_b < share_end
+            w_next = tl.load(w_ptrs + next_k, mask=mask_next[:, None, :] & mask_n[None, :, None], other=0.0)
+            if META.PROLOGUE == "combine":
+                x_next = _load_attended(splits, offs_r, mask_r, first_k + next_k, mask_k=share_end - next_k, META=META)
             else:
                 mask = mask_next[:, :, None] & mask_r[None, None, :]
-                x_next = tl.load(x_ptrs + (i + 1) * BLOCK_K, mask=mask, other=0.0)
-        operand = x
-        if PROLOGUE == "layer_norm":
+                x_next = tl.load(x_ptrs + next_k, mask=mask, other=0.0)
+        operand = x_k
+        if META.PROLOGUE == "layer_norm":
             offs_k = i * BLOCK_K + offs_b
             mask = offs_k < share_end
-            g = tl.load(ln_weight_ptr + first_k + offs_k, mask=mask, other=0.0).to(tl.float32)[:, :, None]
-            b = tl.load(ln_bias_ptr + first_k + offs_k, mask=mask, other=0.0).to(tl.float32)[:, :, None]
-            operand = (x.to(tl.float32) - mean) * rstd * g + b
-        acc = tl.dot(w.to(PRODUCT_TYPE), operand.to(PRODUCT_TYPE), acc, input_precision=PRECISION)
+            g = tl.load(norm.weight_ptr + first_k + offs_k, mask=mask, other=0.0).to(tl.float32)[:, :, None]
+            b = tl.load(norm.bias_ptr + first_k + offs_k, mask=mask, other=0.0).to(tl.float32)[:, :, None]
+            operand = (x_k.to(tl.float32) - mean) * rstd * g + b
+        acc = tl.dot(w.to(META.PRODUCT_TYPE), operand.to(META.PRODUCT_TYPE), acc, input_precision=META.PRECISION)
         if STEPS > 1:
-            w, x = w_next, x_next
+            w, x_k = w_next, x_next
 
     y = _sum_shares(acc, SHARES)
-    if HAS_SCALE:
+    if scale_ptr is not None:
         y *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-    if HAS_BIAS:
+    if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION != "linear":
-        y = _activation(y, ACTIVATION)
+    if META.ACTIVATION != "linear":
+        y = _activation(y, META.ACTIVATION)
     mask = mask_r[:, None] & mask_n[None, :]
     rows = offs_r.to(tl.int64)[:, None]
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + rows * stride_rr + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows * stride_or + offs_n[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+    if residual is not None:
+        y += tl.load(residual.ptr + rows * residual.stride + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out.ptr + rows * out.stride + offs_n[None, :], y.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 # -- launcher -----------------------------------------------------------------------------------------------------
@@ -206,10 +243,17 @@ class Attended(NamedTuple):
 
 
 def linear_decode_out(
-    x: Tensor | Attended, weight: Tensor, out: Tensor, *, bias: Tensor | None = None,
-    weight_scale: Tensor | None = None, layer_norm: LayerNormWeights | None = None, activation: str = "linear",
-    residual: Tensor | None = None, use_pdl: bool = False,
-) -> None:  # fmt: skip
+    x: Tensor | Attended,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    layer_norm: LayerNormWeights | None = None,
+    activation: str = "linear",
+    residual: Tensor | None = None,
+    use_pdl: bool = False,
+) -> None:
     """epilogue(prologue(x) weight^T) into out (R, N): x (R, K), weight (N, K), last strides 1; `residual` may be `out`.
 
     The product's dtype is the weight's, or for an int8 weight with scales (N,) float32 that of the bias or of x.
@@ -218,47 +262,17 @@ def linear_decode_out(
     R = out.shape[0]
     if R == 0 or N == 0:
         return
-    unread = weight
+    prologue, splits, head_size, split_s = "none" if layer_norm is None else "layer_norm", None, 16, 1
+    source = x if isinstance(x, Tensor) else x.parts.out
     if isinstance(x, Attended):
-        prologue, source, rows, parts = "combine", x.parts.out, x.rows, x.parts
-        head_size, split_s, heads, splits = parts.out.shape[3], x.split_s, parts.out.shape[1], parts.out.shape[2]
-    else:
-        prologue, source, rows, parts = "none" if layer_norm is None else "layer_norm", x, None, None
-        head_size, split_s, heads, splits = 16, 1, 0, 0
+        prologue, split_s = "combine", x.split_s
+        _, heads, num_splits, head_size = source.shape
+        splits = _Splits(*x.parts, x.rows.lengths, x.rows.slots, x.rows.counts, H=heads, MAX_SPLITS=num_splits)
     product = product_dtype(source, weight, bias, layer_norm)
     row = launch.linear_decode_row(R, N, K, product.itemsize, prologue, launch.architecture(weight.device))
-    options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
-    _linear_decode_kernel[(triton.cdiv(R, row.block_r), triton.cdiv(N, row.block_n))](
-        source,
-        weight,
-        unread if weight_scale is None else weight_scale,
-        unread if bias is None else bias,
-        unread if residual is None else residual,
-        out,
-        unread if layer_norm is None else layer_norm.weight,
-        unread if layer_norm is None else layer_norm.bias,
-        unread if parts is None else parts.max,
-        unread if parts is None else parts.sum,
-        unread if rows is None else rows.lengths,
-        unread if rows is None or rows.slots is None else rows.slots,
-        unread if rows is None or rows.counts is None else rows.counts,
-        R,
-        N,
-        K,
-        0 if parts is not None else source.stride(0),
-        weight.stride(0),
-        0 if residual is None else residual.stride(0),
-        out.stride(0),
-        heads,
-        splits,
-        0.0 if layer_norm is None else layer_norm.eps,
+    meta = _Meta(
         PROLOGUE=prologue,
         ACTIVATION=activation,
-        HAS_SCALE=weight_scale is not None,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_SLOTS=rows is not None and rows.slots is not None,
-        HAS_COUNTS=rows is not None and rows.counts is not None,
         USE_PDL=use_pdl,
         PRODUCT_TYPE=_DTYPES[product],
         PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
@@ -270,6 +284,19 @@ def linear_decode_out(
         BLOCK_K=row.block_k,
         SHARES=launch.SPLIT_K,
         STEPS=triton.cdiv(launch.linear_decode_share(K), row.block_k),
+    )
+    options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
+    _linear_decode_kernel[(triton.cdiv(R, row.block_r), triton.cdiv(N, row.block_n))](
+        x=None if isinstance(x, Attended) else Matrix.of(x),
+        weight=Matrix.of(weight),
+        out=Matrix.of(out),
+        residual=Matrix.of(residual),
+        bias_ptr=bias,
+        scale_ptr=weight_scale,
+        norm=None if layer_norm is None else _Norm(*layer_norm),
+        splits=splits,
+        sizes=_Sizes(R, N, K),
+        META=meta,
         num_warps=row.num_warps,
         num_stages=1,
         **launch.OPTIONS,
@@ -278,9 +305,15 @@ def linear_decode_out(
 
 
 def linear_decode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None, layer_norm: LayerNormWeights | None,
-    activation: str, residual: Tensor | None, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    layer_norm: LayerNormWeights | None,
+    activation: str,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """activation(LN(x) weight^T + bias) + residual, x (R, K), weight (N, K) -> (R, N)."""
     norm = (None, None, 0.0) if layer_norm is None else layer_norm
     name = launch.ACTIVATIONS.get(activation, activation)
@@ -292,16 +325,30 @@ def linear_decode(
 
 @torch.library.custom_op("fastgpt2::linear_decode", mutates_args=())
 def linear_decode_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None, ln_weight: Tensor | None,
-    ln_bias: Tensor | None, eps: float, activation: str, residual: Tensor | None, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """`linear_decode_out` into a new tensor (R, N)."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
     layer_norm = None if ln_weight is None or ln_bias is None else LayerNormWeights(ln_weight, ln_bias, eps)
     linear_decode_out(
-        x, weight, out, bias=bias, weight_scale=weight_scale, layer_norm=layer_norm, activation=activation,
+        x,
+        weight,
+        out,
+        bias=bias,
+        weight_scale=weight_scale,
+        layer_norm=layer_norm,
+        activation=activation,
         residual=residual,
-    )  # fmt: skip
+    )
     return out
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode.attention import Cache, Parts, Rows, decode_splits, num_splits
 from fastgpt2_kernels.triton.decode.linear import Attended, linear_decode_out
 from fastgpt2_kernels.triton.sampling import sample_rows
@@ -31,36 +32,49 @@ from fastgpt2_kernels.types import IDLE, RUNNING, LinearWeights, SlotSampling, S
 _IDLE, _RUNNING = tl.constexpr(IDLE), tl.constexpr(RUNNING)
 
 
+class _Slots(NamedTuple):
+    """Pointers to the members of `SlotState` that a step reads and writes."""
+
+    tokens_ptr: Any
+    status_ptr: Any
+    lengths_ptr: Any
+    produced_ptr: Any
+    limits_ptr: Any
+
+
+class _BeginMeta(NamedTuple):
+    BLOCK_C: int
+    BLOCK_STOPS: int
+
+
 @triton.jit
 def _begin_step_kernel(
-    tokens_ptr, status_ptr, lengths_ptr, produced_ptr, limits_ptr, slots_ptr, counts_ptr, stop_ids_ptr, wte_ptr,
-    wpe_ptr, x_ptr, C, context, num_stops, stride_te, stride_pe, stride_xr,
-    BLOCK_C: tl.constexpr, BLOCK_STOPS: tl.constexpr,
-):  # fmt: skip
+    state, slots_ptr, counts_ptr, stop_ids_ptr, wte, wpe, x, C, context, num_stops, META: tl.constexpr
+):
     """Row r takes the token that the step before chose: into the residual stream, or as the row's last one."""
     r = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + r).to(tl.int64)
-    token = tl.load(tokens_ptr + slot).to(tl.int64)
-    status = tl.load(status_ptr + slot)
+    token = tl.load(state.tokens_ptr + slot).to(tl.int64)
+    status = tl.load(state.status_ptr + slot)
     # The step before has appended a token and chosen another.
     went_on = (status == _RUNNING).to(tl.int32)
-    past = tl.load(lengths_ptr + slot) + went_on
-    produced = tl.load(produced_ptr + slot) + went_on
-    offs_stop = tl.arange(0, BLOCK_STOPS)
+    past = tl.load(state.lengths_ptr + slot) + went_on
+    produced = tl.load(state.produced_ptr + slot) + went_on
+    offs_stop = tl.arange(0, META.BLOCK_STOPS)
     stops = tl.load(stop_ids_ptr + offs_stop, mask=offs_stop < num_stops, other=-1)
     is_stop = tl.max((stops == token).to(tl.int32), 0) > 0
-    goes_on = (status != _IDLE) & (not is_stop) & (produced < tl.load(limits_ptr + slot)) & (past < context)
-    tl.store(lengths_ptr + slot, past)
-    tl.store(produced_ptr + slot, produced)
-    tl.store(status_ptr + slot, tl.where(goes_on, _RUNNING, _IDLE))
+    goes_on = (status != _IDLE) & (not is_stop) & (produced < tl.load(state.limits_ptr + slot)) & (past < context)
+    tl.store(state.lengths_ptr + slot, past)
+    tl.store(state.produced_ptr + slot, produced)
+    tl.store(state.status_ptr + slot, tl.where(goes_on, _RUNNING, _IDLE))
     tl.store(counts_ptr + r, goes_on.to(tl.int32))
     position = tl.minimum(past, context - 1).to(tl.int64)
-    for c in range(0, C, BLOCK_C):
-        offs_c = c + tl.arange(0, BLOCK_C)
+    for c in range(0, C, META.BLOCK_C):
+        offs_c = c + tl.arange(0, META.BLOCK_C)
         mask = offs_c < C
-        x = tl.load(wte_ptr + token * stride_te + offs_c, mask=mask).to(tl.float32)
-        x += tl.load(wpe_ptr + position * stride_pe + offs_c, mask=mask).to(tl.float32)
-        tl.store(x_ptr + r * stride_xr + offs_c, x, mask=mask)
+        embedded = tl.load(wte.ptr + token * wte.stride + offs_c, mask=mask).to(tl.float32)
+        embedded += tl.load(wpe.ptr + position * wpe.stride + offs_c, mask=mask).to(tl.float32)
+        tl.store(x.ptr + r * x.stride + offs_c, embedded, mask=mask)
 
 
 class Buffers(NamedTuple):
@@ -82,9 +96,14 @@ class DecodeStep:
     """
 
     def __init__(
-        self, weights: StepWeights, slots: SlotState, sampling: SlotSampling, stop_ids: Tensor, max_rows: int,
+        self,
+        weights: StepWeights,
+        slots: SlotState,
+        sampling: SlotSampling,
+        stop_ids: Tensor,
+        max_rows: int,
         cache_dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         wte = weights.wte
         device, dtype = wte.device, wte.dtype
         (V, C), context = wte.shape, weights.wpe.shape[0]
@@ -140,34 +159,39 @@ class DecodeStep:
         """The next token of each of the slots (R,) int32 from logits (R, V) float32, into the slots' state."""
         choice, state = self.sampling, self.slots
         sample_rows(
-            logits, state.tokens, state.logprobs, slots=slots, keys=state.keys, positions=state.produced,
-            temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p, min_p=choice.min_p,
-            penalty=choice.penalty, seen=choice.seen, mark_seen=choice.seen is not None,
-        )  # fmt: skip
+            logits,
+            state.tokens,
+            state.logprobs,
+            slots=slots,
+            keys=state.keys,
+            positions=state.produced,
+            temperature=choice.temperature,
+            top_k=choice.top_k,
+            top_p=choice.top_p,
+            min_p=choice.min_p,
+            penalty=choice.penalty,
+            seen=choice.seen,
+            mark_seen=choice.seen is not None,
+        )
 
     def _begin(self, slots: Tensor) -> None:
         state, weights, x = self.slots, self.weights, self.buffers.x
         C = x.shape[1]
         _begin_step_kernel[(slots.shape[0],)](
-            state.tokens,
-            state.status,
-            state.lengths,
-            state.produced,
-            state.limits,
-            slots,
-            self.buffers.counts,
-            self.stop_ids,
-            weights.wte,
-            weights.wpe,
-            x,
-            C,
-            weights.wpe.shape[0],
-            self.stop_ids.shape[0],
-            weights.wte.stride(0),
-            weights.wpe.stride(0),
-            x.stride(0),
-            BLOCK_C=min(1024, triton.next_power_of_2(C)),
-            BLOCK_STOPS=triton.next_power_of_2(max(1, self.stop_ids.shape[0])),
+            state=_Slots(state.tokens, state.status, state.lengths, state.produced, state.limits),
+            slots_ptr=slots,
+            counts_ptr=self.buffers.counts,
+            stop_ids_ptr=self.stop_ids,
+            wte=Matrix.of(weights.wte),
+            wpe=Matrix.of(weights.wpe),
+            x=Matrix.of(x),
+            C=C,
+            context=weights.wpe.shape[0],
+            num_stops=self.stop_ids.shape[0],
+            META=_BeginMeta(
+                BLOCK_C=min(1024, triton.next_power_of_2(C)),
+                BLOCK_STOPS=triton.next_power_of_2(max(1, self.stop_ids.shape[0])),
+            ),
             num_warps=4,
             **launch.OPTIONS,
         )

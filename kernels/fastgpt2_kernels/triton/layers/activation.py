@@ -17,6 +17,7 @@ Dimension key: N rows, C width.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -160,57 +162,73 @@ def _slope(z, NAME: tl.constexpr):
     return slope
 
 
+class _ForwardMeta(NamedTuple):
+    C: int
+    NAME: str
+    ALIGN: int
+    BLOCK_N: int
+    BLOCK_C: int
+
+
+class _BackwardMeta(NamedTuple):
+    C: int
+    NAME: str
+    NEEDS_DX: bool
+    NEEDS_DB: bool
+    ALIGN: int
+    BLOCK_N: int
+    BLOCK_C: int
+
+
 @triton.jit
-def _load_z(x_ptr, n, offs_c, mask, mask_c, bias_ptr, stride_xn, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr):
+def _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN: tl.constexpr):
     """x + bias of rows n, in float32, (BLOCK_N, BLOCK_C)."""
-    rows = tl.multiple_of(n.to(tl.int64)[:, None] * stride_xn, [ALIGN, ALIGN])
-    z = tl.load(x_ptr + rows + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    rows = tl.multiple_of(n.to(tl.int64)[:, None] * x.stride, [ALIGN, ALIGN])
+    z = tl.load(x.ptr + rows + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     return z
 
 
 @triton.jit
-def _bias_activation_fwd_kernel(
-    x_ptr, bias_ptr, y_ptr, N, stride_xn,
-    C: tl.constexpr, NAME: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def _bias_activation_fwd_kernel(x, bias_ptr, y_ptr, N, META: tl.constexpr):
     """One tile of y. Columns are the fast grid dimension: neighbours share rows, and no number of rows is too many."""
+    C: tl.constexpr = META.C
+    BLOCK_C: tl.constexpr = META.BLOCK_C
     column_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
-    n = (pid // column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (pid // column_blocks) * META.BLOCK_N + tl.arange(0, META.BLOCK_N)
     offs_c = (pid % column_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     mask = (n < N)[:, None] & mask_c[None, :]
-    z = _load_z(x_ptr, n, offs_c, mask, mask_c, bias_ptr, stride_xn, HAS_BIAS, ALIGN)
+    z = _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN=META.ALIGN)
     out = n.to(tl.int64)[:, None] * C + offs_c[None, :]
-    tl.store(y_ptr + out, _activation(z, NAME).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + out, _activation(z, META.NAME).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _bias_activation_bwd_kernel(
-    dy_ptr, x_ptr, bias_ptr, dx_ptr, partials_ptr, N, stride_dyn, stride_xn,
-    C: tl.constexpr, NAME: tl.constexpr, HAS_BIAS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DB: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: tl.constexpr):
     """A block of columns of every num_programs(1)-th tile of rows: dx, and their share of dbias."""
+    C: tl.constexpr = META.C
+    BLOCK_N: tl.constexpr = META.BLOCK_N
+    BLOCK_C: tl.constexpr = META.BLOCK_C
+    ALIGN: tl.constexpr = META.ALIGN
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     dbias = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & mask_c[None, :]
-        dy_rows = tl.multiple_of(n.to(tl.int64)[:, None] * stride_dyn, [ALIGN, ALIGN])
-        dy = tl.load(dy_ptr + dy_rows + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-        z = _load_z(x_ptr, n, offs_c, mask, mask_c, bias_ptr, stride_xn, HAS_BIAS, ALIGN)
-        dx = dy * _slope(z, NAME)
-        if NEEDS_DX:
+        dy_rows = tl.multiple_of(n.to(tl.int64)[:, None] * dy.stride, [ALIGN, ALIGN])
+        dy_tile = tl.load(dy.ptr + dy_rows + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN=ALIGN)
+        dx = dy_tile * _slope(z, META.NAME)
+        if META.NEEDS_DX:
             out = n.to(tl.int64)[:, None] * C + offs_c[None, :]
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if NEEDS_DB:
+        if META.NEEDS_DB:
             dbias += tl.where(mask, dx, 0.0)  # a bias may be such that the slope of nothing is NaN
-    if NEEDS_DB:
+    if META.NEEDS_DB:
         partial = partials_ptr + tl.program_id(1).to(tl.int64) * C
         tl.store(partial + offs_c, tl.sum(dbias, 0), mask=mask_c)
 
@@ -225,17 +243,11 @@ def bias_activation_forward(x: Tensor, bias: Tensor | None, name: str) -> Tensor
     if x.numel():
         row = launch.ACTIVATION
         _bias_activation_fwd_kernel[(triton.cdiv(N, row.block_n) * triton.cdiv(C, row.block_c),)](
-            x_ptr=x,
-            bias_ptr=x if bias is None else bias,
+            x=Matrix.of(x),
+            bias_ptr=bias,
             y_ptr=y,
             N=N,
-            stride_xn=x.stride(0),
-            C=C,
-            NAME=name,
-            HAS_BIAS=bias is not None,
-            ALIGN=row_alignment(x),
-            BLOCK_N=row.block_n,
-            BLOCK_C=row.block_c,
+            META=_ForwardMeta(C=C, NAME=name, ALIGN=row_alignment(x), BLOCK_N=row.block_n, BLOCK_C=row.block_c),
             num_warps=row.num_warps,
             **launch.OPTIONS,
         )
@@ -256,22 +268,21 @@ def bias_activation_backward(
     programs = min(programs, triton.cdiv(N, row.bwd_block_n))
     partials = empty_unless(needs_dbias, x, (programs, 1, C), torch.float32)
     _bias_activation_bwd_kernel[(column_blocks, programs)](
-        dy_ptr=dy,
-        x_ptr=x,
-        bias_ptr=x if bias is None else bias,
+        dy=Matrix.of(dy),
+        x=Matrix.of(x),
+        bias_ptr=bias,
         dx_ptr=dx,
         partials_ptr=partials,
         N=N,
-        stride_dyn=dy.stride(0),
-        stride_xn=x.stride(0),
-        C=C,
-        NAME=name,
-        HAS_BIAS=bias is not None,
-        NEEDS_DX=needs_dx,
-        NEEDS_DB=needs_dbias,
-        ALIGN=row_alignment(dy, x),
-        BLOCK_N=row.bwd_block_n,
-        BLOCK_C=row.block_c,
+        META=_BackwardMeta(
+            C=C,
+            NAME=name,
+            NEEDS_DX=needs_dx,
+            NEEDS_DB=needs_dbias,
+            ALIGN=row_alignment(dy, x),
+            BLOCK_N=row.bwd_block_n,
+            BLOCK_C=row.block_c,
+        ),
         num_warps=row.num_warps,
         **launch.OPTIONS,
     )

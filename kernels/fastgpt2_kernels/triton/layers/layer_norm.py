@@ -23,7 +23,7 @@ Dimension key: N = B * T rows, C width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,44 +31,67 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.arguments import Batch
 from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
 
 
+class _Statistics(NamedTuple):
+    """Of every row: the mean, what its rounding left, and 1 / sqrt(var + eps)."""
+
+    mean_ptr: Any
+    left_ptr: Any
+    rstd_ptr: Any
+
+
+class _ForwardMeta(NamedTuple):
+    C: int
+    ALIGN: int
+    BLOCK_C: int
+
+
+class _BackwardMeta(NamedTuple):
+    C: int
+    NEEDS_DS: bool
+    NEEDS_DW: bool
+    NEEDS_DB: bool
+    ALIGN: int
+    BLOCK_C: int
+
+
 @triton.jit
-def _row_start(n, T, stride_b, stride_t, ALIGN: tl.constexpr):
+def _row(x, n, T, ALIGN: tl.constexpr):
     """Where row n = b T + t starts."""
     n = tl.cast(n, tl.int64)
-    return tl.multiple_of((n // T) * stride_b + (n % T) * stride_t, ALIGN)
+    return x.ptr + tl.multiple_of((n // T) * x.stride_b + (n % T) * x.stride_t, ALIGN)
 
 
 @triton.jit
-def _load_sum(x_ptr, residual_ptr, s_ptr, offs, mask, HAS_RESIDUAL: tl.constexpr):
-    """s in float32: x, or x + residual, rounded as it is stored at s_ptr."""
-    s = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        s += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        rounded = s.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + offs, rounded, mask=mask)
+def _load_sum(x_row, residual_row, s_row, offs, mask):
+    """s in float32: x, or x + residual, rounded as it is stored at s_row."""
+    s = tl.load(x_row + offs, mask=mask, other=0.0).to(tl.float32)
+    if residual_row is not None:
+        s += tl.load(residual_row + offs, mask=mask, other=0.0).to(tl.float32)
+        rounded = s.to(s_row.dtype.element_ty)
+        tl.store(s_row + offs, rounded, mask=mask)
         s = rounded.to(tl.float32)
     return s
 
 
 @triton.jit
-def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, left_ptr, rstd_ptr, N, T,
-    stride_xb, stride_xt, stride_rb, stride_rt, eps,
-    C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Every num_programs-th row, each in registers; weight and bias are loaded once."""
-    offs = tl.arange(0, BLOCK_C)
+def _layer_norm_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stats, N, T, eps, META: tl.constexpr):
+    """Every num_programs-th row, each in registers; weight and bias are loaded once. residual and s_ptr may be None."""
+    C: tl.constexpr = META.C
+    offs = tl.arange(0, META.BLOCK_C)
     mask = offs < C
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
-        x_row = x_ptr + _row_start(n, T, stride_xb, stride_xt, ALIGN)
-        residual_row = residual_ptr + _row_start(n, T, stride_rb, stride_rt, ALIGN)
+        x_row = _row(x, n, T, ALIGN=META.ALIGN)
         out = tl.cast(n, tl.int64) * C
-        s = _load_sum(x_row, residual_row, s_ptr + out, offs, mask, HAS_RESIDUAL)
+        if residual is not None:
+            s = _load_sum(x_row, _row(residual, n, T, ALIGN=META.ALIGN), s_ptr + out, offs, mask)
+        else:
+            s = _load_sum(x_row, None, None, offs, mask)
         mean = tl.sum(s, 0) / C
         d = tl.where(mask, s - mean, 0.0)
         left = tl.sum(d, 0) / C
@@ -76,29 +99,30 @@ def _layer_norm_fwd_kernel(
         rstd = tl.rsqrt(tl.sum(d * d, 0) / C + eps)
         y = d * rstd * weight + bias
         tl.store(y_ptr + out + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(mean_ptr + n, mean)
-        tl.store(left_ptr + n, left)
-        tl.store(rstd_ptr + n, rstd)
+        tl.store(stats.mean_ptr + n, mean)
+        tl.store(stats.left_ptr + n, left)
+        tl.store(stats.rstd_ptr + n, rstd)
 
 
 @triton.jit
-def _layer_norm_wide_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, left_ptr, rstd_ptr, N, T,
-    stride_xb, stride_xt, stride_rb, stride_rt, eps,
-    C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def _layer_norm_wide_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stats, N, T, eps, META: tl.constexpr):
     """One row, read three times in blocks: mean, variance, result. The second and third find it in the L2 cache."""
+    C: tl.constexpr = META.C
+    BLOCK_C: tl.constexpr = META.BLOCK_C
     n = tl.program_id(0)
-    x_row = x_ptr + _row_start(n, T, stride_xb, stride_xt, ALIGN)
-    residual_row = residual_ptr + _row_start(n, T, stride_rb, stride_rt, ALIGN)
+    x_row = _row(x, n, T, ALIGN=META.ALIGN)
     out = tl.cast(n, tl.int64) * C
+    residual_row, s_row = None, None
+    if residual is not None:
+        residual_row, s_row = _row(residual, n, T, ALIGN=META.ALIGN), s_ptr + out
     sums = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
-        sums += _load_sum(x_row, residual_row, s_ptr + out, offs, offs < C, HAS_RESIDUAL)
+        sums += _load_sum(x_row, residual_row, s_row, offs, offs < C)
     mean = tl.sum(sums, 0) / C
     # Every thread reads back what it wrote itself: blocks are laid out alike in all three loops.
-    s_row = s_ptr + out if HAS_RESIDUAL else x_row
+    if residual is None:
+        s_row = x_row
     sums = tl.zeros((BLOCK_C,), tl.float32)
     squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -117,19 +141,16 @@ def _layer_norm_wide_fwd_kernel(
         bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         y = ((s - mean) - left) * rstd * weight + bias
         tl.store(y_ptr + out + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + n, mean)
-    tl.store(left_ptr + n, left)
-    tl.store(rstd_ptr + n, rstd)
+    tl.store(stats.mean_ptr + n, mean)
+    tl.store(stats.left_ptr + n, left)
+    tl.store(stats.rstd_ptr + n, rstd)
 
 
 @triton.jit
-def _layer_norm_bwd_kernel(
-    dy_ptr, ds_after_ptr, s_ptr, weight_ptr, mean_ptr, left_ptr, rstd_ptr, ds_ptr, partials_ptr, N, T,
-    stride_dyb, stride_dyt, stride_ab, stride_at, stride_sb, stride_st,
-    C: tl.constexpr, HAS_AFTER: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def _layer_norm_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_ptr, N, T, META: tl.constexpr):
     """Every num_programs-th row: ds, and their share of dweight and dbias."""
+    C: tl.constexpr = META.C
+    BLOCK_C: tl.constexpr = META.BLOCK_C
     first = tl.program_id(0)
     offs = tl.arange(0, BLOCK_C)
     mask = offs < C
@@ -137,49 +158,46 @@ def _layer_norm_bwd_kernel(
     dweight = tl.zeros((BLOCK_C,), tl.float32)
     dbias = tl.zeros((BLOCK_C,), tl.float32)
     for n in range(first, N, tl.num_programs(0)):
-        dy_row = dy_ptr + _row_start(n, T, stride_dyb, stride_dyt, ALIGN)
-        dy = tl.load(dy_row + offs, mask=mask, other=0.0).to(tl.float32)
-        if NEEDS_DS or NEEDS_DW:
-            s_row = s_ptr + _row_start(n, T, stride_sb, stride_st, ALIGN)
-            s = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_ptr + n)
-            h = tl.where(mask, ((s - tl.load(mean_ptr + n)) - tl.load(left_ptr + n)) * rstd, 0.0)
-        if NEEDS_DS:
-            g = weight * dy
+        dy_row = _row(dy, n, T, ALIGN=META.ALIGN)
+        dy_n = tl.load(dy_row + offs, mask=mask, other=0.0).to(tl.float32)
+        if META.NEEDS_DS or META.NEEDS_DW:
+            s_row = _row(s, n, T, ALIGN=META.ALIGN)
+            s_n = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
+            rstd = tl.load(stats.rstd_ptr + n)
+            h = tl.where(mask, ((s_n - tl.load(stats.mean_ptr + n)) - tl.load(stats.left_ptr + n)) * rstd, 0.0)
+        if META.NEEDS_DS:
+            g = weight * dy_n
             ds = rstd * ((g - tl.sum(g, 0) / C) - h * (tl.sum(g * h, 0) / C))
-            if HAS_AFTER:
-                after_row = ds_after_ptr + _row_start(n, T, stride_ab, stride_at, ALIGN)
+            if ds_after is not None:
+                after_row = _row(ds_after, n, T, ALIGN=META.ALIGN)
                 ds += tl.load(after_row + offs, mask=mask, other=0.0).to(tl.float32)
             tl.store(ds_ptr + tl.cast(n, tl.int64) * C + offs, ds.to(ds_ptr.dtype.element_ty), mask=mask)
-        if NEEDS_DW:
-            dweight += dy * h
-        if NEEDS_DB:
-            dbias += dy
-    partial = partials_ptr + first.to(tl.int64) * (NEEDS_DW + NEEDS_DB) * C
-    if NEEDS_DW:
+        if META.NEEDS_DW:
+            dweight += dy_n * h
+        if META.NEEDS_DB:
+            dbias += dy_n
+    partial = partials_ptr + first.to(tl.int64) * (META.NEEDS_DW + META.NEEDS_DB) * C
+    if META.NEEDS_DW:
         tl.store(partial + offs, dweight, mask=mask)
-    if NEEDS_DB:
-        tl.store(partial + NEEDS_DW * C + offs, dbias, mask=mask)
+    if META.NEEDS_DB:
+        tl.store(partial + META.NEEDS_DW * C + offs, dbias, mask=mask)
 
 
 @triton.jit
-def _layer_norm_wide_bwd_kernel(
-    dy_ptr, ds_after_ptr, s_ptr, weight_ptr, mean_ptr, left_ptr, rstd_ptr, ds_ptr, partials_ptr, N, T,
-    stride_dyb, stride_dyt, stride_ab, stride_at, stride_sb, stride_st,
-    C: tl.constexpr, HAS_AFTER: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def _layer_norm_wide_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_ptr, N, T, META: tl.constexpr):
     """The same in blocks: ds row after row, each read twice; then dweight and dbias block after block."""
+    C: tl.constexpr = META.C
+    BLOCK_C: tl.constexpr = META.BLOCK_C
     first = tl.program_id(0)
-    if NEEDS_DS:
+    if META.NEEDS_DS:
         for n in range(first, N, tl.num_programs(0)):
-            dy_row = dy_ptr + _row_start(n, T, stride_dyb, stride_dyt, ALIGN)
-            s_row = s_ptr + _row_start(n, T, stride_sb, stride_st, ALIGN)
-            after_row = ds_after_ptr + _row_start(n, T, stride_ab, stride_at, ALIGN)
+            dy_row = _row(dy, n, T, ALIGN=META.ALIGN)
+            s_row = _row(s, n, T, ALIGN=META.ALIGN)
+            after_row = _row(ds_after, n, T, ALIGN=META.ALIGN) if ds_after is not None else None
             ds_row = ds_ptr + tl.cast(n, tl.int64) * C
-            mean = tl.load(mean_ptr + n)
-            left = tl.load(left_ptr + n)
-            rstd = tl.load(rstd_ptr + n)
+            mean = tl.load(stats.mean_ptr + n)
+            left = tl.load(stats.left_ptr + n)
+            rstd = tl.load(stats.rstd_ptr + n)
             sums_g = tl.zeros((BLOCK_C,), tl.float32)
             sums_gh = tl.zeros((BLOCK_C,), tl.float32)
             for start in range(0, C, BLOCK_C):
@@ -194,29 +212,29 @@ def _layer_norm_wide_bwd_kernel(
                 mask = offs < C
                 g, h = _load_g_and_h(dy_row, s_row, weight_ptr, offs, mask, mean, left, rstd)
                 ds = rstd * ((g - mean_g) - h * mean_gh)
-                if HAS_AFTER:
+                if ds_after is not None:
                     ds += tl.load(after_row + offs, mask=mask, other=0.0).to(tl.float32)
                 tl.store(ds_row + offs, ds.to(ds_ptr.dtype.element_ty), mask=mask)
-    if NEEDS_DW or NEEDS_DB:
-        partial = partials_ptr + first.to(tl.int64) * (NEEDS_DW + NEEDS_DB) * C
+    if META.NEEDS_DW or META.NEEDS_DB:
+        partial = partials_ptr + first.to(tl.int64) * (META.NEEDS_DW + META.NEEDS_DB) * C
         for start in range(0, C, BLOCK_C):
             offs = start + tl.arange(0, BLOCK_C)
             mask = offs < C
             dweight = tl.zeros((BLOCK_C,), tl.float32)
             dbias = tl.zeros((BLOCK_C,), tl.float32)
             for n in range(first, N, tl.num_programs(0)):
-                dy_row = dy_ptr + _row_start(n, T, stride_dyb, stride_dyt, ALIGN)
-                dy = tl.load(dy_row + offs, mask=mask, other=0.0).to(tl.float32)
-                dbias += dy
-                if NEEDS_DW:
-                    s_row = s_ptr + _row_start(n, T, stride_sb, stride_st, ALIGN)
-                    s = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
-                    d = (s - tl.load(mean_ptr + n)) - tl.load(left_ptr + n)
-                    dweight += dy * (d * tl.load(rstd_ptr + n))
-            if NEEDS_DW:
+                dy_row = _row(dy, n, T, ALIGN=META.ALIGN)
+                dy_n = tl.load(dy_row + offs, mask=mask, other=0.0).to(tl.float32)
+                dbias += dy_n
+                if META.NEEDS_DW:
+                    s_row = _row(s, n, T, ALIGN=META.ALIGN)
+                    s_n = tl.load(s_row + offs, mask=mask, other=0.0).to(tl.float32)
+                    d = (s_n - tl.load(stats.mean_ptr + n)) - tl.load(stats.left_ptr + n)
+                    dweight += dy_n * (d * tl.load(stats.rstd_ptr + n))
+            if META.NEEDS_DW:
                 tl.store(partial + offs, dweight, mask=mask)
-            if NEEDS_DB:
-                tl.store(partial + NEEDS_DW * C + offs, dbias, mask=mask)
+            if META.NEEDS_DB:
+                tl.store(partial + META.NEEDS_DW * C + offs, dbias, mask=mask)
 
 
 @triton.jit
@@ -261,30 +279,20 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
     if x.numel() == 0:
         return out
     row = launch.layer_norm_row("forward", C, launch.architecture(x.device))
-    other = x if residual is None else residual
     is_wide = row.block_c < C
     kernel = _layer_norm_wide_fwd_kernel if is_wide else _layer_norm_fwd_kernel
     kernel[(B * T if is_wide else _num_programs(row, x),)](
-        x_ptr=x,
-        residual_ptr=other,
+        x=Batch.of(x),
+        residual=Batch.of(residual),
         weight_ptr=weight,
         bias_ptr=bias,
         y_ptr=out.y,
-        s_ptr=out.y if residual is None else out.s,
-        mean_ptr=out.mean,
-        left_ptr=out.left,
-        rstd_ptr=out.rstd,
+        s_ptr=None if residual is None else out.s,
+        stats=_Statistics(out.mean, out.left, out.rstd),
         N=B * T,
         T=T,
-        stride_xb=x.stride(0),
-        stride_xt=x.stride(1),
-        stride_rb=other.stride(0),
-        stride_rt=other.stride(1),
         eps=eps,
-        C=C,
-        HAS_RESIDUAL=residual is not None,
-        ALIGN=row_alignment(x, residual),
-        BLOCK_C=row.block_c,
+        META=_ForwardMeta(C=C, ALIGN=row_alignment(x, residual), BLOCK_C=row.block_c),
         num_warps=row.num_warps,
         **row.options,
     )
@@ -296,9 +304,19 @@ def _num_programs(row: launch.LayerNormRow, x: Tensor) -> int:
 
 
 def layer_norm_backward(
-    dy: Tensor, ds_after: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, left: Tensor, rstd: Tensor, *,
-    bias_dtype: torch.dtype, needs_ds: bool, needs_dweight: bool, needs_dbias: bool,
-) -> Gradients:  # fmt: skip
+    dy: Tensor,
+    ds_after: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    left: Tensor,
+    rstd: Tensor,
+    *,
+    bias_dtype: torch.dtype,
+    needs_ds: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> Gradients:
     """dy, ds_after, s (B, T, C) of any strides but 1 in the last dimension; only what is needed is computed."""
     B, T, C = s.shape
     out = _empty_gradients(s, weight, bias_dtype, needs_ds, needs_dweight, needs_dbias)
@@ -310,33 +328,25 @@ def layer_norm_backward(
     num_programs = _num_programs(row, s)
     sums = [t for t, needed in ((out.dweight, needs_dweight), (out.dbias, needs_dbias)) if needed]
     partials = s.new_empty((num_programs, len(sums), C), dtype=torch.float32)
-    after = dy if ds_after is None else ds_after
     kernel = _layer_norm_wide_bwd_kernel if row.block_c < C else _layer_norm_bwd_kernel
     kernel[(num_programs,)](
-        dy_ptr=dy,
-        ds_after_ptr=after,
-        s_ptr=s,
+        dy=Batch.of(dy),
+        ds_after=Batch.of(ds_after),
+        s=Batch.of(s),
         weight_ptr=weight,
-        mean_ptr=mean,
-        left_ptr=left,
-        rstd_ptr=rstd,
+        stats=_Statistics(mean, left, rstd),
         ds_ptr=out.ds,
         partials_ptr=partials,
         N=B * T,
         T=T,
-        stride_dyb=dy.stride(0),
-        stride_dyt=dy.stride(1),
-        stride_ab=after.stride(0),
-        stride_at=after.stride(1),
-        stride_sb=s.stride(0),
-        stride_st=s.stride(1),
-        C=C,
-        HAS_AFTER=ds_after is not None,
-        NEEDS_DS=needs_ds,
-        NEEDS_DW=needs_dweight,
-        NEEDS_DB=needs_dbias,
-        ALIGN=row_alignment(dy, ds_after, s),
-        BLOCK_C=row.block_c,
+        META=_BackwardMeta(
+            C=C,
+            NEEDS_DS=needs_ds,
+            NEEDS_DW=needs_dweight,
+            NEEDS_DB=needs_dbias,
+            ALIGN=row_alignment(dy, ds_after, s),
+            BLOCK_C=row.block_c,
+        ),
         num_warps=row.num_warps,
         **row.options,
     )
@@ -389,15 +399,33 @@ def _(x, weight, bias, residual, eps):
 
 @torch.library.custom_op("fastgpt2::layer_norm_backward", mutates_args=())
 def layer_norm_backward_op(
-    dy: Tensor, ds_after: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, left: Tensor, rstd: Tensor,
-    bias_dtype: torch.dtype, needs_ds: bool, needs_dweight: bool, needs_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    ds_after: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    left: Tensor,
+    rstd: Tensor,
+    bias_dtype: torch.dtype,
+    needs_ds: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     ds_after = ds_after if ds_after is None or ds_after.stride(-1) == 1 else ds_after.contiguous()
     return layer_norm_backward(
-        dy, ds_after, s, weight, mean, left, rstd, bias_dtype=bias_dtype, needs_ds=needs_ds,
-        needs_dweight=needs_dweight, needs_dbias=needs_dbias,
-    )  # fmt: skip
+        dy,
+        ds_after,
+        s,
+        weight,
+        mean,
+        left,
+        rstd,
+        bias_dtype=bias_dtype,
+        needs_ds=needs_ds,
+        needs_dweight=needs_dweight,
+        needs_dbias=needs_dbias,
+    )
 
 
 @layer_norm_backward_op.register_fake
