@@ -1,7 +1,7 @@
-"""Decoding on a GPU: the rows' state on the device, a CUDA graph for every number of rows, results a step late.
+"""Decoding on a GPU with the rows' state on the device and a CUDA graph for every number of rows.
 
-A step (`triton/decode/step.py`) is 5 L + 3 launches and no wait for the device. Rows end by themselves there
-(stop tokens, limits, a full context); the host learns of it when it reads that step's tokens, while the next step runs.
+A step is 5 L + 3 kernel launches, and the host never waits for the step it has just started. Rows end on the device
+(stop tokens, limits, a full context). The host learns of it when it reads that step's tokens, while the next step runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastgpt2.layers import Block, LayerNorm, Linear
 from fastgpt2.model import GPT2Base
 from fastgpt2_kernels import ops
 
-# Without it the device can only be a stand-in, as a kernel sanitizer has it: no graphs, no events.
+# False in a build of PyTorch for CPUs. A kernel sanitizer's "cuda" device is then a stand-in without graphs and events.
 _HAS_GPU_RUNTIME = bool(torch.version.cuda or torch.version.hip)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,9 +49,9 @@ def why_not_decode(model: GPT2Base) -> str | None:
 
 
 class NewRow(NamedTuple):
-    """A row to be begun: its cache slot, which holds the prompt's tokens already.
+    """A row to start. Its cache slot holds the prompt's tokens already.
 
-    key: the two words of its noise (`ops.row_keys`); limit: the most new tokens.
+    key: the two words that its random numbers depend on (`ops.row_keys`); limit: the most new tokens.
     """
 
     slot: int
@@ -61,14 +61,14 @@ class NewRow(NamedTuple):
 
 
 class Results(NamedTuple):
-    """A step's tokens and natural-log probabilities, by slot, on their way to the host."""
+    """A step's tokens and natural-log probabilities, by slot, while they are copied to the host."""
 
     tokens: Tensor
     logprobs: Tensor
     ready: torch.cuda.Event | None
 
     def read(self) -> tuple[list[int], list[float]]:
-        """Wait for that step, not for those after it."""
+        """Wait until that step is done; steps after it may still run."""
         if self.ready is not None:
             self.ready.synchronize()
         return self.tokens.tolist(), self.logprobs.tolist()
@@ -77,11 +77,18 @@ class Results(NamedTuple):
 class DecodeSession:
     """Decoding of up to `num_slots` rows of `model` with one way of sampling.
 
-    cache: the rows' keys and values, of num_slots slots; the session grows and fills it. stop_ids end a row. On a GPU
-    steps are CUDA graphs, one for each power of two of rows, captured when first needed; where capture fails, and on a
-    CPU under Triton's interpreter, they are plain launches. use_pdl: programmatic dependent launch; None tries it on
-    the device (sm_90 and newer) and keeps it where it is faster and equal to the bit. weight_dtype: torch.int8 holds
-    the linear layers' weights in 8 bits, a scale for every output. Raises ValueError where `why_not_decode` says why.
+    On a GPU each step is a CUDA graph. There is one for each power of two of rows, captured when it is first needed.
+    Where capture fails, and on a CPU under Triton's interpreter, the kernels are launched one by one.
+
+    Args:
+        cache: the rows' keys and values; its slots are the session's. The session grows and fills it.
+        stop_ids: the tokens that end a row.
+        use_pdl: programmatic dependent launch. None tries it on the device (sm_90 and newer), and keeps it if it is
+            faster and gives the same bits.
+        weight_dtype: torch.int8 holds the linear layers' weights in 8 bits, with a scale for every output.
+
+    Raises:
+        ValueError: the model cannot be decoded so; `why_not_decode` says why.
     """
 
     def __init__(
@@ -141,7 +148,7 @@ class DecodeSession:
         return self.use_graphs and not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9
 
     def configure(self, sampling: SamplingConfig) -> None:
-        """Choose tokens by `sampling` from now on. ValueError where it filters by what the session's did not."""
+        """Choose tokens by `sampling` from now on. ValueError if it needs other filters than the session has."""
         old, device = self._step.sampling, self.slots.tokens.device
         new = slot_sampling(sampling, len(self.slots.tokens), self.seen, device)
         if [t is None for t in old] != [t is None for t in new]:
@@ -151,9 +158,9 @@ class DecodeSession:
                 to.copy_(of)
 
     def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
-        """Put rows into their slots, whatever these held, and choose their first tokens from logits (rows, V) float32.
+        """Put rows into their slots and choose their first tokens from logits (rows, V) float32.
 
-        ValueError for a slot or a prompt that does not fit.
+        What the slots held is forgotten. ValueError for a slot or a prompt that does not fit.
         """
         for row in rows:
             if not 0 <= row.slot < self.num_slots:
@@ -185,7 +192,7 @@ class DecodeSession:
         return self._results()
 
     def step(self, slots: Sequence[int]) -> Results:
-        """Enqueue a token for each of `slots`; nothing waits for the device. A row that has ended stands still."""
+        """Start a step that makes a token for each of `slots`. Rows that have ended are left as they are."""
         if not 0 < len(slots) <= self.num_slots or len(set(slots)) != len(slots):
             raise ValueError(f"DecodeSession: a step takes 1 .. {self.num_slots} different slots; got {list(slots)}")
         cache = (self.cache.keys.data_ptr(), self.cache.capacity)
@@ -201,7 +208,7 @@ class DecodeSession:
         return self._results()
 
     def _device_rows(self, bucket: int, slots: Sequence[int]) -> Tensor:
-        """The slots of a bucket's rows, on the device, at the place that its graph knows."""
+        """The slots of a bucket's rows, in the tensor that its graph reads."""
         wanted = [*slots, *range(self.num_slots, self.num_slots + bucket - len(slots))]
         if bucket not in self._rows:
             self._rows[bucket] = [], torch.empty(bucket, dtype=torch.int32, device=self.slots.tokens.device)
@@ -273,7 +280,7 @@ class DecodeSession:
         return torch.equal(*logits) and times[1] < times[0]
 
 
-# -- sessions that are kept -----------------------------------------------------------------------------------------
+# -- reuse of sessions ----------------------------------------------------------------------------------------------
 
 _KEPT: weakref.WeakKeyDictionary[GPT2Base, DecodeSession] = weakref.WeakKeyDictionary()
 
@@ -300,7 +307,7 @@ def release_session(model: GPT2Base, session: DecodeSession) -> None:
 
 
 def _fits(model: GPT2Base, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> tuple[object, ...]:
-    """What a session's graphs know for good: the weights' places, the kernels' flags and precision, the stop tokens."""
+    """What is fixed in a session's graphs: where the weights lie, the kernels' flags and precision, the stop tokens."""
     filters = [t is None for t in slot_sampling(sampling, 0, None, torch.device("cpu"))]
     weights = [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
     flags = (*filters, sampling.repetition_penalty == 1.0, torch.get_float32_matmul_precision(), model.backend)
@@ -349,7 +356,7 @@ def step_weights(model: GPT2Base, weight_dtype: torch.dtype | None = None) -> op
 def slot_sampling(
     config: SamplingConfig, num_slots: int, seen: Tensor | None, device: torch.device
 ) -> ops.SlotSampling:
-    """`config` for every slot; what it leaves off is None, so that the kernel has no code for it."""
+    """`config` for every slot. A filter that is off is None, so that the kernel has no code for it."""
 
     def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full((num_slots,), value, dtype=dtype, device=device)

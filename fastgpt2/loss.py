@@ -14,10 +14,10 @@ IGNORE_INDEX = -100
 
 
 def shift_targets(input_tensor: Tensor, *, ignore_index: int = IGNORE_INDEX, pad_token_id: int | None = None) -> Tensor:
-    """Next-token targets (B, T) of token ids (B, T): the ids one position on, the last position ignored.
+    """Next-token targets (B, T) of token ids (B, T): each position's target is the next id; the last has none.
 
-    `pad_token_id`: positions whose target is this id are ignored too. Padding is never guessed: without it every id
-    is a token to learn.
+    Args:
+        pad_token_id: positions whose target is this id are ignored too. Without it every id is a token to learn.
     """
     last = torch.full_like(input_tensor[:, :1], ignore_index)
     targets = torch.cat((input_tensor[:, 1:], last), dim=1)
@@ -35,13 +35,15 @@ def calculate_loss(
 ) -> Tensor:
     """Mean cross-entropy of predicting `target_tensor` (B, T) from `input_tensor` (B, T), in float32.
 
-    `target_tensor[b, t]` is the token that should follow `input_tensor[b, : t + 1]`: the targets are shifted already
-    (`shift_targets` makes them). Targets equal to `ignore_index` count for nothing. The softmax is float32 whatever
-    the model's dtype. `options` go to `fastgpt2.kernels.linear_cross_entropy` (reduction, label_smoothing, z_loss,
-    num_items_in_batch ...).
+    The softmax is float32 whatever the model's dtype.
 
-    With `ignore_index=0`, as introductory texts have it, token 0 is never learnt; in GPT-2's vocabulary it is a real
-    token ("!"). The default of -100 ignores no token.
+    Args:
+        target_tensor: `target_tensor[b, t]` is the token that should follow `input_tensor[b, : t + 1]`; the targets are
+            shifted already (`shift_targets` makes them).
+        ignore_index: targets equal to it count for nothing. The default of -100 ignores no token. With 0, as
+            introductory texts have it, token 0 is never learnt; in GPT-2's vocabulary it is a real token ("!").
+        options: go to `fastgpt2.kernels.linear_cross_entropy` (reduction, label_smoothing, z_loss,
+            num_items_in_batch ...).
     """
     core = _core(model)
     if target_tensor.shape != input_tensor.shape:
@@ -65,12 +67,18 @@ def train_step(
     max_grad_norm: float | None = None,
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """One step of next-token training on token ids (B, T): loss, backward, and the optimizer's step when one is given.
+    """One step of next-token training on token ids (B, T): loss, backward, and the optimizer's step.
 
-    The targets are the input shifted by one, the last position ignored, and padding too if `pad_token_id` names it.
-    Without an optimizer the gradients are left in `.grad`, added to what is there (accumulation); with
-    `num_items_in_batch`, the number of targets that count in all of the batches that are added up, each loss is its sum
-    over that number, and batches of unequal counts add up to the mean of all. Returns the detached loss.
+    The targets are the input shifted by one; the last position has none.
+
+    Args:
+        optimizer: None leaves the gradients in `.grad`, added to what is there (accumulation).
+        pad_token_id: targets equal to it are ignored.
+        num_items_in_batch: the number of targets that count in all the batches that are accumulated. Each loss is then
+            its sum over that number, and batches of unequal counts add up to the mean of all.
+
+    Returns:
+        The detached loss.
     """
     targets = shift_targets(input_tensor, ignore_index=ignore_index, pad_token_id=pad_token_id)
     if optimizer is not None:

@@ -107,7 +107,7 @@ class GPT2Base(nn.Module):
         The copy is kept beside the weights (as much memory again) until `train()` or `unpack()`. Packing again packs
         what has changed since.
         """
-        weights = {module.weight: None for module in self.modules() if isinstance(module, Linear)}
+        weights = [module.weight for module in self.modules() if isinstance(module, Linear)]
         self._packed = PackedOperators.pack(weights, self.backend, self._packed)
         return self._packed is not None
 
@@ -136,8 +136,11 @@ class GPT2Base(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of token ids (B, T), int64 or int32.
 
-        cache: the ids are new tokens of the cache's B slots, appended to it (evaluation only); rows may hold
-        different lengths. position_ids (B, T) replace 0 .. T-1. cu_seqlens: see `hidden_states`.
+        Args:
+            cache: the ids are new tokens of its B slots, which may hold rows of different lengths; they are appended
+                to it. Evaluation only.
+            position_ids: (B, T), in place of 0 .. T-1.
+            cu_seqlens: see `hidden_states`.
         """
         if cache is None:
             return self.lm_head(self.hidden_states(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens))
@@ -155,10 +158,11 @@ class GPT2Base(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, *, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """Hidden states (B, T, C) after the last LayerNorm, what the head turns into logits.
+        """Hidden states (B, T, C) after the last LayerNorm; `logits` turns them into logits.
 
-        cu_seqlens (documents + 1,): the one row (B = 1) holds documents laid end to end; none sees another, and
-        positions start at 0 in each.
+        Args:
+            cu_seqlens: (documents + 1,). The one row (B = 1) holds documents laid end to end. None attends to another,
+                and positions start at 0 in each.
         """
         self._check_ids(input_ids)
         T = input_ids.shape[1]

@@ -33,11 +33,15 @@ class PackedOperators(Operators):
     def pack(
         cls, weights: Iterable[nn.Parameter], backend: str, previous: PackedOperators | None
     ) -> PackedOperators | None:
-        """Pack `weights`, all but those that `previous` holds as they are; None where this machine cannot."""
+        """Pack `weights`; None where this machine or their dtype has no packed layout.
+
+        What `previous` holds of unchanged weights is taken over. `previous` is not to be used afterwards.
+        """
         packs = {}
         for weight in weights:
-            packed = previous._packs.get(weight) if previous is not None else None
+            packed = previous._packs.pop(weight, None) if previous is not None else None
             if packed is None or packed.fingerprint != ops.fingerprint(weight):
+                packed = None  # its memory goes before more is asked for
                 packed = ops.pack_linear(weight)
             if packed is None:
                 return None

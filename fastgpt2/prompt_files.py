@@ -30,9 +30,14 @@ class PromptError(ValueError):
 
 
 def read_prompts(data: bytes, name: str, suffix: str) -> Iterator[Prompt | PromptError]:
-    """The prompts in the contents of a file called `name`, of the kind `suffix`; bad ones as errors, for you to raise.
+    """The prompts in a file; a bad prompt is yielded as an error, for the caller to raise or to skip.
 
-    Every prompt, good or bad, has its index, so leaving bad ones out does not change what the others become.
+    Bad prompts are counted too, so skipping them does not change the index of the others.
+
+    Args:
+        data: the file's contents.
+        name: what errors call the file.
+        suffix: one of `PROMPT_SUFFIXES`.
     """
     if suffix not in PROMPT_SUFFIXES:
         raise ValueError(f"{name}: a file of prompts must end in {', '.join(PROMPT_SUFFIXES)}; got {suffix!r}")

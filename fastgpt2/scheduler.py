@@ -87,7 +87,7 @@ class _Row:
     prompt: _Prefilled
     sample: Sample
     text: TextStream | None
-    asked: int = 0  # tokens that a device was asked for, those on their way among them
+    asked: int = 0  # tokens that the device was asked for, whether or not they have arrived
 
 
 class Scheduler:
@@ -116,7 +116,7 @@ class Scheduler:
             self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
         self.free = list(reversed(range(batch_size)))
         self.rows: list[_Row] = []
-        self.on_device: tuple[list[_Row], Results] | None = None  # the step that is on its way
+        self.on_device: tuple[list[_Row], Results] | None = None  # the step that runs now
         # Which tokens each slot's sequence holds, for the repetition penalty; a session keeps its own.
         penalized = sampling.repetition_penalty != 1.0 and self.session is None
         self.seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool) if penalized else None
@@ -124,6 +124,7 @@ class Scheduler:
             self.seen = self.seen.to(model.device)
 
     def run(self) -> Iterator[TokenEvent]:
+        """Generate all samples; yields every token as it is chosen."""
         training = self.model.training
         self.model.eval()
         self.packed = self.pack_weights and self.session is None and self.model.pack()
@@ -146,7 +147,7 @@ class Scheduler:
                 release_session(self.model, self.session)
 
     def _step_ahead(self, session: DecodeSession) -> Generator[TokenEvent, None, bool]:
-        """Ask the device for a step, and read the one before it while this one runs. False when nothing is left."""
+        """Start a step on the device, and read the one before it while this one runs. Returns whether there is more."""
         rows = [row for row in self.rows if row.asked < self._limit(row)]
         for row in rows:
             row.asked += 1
@@ -199,7 +200,7 @@ class Scheduler:
         return _Row(slot, prompt, Sample(prompt.index, prompt.pending.popleft(), prompt.ids), text)
 
     def _leave(self, row: _Row) -> _Row | None:
-        """`row` has ended: its slot goes to its prompt's next sample, which is returned, or is free."""
+        """Give the slot of a row that has ended to its prompt's next sample, which is returned, or free it."""
         if not row.prompt.pending:
             self.cache.free(row.slot)
             self.free.append(row.slot)
@@ -212,7 +213,7 @@ class Scheduler:
     def _prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> Tensor:
         """Logits (R, V) of the first new token of each prompt."""
         counts = [len(ids) for ids in prompts]
-        # The whole way of the longest at once: growing step by step would copy the cache each time.
+        # Room for the longest row to its end: growing step by step would copy the cache each time.
         self.cache.reserve(min(max(counts) + self.sampling.max_new_tokens, self.model.config.context_length))
         plan = ops.plan_rows(slots, counts, [0] * len(slots), self.model.device)
         token_ids = torch.tensor([token for ids in prompts for token in ids], device=self.model.device)
@@ -235,9 +236,9 @@ class Scheduler:
     # -- tokens -------------------------------------------------------------------------------------------------
 
     def _choose(self, rows: list[_Row], logits: Tensor | list[Tensor]) -> Iterator[TokenEvent]:
-        """Choose the next token of `rows` from logits (R, V); rows that end leave, and their slots are taken over.
+        """Choose the next token of `rows` from logits (R, V). Rows that end leave, and other rows take their slots.
 
-        A row that takes a slot over has its first logits at hand, so it chooses its first token here as well.
+        The first logits of a row that takes a slot are there already, so it chooses its first token here as well.
         """
         while rows:
             stacked = torch.stack(logits) if isinstance(logits, list) else logits
@@ -246,7 +247,7 @@ class Scheduler:
             rows, logits = successors, [row.prompt.logits for row in successors]
 
     def _accept_all(self, chosen: list[tuple[_Row, int, float]], successors: list[_Row]) -> Iterator[TokenEvent]:
-        """Add a token to each row's sample; rows that take over the slots of those that end go to `successors`."""
+        """Add a token to each row's sample. Rows that take the slots of those that end are added to `successors`."""
         for row, _, logprob in chosen:
             if math.isnan(logprob):
                 raise RuntimeError(
@@ -292,7 +293,7 @@ class Scheduler:
     def _begin_on_device(
         self, session: DecodeSession, rows: list[_Row], logits: Tensor
     ) -> tuple[list[int], list[float]]:
-        """The first tokens of new rows, which the device goes on from."""
+        """Start new rows in the session; their first tokens and log-probabilities."""
         identities = [row.prompt.identity for row in rows]
         keys = ops.row_keys(self.sampling.seed, identities, [row.sample.sample_index for row in rows]).tolist()
         new = [

@@ -13,22 +13,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each module or folder of the package, lowest layer first. A module imports from lower layers, or from its own folder.
-LAYERS = (
-    ("config", "files", "messages", "kernels"),
-    ("accounting", "cache", "prompt_files", "sampling", "tokenizer"),
-    ("data", "operators", "text_stream"),
-    ("layers", "packed_weights"),
-    ("model",),
-    ("decode", "formats", "loss"),
-    ("scheduler",),
-    ("generate",),
-    ("gpt2",),
-    ("checkpoint", "integrations", "sample_files", "train"),
-    ("",),  # fastgpt2/__init__.py
-    ("cli",),
-    ("__main__",),
-)
 PACKAGES = [*sorted((ROOT / "fastgpt2").rglob("*.py")), *sorted((ROOT / "kernels/fastgpt2_kernels").rglob("*.py"))]
 LAZY = ("triton", "transformers", "tokenizers", "safetensors", "tqdm", "huggingface_hub")
 
@@ -64,11 +48,26 @@ def imports_within_functions(path: Path) -> Iterator[str]:
                     yield str(node.module).split(".")[0]
 
 
+def picture() -> list[list[str]]:
+    """The lines of CONTRIBUTING's picture of the package, lowest first: names, two spaces or more, what they are."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = text.split("## The package\n")[1].split("```\n")[1]
+    return [line.partition("  ")[0].replace("/", "").split() for line in reversed(block.splitlines())]
+
+
+LAYERS = picture()
+
+
 def layer_of(module: str) -> int:
-    name = module.partition(".")[2].split(".")[0]
+    name = (module.split(".")[1:] or ["fastgpt2"])[0]
     layers = [number for number, names in enumerate(LAYERS) if name in names]
-    assert len(layers) == 1, f"{module} must have one layer; give it one in this test"
+    assert len(layers) == 1, f"{module} must stand in CONTRIBUTING's picture of the package, once"
     return layers[0]
+
+
+def test_the_picture_shows_what_there_is():
+    there = {(name.split(".")[1:] or ["fastgpt2"])[0] for name in MODULES if name.split(".")[0] == "fastgpt2"}
+    assert {name for names in LAYERS for name in names} == there
 
 
 @pytest.mark.parametrize("name", MODULES)

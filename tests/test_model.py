@@ -201,6 +201,19 @@ def test_training_mode_drops_the_packed_weights(packable: GPT2) -> None:
 # -- torch.compile -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_takes_the_model_whole(seed: int, training: bool) -> None:
+    """One graph, with nothing left to Python; whatever makes PyTorch break the graph is an error here."""
+    model = random_model(seed, num_layers=2, residual_dropout=0.1, attention_dropout=0.1).train(training)
+    ids = random_ids(seed, 2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for one in (compiled, model):
+        torch.manual_seed(seed)
+        results.append(one(ids))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # PyTorch's compiler deprecates its own internals

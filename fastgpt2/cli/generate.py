@@ -139,7 +139,7 @@ class _Usable:
 
 
 def _prompts(args: argparse.Namespace) -> tuple[list[Prompt | PromptError], str]:
-    """The prompts that were asked for, and what their contents are recognised by."""
+    """The prompts that were asked for, and a hash of their contents."""
     if args.prompt is not None and args.prompts is not None:
         raise ValueError("generate: give a prompt or --prompts FILE, not both")
     if args.prompts is not None:
@@ -192,7 +192,7 @@ def _load(args: argparse.Namespace) -> GPT2:
 
 
 def _weights_digest(model: GPT2) -> str:
-    """What a model's configuration and weights are recognised by, wherever they lie."""
+    """A hash of a model's configuration and weights, the same on every device."""
     code = zlib.crc32(json.dumps(model.config.to_hf(), sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         code = zlib.crc32(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode(), code)

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from tests.kernels.attention_rows import attention_cases
-from tests.kernels.compiling import TARGETS, Case, compile_case
+from tests.kernels.compiling import TARGETS, Case, compile_case, members
 from tests.kernels.cross_entropy_rows import cross_entropy_cases
 from tests.kernels.decode_rows import decode_cases
 from tests.kernels.layer_rows import layer_cases
@@ -58,7 +58,8 @@ def cases(target: str) -> list[Case]:
 
 
 def described(target: str, case: Case) -> dict[str, Any]:
-    floats = {kind.removeprefix("*") for kind in case.signature.values() if re.fullmatch(r"\*(bf|fp)\d+", kind)}
+    pointers = (kind for _, _, kind in members(case.signature) if kind is not None)
+    floats = {kind.removeprefix("*") for kind in pointers if re.fullmatch(r"\*(bf|fp)\d+", kind)}
     return {"target": target, "case": case.name, "kernel": case.kernel.__name__, "dtypes": sorted(floats)}
 
 

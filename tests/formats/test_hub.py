@@ -1,0 +1,81 @@
+"""Models of the hub: the files that are needed, at one commit, and every error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgpt2 import GPT2
+from fastgpt2.checkpoint import hf_state_dict, load_pretrained
+from tests.formats.helpers import assert_same, one_sentence, write_folder
+
+
+class Hub:
+    """Stands in for huggingface_hub's download: the files of a folder, counted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.fetched, self.revisions = folder, [], []
+
+    def __call__(self, repo: str, file: str, revision: str | None = None) -> str:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        self.revisions.append(revision)
+        if not (self.folder / file).exists():
+            raise EntryNotFoundError(file)
+        self.fetched.append(file)
+        return str(self.folder / file)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded bin", "both"])
+def test_hub_fetches_what_it_needs(tmp_path: Path, model: GPT2, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    commit = tmp_path / "snapshots" / "0123abc"
+    for one in ("safetensors", "bin") if form == "both" else (form,):
+        write_folder(commit, hf_state_dict(model), form=one)
+    hub = Hub(commit)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    assert_same(load_pretrained("somebody/tiny-gpt2", revision="v1"), model)
+    weights = {file for file in hub.fetched if "model" in file and "index" not in file}
+    assert len(weights) == (3 if form == "sharded bin" else 1)
+    assert any("safetensors" in file for file in weights) == (form != "sharded bin")
+    assert hub.revisions[0] == "v1"
+    assert set(hub.revisions[1:]) == {"0123abc"}
+
+
+def test_hub_errors(tmp_path: Path, model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    write_folder(tmp_path, hf_state_dict(model))
+    hub = Hub(tmp_path)
+
+    def offline(*args: object, **options: object) -> str:
+        raise LocalEntryNotFoundError("no connection\nmany words")
+
+    def refused(*args: object, **options: object) -> str:
+        raise OfflineModeIsEnabled("refused\nmany words")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(OSError, match="the hub cannot be reached") as raised:
+        load_pretrained("somebody/tiny-gpt2")
+    one_sentence(raised.value)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
+    with pytest.raises(OSError, match=r"cannot be loaded from the hub: refused$") as raised:
+        load_pretrained("somebody/tiny-gpt2")
+    one_sentence(raised.value)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="its repository has no weights"):
+        load_pretrained("somebody/tiny-gpt2")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_pretrained("somebody/tiny-gpt2")
+
+
+def test_hub_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r'pip install "fastgpt2\[hub\]"') as raised:
+        load_pretrained("somebody/tiny-gpt2")
+    one_sentence(raised.value)

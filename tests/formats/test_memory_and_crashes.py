@@ -1,0 +1,104 @@
+"""Loading holds one copy of the weights; a save is all there or not at all, whenever it is killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt2 import GPT2
+from fastgpt2.checkpoint import hf_state_dict, load_pretrained, save_nanogpt, save_pretrained
+from tests.formats.helpers import assert_same, write_folder
+from tests.helpers import TINY, random_model
+
+
+def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "kernels")))}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
+LOAD_AND_MEASURE = """
+import ctypes, sys, torch
+from fastgpt2.checkpoint import load_pretrained
+import safetensors.torch, fastgpt2.tokenizer
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+load_pretrained(sys.argv[2])  # a tiny model: what loading itself brings in
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
+model = load_pretrained(sys.argv[1])
+print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
+@pytest.mark.parametrize("form", ["safetensors", "bin", "nanogpt"])
+def test_loading_holds_one_copy(tmp_path: Path, seed: int, form: str) -> None:
+    config = TINY.replace(
+        vocab_size=50257, hidden_size=512, num_layers=8, context_length=256, activation_function="gelu"
+    )
+    model = GPT2(config)  # 205 MB, half of it token embeddings
+    save_pretrained(random_model(seed), tmp_path / "tiny")
+    if form == "nanogpt":
+        save_nanogpt(model, tmp_path / "big")
+    else:
+        write_folder(tmp_path / "big", hf_state_dict(model), config, form=form)
+    process = run_python(LOAD_AND_MEASURE, tmp_path / "big", tmp_path / "tiny")
+    peak, size = map(int, process.communicate(timeout=60)[0].split())
+    assert process.returncode == 0
+    assert size > 190e6
+    assert size <= peak <= 1.35 * size, f"peak {peak / size:.2f} x the weights"
+
+
+SAVE_FOREVER = """
+import sys
+from fastgpt2.checkpoint import save_pretrained
+from tests.helpers import random_model
+models = [random_model(seed, vocab_size=3000, hidden_size=128) for seed in (1, 2)]
+print("ready", flush=True)
+while True:
+    for model in models:
+        save_pretrained(model, sys.argv[1])
+"""
+
+
+def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, seed: int) -> None:
+    """One process saves two models in turns and is killed at random moments: what is there is one or the other."""
+    models = [random_model(s, vocab_size=3000, hidden_size=128) for s in (1, 2)]
+    save_pretrained(models[0], tmp_path)
+    delays = torch.rand(4, generator=torch.Generator().manual_seed(seed)) * 0.2
+    for delay in delays.tolist():
+        process = run_python(SAVE_FOREVER, tmp_path)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        loaded = load_pretrained(tmp_path)
+        equal = [i for i, m in enumerate(models) if all(map(torch.equal, loaded.parameters(), m.parameters()))]
+        assert len(equal) == 1
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_no_litter(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(seed)
+    save_pretrained(model, tmp_path)
+    files = sorted(tmp_path.iterdir())
+
+    def full(*args: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(random_model(seed + 1), tmp_path)
+    monkeypatch.undo()
+    assert sorted(tmp_path.iterdir()) == files
+    assert_same(load_pretrained(tmp_path), model)
