@@ -4,7 +4,7 @@ Triton passes each member of a tuple as if it were an argument of its own: a poi
 alignment, an integer of 1 and None for that value. An integer that nothing may be compiled for (`do_not_specialize`)
 has to be an argument by itself, for Triton does not look for members of tuples there; and so has a tensor descriptor.
 What is known when a kernel is compiled (tiles, flags) is one tuple in capitals, `META: tl.constexpr`. Triton 3.6 takes
-what is in it as a tile's shape, and a string as a helper's argument, only by a name of its own:
+what is in it as a tile's shape or an alignment, and a string as a helper's argument, only by a name of its own:
 `BLOCK: tl.constexpr = META.BLOCK`.
 """
 
