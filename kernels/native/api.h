@@ -10,7 +10,7 @@ enum Activation : int64_t {
   HARDSWISH
 };
 
-enum Operation : int64_t { OP_LAYOUT, OP_PACK, OP_LINEAR, OP_LAYER_NORM, OP_ATTENTION, OP_SAMPLE, OP_FORWARD, NUM_OPS };
+enum Operation : int64_t { OP_LAYOUT, OP_PACK, OP_LINEAR, OP_ATTENTION, OP_SAMPLE, OP_FORWARD, NUM_OPS };
 
 // A status of a slot; the values are those of fastgpt2_kernels' IDLE, FRESH, RUNNING.
 enum Status : int32_t { IDLE = 0, FRESH = 1, RUNNING = 2 };
@@ -57,23 +57,26 @@ struct PackArgs {
   int64_t n, k, type, source_stride, huge_bytes, threads;
 };
 
-struct LinearArgs {
-  Linear linear;
-  const float* x;       // (rows, k)
+// What becomes of a product's sums. out null: the results are the operand of the next product.
+struct Epilogue {
+  int64_t activation;
   const float* residual;
+  int64_t residual_stride;
   float* out;
-  const LayerNorm* layer_norm;
-  void* operand;        // rows of operands: max(rows, threads * private_rows)
-  float* operand_scale; // as many
-  void* scratch;
-  int64_t rows, x_stride, residual_stride, out_stride, activation, threads, scratch_bytes;
+  int64_t out_stride;
+  char* operand;
+  int64_t operand_type, operand_stride;
 };
 
-struct LayerNormArgs {
-  LayerNorm layer_norm;
-  const float* x;
-  float* out;
-  int64_t rows, width, x_stride, out_stride, threads;
+struct LinearArgs {
+  Linear linear;
+  Epilogue to;
+  const float* x;  // (rows, k)
+  const LayerNorm* layer_norm;
+  char* operand;         // rows of operands: max(rows, threads * private_rows)
+  float* operand_scale;  // as many
+  char* scratch;
+  int64_t rows, x_stride, threads, scratch_bytes;
 };
 
 // The cache of all layers, float32: positions and head elements are contiguous, the other strides are in elements.
@@ -94,15 +97,25 @@ struct Rows {
   int32_t* done;    // (R * H,), zeros: parts that are ready
 };
 
-struct AttentionArgs {
-  Cache cache;
-  Rows rows;
-  const float* qkv;  // (N, 3C)
-  float* out;        // (N, C)
-  float* parts;      // (R, H, ceil(capacity / key_split), D + 2)
-  void* scratch;
-  int64_t layer, heads, head_size, qkv_stride, out_stride, threads, scratch_bytes;
+// One layer's attention. out null: the results are the operand of the next product.
+struct Attention {
+  const Cache* cache;
+  const Rows* rows;
+  int64_t layer, heads, head_size;
   double scale;
+  const float* qkv;  // (N, 3C)
+  int64_t qkv_stride;
+  float* parts;  // (R, H, ceil(capacity / key_split), round_up(D, 16) + 16)
+  float* out;    // (N, C)
+  int64_t out_stride;
+  char* operand;
+  int64_t operand_type, operand_stride;
+};
+
+struct AttentionArgs {
+  Attention attention;
+  char* scratch;
+  int64_t threads, scratch_bytes;
 };
 
 struct Slots {
@@ -132,7 +145,7 @@ struct SampleArgs {
   Sampling sampling;
   const float* logits;
   const int32_t* slots;
-  void* scratch;
+  char* scratch;
   int64_t rows, vocab, logits_stride, threads, scratch_bytes;
 };
 
@@ -156,13 +169,13 @@ struct ForwardArgs {
   float* x;               // (N, C), the residual stream
   float* qkv;             // (N, 3C)
   float* hidden;          // (N, max(C, inner)): int8 only, what is yet to be quantized
-  void* operand;          // two rows of operands for each token, or private_rows for each thread
-  void* operand_2;
+  char* operand;          // two rows of operands for each token, or private_rows for each thread
+  char* operand_2;
   float* operand_scale;
   float* parts;
   float* logits;          // (R, V)
   int32_t* active;        // (R,)
-  void* scratch;
+  char* scratch;
   int64_t logits_stride, threads, scratch_bytes;
   double* times;          // (8,) seconds of the phases, or null
 };

@@ -11,22 +11,6 @@ enum { KEY_SPLIT = 256, MAX_HEAD = 256 };
 
 INLINE int64_t key_parts(int64_t keys) { return (keys + KEY_SPLIT - 1) / KEY_SPLIT; }
 
-// Where one layer's attention reads and writes.
-struct Attention {
-  const Cache* cache;
-  const Rows* rows;
-  int64_t layer, heads, head_size;
-  float scale;
-  const float* qkv;
-  int64_t qkv_stride;
-  float* parts;
-  // Either float32 or the operand of the next product.
-  float* out;
-  int64_t out_stride;
-  char* operand;
-  int64_t operand_type, operand_stride;
-};
-
 INLINE bool row_fits(const Cache* cache, const Rows* rows, int64_t r) {
   const int64_t slot = rows->slots[r], past = rows->pasts[r];
   return slot >= 0 && slot < cache->slots && past >= 0 && past + rows->counts[r] <= cache->capacity;
@@ -127,7 +111,7 @@ static void attend_one(const Attention* a, int64_t r, int64_t head, int64_t part
   const int64_t max_parts = key_parts(a->cache->capacity);
   float q[MAX_HEAD + VL], out[MAX_HEAD + 4 * VL];
   for (int64_t d = 0; d < D; d += VL)
-    store(q + d, load_n(a->qkv + token * a->qkv_stride + head * D + d, D - d) * a->scale);
+    store(q + d, load_n(a->qkv + token * a->qkv_stride + head * D + d, D - d) * (float)a->scale);
   if (last == past + 1) append(a, token, slot, head, past);
   const float* k = cache_at(a->cache->keys, a->cache, a->layer, slot, head) + first * D;
   const float* v = cache_at(a->cache->values, a->cache, a->layer, slot, head) + first * D;
@@ -163,23 +147,31 @@ static void attend_one(const Attention* a, int64_t r, int64_t head, int64_t part
 
 // -- several new tokens ----------------------------------------------------------------------------------------------
 
+enum { OUTER_STEPS = 64 };  // are summed from zero before they are added to the rest: sums of fewer numbers round less
+
 // out (rows, NR) = a panel, a[r, i] at a + r row_stride + i step_stride, panel (steps, NR).
 template <int ROWS>
 static void outer(const float* a, int64_t row_stride, int64_t step_stride, const float* panel, int64_t steps, float* out) {
-  vf acc[ROWS][NV];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = vf{};
-  for (int64_t i = 0; i < steps; ++i, panel += NR, a += step_stride) {
-    vf b[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) b[v] = load(panel + v * VL);
-#pragma GCC unroll 8
+  for (int64_t block = 0; block < steps; block += OUTER_STEPS) {
+    vf acc[ROWS][NV];
     for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < NV; ++v) acc[r][v] = vf{};
+    const int64_t last = least(steps, block + OUTER_STEPS);
+    for (int64_t i = block; i < last; ++i, panel += NR, a += step_stride) {
+      vf b[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = fma(splat(a[r * row_stride]), b[v], acc[r][v]);
+      for (int v = 0; v < NV; ++v) b[v] = load(panel + v * VL);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma(splat(a[r * row_stride]), b[v], acc[r][v]);
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < NV; ++v) {
+        float* at = out + r * NR + v * VL;
+        store(at, block == 0 ? acc[r][v] : load(at) + acc[r][v]);
+      }
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < NV; ++v) store(out + r * NR + v * VL, acc[r][v]);
 }
 
 static void outer_rows(int64_t rows, const float* a, int64_t row_stride, int64_t step_stride, const float* panel,
@@ -198,7 +190,7 @@ static void attend_block(const Attention* a, int64_t r, int64_t head, int64_t bl
   float *q = scratch, *out = q + D * NR, *p = out + D * NR;
   memset(q, 0, D * NR * sizeof(float));
   for (int64_t i = 0; i < queries; ++i)
-    for (int64_t d = 0; d < D; ++d) q[d * NR + i] = a->qkv[(token + i) * a->qkv_stride + head * D + d] * a->scale;
+    for (int64_t d = 0; d < D; ++d) q[d * NR + i] = a->qkv[(token + i) * a->qkv_stride + head * D + d] * (float)a->scale;
   outer_rows(keys, cache_at(a->cache->keys, a->cache, a->layer, slot, head), D, 1, q, D, p);
   // Query i sees the keys up to past + first + i.
   for (int64_t s = past + first + 1; s < keys; ++s)

@@ -32,8 +32,6 @@ double seconds() {
   return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-char* scratch_of(void* scratch, int64_t bytes, int thread) { return (char*)scratch + bytes * thread; }
-
 // LayerNorm (or none) and operands of some rows; every thread may read what is returned. Few rows are prepared by every
 // thread for itself, which costs less than waiting for the others.
 Operands prepare(const Linear* to, const LayerNorm* norm, Source from, int64_t rows, Operands shared, char* scratch, Team us) {
@@ -79,22 +77,10 @@ const char* linear(LinearArgs* a) {
 #pragma omp parallel num_threads(a->threads)
   {
     const Team us = team();
-    char* scratch = scratch_of(a->scratch, a->scratch_bytes, us.thread);
+    char* scratch = a->scratch + a->scratch_bytes * us.thread;
     const Operands x = prepare(&a->linear, a->layer_norm, {a->x, a->x_stride, nullptr}, a->rows,
-                               {(char*)a->operand, a->operand_scale}, scratch, us);
-    const Epilogue to = {a->activation, a->residual, a->residual_stride, a->out, a->out_stride, nullptr, F32, 0};
-    linear_share(&a->linear, x, a->rows, &to, scratch, us.thread, us.threads);
-  }
-  return nullptr;
-}
-
-const char* layer_norm(LayerNormArgs* a) {
-#pragma omp parallel num_threads(a->threads)
-  {
-    const Team us = team();
-    const Share rows = share(a->rows, us.thread, us.threads);
-    for (int64_t r = rows.first; r < rows.last; ++r)
-      layer_norm_row(&a->layer_norm, a->x + r * a->x_stride, a->width, a->out + r * a->out_stride);
+                               {a->operand, a->operand_scale}, scratch, us);
+    linear_share(&a->linear, x, a->rows, &a->to, scratch, us.thread, us.threads);
   }
   return nullptr;
 }
@@ -116,15 +102,14 @@ bool has_several(const Rows* rows) {
 }
 
 const char* attention(AttentionArgs* a) {
-  const Attention work = {&a->cache, &a->rows, a->layer, a->heads, a->head_size, (float)a->scale, a->qkv, a->qkv_stride,
-                          a->parts, a->out, a->out_stride, nullptr, F32, 0};
-  plan_tasks(&a->cache, &a->rows, a->heads);
-  const bool has_blocks = has_several(&a->rows);
+  const Rows* rows = a->attention.rows;
+  plan_tasks(a->attention.cache, rows, a->attention.heads);
+  const bool has_blocks = has_several(rows);
   int32_t next = 0;
 #pragma omp parallel num_threads(a->threads)
   {
     const Team us = team();
-    attend(&work, &next, has_blocks, scratch_of(a->scratch, a->scratch_bytes, us.thread), us);
+    attend(&a->attention, &next, has_blocks, a->scratch + a->scratch_bytes * us.thread, us);
   }
   return nullptr;
 }
@@ -135,7 +120,7 @@ const char* sample(SampleArgs* a) {
   int32_t next = 0;
 #pragma omp parallel num_threads(a->threads)
   {
-    char* scratch = scratch_of(a->scratch, a->scratch_bytes, team().thread);
+    char* scratch = a->scratch + a->scratch_bytes * team().thread;
     for (int32_t r; (r = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < a->rows;) sample_row(a, r, (float*)scratch);
   }
   return nullptr;
@@ -195,8 +180,8 @@ INLINE void mark(const ForwardArgs* a, Team us, int i, double* since) {
 
 void forward_team(const ForwardArgs* a, int32_t* next, int32_t* last_tokens, bool has_blocks, Team us) {
   const int64_t N = a->rows.num_tokens, R = a->rows.num_rows, C = a->width;
-  char* scratch = scratch_of(a->scratch, a->scratch_bytes, us.thread);
-  const Operands operand = {(char*)a->operand, a->operand_scale}, operand_2 = {(char*)a->operand_2, a->operand_scale};
+  char* scratch = a->scratch + a->scratch_bytes * us.thread;
+  const Operands operand = {a->operand, a->operand_scale}, operand_2 = {a->operand_2, a->operand_scale};
   double since = a->times ? seconds() : 0.0;
   for (int64_t r = 0; r < R; ++r) embed(a, r, {us.thread, us.thread + 1}, us.threads);
   barrier();
@@ -212,7 +197,7 @@ void forward_team(const ForwardArgs* a, int32_t* next, int32_t* last_tokens, boo
     mark(a, us, 2, &since);
     // In int8 a row is quantized when all of it is there.
     float* plain = type == I8 ? a->hidden : nullptr;
-    const Attention attention = {&a->cache, &a->rows, i, a->heads, C / a->heads, (float)layer->attention_scale, a->qkv,
+    const Attention attention = {&a->cache, &a->rows, i, a->heads, C / a->heads, layer->attention_scale, a->qkv,
                                  3 * C, a->parts, plain, C, operand.data, type, operand_stride(type, C)};
     attend(&attention, next + i, has_blocks, scratch, us);
     mark(a, us, 3, &since);
@@ -281,7 +266,6 @@ const char* call(int64_t operation, void* arguments) {
     case OP_LAYOUT: return layout((LayoutArgs*)arguments);
     case OP_PACK: return pack((PackArgs*)arguments);
     case OP_LINEAR: return linear((LinearArgs*)arguments);
-    case OP_LAYER_NORM: return layer_norm((LayerNormArgs*)arguments);
     case OP_ATTENTION: return attention((AttentionArgs*)arguments);
     case OP_SAMPLE: return sample((SampleArgs*)arguments);
     case OP_FORWARD: return forward((ForwardArgs*)arguments);

@@ -215,16 +215,6 @@ INLINE void prepare_row(const Linear* to, const LayerNorm* norm, Source from, in
   make_operand(to->type, line, to->k, operands.data + r * operand_stride(to->type, to->k), operands.scale + r);
 }
 
-struct Epilogue {
-  int64_t activation;
-  const float* residual;
-  int64_t residual_stride;
-  float* out;  // null: the results are the next product's operand
-  int64_t out_stride;
-  char* operand;
-  int64_t operand_type, operand_stride;
-};
-
 template <int TYPE>
 static void finish(const Linear* linear, const Epilogue* to, const char* sums, int64_t row, int64_t rows, int64_t panel,
                    const float* scale) {

@@ -3,7 +3,7 @@
 #include <Python.h>
 #include "api.h"
 
-const int64_t ARGUMENT_BYTES[NUM_OPS] = {sizeof(LayoutArgs),    sizeof(PackArgs),   sizeof(LinearArgs), sizeof(LayerNormArgs),
+const int64_t ARGUMENT_BYTES[NUM_OPS] = {sizeof(LayoutArgs),    sizeof(PackArgs),   sizeof(LinearArgs),
                                          sizeof(AttentionArgs), sizeof(SampleArgs), sizeof(ForwardArgs)};
 
 #define DECLARE(name) extern "C" const Kernels fastgpt2_kernels_##name;
@@ -37,12 +37,6 @@ bool is_usable(const char* name) {
 #endif
 }
 
-const Kernels* find(const char* name) {
-  for (const Kernels* table : TABLES)
-    if (equal(table->name, name)) return table;
-  return nullptr;
-}
-
 // isas() -> list of (name, whether this processor has it), the best one first.
 PyObject* isas(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
@@ -63,8 +57,10 @@ PyObject* call(PyObject*, PyObject* args) {
   const char* isa;
   long long operation, address, bytes;
   if (!PyArg_ParseTuple(args, "sLLL", &isa, &operation, &address, &bytes)) return nullptr;
-  const Kernels* table = find(isa);
-  if (!table || !is_usable(isa)) return PyErr_Format(PyExc_ValueError, "this processor cannot run %s", isa);
+  const Kernels* table = nullptr;
+  for (const Kernels* other : TABLES)
+    if (equal(other->name, isa) && is_usable(isa)) table = other;
+  if (!table) return PyErr_Format(PyExc_ValueError, "this processor cannot run %s", isa);
   if (operation < 0 || operation >= NUM_OPS || bytes != ARGUMENT_BYTES[operation])
     return PyErr_Format(PyExc_RuntimeError, "operation %lld does not take %lld bytes of arguments: the extension and its "
                                             "Python side are of different versions; install fastgpt2 again", operation, bytes);

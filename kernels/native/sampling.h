@@ -103,30 +103,22 @@ INLINE float from_key(int64_t key) {
 static int64_t count_from(const float* x, int64_t n, float low) {
   vi count = {};
   for (int64_t i = 0; i < n; i += VL) count -= load_n(x + i, n - i, -__builtin_inff()) >= splat(low);
-  return hsum_i(count);
+  int64_t sum = 0;
+  for (int i = 0; i < VL; ++i) sum += count[i];
+  return sum;
 }
 
 // The k-th largest of x[0 .. n), 1 <= k <= n, none of them -inf, by bisection of the floats' order.
 static float kth_largest(const float* x, int64_t n, int64_t k) {
   float max;
   first_largest(x, n, &max);
-  int64_t low = to_key(-__builtin_inff()), high = to_key(max) + 1, count = n;
-  while (high - low > 1 && count != k) {
-    const int64_t middle = low + (high - low) / 2, from = count_from(x, n, from_key(middle));
-    if (from >= k) low = middle, count = from;
+  int64_t low = to_key(-__builtin_inff()), high = to_key(max) + 1;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (count_from(x, n, from_key(middle)) >= k) low = middle;
     else high = middle;
   }
-  if (count != k) return from_key(low);
-  // From `low` on there are k; the least of them.
-  const float bound = from_key(low);
-  vf least = splat(max);
-  for (int64_t i = 0; i < n; i += VL) {
-    const vf v = load_n(x + i, n - i, -__builtin_inff());
-    least = v >= splat(bound) ? smaller(v, least) : least;
-  }
-  float lowest = max;
-  for (int i = 0; i < VL; ++i) lowest = least[i] < lowest ? least[i] : lowest;
-  return lowest;
+  return from_key(low);
 }
 
 // A lower bound of the k-th largest: the k-th largest of the maxima of TOP_LANES groups.

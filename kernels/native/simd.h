@@ -83,7 +83,6 @@ INLINE float hsum(vf v) {
 
 // A comparison with a NaN is false: `larger` hands on the NaN of its second argument.
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
-INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
 INLINE float hmax(vf v) {
   float m = v[0];
   for (int i = 1; i < VL; ++i) m = v[i] > m ? v[i] : m;
@@ -97,11 +96,6 @@ INLINE bool any(vi mask) {
 #else
   return vmaxvq_u32((uint32x4_t)mask) != 0;
 #endif
-}
-INLINE int32_t hsum_i(vi v) {
-  int32_t s = 0;
-  for (int i = 0; i < VL; ++i) s += v[i];
-  return s;
 }
 
 // exp(x) to 2 units in the last place; 0 below the smallest normal number, at most 2^127.
@@ -167,10 +161,7 @@ static vf activate(int64_t name, vf z) {
     case SILU: return z * sigmoid(z);
     case QUICK_GELU: return z * sigmoid(z * 1.702f);
     case GELU: return z * half_erfc_of_minus(z * 0.7071067811865476f);
-    case GELU_10: {
-      const vf y = z * half_erfc_of_minus(z * 0.7071067811865476f);
-      return y > 10.0f ? splat(10.0f) : y;
-    }
+    case GELU_10: return activate(GELU, z) > 10.0f ? splat(10.0f) : activate(GELU, z);
     case LAPLACE: return half_erfc_of_minus((z - 0.707107f) / 0.3989425750415753f);
     case SIGMOID: return sigmoid(z);
     case TANH: return vtanh(z);

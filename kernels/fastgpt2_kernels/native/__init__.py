@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 from typing import Any
 
@@ -16,8 +17,8 @@ ISA_VARIABLE = "FASTGPT2_NATIVE_ISA"
 MAX_HEAD_SIZE = 256
 # The values of the C++ enum; ops.TRITON_ACTIVATIONS maps the names of configurations to them.
 ACTIVATIONS = (
-    "linear", "gelu_tanh", "silu", "quick_gelu", "gelu", "gelu_10", "laplace", "sigmoid", "tanh", "mish", "relu", "relu2",
-    "relu6", "leaky_relu", "hardswish",
+    "linear", "gelu_tanh", "silu", "quick_gelu", "gelu", "gelu_10", "laplace", "sigmoid", "tanh", "mish", "relu",
+    "relu2", "relu6", "leaky_relu", "hardswish",
 )  # fmt: skip
 
 
@@ -25,12 +26,11 @@ ACTIVATIONS = (
 def _extension() -> tuple[Any, str | None]:
     """The extension module, or why there is none."""
     try:
-        from fastgpt2_kernels.native import _native
+        return importlib.import_module("fastgpt2_kernels.native._native"), None
+    except ModuleNotFoundError:
+        return None, "it was not compiled, for fastgpt2 was installed without a C++ compiler that serves it"
     except ImportError as error:
-        if "cannot import name '_native'" in str(error):
-            return None, "it was not compiled, for fastgpt2 was installed without a C++ compiler that serves it"
         return None, f"its extension cannot be loaded: {error}"
-    return _native, None
 
 
 def isas() -> dict[str, bool]:

@@ -11,7 +11,6 @@ Dimension key: R rows, N new tokens of all rows, S slots, L layers, C width, V v
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -172,26 +171,15 @@ def linear(
     operand_scale = torch.empty(rows)
     scratch = torch.empty(threads * layout.scratch_bytes, dtype=torch.uint8)
     norm = None if layer_norm is None else ctypes.pointer(layer_norm.struct())
+    to = structs.Epilogue(
+        activation=native.ACTIVATIONS.index(activation), residual=_address(residual),
+        residual_stride=0 if residual is None else residual.stride(0), out=_address(out), out_stride=out.stride(0),
+    )  # fmt: skip
     args = structs.LinearArgs(
-        linear.struct(), _address(x), _address(residual), _address(out), norm, _address(operand),
-        _address(operand_scale), _address(scratch), R, x.stride(0), 0 if residual is None else residual.stride(0),
-        out.stride(0), native.ACTIVATIONS.index(activation), threads, layout.scratch_bytes,
+        linear.struct(), to, _address(x), norm, _address(operand), _address(operand_scale), _address(scratch), R,
+        x.stride(0), threads, layout.scratch_bytes,
     )  # fmt: skip
     native.call(structs.LINEAR, args)
-    return out
-
-
-def layer_norm(x: Tensor, norm: PackedNorm) -> Tensor:
-    """LayerNorm of x (R, C) float32."""
-    width = norm.weight.shape[0]
-    _check_rows("layer_norm: x", x, width)
-    out = x.new_empty(x.shape)
-    if x.numel():
-        args = structs.LayerNormArgs(
-            norm.struct(), _address(x), _address(out), x.shape[0], width, x.stride(0), out.stride(0),
-            native.num_threads(),
-        )  # fmt: skip
-        native.call(structs.LAYER_NORM, args)
     return out
 
 
@@ -213,9 +201,7 @@ def cache_struct(keys: Tensor, values: Tensor) -> structs.Cache:
         )
     if keys.numel() and keys.stride()[3:] != (keys.shape[4], 1):
         raise ValueError(f"the cache must be contiguous in positions and head elements; got strides {keys.stride()}")
-    return structs.Cache(
-        _address(keys), _address(values), *keys.stride()[:3], keys.shape[1], keys.shape[3]
-    )
+    return structs.Cache(_address(keys), _address(values), *keys.stride()[:3], keys.shape[1], keys.shape[3])
 
 
 class RowTensors(NamedTuple):
@@ -267,7 +253,7 @@ def attention(
     tokens. A row that does not fit the cache is NaN and leaves it as it is. ValueError for arguments that do not fit.
     """
     cache = cache_struct(keys, values)
-    L, S, H, _, D = keys.shape
+    L, _, H, _, D = keys.shape
     _check_rows("attention: qkv", qkv, 3 * H * D)
     _check_rows_of("attention", slots, counts, pasts)
     if not 0 <= layer < L or D > native.MAX_HEAD_SIZE or sum(counts) != qkv.shape[0]:
@@ -281,10 +267,12 @@ def attention(
     out = qkv.new_empty(qkv.shape[0], H * D)
     parts = torch.empty(_num_parts(len(slots), H, keys.shape[3], D, layout))
     scratch = torch.empty(threads * layout.scratch_bytes, dtype=torch.uint8)
-    args = structs.AttentionArgs(
-        cache, rows.struct(len(slots), qkv.shape[0]), _address(qkv), _address(out), _address(parts), _address(scratch),
-        layer, H, D, qkv.stride(0), out.stride(0), threads, layout.scratch_bytes, D**-0.5 if scale is None else scale,
+    row_struct = rows.struct(len(slots), qkv.shape[0])
+    work = structs.Attention(
+        ctypes.pointer(cache), ctypes.pointer(row_struct), layer, H, D, D**-0.5 if scale is None else scale,
+        _address(qkv), qkv.stride(0), _address(parts), _address(out), out.stride(0),
     )  # fmt: skip
+    args = structs.AttentionArgs(work, _address(scratch), threads, layout.scratch_bytes)
     native.call(structs.ATTENTION, args)
     return out
 
@@ -326,7 +314,9 @@ def sample(logits: Tensor, slots: Tensor, state: SlotState, sampling: SlotSampli
     R, V = logits.shape
     _check_rows("sample: logits", logits, V)
     if slots.shape != (R,) or slots.dtype != torch.int32 or not slots.is_contiguous() or V == 0:
-        raise ValueError(f"sample: slots must be contiguous int32 ({R},), V at least 1; got {slots.dtype} {slots.shape}")
+        raise ValueError(
+            f"sample: slots must be contiguous int32 ({R},), V at least 1; got {slots.dtype} {slots.shape}"
+        )
     threads, layout = native.num_threads(), Layout.of(vocab=V)
     scratch = torch.empty(threads * layout.scratch_bytes, dtype=torch.uint8)
     args = structs.SampleArgs(
@@ -339,10 +329,20 @@ def sample(logits: Tensor, slots: Tensor, state: SlotState, sampling: SlotSampli
 # -- the step -----------------------------------------------------------------------------------------------------
 
 
+class PackedLayer(NamedTuple):
+    ln_1: PackedNorm
+    qkv: PackedLinear
+    projection: PackedLinear
+    ln_2: PackedNorm
+    up: PackedLinear
+    down: PackedLinear
+    attention_scale: float
+
+
 class PackedWeights(NamedTuple):
     """A model's weights for the native step: the linear layers packed into one piece of memory, the rest float32."""
 
-    layers: tuple[tuple[PackedNorm, PackedLinear, PackedLinear, PackedNorm, PackedLinear, PackedLinear, float], ...]
+    layers: tuple[PackedLayer, ...]
     ln_f: PackedNorm
     head: PackedLinear
 
@@ -369,12 +369,9 @@ def pack_weights(weights: StepWeights) -> PackedWeights:
         packed.append(pack_linear(linear, memory[offset:end]))
         offset += size(linear)
     layers = tuple(
-        (
-            pack_norm(layer.ln_1), *packed[4 * i : 4 * i + 2], pack_norm(layer.ln_2), *packed[4 * i + 2 : 4 * i + 4],
-            layer.attention_scale,
-        )
-        for i, layer in enumerate(weights.layers)
-    )  # fmt: skip
+        PackedLayer(pack_norm(layer.ln_1), qkv, projection, pack_norm(layer.ln_2), up, down, layer.attention_scale)
+        for layer, qkv, projection, up, down in zip(weights.layers, *(packed[i:-1:4] for i in range(4)), strict=True)
+    )
     return PackedWeights(layers, pack_norm(weights.ln_f), packed[-1])
 
 
@@ -413,6 +410,7 @@ class _Buffers:
         # Rows of logits begin at multiples of 64 bytes.
         self.logits = torch.empty(num_rows, -(-step.vocab // 16) * 16)[:, : step.vocab]
         self.active = torch.empty(num_rows, dtype=torch.int32)
+        self.parts = torch.empty(0)  # for the cache in use
         self.scratch = torch.empty(self.threads * layout.scratch_bytes, dtype=torch.uint8)
 
     def fit(self, num_tokens: int, num_rows: int) -> bool:
@@ -452,6 +450,8 @@ class DecodeStep:
         self._tables = tuple(t.detach() if t.stride(1) == 1 else t.detach().contiguous() for t in weights[:2])
         self._cache: structs.Cache | None = None
         self.keys = self.values = torch.empty(0)
+        self._step: tuple[_Buffers, RowTensors, structs.ForwardArgs] | None = None
+        self._prefill: _Buffers | None = None
         self.times: Tensor | None = None  # (8,) float64: seconds of the phases are added, for a profile
 
     @property
@@ -462,19 +462,18 @@ class DecodeStep:
         """The cache of this step and those after it: keys, values (L, S, H, T, D), both of one set of strides."""
         cache = cache_struct(keys, values)
         L, _, H, _, D = keys.shape
-        if (L, H, D) != (len(self._layers), self.num_heads, self.width // self.num_heads):
+        if (len(self._layers), self.num_heads, self.width // self.num_heads) != (L, H, D):
             raise ValueError(
                 f"use_cache: the cache must have {len(self._layers)} layers, {self.num_heads} heads of "
                 f"{self.width // self.num_heads}; got {tuple(keys.shape)}"
             )
         self.keys, self.values, self._cache = keys, values, cache
-        self._step: tuple[_Buffers, RowTensors, structs.ForwardArgs] | None = None
-        self._prefill: _Buffers | None = None
+        self._step = self._prefill = None
 
     def run(self, slots: Tensor) -> None:
         """A token for each of the slots (R,) int32, no two the same. A row that has ended stands still."""
         R = slots.shape[0]
-        if slots.dim() != 1 or slots.dtype != torch.int32 or not slots.is_contiguous() or R > self.max_rows:
+        if slots.dim() != 1 or slots.dtype != torch.int32 or not slots.is_contiguous() or self.max_rows < R:
             raise ValueError(
                 f"run: slots must be contiguous int32 of up to {self.max_rows}; got {slots.dtype} {tuple(slots.shape)}"
             )
@@ -482,13 +481,18 @@ class DecodeStep:
             raise ValueError("run: there is no cache; call use_cache first")
         if self._step is None or not self._step[0].fit(R, R):
             buffers = _Buffers(self, self.max_rows, self.max_rows)
-            empty = (torch.zeros(self.max_rows, dtype=torch.int32) for _ in range(4))
-            rows = RowTensors(*empty, *RowTensors.plan(self.max_rows, self.num_heads))
+            rows = RowTensors.of([0] * self.max_rows, [0] * self.max_rows, [0] * self.max_rows, self.num_heads)
             self._step = buffers, rows, self._arguments(buffers, rows, None, 0, 0)
         args = self._step[2]
         args.rows.slots, args.rows.num_rows = slots.data_ptr(), R
         args.times = _address(self.times)
         native.call(structs.FORWARD, args)
+
+    def step_logits(self, num_rows: int) -> Tensor:
+        """Logits (R, V) of the last `run` for those of its rows that went on, in their order; `run` overwrites them."""
+        if self._step is None:
+            raise ValueError("step_logits: no step was run")
+        return self._step[0].logits[:num_rows]
 
     def prefill(
         self, token_ids: Tensor, slots: Sequence[int], counts: Sequence[int], pasts: Sequence[int] | None = None

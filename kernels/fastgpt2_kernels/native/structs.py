@@ -6,7 +6,7 @@ import ctypes
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
-LAYOUT, PACK, LINEAR, LAYER_NORM, ATTENTION, SAMPLE, FORWARD = range(7)
+LAYOUT, PACK, LINEAR, ATTENTION, SAMPLE, FORWARD = range(6)
 
 
 class LayoutArgs(ctypes.Structure):
@@ -42,19 +42,18 @@ class PackArgs(ctypes.Structure):
     ]  # fmt: skip
 
 
-class LinearArgs(ctypes.Structure):
+class Epilogue(ctypes.Structure):
     _fields_ = [
-        ("linear", Linear), ("x", _pointer), ("residual", _pointer), ("out", _pointer),
-        ("layer_norm", ctypes.POINTER(LayerNorm)), ("operand", _pointer), ("operand_scale", _pointer),
-        ("scratch", _pointer), ("rows", _int), ("x_stride", _int), ("residual_stride", _int), ("out_stride", _int),
-        ("activation", _int), ("threads", _int), ("scratch_bytes", _int),
+        ("activation", _int), ("residual", _pointer), ("residual_stride", _int), ("out", _pointer),
+        ("out_stride", _int), ("operand", _pointer), ("operand_type", _int), ("operand_stride", _int),
     ]  # fmt: skip
 
 
-class LayerNormArgs(ctypes.Structure):
+class LinearArgs(ctypes.Structure):
     _fields_ = [
-        ("layer_norm", LayerNorm), ("x", _pointer), ("out", _pointer), ("rows", _int), ("width", _int),
-        ("x_stride", _int), ("out_stride", _int), ("threads", _int),
+        ("linear", Linear), ("to", Epilogue), ("x", _pointer), ("layer_norm", ctypes.POINTER(LayerNorm)),
+        ("operand", _pointer), ("operand_scale", _pointer), ("scratch", _pointer), ("rows", _int), ("x_stride", _int),
+        ("threads", _int), ("scratch_bytes", _int),
     ]  # fmt: skip
 
 
@@ -72,12 +71,17 @@ class Rows(ctypes.Structure):
     ]  # fmt: skip
 
 
-class AttentionArgs(ctypes.Structure):
+class Attention(ctypes.Structure):
     _fields_ = [
-        ("cache", Cache), ("rows", Rows), ("qkv", _pointer), ("out", _pointer), ("parts", _pointer),
-        ("scratch", _pointer), ("layer", _int), ("heads", _int), ("head_size", _int), ("qkv_stride", _int),
-        ("out_stride", _int), ("threads", _int), ("scratch_bytes", _int), ("scale", _float),
+        ("cache", ctypes.POINTER(Cache)), ("rows", ctypes.POINTER(Rows)), ("layer", _int), ("heads", _int),
+        ("head_size", _int), ("scale", _float), ("qkv", _pointer), ("qkv_stride", _int), ("parts", _pointer),
+        ("out", _pointer), ("out_stride", _int), ("operand", _pointer), ("operand_type", _int),
+        ("operand_stride", _int),
     ]  # fmt: skip
+
+
+class AttentionArgs(ctypes.Structure):
+    _fields_ = [("attention", Attention), ("scratch", _pointer), ("threads", _int), ("scratch_bytes", _int)]
 
 
 class Slots(ctypes.Structure):
