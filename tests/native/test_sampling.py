@@ -31,7 +31,7 @@ FILTERS = {
         "top_p": (0.3, 1.0),
         "min_p": (0.0, 0.1),
         "penalty": (1.1, 1.6),
-    },  # fmt: skip
+    },
 }
 
 
