@@ -47,11 +47,10 @@ INLINE void append(const Attention* a, int64_t token, int64_t slot, int64_t head
   memcpy(cache_at(a->cache->values, a->cache, a->layer, slot, head) + position * D, from + C, D * sizeof(float));
 }
 
-// -- one new token ---------------------------------------------------------------------------------------------------
-
-// acc[0 .. 4) += p_s v_s for the keys 0 .. n, of `lanes` numbers from v on.
-INLINE void weigh(const float* p, const float* v, int64_t n, int64_t D, int64_t lanes, float* out) {
+// acc[0 .. 4) += p_s v_s for the keys 0 .. n, of `lanes` numbers from v on. Meanwhile fetches as much from `ahead` on.
+INLINE void weigh(const float* p, const float* v, int64_t n, int64_t D, int64_t lanes, const float* ahead, float* out) {
   vf acc[4] = {};
+  for (int64_t s = 0; s < n * D; s += 16) __builtin_prefetch(ahead + s, 0, 2);
   if (lanes >= 4 * VL) {
     for (int64_t s = 0; s < n; ++s, v += D)
       for (int j = 0; j < 4; ++j) acc[j] = fma(splat(p[s]), load(v + j * VL), acc[j]);
@@ -64,8 +63,8 @@ INLINE void weigh(const float* p, const float* v, int64_t n, int64_t D, int64_t 
 }
 
 // The keys 0 .. n of one part: sum of p v (whole vectors long), max and sum of p.
-static void attend_part(const float* q, const float* k, const float* v, int64_t n, int64_t D, float* out, float* max,
-                        float* sum) {
+static void attend_part(const float* q, const float* k, const float* v, int64_t n, int64_t D, const float* ahead, float* out,
+                        float* max, float* sum) {
   float p[KEY_SPLIT + VL];
   const int64_t vectors = (D + VL - 1) / VL;
   const bool is_whole = D % VL == 0;
@@ -100,12 +99,12 @@ static void attend_part(const float* q, const float* k, const float* v, int64_t 
   }
   *max = m;
   *sum = hsum(total);
-  for (int64_t d = 0; d < D; d += 4 * VL) weigh(p, v + d, n, D, D - d, out + d);
+  for (int64_t d = 0; d < D; d += 4 * VL) weigh(p, v + d, n, D, D - d, ahead, out + d);
 }
 
 INLINE int64_t part_floats(int64_t head_size) { return round_up(head_size, 16) + 16; }
 
-static void attend_one(const Attention* a, int64_t r, int64_t head, int64_t part) {
+static void attend_one(const Attention* a, int64_t r, int64_t head, int64_t part, const float* ahead) {
   const int64_t D = a->head_size, slot = a->rows->slots[r], past = a->rows->pasts[r], token = a->rows->starts[r];
   const int64_t first = part * KEY_SPLIT, last = least(past + 1, first + KEY_SPLIT), parts = key_parts(past + 1);
   const int64_t max_parts = key_parts(a->cache->capacity);
@@ -116,7 +115,7 @@ static void attend_one(const Attention* a, int64_t r, int64_t head, int64_t part
   const float* k = cache_at(a->cache->keys, a->cache, a->layer, slot, head) + first * D;
   const float* v = cache_at(a->cache->values, a->cache, a->layer, slot, head) + first * D;
   float max, sum;
-  attend_part(q, k, v, last - first, D, out, &max, &sum);
+  attend_part(q, k, v, last - first, D, ahead ? ahead : k, out, &max, &sum);
   if (parts > 1) {
     float* at = a->parts + (r * a->heads + head) * max_parts * part_floats(D);
     float* own = at + part * part_floats(D);
@@ -144,8 +143,6 @@ static void attend_one(const Attention* a, int64_t r, int64_t head, int64_t part
   for (int64_t d = 0; d < D; d += VL) store(out + d, load(out + d) * inverse);
   put_head(a, token, head, out);
 }
-
-// -- several new tokens ----------------------------------------------------------------------------------------------
 
 enum { OUTER_STEPS = 64 };  // are summed from zero before they are added to the rest: sums of fewer numbers round less
 
@@ -213,8 +210,6 @@ static void attend_block(const Attention* a, int64_t r, int64_t head, int64_t bl
   }
 }
 
-// -- all -------------------------------------------------------------------------------------------------------------
-
 // Appends the tokens of rows that have several; before attend_tasks, with a barrier between.
 static void append_share(const Attention* a, int t, int threads) {
   for (int64_t r = 0; r < a->rows->num_rows; ++r) {
@@ -227,22 +222,33 @@ static void append_share(const Attention* a, int t, int threads) {
 }
 
 static void attend_tasks(const Attention* a, int32_t* next, float* scratch) {
+  struct Task { int64_t row, head, part, parts; };
   const Rows* rows = a->rows;
   const int32_t total = rows->tasks[rows->num_rows];
   int64_t r = 0;
-  for (int32_t task; (task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < total;) {
+  const auto take = [&]() -> Task {
+    const int32_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    if (task >= total) return {-1, 0, 0, 0};
     while (task >= rows->tasks[r + 1]) ++r;
-    const int64_t of_row = rows->tasks[r + 1] - rows->tasks[r], i = task - rows->tasks[r];
-    const int64_t parts = of_row / a->heads, head = i / parts, part = i % parts;
-    if (!row_fits(a->cache, rows, r)) {
+    const int64_t parts = (rows->tasks[r + 1] - rows->tasks[r]) / a->heads, i = task - rows->tasks[r];
+    return {r, i / parts, i % parts, parts};
+  };
+  for (Task task = take(), then; task.row >= 0; task = then) {
+    const int64_t row = task.row;
+    then = take();
+    if (!row_fits(a->cache, rows, row)) {
       float nan[MAX_HEAD + VL];
       for (int64_t d = 0; d < MAX_HEAD + VL; ++d) nan[d] = __builtin_nanf("");
-      for (int64_t j = 0; j < rows->counts[r]; ++j) put_head(a, rows->starts[r] + j, head, nan);
-    } else if (rows->counts[r] == 1) {
-      attend_one(a, r, head, part);
+      for (int64_t j = 0; j < rows->counts[row]; ++j) put_head(a, rows->starts[row] + j, task.head, nan);
+    } else if (rows->counts[row] == 1) {
+      // Short stretches of memory are over before the processor has seen where they lead: the next keys are asked for.
+      const float* ahead = nullptr;
+      if (then.row >= 0 && row_fits(a->cache, rows, then.row))
+        ahead = cache_at(a->cache->keys, a->cache, a->layer, rows->slots[then.row], then.head) + then.part * KEY_SPLIT * a->head_size;
+      attend_one(a, row, task.head, task.part, ahead);
     } else {
       // The blocks with the most keys first.
-      attend_block(a, r, head, parts - 1 - part, scratch);
+      attend_block(a, row, task.head, task.parts - 1 - task.part, scratch);
     }
   }
 }

@@ -12,10 +12,7 @@
 
 namespace {
 
-struct Team {
-  int thread, threads;
-};
-
+struct Team { int thread, threads; };
 #ifdef _OPENMP
 INLINE Team team() { return {omp_get_thread_num(), omp_get_num_threads()}; }
 #else
@@ -250,11 +247,8 @@ const char* forward(ForwardArgs* given) {
   plan_tasks(&a.cache, &a.rows, a.heads);
   int32_t next[MAX_LAYERS] = {};
   // Only the last token of a row has logits.
-  int32_t* last_tokens = a.active;
-  if (a.token_ids)
-    for (int64_t r = 0; r < a.rows.num_rows; ++r) last_tokens[r] = a.rows.starts[r] + a.rows.counts[r] - 1;
-  else
-    last_tokens = nullptr;
+  int32_t* last_tokens = a.token_ids ? a.active : nullptr;
+  for (int64_t r = 0; last_tokens && r < a.rows.num_rows; ++r) last_tokens[r] = a.rows.starts[r] + a.rows.counts[r] - 1;
   const bool has_blocks = has_several(&a.rows);
 #pragma omp parallel num_threads(a.threads)
   forward_team(&a, next, last_tokens, has_blocks, team());

@@ -8,7 +8,7 @@
 #include "api.h"
 #include "simd.h"
 
-enum { BLOCK_STEPS = 128, CHUNK_ROWS = MR * 8, PRIVATE_ROWS = MR, ROW_PADDING = 64, STEP_BYTES = NR * 4, PREFETCH_BYTES = 4096 };
+enum { BLOCK_STEPS = 128, CHUNK_ROWS = MR * 8, PRIVATE_ROWS = MR, ROW_PADDING = 64, STEP_BYTES = NR * 4 };
 
 #if defined(__AVX512BF16__)
 enum { BF16_OPERAND = 2 };
@@ -28,8 +28,6 @@ INLINE int64_t operand_stride(int64_t type, int64_t k) {
 }
 INLINE int64_t steps_of(int64_t type, int64_t k) { return (k + group_of(type) - 1) / group_of(type); }
 INLINE int64_t panels_of(int64_t n) { return (n + NR - 1) / NR; }
-
-// -- one step of a tile ----------------------------------------------------------------------------------------------
 
 template <int TYPE> struct Dot;
 
@@ -121,8 +119,6 @@ INLINE void tile_of(int64_t rows, const char* x, int64_t x_stride, const char* w
 #undef ROWS_CASE
 }
 
-// -- operands --------------------------------------------------------------------------------------------------------
-
 // n float32 numbers to the columns from `column` on of an operand's row, F32 or BF16. `values` is whole vectors long.
 INLINE void put(int64_t type, char* row, int64_t column, const float* values, int64_t n) {
   if (type == F32 || BF16_OPERAND == 4) {
@@ -194,19 +190,9 @@ static void layer_norm_row(const LayerNorm* norm, const float* x, int64_t width,
   }
 }
 
-// -- a linear layer --------------------------------------------------------------------------------------------------
-
 // Operands of the rows of x, LayerNorm first where norm is not null. `rows` picks rows of x, null: all in order.
-struct Operands {
-  char* data;
-  float* scale;
-};
-
-struct Source {
-  const float* x;
-  int64_t stride;
-  const int32_t* rows;
-};
+struct Operands { char* data; float* scale; };
+struct Source { const float* x; int64_t stride; const int32_t* rows; };
 
 INLINE void prepare_row(const Linear* to, const LayerNorm* norm, Source from, int64_t r, Operands operands, float* line) {
   const float* x = from.x + (from.rows ? from.rows[r] : r) * from.stride;
@@ -248,9 +234,9 @@ static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilo
     const char* weight = (const char*)linear->weight + panel * steps * STEP_BYTES;
     for (int64_t chunk = 0; chunk < rows; chunk += CHUNK_ROWS) {
       const int64_t last = least(rows, chunk + CHUNK_ROWS), tiles = (last - chunk + MR - 1) / MR;
-      // A tile alone fetches a few steps ahead; several share the next block among them.
+      // The next block is fetched meanwhile; several tiles share it among them.
       const int64_t every = tiles >= 8 ? 7 : tiles >= 4 ? 3 : tiles >= 2 ? 1 : 0;
-      const int64_t ahead = every ? BLOCK_STEPS * STEP_BYTES : PREFETCH_BYTES;
+      const int64_t ahead = BLOCK_STEPS * STEP_BYTES;
       for (int64_t block = 0; block < steps; block += BLOCK_STEPS) {
         const char* w = weight + block * STEP_BYTES;
         int64_t turn = 0;
@@ -265,14 +251,12 @@ static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilo
 }
 
 // This thread's share of the outputs.
-static void linear_share(const Linear* linear, Operands x, int64_t rows, const Epilogue* to, char* scratch, int t, int threads) {
-  const Share panels = share(panels_of(linear->n), t, threads);
+static void linear_share(const Linear* linear, Operands x, int64_t rows, const Epilogue* to, char* scratch, int t, int of) {
+  const Share panels = share(panels_of(linear->n), t, of);
   if (linear->type == F32) multiply<F32>(linear, x, rows, to, scratch, panels);
   else if (linear->type == BF16) multiply<BF16>(linear, x, rows, to, scratch, panels);
   else multiply<I8>(linear, x, rows, to, scratch, panels);
 }
-
-// -- packing ---------------------------------------------------------------------------------------------------------
 
 static void pack_share(const PackArgs* a, Share panels) {
   const int64_t group = group_of(a->type), steps = steps_of(a->type, a->k), bytes = 4 / group;

@@ -14,11 +14,7 @@ extern "C" double log1p(double);
 
 enum { TOP_LANES = 2048, MOST_CANDIDATES = 1024, LANES_64 = VL / 2 };
 
-// -- noise -----------------------------------------------------------------------------------------------------------
-
-struct Noise {
-  uint32_t key_0, key_1, position;
-};
+struct Noise { uint32_t key_0, key_1, position; };
 
 // Philox of LANES_64 groups of four tokens, the first of which is `group`: 4 LANES_64 words in the tokens' order.
 INLINE void philox(Noise noise, uint32_t group, uint32_t* words) {
@@ -55,14 +51,6 @@ static float gumbel(uint32_t word) {
   const double v = ((is_low ? word : ~word) + 0.5) * 0x1p-32;
   return (float)-log(is_low ? -log1p(-v) : -log(v));
 }
-
-static float gumbel_at(Noise noise, uint32_t token) {
-  uint32_t words[4 * LANES_64];
-  philox(noise, token / 4, words);
-  return gumbel(words[token % 4]);
-}
-
-// -- pieces ----------------------------------------------------------------------------------------------------------
 
 // The largest of x[0 .. n), its first index.
 static int64_t first_largest(const float* x, int64_t n, float* value) {
@@ -132,8 +120,6 @@ static float bound_of_kth(const float* y, int64_t V, int64_t k) {
   }
   return kth_largest(tops, TOP_LANES, k);
 }
-
-// -- a row -----------------------------------------------------------------------------------------------------------
 
 // Tokens at hand: all of the row (ids null), or those that may be kept.
 struct Candidates {
@@ -219,8 +205,11 @@ static void sample_row(const SampleArgs* a, int64_t row, float* scratch) {
         }
         if (n > k) low = kth_largest(kept, n, k);
         if (n <= MOST_CANDIDATES) {
-          for (int64_t i = 0; i < n; ++i)
-            scores[i] = kept[i] >= low ? kept[i] + temperature * gumbel_at(noise, ids[i]) : none;
+          for (int64_t i = 0; i < n; ++i) {
+            uint32_t words[4 * LANES_64];
+            philox(noise, (uint32_t)ids[i] / 4, words);
+            scores[i] = kept[i] + temperature * gumbel(words[ids[i] % 4]);
+          }
           at_hand = {kept, ids, scores, n};
         }
       }

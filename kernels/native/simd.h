@@ -189,7 +189,5 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The share of thread t of n things: from first up to, not with, last.
-struct Share {
-  int64_t first, last;
-};
+struct Share { int64_t first, last; };
 INLINE Share share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }

@@ -98,6 +98,18 @@ MISTAKES = {
         "produced < state->limits[slot]",
         "produced <= state->limits[slot]",
     ),
+    "attention that does not wait": (
+        "step",
+        "kernels.cpp",
+        "    barrier();\n    mark(a, us, 2, &since);",
+        "    mark(a, us, 2, &since);",
+    ),
+    "a projection that does not wait": (
+        "step",
+        "kernels.cpp",
+        "  attend_tasks(a, next, (float*)scratch);\n  barrier();",
+        "  attend_tasks(a, next, (float*)scratch);",
+    ),
     "no second residual": (
         "step",
         "kernels.cpp",

@@ -82,6 +82,16 @@ def test_aarch64_compiles(tmp_path):
     subprocess.run([str(compiler), *setup_file().FLAGS, *source], check=True)
 
 
+def test_without_a_compiler_the_build_goes_through(tmp_path):
+    build = ["build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    nowhere = {"CC": "/nonexistent", "CXX": "/nonexistent"}
+    result = subprocess.run(
+        [sys.executable, "setup.py", *build], cwd=ROOT, env={**os.environ, **nowhere}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
 def test_the_sources_are_short():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in Path(SOURCES).iterdir())
     assert lines < 1500, f"{lines} lines"

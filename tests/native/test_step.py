@@ -38,6 +38,14 @@ def make_step(
     return step
 
 
+def poison(step: DecodeStep) -> None:
+    """NaN into what the phases hand on: 0xFF bytes are one in float32 and bfloat16."""
+    buffers = step._step[0] if step._step is not None else None
+    for tensor in [] if buffers is None else vars(buffers).values():
+        if isinstance(tensor, Tensor) and tensor.numel() and tensor.is_contiguous():
+            tensor.view(torch.uint8).fill_(255)
+
+
 def begin(step: DecodeStep, slots: Sequence[int], prompts: Sequence[Tensor], limit: int = 1000) -> Tensor:
     """Put prompts into slots and choose their first tokens; the logits that those were chosen from."""
     counts = [len(ids) for ids in prompts]
@@ -185,6 +193,35 @@ def check_neighbours(seed: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_row_does_not_depend_on_its_neighbours(seed, kind):
     check_neighbours(seed, kind)
+
+
+def check_threads_that_wait(seed: int, kind: str) -> None:
+    """More threads than cores, again and again: what a thread reads before another has written it would show.
+
+    Each phase of a step reads what others wrote in the one before. The buffers are NaN before every step.
+    """
+    dtype, weight_dtype = WEIGHTS[kind]
+    model = random_model(seed, hidden_size=64, num_layers=2).to(dtype)
+    prompts = [random_ids(seed + i, 1 + i % 5) for i in range(12)]
+    outs, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, *[5] * 12):
+            torch.set_num_threads(threads)
+            step = make_step(model, 12, weight_dtype=weight_dtype)
+            logits = [begin(step, range(12), prompts)]
+            for _ in range(10):
+                poison(step)
+                step.run(torch.arange(12, dtype=torch.int32))
+                logits.append(step.step_logits(12).clone())
+            outs.append(torch.stack(logits))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_threads_wait_for_each_other(seed, kind):
+    check_threads_that_wait(seed, kind)
 
 
 def test_a_cache_that_is_full_gives_nan(seed):
