@@ -16,15 +16,18 @@ INLINE bool row_fits(const Cache* cache, const Rows* rows, int64_t r) {
   return slot >= 0 && slot < cache->slots && past >= 0 && past + rows->counts[r] <= cache->capacity;
 }
 
-// How many tasks each row is, as running sums. A row that does not fit is one a head.
-static void plan_tasks(const Cache* cache, const Rows* rows, int64_t heads) {
+// How many tasks each row is, as running sums. A row that does not fit is one a head. True if a row has several tokens.
+static bool plan_tasks(const Cache* cache, const Rows* rows, int64_t heads) {
+  bool has_several = false;
   rows->tasks[0] = 0;
   for (int64_t r = 0; r < rows->num_rows; ++r) {
     const int64_t count = rows->counts[r];
     int64_t tasks = count == 1 ? key_parts(rows->pasts[r] + 1) : (count + NR - 1) / NR;
     if (!row_fits(cache, rows, r)) tasks = 1;
     rows->tasks[r + 1] = rows->tasks[r] + (int32_t)(tasks * heads);
+    has_several = has_several || count > 1;
   }
+  return has_several;
 }
 
 INLINE float* cache_at(float* base, const Cache* cache, int64_t layer, int64_t slot, int64_t head) {

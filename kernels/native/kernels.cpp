@@ -23,12 +23,6 @@ INLINE void barrier() {
 #pragma omp barrier
 }
 
-double seconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 // LayerNorm (or none) and operands of some rows; every thread may read what is returned. Few rows are prepared by every
 // thread for itself, which costs less than waiting for the others.
 Operands prepare(const Linear* to, const LayerNorm* norm, Source from, int64_t rows, Operands shared, char* scratch, Team us) {
@@ -92,16 +86,8 @@ void attend(const Attention* a, int32_t* next, bool has_blocks, char* scratch, T
   barrier();
 }
 
-bool has_several(const Rows* rows) {
-  for (int64_t r = 0; r < rows->num_rows; ++r)
-    if (rows->counts[r] > 1) return true;
-  return false;
-}
-
 const char* attention(AttentionArgs* a) {
-  const Rows* rows = a->attention.rows;
-  plan_tasks(a->attention.cache, rows, a->attention.heads);
-  const bool has_blocks = has_several(rows);
+  const bool has_blocks = plan_tasks(a->attention.cache, a->attention.rows, a->attention.heads);
   int32_t next = 0;
 #pragma omp parallel num_threads(a->threads)
   {
@@ -170,8 +156,10 @@ void embed(const ForwardArgs* a, int64_t r, Share part, int64_t shares) {
 // Phase i has ended: its time goes to times[i], by the first thread.
 INLINE void mark(const ForwardArgs* a, Team us, int i, double* since) {
   if (!a->times || us.thread != 0) return;
-  const double now = seconds();
-  a->times[i] += now - *since;
+  timespec at;
+  clock_gettime(CLOCK_MONOTONIC, &at);
+  const double now = (double)at.tv_sec + 1e-9 * (double)at.tv_nsec;
+  if (*since > 0.0) a->times[i] += now - *since;
   *since = now;
 }
 
@@ -179,7 +167,8 @@ void forward_team(const ForwardArgs* a, int32_t* next, int32_t* last_tokens, boo
   const int64_t N = a->rows.num_tokens, R = a->rows.num_rows, C = a->width;
   char* scratch = a->scratch + a->scratch_bytes * us.thread;
   const Operands operand = {a->operand, a->operand_scale}, operand_2 = {a->operand_2, a->operand_scale};
-  double since = a->times ? seconds() : 0.0;
+  double since = 0.0;
+  mark(a, us, 0, &since);
   for (int64_t r = 0; r < R; ++r) embed(a, r, {us.thread, us.thread + 1}, us.threads);
   barrier();
   mark(a, us, 0, &since);
@@ -233,10 +222,9 @@ void forward_team(const ForwardArgs* a, int32_t* next, int32_t* last_tokens, boo
   mark(a, us, 6, &since);
 }
 
-enum { MAX_LAYERS = 1024 };
-
 const char* forward(ForwardArgs* given) {
   ForwardArgs a = *given;
+  enum { MAX_LAYERS = 1024 };
   if (a.num_layers >= MAX_LAYERS) return "a model has at most 1023 layers";
   if (!a.token_ids) {
     for (int64_t r = 0; r < a.rows.num_rows; ++r)
@@ -244,12 +232,11 @@ const char* forward(ForwardArgs* given) {
     begin_step(&a);
   }
   if (a.rows.num_rows == 0) return nullptr;
-  plan_tasks(&a.cache, &a.rows, a.heads);
+  const bool has_blocks = plan_tasks(&a.cache, &a.rows, a.heads);
   int32_t next[MAX_LAYERS] = {};
   // Only the last token of a row has logits.
   int32_t* last_tokens = a.token_ids ? a.active : nullptr;
   for (int64_t r = 0; last_tokens && r < a.rows.num_rows; ++r) last_tokens[r] = a.rows.starts[r] + a.rows.counts[r] - 1;
-  const bool has_blocks = has_several(&a.rows);
 #pragma omp parallel num_threads(a.threads)
   forward_team(&a, next, last_tokens, has_blocks, team());
   return nullptr;

@@ -73,11 +73,12 @@ template <> struct Dot<I8> {
 };
 
 // ROWS rows by one panel over `steps` steps, into or onto `sums` (ROWS, NR). Prefetches one line of every vector a step
-// at w + ahead, in the steps i with (i & every) == turn.
+// of the next block, in the steps i with (i & every) == turn.
 template <int TYPE, int ROWS>
 static void tile(const char* x, int64_t x_stride, const char* w, int64_t steps, char* sums, bool is_first,
-                 int64_t ahead, int64_t every, int64_t turn) {
+                 int64_t every, int64_t turn) {
   typedef typename Dot<TYPE>::Sum Sum;
+  const int64_t ahead = BLOCK_STEPS * STEP_BYTES;
   Sum acc[ROWS][NV];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < NV; ++v) acc[r][v] = Sum{};
@@ -106,15 +107,15 @@ static void tile(const char* x, int64_t x_stride, const char* w, int64_t steps, 
 
 template <int TYPE>
 INLINE void tile_of(int64_t rows, const char* x, int64_t x_stride, const char* w, int64_t steps, char* sums,
-                    bool is_first, int64_t ahead, int64_t every, int64_t turn) {
+                    bool is_first, int64_t every, int64_t turn) {
 #define ROWS_CASE(n) \
-  case n: return tile<TYPE, n>(x, x_stride, w, steps, sums, is_first, ahead, every, turn);
+  case n: return tile<TYPE, n>(x, x_stride, w, steps, sums, is_first, every, turn);
   switch (rows) {
     ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5)
 #if defined(__AVX512F__)
     ROWS_CASE(6) ROWS_CASE(7)
 #endif
-    default: return tile<TYPE, MR>(x, x_stride, w, steps, sums, is_first, ahead, every, turn);
+    default: return tile<TYPE, MR>(x, x_stride, w, steps, sums, is_first, every, turn);
   }
 #undef ROWS_CASE
 }
@@ -172,20 +173,22 @@ static void make_operand(int64_t type, const float* values, int64_t k, char* row
   }
 }
 
-// (x - mean) / sqrt(var + eps) * weight + bias of one row, the variance in a second pass.
+// (x - mean) / sqrt(var + eps) * weight + bias of one row. A second pass finds the variance, and what the mean is off by.
 static void layer_norm_row(const LayerNorm* norm, const float* x, int64_t width, float* out) {
   vf s[4] = {};
   for (int64_t i = 0, j = 0; i < width; i += VL, j = (j + 1) & 3) s[j] += load_n(x + i, width - i);
   const float mean = hsum((s[0] + s[1]) + (s[2] + s[3])) / (float)width;
-  vf q[4] = {};
+  vf q[4] = {}, e[4] = {};
   for (int64_t i = 0, j = 0; i < width; i += VL, j = (j + 1) & 3) {
     const vf d = load_n(x + i, width - i, mean) - splat(mean);
     q[j] = fma(d, d, q[j]);
+    e[j] += d;
   }
-  const float variance = hsum((q[0] + q[1]) + (q[2] + q[3])) / (float)width;
+  const float off = hsum((e[0] + e[1]) + (e[2] + e[3])) / (float)width;
+  const float variance = hsum((q[0] + q[1]) + (q[2] + q[3])) / (float)width - off * off;
   const float scale = 1.0f / __builtin_sqrtf(variance + (float)norm->eps);
   for (int64_t i = 0; i < width; i += VL) {
-    const vf y = (load_n(x + i, width - i) - splat(mean)) * scale;
+    const vf y = ((load_n(x + i, width - i) - splat(mean)) - splat(off)) * scale;
     store_n(out + i, fma(y, load_n(norm->weight + i, width - i), load_n(norm->bias + i, width - i)), width - i);
   }
 }
@@ -236,13 +239,12 @@ static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilo
       const int64_t last = least(rows, chunk + CHUNK_ROWS), tiles = (last - chunk + MR - 1) / MR;
       // The next block is fetched meanwhile; several tiles share it among them.
       const int64_t every = tiles >= 8 ? 7 : tiles >= 4 ? 3 : tiles >= 2 ? 1 : 0;
-      const int64_t ahead = BLOCK_STEPS * STEP_BYTES;
       for (int64_t block = 0; block < steps; block += BLOCK_STEPS) {
         const char* w = weight + block * STEP_BYTES;
         int64_t turn = 0;
         for (int64_t row = chunk; row < last; row += MR, ++turn)
           tile_of<TYPE>(least(MR, last - row), x.data + row * stride + block * Dot<TYPE>::X_BYTES, stride, w,
-                        least(BLOCK_STEPS, steps - block), sums + (row - chunk) * NR * 4, block == 0, ahead, every,
+                        least(BLOCK_STEPS, steps - block), sums + (row - chunk) * NR * 4, block == 0, every,
                         chunk == 0 ? turn : -1);
       }
       finish<TYPE>(linear, to, sums, chunk, last - chunk, panel, x.scale);

@@ -15,11 +15,6 @@ namespace {
 #define ENTRY(name) &fastgpt2_kernels_##name,
 const Kernels* const TABLES[] = {FASTGPT2_ISAS(ENTRY)};
 
-bool equal(const char* a, const char* b) {
-  while (*a && *a == *b) ++a, ++b;
-  return *a == *b;
-}
-
 // Whether this processor, and its operating system, has what kernels.cpp was compiled for.
 bool is_usable(const char* name) {
 #if defined(__x86_64__)
@@ -27,13 +22,13 @@ bool is_usable(const char* name) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (equal(name, "avx2")) return avx2;
-  if (equal(name, "avx512")) return avx512;
-  if (equal(name, "avx512_bf16"))
+  if (!__builtin_strcmp(name, "avx2")) return avx2;
+  if (!__builtin_strcmp(name, "avx512")) return avx512;
+  if (!__builtin_strcmp(name, "avx512_bf16"))
     return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   return false;
 #else
-  return equal(name, "neon");
+  return !__builtin_strcmp(name, "neon");
 #endif
 }
 
@@ -59,7 +54,7 @@ PyObject* call(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "sLLL", &isa, &operation, &address, &bytes)) return nullptr;
   const Kernels* table = nullptr;
   for (const Kernels* other : TABLES)
-    if (equal(other->name, isa) && is_usable(isa)) table = other;
+    if (!__builtin_strcmp(other->name, isa) && is_usable(isa)) table = other;
   if (!table) return PyErr_Format(PyExc_ValueError, "this processor cannot run %s", isa);
   if (operation < 0 || operation >= NUM_OPS || bytes != ARGUMENT_BYTES[operation])
     return PyErr_Format(PyExc_RuntimeError, "operation %lld does not take %lld bytes of arguments: the extension and its "

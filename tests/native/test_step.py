@@ -133,31 +133,27 @@ def check_rows_that_end(seed: int) -> None:
     for _ in range(6):
         plain.run(rows)
         chosen.append(plain.slots.tokens.tolist())
-    # Row 0 stops at its third token, where no other row has it earlier.
-    stop = chosen[2][0]
-    step = make_step(model, 4, stop_ids=[TINY.vocab_size + 5, stop])
-    begin(step, range(4), prompts)
-    step.slots.limits[1] = 4
-    ends = {}
-    for row in range(4):
-        made = [tokens[row] for tokens in chosen]
-        if row == 2:
-            made = made[: TINY.context_length - 20 + 1]
-        if row == 1:
-            made = made[:4]
-        ends[row] = made[: made.index(stop) + 1] if stop in made else made
-    got = {row: [int(step.slots.tokens[row])] for row in range(4)}
-    for _ in range(6):
-        step.run(rows)
-        for row in range(4):
-            if step.slots.status[row] == ops.RUNNING:
-                got[row].append(int(step.slots.tokens[row]))
-    assert got == ends
-    standing = [t.clone() for t in step.slots]
-    idle = (step.slots.status == ops.IDLE).nonzero()[:, 0]
-    assert {1, 2} <= set(idle.tolist())
-    step.run(idle.int())
-    assert all(torch.equal(a, b) for a, b in zip(standing, step.slots, strict=True))
+    for stops in ([], [TINY.vocab_size + 5, chosen[2][0]]):
+        step = make_step(model, 4, stop_ids=stops)
+        begin(step, range(4), prompts)
+        step.slots.limits[1] = 4
+        ends = [[tokens[row] for tokens in chosen] for row in range(4)]
+        # The last token needs no room in the context.
+        ends[1], ends[2] = ends[1][:4], ends[2][: TINY.context_length - 20 + 1]
+        for stop in stops:
+            ends = [made[: made.index(stop) + 1] if stop in made else made for made in ends]
+        got = [[token] for token in step.slots.tokens.tolist()]
+        for _ in range(6):
+            step.run(rows)
+            for row in range(4):
+                if step.slots.status[row] == ops.RUNNING:
+                    got[row].append(int(step.slots.tokens[row]))
+        assert got == ends
+        standing = [t.clone() for t in step.slots]
+        idle = (step.slots.status == ops.IDLE).nonzero()[:, 0]
+        assert {1, 2} <= set(idle.tolist())
+        step.run(idle.int())
+        assert all(torch.equal(a, b) for a, b in zip(standing, step.slots, strict=True))
 
 
 def test_rows_that_end(seed, threads):
