@@ -36,6 +36,9 @@ HEADERS = [SOURCES + name for name in ("api.h", "attention.h", "linear.h", "samp
 
 class BuildNative(build_ext):
     def build_extension(self, extension):
+        target = self.get_ext_fullpath(extension.name)
+        if os.path.exists(target):
+            os.remove(target)  # where this build fails, no older one is to be taken for it
         isas = " ".join(f"apply({name})" for name in ISAS)
         compile_one = [(SOURCES + "kernels.cpp", [("FASTGPT2_ISA", name)], flags) for name, flags in ISAS.items()]
         compile_one += [
@@ -54,7 +57,7 @@ class BuildNative(build_ext):
             )
         self.compiler.link_shared_object(
             objects,
-            self.get_ext_fullpath(extension.name),
+            target,
             extra_postargs=[*OPENMP, *os.environ.get("FASTGPT2_NATIVE_FLAGS", "").split()],
             target_lang="c++",
         )

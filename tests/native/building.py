@@ -38,9 +38,13 @@ def setup_file() -> ModuleType:
 
 
 def build(
-    folder: Path, isas: Sequence[str], flags: Sequence[str] = ("-O1",), right: str = "", wrong: str = "", file: str = ""
-) -> Path:
-    """The extension for some instruction sets, in `folder`; with `wrong` in the place of `right` in `file`."""
+    folder: Path, isas: Sequence[str], flags: Sequence[str] = ("-O1",), right: str = "", wrong: str = "",
+    file: str = "", isa_flags: Sequence[str] | None = None,
+) -> Path:  # fmt: skip
+    """The extension for some instruction sets, in `folder`; with `wrong` in the place of `right` in `file`.
+
+    isa_flags: instead of those that setup.py has for an instruction set.
+    """
     assert COMPILER is not None, "no C++ compiler"
     setup = setup_file()
     sources = folder / "sources"
@@ -57,7 +61,14 @@ def build(
     objects = []
     for isa in isas:
         objects.append(f"{folder}/{isa}.o")
-        own = [*setup.ISAS[isa], f"-DFASTGPT2_ISA={isa}", "-c", str(sources / "kernels.cpp"), "-o", objects[-1]]
+        own = [
+            *(setup.ISAS[isa] if isa_flags is None else isa_flags),
+            f"-DFASTGPT2_ISA={isa}",
+            "-c",
+            str(sources / "kernels.cpp"),
+            "-o",
+            objects[-1],
+        ]
         subprocess.run([*common, *own], check=True)
     names = " ".join(f"apply({isa})" for isa in isas)
     extension = folder / "_native.abi3.so"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt2_kernels import native
-from tests.native.building import COMPILER, ROOT, SOURCES, run_tests, setup_file
+from tests.native.building import COMPILER, ROOT, SOURCES, build, run_tests, setup_file
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
@@ -37,6 +37,16 @@ def test_operators_on_the_other_instruction_sets(isa):
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx2" not in native.isas() or COMPILER is None, reason="needs x86 and a C++ compiler")
+def test_the_code_for_aarch64_on_four_lanes_of_x86(tmp_path):
+    """Without AVX2 the sources take what they have for AArch64; a header stands in for its few intrinsics."""
+    shim = str(Path(__file__).parent / "neon_on_x86.h")
+    extension = build(tmp_path, ["avx2"], ["-O2"], isa_flags=["-mfma", "-include", shim])
+    result = run_tests(extension, OPERATORS, **{native.ISA_VARIABLE: "avx2", "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_the_variable_chooses_the_instruction_set():

@@ -40,8 +40,9 @@ def isas() -> dict[str, bool]:
 
 
 @functools.cache
-def _choice(wanted: str) -> tuple[str, str | None]:
-    """The instruction set in use, and why there is none."""
+def _choice() -> tuple[str, str | None]:
+    """The instruction set in use, and why there is none. Looked at once: packed weights lie as it needs them."""
+    wanted = os.environ.get(ISA_VARIABLE, "")
     _, reason = _extension()
     if reason is not None:
         return "", reason
@@ -58,12 +59,12 @@ def _choice(wanted: str) -> tuple[str, str | None]:
 
 def why_not_native() -> str | None:
     """Why nothing can run on the native backend of this machine, in one sentence; None if it can."""
-    return _choice(os.environ.get(ISA_VARIABLE, ""))[1]
+    return _choice()[1]
 
 
 def isa() -> str:
     """The instruction set in use; RuntimeError where there is none."""
-    name, reason = _choice(os.environ.get(ISA_VARIABLE, ""))
+    name, reason = _choice()
     if reason is not None:
         raise RuntimeError(f"the native backend cannot be used: {reason}")
     return name

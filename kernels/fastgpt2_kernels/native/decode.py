@@ -482,7 +482,7 @@ class DecodeStep:
         if self._step is None or not self._step[0].fit(R, R):
             buffers = _Buffers(self, self.max_rows, self.max_rows)
             rows = RowTensors.of([0] * self.max_rows, [0] * self.max_rows, [0] * self.max_rows, self.num_heads)
-            self._step = buffers, rows, self._arguments(buffers, rows, None, 0, 0)
+            self._step = buffers, rows, self._arguments(self._cache, buffers, rows, None, 0, 0)
         args = self._step[2]
         args.rows.slots, args.rows.num_rows = slots.data_ptr(), R
         args.times = _address(self.times)
@@ -530,17 +530,19 @@ class DecodeStep:
                 last += 1
             part = slice(first, last)
             ids = token_ids[token : token + tokens]
-            logits[part] = self._prefill_part(ids, slots[part], counts[part], pasts[part])
+            logits[part] = self._prefill_part(self._cache, ids, slots[part], counts[part], pasts[part])
             first, token = last, token + tokens
         return logits
 
-    def _prefill_part(self, ids: Tensor, slots: Sequence[int], counts: Sequence[int], pasts: Sequence[int]) -> Tensor:
+    def _prefill_part(
+        self, cache: structs.Cache, ids: Tensor, slots: Sequence[int], counts: Sequence[int], pasts: Sequence[int]
+    ) -> Tensor:
         R, N = len(slots), len(ids)
         buffers = self._prefill
         if buffers is None or not buffers.fit(N, R):
             buffers = self._prefill = _Buffers(self, max(N, 64), max(R, 8))
         rows = RowTensors.of(slots, counts, pasts, self.num_heads)
-        args = self._arguments(buffers, rows, ids, R, N)
+        args = self._arguments(cache, buffers, rows, ids, R, N)
         args.times = _address(self.times)
         native.call(structs.FORWARD, args)
         return buffers.logits[:R]
@@ -550,12 +552,16 @@ class DecodeStep:
         sample(logits, slots, self.slots, self.sampling)
 
     def _arguments(
-        self, buffers: _Buffers, rows: RowTensors, ids: Tensor | None, num_rows: int, num_tokens: int
+        self,
+        cache: structs.Cache,
+        buffers: _Buffers,
+        rows: RowTensors,
+        ids: Tensor | None,
+        num_rows: int,
+        num_tokens: int,
     ) -> structs.ForwardArgs:
         H, D = self.num_heads, self.width // self.num_heads
-        assert self._cache is not None  # for mypy: both callers have looked
-        capacity = self._cache.capacity
-        buffers.parts = torch.empty(_num_parts(buffers.num_rows, H, capacity, D, self.layout))
+        buffers.parts = torch.empty(_num_parts(buffers.num_rows, H, cache.capacity, D, self.layout))
         wte, wpe = self._tables
         return structs.ForwardArgs(
             layers=self._layers, num_layers=len(self._layers), ln_f=self.packed.ln_f.struct(),
@@ -564,7 +570,7 @@ class DecodeStep:
             context=self.context, heads=H, inner=self.inner,
             activation=native.ACTIVATIONS.index(self.weights.activation), state=_state_struct(self.slots),
             sampling=_sampling_struct(self.sampling, len(self.slots.tokens), self.vocab),
-            stop_ids=_address(self.stop_ids), num_stops=len(self.stop_ids), cache=self._cache,
+            stop_ids=_address(self.stop_ids), num_stops=len(self.stop_ids), cache=cache,
             rows=rows.struct(num_rows, num_tokens), token_ids=_address(ids), x=_address(buffers.x),
             qkv=_address(buffers.qkv), hidden=_address(buffers.hidden), operand=_address(buffers.operand),
             operand_2=_address(buffers.operand_2), operand_scale=_address(buffers.operand_scale),
