@@ -129,6 +129,8 @@ def _rounding(settings: Settings, config: GPT2Config, ids: tuple[int, ...], dtyp
 def _ours(settings: Settings, dtype: str, inputs: Inputs, backend: str = "auto") -> Call:
     if backend == "torch":
         need_gpu(settings)  # elsewhere it is what "auto" is
+    # 8-bit weights are those of a float32 model.
+    weight_dtype, dtype = ("int8", "float32") if dtype == "int8" else (None, dtype)
     model = shared(settings, inputs.config, getattr(torch, dtype))
     if backend != "auto":
         model = fresh(settings, inputs.config, getattr(torch, dtype))
@@ -136,7 +138,13 @@ def _ours(settings: Settings, dtype: str, inputs: Inputs, backend: str = "auto")
 
     def call() -> list[list[int]]:
         rows = len(inputs.prompts)
-        samples = model.generate(inputs.prompts, max_new_tokens=inputs.new_tokens, temperature=0, batch_size=rows)
+        samples = model.generate(
+            inputs.prompts,
+            max_new_tokens=inputs.new_tokens,
+            temperature=0,
+            batch_size=rows,
+            weight_dtype=weight_dtype,
+        )
         return [sample.token_ids for sample in samples]
 
     return call
@@ -159,7 +167,7 @@ def _transformers(settings: Settings, dtype: str, inputs: Inputs) -> Call:
 Build = Callable[[Settings, str, Any], Call]
 CONTENDERS: list[tuple[str, tuple[str, ...], Build]] = [
     ("transformers", ("float32", "bfloat16"), _transformers),
-    ("ours", ("float32", "bfloat16"), _ours),
+    ("ours", ("float32", "bfloat16", "int8"), _ours),
     ("ours torch", ("bfloat16",), functools.partial(_ours, backend="torch")),
     ("onnxruntime", ("float32", "int8"), engines.onnxruntime),
     ("ctranslate2", ("float32", "bfloat16", "int8"), engines.ctranslate2),

@@ -356,7 +356,7 @@ def _summarise(result: Result, one: _Ready, ready: list[_Ready], case: Case, dev
     if moved:
         result.gbps = moved / result.median / 1e9
         result.intensity = case.flops / moved
-    if limit is not None and (case.flops or moved):
+    if case.flops or moved:
         result.share = max(case.flops / limit["flops"], moved / limit["bandwidth"]) / result.median
     if case.tokens:
         result.tokens_per_second = case.tokens / result.median
@@ -373,11 +373,14 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 @functools.cache
-def limits(device: torch.device, dtype: str) -> dict[str, float] | None:
-    """Bytes a second of a copy or a sum, FLOP/s of a matrix product, measured at the first call; None for integers."""
+def limits(device: torch.device, dtype: str) -> dict[str, float]:
+    """Bytes a second of a copy or a sum, FLOP/s of a matrix product, measured at the first call.
+
+    PyTorch has no fast product of integers to measure: there the bytes alone limit.
+    """
     kind = getattr(torch, dtype)
     if not kind.is_floating_point:
-        return None
+        return {"bandwidth": _bandwidth(device), "flops": math.inf}
     return {"bandwidth": _bandwidth(device), "flops": measured_matmul_flops(device, kind, repeats=20)}
 
 
