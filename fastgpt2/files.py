@@ -7,10 +7,13 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
+
+from fastgpt2.messages import first_line
 
 # How the name of a `staged_folder` begins.
 _STAGE_PREFIX = ".saving-"
@@ -57,6 +60,30 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
         _sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_archive(path: str | PathLike[str]) -> None:
+    """Check the checksums of a file that `torch.save` wrote; ValueError where its bytes have changed since.
+
+    A file with compressed records is refused too. `torch.save` writes none: memory maps of them hold garbage, and a
+    small file could inflate to any size. Files of PyTorch before 1.6 are no archives and have no checksums.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(
+                        f"{path}: its records must be uncompressed, as torch.save writes them; {record.filename} is "
+                        "compressed: load and save it with PyTorch"
+                    )
+                if record.CRC:  # torch.save leaves it 0 where it was told to write no checksums
+                    with archive.open(record) as file:
+                        while file.read(1 << 20):
+                            pass
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path}: is damaged ({first_line(error)}); fetch or write it anew") from error
 
 
 def link_file(path: Path, link: Path) -> None:

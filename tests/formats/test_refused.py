@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,17 @@ from torch import Tensor
 
 from fastgpt2 import GPT2
 from fastgpt2.checkpoint import hf_state_dict, load_pretrained, save_pretrained
-from tests.formats.helpers import one_sentence, write_folder
+from tests.formats.helpers import assert_same, one_sentence, write_folder
 from tests.helpers import TINY
+
+
+def compress_archive(path: Path) -> None:
+    """The same records, compressed, as a tool that packs files anew leaves them."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
 
 
 def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
@@ -64,6 +74,16 @@ def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
         torch.save([torch.ones(1)], good / "pytorch_model.bin")
     elif kind == "bin with other values":
         torch.save({**state, "step": 3}, good / "pytorch_model.bin")
+    elif kind == "bin with compressed records":
+        compress_archive(good / "pytorch_model.bin")
+    elif kind == "bin with a flipped bit":
+        file = good / "pytorch_model.bin"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif kind == "file of other bytes":
+        (good / "notes.txt").write_bytes(b"\x80\x02.")  # a pickle of nothing: IndexError in the unpickler
+        return good / "notes.txt"
     elif kind == "missing shard":
         (good / "pytorch_model-00002-of-00003.bin").unlink()
     elif kind == "shard index without a map":
@@ -112,6 +132,12 @@ BAD: dict[str, tuple[type[Exception], str]] = {
     "bin with code": (ValueError, r"pytorch_model\.bin: not a readable file of tensors"),
     "bin with a list": (ValueError, r"pytorch_model\.bin: must hold a dictionary of tensors; got list"),
     "bin with other values": (ValueError, r"pytorch_model\.bin: must map names to tensors; other entries: step"),
+    "bin with compressed records": (
+        ValueError,
+        r"records must be uncompressed, as torch\.save writes them; .* is comp",
+    ),
+    "bin with a flipped bit": (ValueError, r"pytorch_model\.bin: is damaged \(Bad CRC-32"),
+    "file of other bytes": (ValueError, r"notes\.txt: not a readable file of tensors"),
     "missing shard": (FileNotFoundError, r"the index names files that are missing: pytorch_model-00002-of-00003\.bin"),
     "shard index without a map": (ValueError, r"index\.json: must map every weight to a file"),
     "shard outside the folder": (ValueError, r"index\.json: must map every weight to a file of its folder"),
@@ -129,6 +155,15 @@ def test_bad_checkpoints(tmp_path: Path, model: GPT2, kind: str) -> None:
     with pytest.raises(error, match=pattern) as raised:
         load_pretrained(spoil(tmp_path / "model", kind, hf_state_dict(model)))
     one_sentence(raised.value)
+
+
+def test_checksums_that_were_never_written_are_not_missed(tmp_path: Path, model: GPT2) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        folder = write_folder(tmp_path, hf_state_dict(model), form="bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(load_pretrained(folder), model)
 
 
 def test_bad_arguments(tmp_path: Path, model: GPT2) -> None:
