@@ -80,6 +80,8 @@ def _json_prompt(line: bytes) -> tuple[str | tuple[int, ...], str | None]:
         raise ValueError(f"must be JSON; {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("must be a flat JSON object; it is nested too deeply") from None
+    except ValueError:  # Python reads no int of thousands of digits
+        raise ValueError("must be JSON; it has an integer of thousands of digits") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("prompt_ids" in row):
         raise ValueError('must be an object with either "prompt" or "prompt_ids"')
     identifier = row.get("id")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -250,6 +251,32 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "a tensor of prompts must be (B, T) integers",
     ),
+    "ids with a float": (
+        lambda: MODEL.generate([[1, 1.7]]),
+        TypeError,
+        "token ids must be integers; prompt 0 holds 1.7",
+    ),
+    "ids with a whole float": (
+        lambda: MODEL.generate([[1.0]]),
+        TypeError,
+        "token ids must be integers; prompt 0 holds",
+    ),
+    "ids as a float array": (lambda: MODEL.generate([np.ones(2)]), TypeError, "token ids must be integers; prompt 0"),
+    "ids as a float tensor": (
+        lambda: MODEL.generate([[1], torch.ones(2)]),
+        TypeError,
+        "token ids must be integers; prompt 1 holds tensor(1.)",
+    ),
+    "ids as a bool tensor": (lambda: MODEL.generate([torch.ones(2) > 0]), TypeError, "holds tensor(True)"),
+    "ids as bools": (lambda: MODEL.generate([[True]]), TypeError, "token ids must be integers; prompt 0 holds True"),
+    "ids as digits": (lambda: MODEL.generate([["1", "2"]]), TypeError, "must be integers; prompt 0 holds '1'"),
+    "ids as bytes": (lambda: MODEL.generate([b"\1\2"]), TypeError, "a sequence of token ids; prompt 0 is bytes"),
+    "id of 100 digits": (
+        lambda: MODEL.generate([[10**99]]),
+        ValueError,
+        "holds the token id 1000000000000000000000000000000000000000... (100 characters); ids must be in [0, 11)",
+    ),
+    "id of 5000 digits": (lambda: MODEL.generate([[10**5000]]), ValueError, "the token id an int of 16610 bits"),
     "no samples": (lambda: MODEL.generate([[1]], num_samples=0), ValueError, "num_samples must be an int >= 1; got 0"),
     "no batch": (lambda: MODEL.generate([[1]], batch_size=0), ValueError, "batch_size must be an int >= 1; got 0"),
     "fewer sample ids": (lambda: MODEL.generate([[1], [2]], sample_ids=[5]), ValueError, "there is none for prompt 1"),
