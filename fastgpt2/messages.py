@@ -9,6 +9,11 @@ def listed(items: list[str]) -> str:
     return f"{shown} and {len(items) - 6} more" if len(items) > 6 else shown
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 file", "2 files", "3 processes"."""
+    return f"{number:,} {noun if number == 1 else noun + ('es' if noun.endswith('s') else 's')}"
+
+
 def shown(value: object) -> str:
     """A value as an error shows it: its beginning, where it is long."""
     try:
