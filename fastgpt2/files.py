@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -60,6 +61,37 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
         _sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def lock(file: int, path: str | PathLike[str]) -> None:
+    """Lock an open file or folder until it is closed; BlockingIOError, calling it `path`, where another process has."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"{path}: another process is writing to it; wait for it or name another") from None
+
+
+@contextlib.contextmanager
+def locked_folder(path: str | PathLike[str]) -> Iterator[None]:
+    """Make the folder where it is not there, and lock it while the block runs; see `lock`."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        yield  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            lock(descriptor, path)
+        except OSError as error:
+            if error.errno != errno.EBADF:  # NFS locks only what is open for writing, which a folder cannot be
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_archive(path: str | PathLike[str]) -> None:

@@ -21,6 +21,7 @@ from fastgpt2.checkpoint import EMBEDDED, load_pretrained
 from fastgpt2.config import SamplingConfig
 from fastgpt2.generate import generate_iter, prompt_token_ids, stream
 from fastgpt2.gpt2 import GPT2
+from fastgpt2.messages import counted
 from fastgpt2.prompt_files import Prompt, PromptError, digest, read_prompts
 from fastgpt2.sample_files import SampleFile, SampleRecord, check_writable, sample_format
 from fastgpt2.tokenizer import Tokenizer
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{out}: holds text, and the model {args.model} has no tokenizer; use a .jsonl output")
     settings = {
         "weights": _weights_digest(model),
+        "tokenizer": model.tokenizer.digest() if model.tokenizer is not None else None,
         "prompts": prompts_digest,
         "num_samples": args.num_samples,
         **asdict(sampling),
@@ -119,7 +121,15 @@ def run(args: argparse.Namespace) -> int:
         "token_ids": args.token_ids,
         "logprobs": args.logprobs,
     }
-    with SampleFile(out, format, settings, resume=args.resume, overwrite=args.overwrite) as output:
+    indices = {item.prompt.index for item in usable}
+    with SampleFile(
+        out,
+        format,
+        settings,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        wanted=lambda key: key[0] in indices and 0 <= key[1] < args.num_samples,
+    ) as output:
         return _write(model, usable, sampling, args, output)
 
 
@@ -279,8 +289,8 @@ def _records(
 
 def _summarize(num_samples: int, num_tokens: int, seconds: float) -> None:
     rate = num_tokens / seconds if seconds > 0 else 0.0
-    samples = "sample" if num_samples == 1 else "samples"
     print(
-        f"fastgpt2: {num_samples} {samples}, {num_tokens} tokens in {seconds:.1f} s: {rate:.0f} tokens/s",
+        f"fastgpt2: {counted(num_samples, 'sample')}, {counted(num_tokens, 'token')} in {seconds:.1f} s: "
+        f"{rate:.0f} tokens/s",
         file=sys.stderr,
     )
