@@ -49,6 +49,7 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: a checkpoint is a folder, and this is a file; name another")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=folder))
     try:
@@ -61,6 +62,8 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
         _sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def lock(file: int, path: str | PathLike[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastgpt2 import data
-from fastgpt2.data import TokenData, TokenShard, find_documents, write_shards
+from fastgpt2.data import ShardMeta, TokenData, TokenShard, find_documents, write_shards
 from fastgpt2.files import atomic_file, link_file, remove_leftovers, staged_folder
 from fastgpt2.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -104,6 +104,9 @@ def test_the_standard_library_is_a_corpus() -> None:
     assert not any({"test", "tests", "site-packages"} & set(s.path.parts) for s in corpus.train)
 
 
+META = dict.fromkeys(ShardMeta.__dataclass_fields__, 0) | {"request": {}}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -115,12 +118,17 @@ def test_the_standard_library_is_a_corpus() -> None:
         (lambda p: TokenShard(p / "b.bin"), r"b.bin: must hold uint16 tokens; its 3 bytes"),
         (lambda p: TokenShard(p / "few.bin").rows(0, 1, 8, 0), r"few.bin: has 2 tokens; a context of 8 needs"),
         (lambda p: data.read_meta(p), r"meta.json: not a meta.json of fastgpt2"),
+        (lambda p: data.read_meta(p / "deep"), r"meta.json: not a meta.json of fastgpt2 .maximum recursion"),
+        (lambda p: data.read_meta(p / "dtype"), r"meta.json: not a meta.json of fastgpt2 .dtype 'float8'"),
     ],
 )  # fmt: skip
 def test_bad_data(make, message: str, tmp_path: Path) -> None:
     (tmp_path / "b.bin").write_bytes(b"a\0b")
     (tmp_path / "few.bin").write_bytes(b"\1\0\2\0")
     (tmp_path / "meta.json").write_text("{}")
+    for name, content in (("deep", "[" * 99_999), ("dtype", json.dumps(META | {"dtype": "float8"}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         make(tmp_path)
 

@@ -593,9 +593,10 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(text: Path, tmp_path: P
     ):
         with pytest.raises(ValueError, match=message):
             run_command(out, "--resume", option, value)
-    (out / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run.json: must be JSON"):
-        run_command(out, "--resume")
+    for content in ("{", "[]", "[" * 99_999, '{"colour": 3}'):
+        (out / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run.json: must be JSON"):
+            run_command(out, "--resume")
 
 
 def test_samples_are_text_of_the_model(text: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fastgpt2.checkpoint import load_pretrained
 from fastgpt2.config import PRESETS, GPT2Config, TrainConfig
 from fastgpt2.files import atomic_file, locked_folder
 from fastgpt2.gpt2 import GPT2
-from fastgpt2.messages import counted
+from fastgpt2.messages import counted, first_line
 from fastgpt2.tokenizer import Tokenizer, check_vocab_size
 
 HELP = "train a model on text"
@@ -128,9 +128,14 @@ def _kept_options(out: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: must be JSON ({error}); remove it and give the run's options again") from error
+        options = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(options, dict) or options.keys() - _KEPT:
+            raise ValueError("not the options of a run")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: must be JSON ({first_line(error)}); remove it and give the run's options again"
+        ) from error
+    return options
 
 
 def _train_fields(options: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
         raise ValueError(f"{path}: not a JSON file ({first_line(error)})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object; got {type(value).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
         (good / "config.json").write_text('{"add_cross_attention": true}')
     elif kind == "a size that is no number":
         (good / "config.json").write_text('{"n_embd": "wide"}')
+    elif kind == "a size of 100 digits":
+        (good / "config.json").write_text(json.dumps({"n_embd": 10**99, "n_head": 1}))
+    elif kind == "a size past 64 bits":
+        (good / "config.json").write_text(json.dumps({**TINY.to_hf(), "vocab_size": 2**70}))
+    elif kind == "a size whose tensors pass 64 bits":
+        (good / "config.json").write_text(json.dumps({**TINY.to_hf(), "n_inner": 2**62}))
+    elif kind == "ten million layers":
+        (good / "config.json").write_text(json.dumps({**TINY.to_hf(), "n_layer": 10**7}))
+    elif kind == "deeply nested config.json":
+        (good / "config.json").write_text("[" * 99_999)
     elif kind == "truncated safetensors":
         file = good / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
@@ -124,6 +135,14 @@ BAD: dict[str, tuple[type[Exception], str]] = {
     "another model_type": (ValueError, "model_type must be 'gpt2'; got 'llama'"),
     "cross-attention": (ValueError, "add_cross_attention=True is not supported"),
     "a size that is no number": (ValueError, "hidden_size must be a positive int; got 'wide'"),
+    "a size of 100 digits": (ValueError, r"hidden_size must be at most 2147483647; got 10+\.\.\. \(100 characters\)"),
+    "a size past 64 bits": (ValueError, "vocab_size must be at most 2147483647; got 1180591620717411303424"),
+    "a size whose tensors pass 64 bits": (
+        ValueError,
+        "feedforward_dim must be at most 2147483647; got 4611686018427387904",
+    ),
+    "ten million layers": (ValueError, "num_layers must be at most 10000; got 10000000"),
+    "deeply nested config.json": (ValueError, r"config\.json: not a JSON file \(maximum recursion"),
     "truncated safetensors": (ValueError, r"model\.safetensors: not a readable safetensors file"),
     "a pointer instead of the file": (ValueError, r"model\.safetensors: not a readable safetensors file"),
     "empty safetensors": (ValueError, r"model\.safetensors: not a readable safetensors file"),
