@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.files import atomic_file, remove_leftovers
+from fastgpt2.messages import first_line, shown
 from fastgpt2.tokenizer import Tokenizer
 
 STDLIB = "stdlib"  # a name for `--data`: the sources of the running Python's standard library
@@ -363,6 +364,11 @@ def read_meta(folder: str | PathLike[str]) -> ShardMeta | None:
     if not path.exists():
         return None
     try:
-        return ShardMeta(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a meta.json of fastgpt2 ({error}); prepare the data again") from error
+        meta = ShardMeta(**json.loads(path.read_text(encoding="utf-8")))
+        if meta.dtype not in ("uint16", "uint32") or type(meta.vocab_size) is not int:
+            raise ValueError(f"dtype {shown(meta.dtype)}, vocab_size {shown(meta.vocab_size)}")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a meta.json of fastgpt2 ({first_line(error)}); prepare the data again"
+        ) from error
+    return meta

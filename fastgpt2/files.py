@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
+
+from fastgpt2.messages import first_line
 
 # How the name of a `staged_folder` begins.
 _STAGE_PREFIX = ".saving-"
@@ -45,6 +49,7 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: a checkpoint is a folder, and this is a file; name another")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=folder))
     try:
@@ -57,6 +62,63 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
         _sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def lock(file: int, path: str | PathLike[str]) -> None:
+    """Lock an open file or folder until it is closed; BlockingIOError, calling it `path`, where another process has."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"{path}: another process is writing to it; wait for it or name another") from None
+
+
+@contextlib.contextmanager
+def locked_folder(path: str | PathLike[str]) -> Iterator[None]:
+    """Make the folder where it is not there, and lock it while the block runs; see `lock`."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        yield  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            lock(descriptor, path)
+        except OSError as error:
+            if error.errno != errno.EBADF:  # NFS locks only what is open for writing, which a folder cannot be
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_archive(path: str | PathLike[str]) -> None:
+    """Check the checksums of a file that `torch.save` wrote; ValueError where its bytes have changed since.
+
+    A file with compressed records is refused too. `torch.save` writes none: memory maps of them hold garbage, and a
+    small file could inflate to any size. Files of PyTorch before 1.6 are no archives and have no checksums.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(
+                        f"{path}: its records must be uncompressed, as torch.save writes them; {record.filename} is "
+                        "compressed: load and save it with PyTorch"
+                    )
+                if record.CRC:  # torch.save leaves it 0 where it was told to write no checksums
+                    with archive.open(record) as file:
+                        while file.read(1 << 20):
+                            pass
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path}: is damaged ({first_line(error)}); fetch or write it anew") from error
 
 
 def link_file(path: Path, link: Path) -> None:

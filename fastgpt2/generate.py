@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import SamplingConfig
+from fastgpt2.messages import shown
 from fastgpt2.model import GPT2Base
 from fastgpt2.scheduler import Request, Sample, Scheduler, TokenEvent
 
@@ -168,12 +170,11 @@ def prompt_token_ids(model: GPT2Base, prompt: str | Sequence[int], name: str) ->
             )
         ids = tuple(model.tokenizer.encode(prompt))
     else:
-        try:
-            ids = tuple(int(token) for token in prompt)
-        except TypeError:
+        if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
             raise TypeError(
                 f"generate: a prompt must be text or a sequence of token ids; {name} is {type(prompt).__name__}"
-            ) from None
+            )
+        ids = tuple(_token_id(token, name) for token in prompt)
     config = model.config
     if not ids and config.bos_token_id is not None:
         ids = (config.bos_token_id,)
@@ -185,5 +186,15 @@ def prompt_token_ids(model: GPT2Base, prompt: str | Sequence[int], name: str) ->
         )
     bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     if bad is not None:
-        raise ValueError(f"generate: {name} holds the token id {bad}; ids must be in [0, {config.vocab_size})")
+        raise ValueError(f"generate: {name} holds the token id {shown(bad)}; ids must be in [0, {config.vocab_size})")
     return ids
+
+
+def _token_id(token: object, name: str) -> int:
+    """An int, or NumPy's or PyTorch's integer, as an int; what `int` would convert to one is refused."""
+    try:
+        if isinstance(token, bool) or (isinstance(token, Tensor) and token.dtype == torch.bool):
+            raise TypeError
+        return operator.index(token)  # type: ignore[arg-type]  # a TypeError says what is none
+    except TypeError:
+        raise TypeError(f"generate: token ids must be integers; {name} holds {shown(token)}") from None

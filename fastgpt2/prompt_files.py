@@ -29,6 +29,12 @@ class PromptError(ValueError):
     """A prompt of a file that cannot be used."""
 
 
+def check_prompt_suffix(name: str, suffix: str) -> None:
+    """ValueError, calling the file `name`, where files of prompts do not end so."""
+    if suffix not in PROMPT_SUFFIXES:
+        raise ValueError(f"{name}: a file of prompts must end in {', '.join(PROMPT_SUFFIXES)}; got {suffix!r}")
+
+
 def read_prompts(data: bytes, name: str, suffix: str) -> Iterator[Prompt | PromptError]:
     """The prompts in a file; a bad prompt is yielded as an error, for the caller to raise or to skip.
 
@@ -39,8 +45,7 @@ def read_prompts(data: bytes, name: str, suffix: str) -> Iterator[Prompt | Promp
         name: what errors call the file.
         suffix: one of `PROMPT_SUFFIXES`.
     """
-    if suffix not in PROMPT_SUFFIXES:
-        raise ValueError(f"{name}: a file of prompts must end in {', '.join(PROMPT_SUFFIXES)}; got {suffix!r}")
+    check_prompt_suffix(name, suffix)
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -80,6 +85,8 @@ def _json_prompt(line: bytes) -> tuple[str | tuple[int, ...], str | None]:
         raise ValueError(f"must be JSON; {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("must be a flat JSON object; it is nested too deeply") from None
+    except ValueError:  # Python reads no int of thousands of digits
+        raise ValueError("must be JSON; it has an integer of thousands of digits") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("prompt_ids" in row):
         raise ValueError('must be an object with either "prompt" or "prompt_ids"')
     identifier = row.get("id")

@@ -11,13 +11,14 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastgpt2.files import atomic_file, remove_leftovers
+from fastgpt2.files import atomic_file, lock, remove_leftovers
 from fastgpt2.generate import Sample
+from fastgpt2.messages import shown
 from fastgpt2.prompt_files import Prompt
 
 FASTA_WIDTH = 60
@@ -67,7 +68,7 @@ class _Lines(SampleFormat):
             offset += len(line)
             try:
                 yield offset, self.key(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"line {number} is not a sample that this program wrote") from None
 
     @abstractmethod
@@ -97,7 +98,10 @@ class JsonLines(_Lines):
 
     def key(self, line: bytes) -> Key:
         row = json.loads(line)
-        return int(row["prompt_index"]), int(row["sample_index"])
+        prompt_index, sample_index = row["prompt_index"], row["sample_index"]
+        if type(prompt_index) is not int or type(sample_index) is not int:
+            raise TypeError  # "1", 1.0 and true are none that this program writes
+        return prompt_index, sample_index
 
 
 class Text(_Lines):
@@ -108,6 +112,8 @@ class Text(_Lines):
 
     def key(self, line: bytes) -> Key:
         prompt_index, sample_index, _ = line.split(b"\t")
+        if not (prompt_index.isdigit() and sample_index.isdigit()):
+            raise ValueError  # `int` takes "+1", " 1" and "1_0" too
         return int(prompt_index), int(sample_index)
 
 
@@ -187,7 +193,8 @@ class SampleFile:
     """A file of samples that is being written: no second process can write to it, and records are appended whole.
 
     `settings` are what the samples depend on. They are kept beside the file, in `<name>.run.json`, and a run is resumed
-    only with the settings it began with. `done` holds the keys of the samples that are there already.
+    only with the settings it began with. `done` holds the keys of the samples that are there already. A file with
+    samples that are not `wanted` is not resumed.
     """
 
     def __init__(
@@ -198,13 +205,14 @@ class SampleFile:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        wanted: Callable[[Key], bool] = lambda key: True,
     ) -> None:
-        self.path, self.format = path, format
+        self.path, self.format, self._wanted = path, format, wanted
         self.done: set[Key] = set()
         check_writable(path, resume=resume, overwrite=overwrite)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the life of this object)
         try:
-            _lock(self._file, path)
+            lock(self._file.fileno(), path)
             remove_leftovers(path.parent, self._settings_path.name)
             size = os.path.getsize(path)
             if resume and size:
@@ -272,6 +280,8 @@ class SampleFile:
         with open(self.path, "rb") as file:
             try:
                 for end, key in self.format.scan(file):  # noqa: B007 (its last value is the result)
+                    if not self._wanted(key):
+                        raise ValueError(f"it holds sample {shown(key[1])} of prompt {shown(key[0])}, not of this run")
                     self.done.add(key)
             except ValueError as error:
                 raise ValueError(f"{self.path}: {error}; it cannot be resumed") from None
@@ -289,14 +299,3 @@ def check_writable(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"{path}: must be an ordinary file; it is not")
     if path.exists() and path.stat().st_size and not (resume or overwrite):
         raise FileExistsError(f"{path}: exists; continue it with --resume or replace it with --overwrite")
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(f"{path}: another process is writing to it; wait for it or name another file") from None

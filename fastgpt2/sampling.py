@@ -90,9 +90,9 @@ def sample(logits: Tensor, config: SamplingConfig, uniform: Tensor | None = None
 def _keep_top_p(sorted_logits: Tensor, top_p: float) -> Tensor:
     """Keep the fewest leading tokens that hold `top_p` of the probability: those preceded by less than `top_p`."""
     probs = sorted_logits.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    before[:, 0] = 0.0  # the likeliest token always stays, whatever the rounding
-    return sorted_logits.masked_fill(before >= top_p, -math.inf)
+    dropped = probs.cumsum(-1) - probs >= top_p
+    dropped[:, 0] = False  # the likeliest token always stays, also where float32 holds top_p as 0
+    return sorted_logits.masked_fill(dropped, -math.inf)
 
 
 def _keep_top_p_unsorted(logits: Tensor, top_p: float) -> Tensor:
@@ -106,7 +106,8 @@ def _keep_top_p_unsorted(logits: Tensor, top_p: float) -> Tensor:
     mass = torch.zeros(len(probs), 0x3F81, device=probs.device).scatter_add_(-1, keys, probs)
     mass_from_top = mass.flip(-1).cumsum(-1)
     # Rounding may leave the whole sum below top_p: then the boundary is in the lowest bin that holds anything.
-    reached = (mass_from_top >= top_p) | (mass_from_top == mass_from_top[:, -1:])
+    # And a top_p that float32 holds as 0 is reached where something is held, not before.
+    reached = ((mass_from_top >= top_p) & (mass_from_top > 0)) | (mass_from_top == mass_from_top[:, -1:])
     step = reached.int().argmax(-1, keepdim=True)
     boundary = mass.shape[-1] - 1 - step
     above = mass_from_top.gather(-1, step) - mass.gather(-1, boundary)

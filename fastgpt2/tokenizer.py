@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgpt2.files import atomic_file
+from fastgpt2.messages import first_line, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -16,12 +19,17 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 # The 256 bytes and END_OF_TEXT: the smallest vocabulary of a byte-level BPE.
 MIN_VOCAB_SIZE = 257
+# Training reserves memory for the whole vocabulary before it looks at a text.
+MAX_VOCAB_SIZE = 1 << 20
 
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with its end-of-text id: the spelling `<|endoftext|>` in a text is that one token."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        # A tokenizer.json can ask for both, which would change texts' tokens; transformers does not heed it either.
+        backend.no_truncation()
+        backend.no_padding()
         self.backend = backend
 
     @classmethod
@@ -30,12 +38,9 @@ class Tokenizer:
         import tokenizers
 
         text = _read(Path(path))
-        try:
+        _check_json(text, path)
+        with _library_errors(f"{path}: not a tokenizer.json"):
             return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:
-            if type(error) is not Exception:  # what the library raises is a bare Exception
-                raise
-            raise ValueError(f"{path}: not a tokenizer.json: {error}") from error
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str]) -> Tokenizer | None:
@@ -57,10 +62,10 @@ class Tokenizer:
 
         try:
             vocab = json.loads(_read(vocab_path))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{vocab_path}: not JSON: {error}") from error
-        if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab.values()):
-            raise ValueError(f"{vocab_path}: must map every token to its id")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{vocab_path}: not JSON: {first_line(error)}") from error
+        if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < 1 << 31 for i in vocab.values()):
+            raise ValueError(f"{vocab_path}: must map every token to its id, an integer in [0, 2**31)")
         lines = (line.rstrip("\r\n") for line in _read(merges_path).split("\n"))
         merges = []
         for line in lines:
@@ -72,7 +77,8 @@ class Tokenizer:
                         f"got {line!r}"
                     )
                 merges.append((left, right))
-        backend = _byte_level(tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges)))
+        with _library_errors(f"{vocab_path}, {merges_path.name}: not a tokenizer"):
+            backend = _byte_level(tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges)))
         if END_OF_TEXT in vocab:
             backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
         return cls(backend)
@@ -85,11 +91,7 @@ class Tokenizer:
         """
         import tokenizers
 
-        if not isinstance(vocab_size, int) or vocab_size < MIN_VOCAB_SIZE:
-            raise ValueError(
-                f"Tokenizer.train: vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT}); "
-                f"got {vocab_size}"
-            )
+        check_vocab_size(vocab_size)
         backend = _byte_level(tokenizers.Tokenizer(tokenizers.models.BPE()))
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -101,10 +103,12 @@ class Tokenizer:
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with _library_errors("the tokenizer cannot encode this text"):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with _library_errors("the tokenizer cannot encode these texts"):
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD, special tokens keep their spelling."""
@@ -118,6 +122,10 @@ class Tokenizer:
     @property
     def eos_token_id(self) -> int | None:
         return self.backend.token_to_id(END_OF_TEXT)
+
+    def digest(self) -> str:
+        """A hash of the whole tokenizer, by which a resumed run knows it again."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write `tokenizer.json`, and the `tokenizer_config.json` with which transformers' AutoTokenizer takes it."""
@@ -135,6 +143,47 @@ class Tokenizer:
         ):
             with atomic_file(folder / name) as file:
                 file.write(f"{text}\n".encode())
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """ValueError for a vocabulary that `Tokenizer.train` does not make."""
+    if not isinstance(vocab_size, int) or not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"Tokenizer.train: vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT}) and at most "
+            f"{MAX_VOCAB_SIZE}; got {shown(vocab_size)}"
+        )
+
+
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Errors of the tokenizers library as a ValueError that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises bare Exceptions, and BaseExceptions for panics of its Rust code, whose class it does not export.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {first_line(error)}") from error
+
+
+def _check_json(text: str, path: str | PathLike[str]) -> None:
+    """Refuse what a damaged tokenizer.json holds and the library would panic at: it prints more than one sentence."""
+    try:
+        contents = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a tokenizer.json: {first_line(error)}") from error
+    model = contents.get("model") if isinstance(contents, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError(f'{path}: not a tokenizer.json: it has no "model"')
+    prefix = model.get("continuing_subword_prefix")
+    merges = model.get("merges")
+    if isinstance(prefix, str) and isinstance(merges, list):
+        for merge in merges:
+            right = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] if merge else ""
+            if not str(right).startswith(prefix):
+                raise ValueError(
+                    f"{path}: not a tokenizer.json: {shown(right)} in its merges must begin with {prefix!r}"
+                )
 
 
 def _byte_level(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -250,6 +252,32 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "a tensor of prompts must be (B, T) integers",
     ),
+    "ids with a float": (
+        lambda: MODEL.generate([[1, 1.7]]),
+        TypeError,
+        "token ids must be integers; prompt 0 holds 1.7",
+    ),
+    "ids with a whole float": (
+        lambda: MODEL.generate([[1.0]]),
+        TypeError,
+        "token ids must be integers; prompt 0 holds",
+    ),
+    "ids as a float array": (lambda: MODEL.generate([np.ones(2)]), TypeError, "token ids must be integers; prompt 0"),
+    "ids as a float tensor": (
+        lambda: MODEL.generate([[1], torch.ones(2)]),
+        TypeError,
+        "token ids must be integers; prompt 1 holds tensor(1.)",
+    ),
+    "ids as a bool tensor": (lambda: MODEL.generate([torch.ones(2) > 0]), TypeError, "holds tensor(True)"),
+    "ids as bools": (lambda: MODEL.generate([[True]]), TypeError, "token ids must be integers; prompt 0 holds True"),
+    "ids as digits": (lambda: MODEL.generate([["1", "2"]]), TypeError, "must be integers; prompt 0 holds '1'"),
+    "ids as bytes": (lambda: MODEL.generate([b"\1\2"]), TypeError, "a sequence of token ids; prompt 0 is bytes"),
+    "id of 100 digits": (
+        lambda: MODEL.generate([[10**99]]),
+        ValueError,
+        "holds the token id 1000000000000000000000000000000000000000... (100 characters); ids must be in [0, 11)",
+    ),
+    "id of 5000 digits": (lambda: MODEL.generate([[10**5000]]), ValueError, "the token id an int of 16610 bits"),
     "no samples": (lambda: MODEL.generate([[1]], num_samples=0), ValueError, "num_samples must be an int >= 1; got 0"),
     "no batch": (lambda: MODEL.generate([[1]], batch_size=0), ValueError, "batch_size must be an int >= 1; got 0"),
     "fewer sample ids": (lambda: MODEL.generate([[1], [2]], sample_ids=[5]), ValueError, "there is none for prompt 1"),
@@ -338,12 +366,33 @@ def test_spoilt_checkpoints(spoil, tmp_path):
         (["generate", "--num-samples", "x"], "--num-samples: invalid int value: 'x'; see fastgpt2 generate --help"),
         (["generate", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
         (["train", "--steps", "5"], "required: --out; see fastgpt2 train --help"),
+        (["generate", "x", "--num-samples", str(10**30)], "--num-samples must be at most 10,000,000; got 1000000000"),
+        (["generate", "x", "--num-samples", "9" * 100], "... (100 characters)"),
+        (["generate", "x", "--num-samples", "9" * 5000], "argument --num-samples: invalid int value"),
+        *(
+            (["generate", "x", "--device", device], f"device must be one that this machine has; got {device}: use auto")
+            for device in ("cuda:99", "xla", "meta", "cpu:3", "gpu", "cuda:x", "hpu", "")
+        ),
+        (["train", "--data", "stdlib", "--out", "x", "--device", "xla"], "device must be one that this machine has"),
+        (["generate", "--prompts", "/dev/zero"], "/dev/zero: a file of prompts must end in .txt, .jsonl, .fasta; got"),
+        (["generate", "--prompts", "zero.txt"], "zero.txt: must hold at most 1,000 bytes of prompts; it has more"),
+        (["generate", "--prompts", "-"], "standard input is closed; give the prompt as an argument or --prompts FILE"),
+        (["generate", "-"], "standard input is closed; give the prompt as an argument or --prompts FILE"),
+        (["generate", "x", "--model", "file.bin"], "file.bin: not a readable file of tensors"),
+        (["info", "--model", "file.bin"], "file.bin: not a readable file of tensors"),
+        (["train", "--data", "stdlib", "--out", "x", "--layers", str(10**7)], "num_layers must be at most 10000; got"),
+        (["train", "--data", "stdlib", "--out", "x", "--hidden-size", str(2**70)], "hidden_size must be at most"),
+        (["train", "--data", "stdlib", "--out", "x", "--vocab-size", str(10**10)], "vocab_size must be at least 257"),
         (["write"], "invalid choice: 'write'"),
         ([], "required: {generate,train,info,convert}; see fastgpt2 --help"),
     ],
 )
 def test_the_command_line_says_it_in_one_line_and_exits_with_2(arguments, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", None)  # as Python leaves it where it was closed
+    monkeypatch.setattr("fastgpt2.cli.generate._MOST_PROMPT_BYTES", 1000)
+    Path("zero.txt").symlink_to("/dev/zero")
+    Path("file.bin").write_bytes(b"\x80\x02.")
     try:
         status = main(arguments)
     except SystemExit as end:  # how argparse ends
@@ -353,5 +402,67 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(arguments, senten
     assert error.startswith("fastgpt2: ")
     assert sentence in error
     assert error.count("\n") == 1
-    # `fastgpt2 train` notes what it was asked for before it looks at the data; a next try replaces the note.
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"run.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"zero.txt", "file.bin"}, "made before the arguments were good"
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_devices_that_are_not_there(device, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert main(["generate", "x", "--device", device]) == 2
+    assert capsys.readouterr().err == (
+        f"fastgpt2: device must be one that this machine has; got {device}: use auto, cpu\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ..."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:132] err == 0. DefaultCPUAllocator: can't allocate memory: you ..."
+        ),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_is_not_there_is_one_sentence(error, capsys, monkeypatch):
+    def run(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr("fastgpt2.cli.info.run", run)
+    assert main(["info"]) == 2
+    said = "fastgpt2: there is not enough memory for this; use a smaller model, batch or context\n"
+    assert capsys.readouterr().err == said
+
+
+def test_more_memory_than_there_is(tiny_checkpoint, capsys):
+    """What an allocator itself says is the error that `main` knows."""
+    text = tiny_checkpoint / "config.json"
+    # More than a process can address, so that no machine's lenience with memory decides.
+    for option, value in (("--batch-size", 10**14), ("--context", 2**31 - 1)):
+        out = tiny_checkpoint.parent / f"no-memory{option}"
+        arguments = ["train", "--data", str(text), "--out", str(out), "--steps", "1", "--vocab-size", "257"]
+        sizes = [
+            "--layers",
+            "1",
+            "--hidden-size",
+            "65536" if option == "--context" else "16",
+            "--context",
+            "8",
+            "--dtype",
+            "fp32",
+        ]
+        status = main([*arguments, *sizes, option, str(value)])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert status == 2
+        assert "there is not enough memory" in error
+
+
+def test_an_interruption_while_modules_load_is_no_traceback(capsys, monkeypatch):
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "fastgpt2: interrupted\n"

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fastgpt2 import GPT2
 from fastgpt2.cli.main import main
 from fastgpt2.generate import generate
 from fastgpt2.sample_files import unescape
+from fastgpt2.tokenizer import Tokenizer
 
 PROMPTS = ["def add", "return a +", "", "x", "b):\n    return"]
 
@@ -91,6 +93,11 @@ def test_another_run_is_not_resumed(command, prompts_file, tmp_path, capsys):
     ):
         assert command("--prompts", prompts_file, "--out", out, "--resume", *changes) == 2
         assert f"was made by another run ({name} was " in capsys.readouterr().err
+    lines = out.read_text(encoding="utf-8")
+    out.write_text(lines + '{"prompt_index": 0, "sample_index": 3}\n', encoding="utf-8")
+    assert command("--prompts", prompts_file, "--out", out, "--resume") == 2
+    assert "it holds sample 3 of prompt 0, not of this run; it cannot be resumed" in capsys.readouterr().err
+    out.write_text(lines, encoding="utf-8")
     prompts_file.write_text('{"prompt": "other"}\n', encoding="utf-8")
     assert command("--prompts", prompts_file, "--out", out, "--resume") == 2
     assert "was made by another run (prompts was " in capsys.readouterr().err
@@ -100,6 +107,18 @@ def test_another_run_is_not_resumed(command, prompts_file, tmp_path, capsys):
     assert out.read_bytes() == before
     assert command("--prompts", prompts_file, "--out", out, "--overwrite") == 0
     assert len(read_rows(out)) == 3
+
+
+def test_another_tokenizer_is_not_resumed(command, tiny_checkpoint, prompts_file, tmp_path, capsys):
+    folder, out = tmp_path / "model", tmp_path / "out.jsonl"
+    shutil.copytree(tiny_checkpoint, folder)
+    options = ("--model", folder, "--prompts", prompts_file, "--out", out)
+    assert command(*options) == 0
+    before = out.read_bytes()
+    Tokenizer.train(["another text"], 260).save(folder)
+    assert command(*options, "--resume") == 2
+    assert "was made by another run (tokenizer was " in capsys.readouterr().err
+    assert out.read_bytes() == before
 
 
 def test_bad_prompts_stop_the_run_before_it_begins_or_are_skipped(command, tmp_path, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import stat
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +14,8 @@ import pytest
 import torch
 
 from fastgpt2 import data
-from fastgpt2.data import TokenData, TokenShard, find_documents, write_shards
-from fastgpt2.files import atomic_file, link_file, remove_leftovers
+from fastgpt2.data import ShardMeta, TokenData, TokenShard, find_documents, write_shards
+from fastgpt2.files import atomic_file, link_file, remove_leftovers, staged_folder
 from fastgpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 TOKENIZER = Tokenizer.train(["x = y + 1\n"], 257)
@@ -102,6 +104,9 @@ def test_the_standard_library_is_a_corpus() -> None:
     assert not any({"test", "tests", "site-packages"} & set(s.path.parts) for s in corpus.train)
 
 
+META = dict.fromkeys(ShardMeta.__dataclass_fields__, 0) | {"request": {}}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -113,12 +118,17 @@ def test_the_standard_library_is_a_corpus() -> None:
         (lambda p: TokenShard(p / "b.bin"), r"b.bin: must hold uint16 tokens; its 3 bytes"),
         (lambda p: TokenShard(p / "few.bin").rows(0, 1, 8, 0), r"few.bin: has 2 tokens; a context of 8 needs"),
         (lambda p: data.read_meta(p), r"meta.json: not a meta.json of fastgpt2"),
+        (lambda p: data.read_meta(p / "deep"), r"meta.json: not a meta.json of fastgpt2 .maximum recursion"),
+        (lambda p: data.read_meta(p / "dtype"), r"meta.json: not a meta.json of fastgpt2 .dtype 'float8'"),
     ],
 )  # fmt: skip
 def test_bad_data(make, message: str, tmp_path: Path) -> None:
     (tmp_path / "b.bin").write_bytes(b"a\0b")
     (tmp_path / "few.bin").write_bytes(b"\1\0\2\0")
     (tmp_path / "meta.json").write_text("{}", encoding="utf-8")
+    for name, content in (("deep", "[" * 99_999), ("dtype", json.dumps(META | {"dtype": "float8"}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(content, encoding="utf-8")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         make(tmp_path)
 
@@ -142,6 +152,9 @@ def test_an_epoch_sees_windows_once_and_targets_are_the_next_tokens(
         assert len(set(inputs.flatten().tolist())) == inputs.numel()  # no overlap
         assert size - 1 - inputs.numel() < 2 * context  # and little left out
         starts.append(inputs[:, 0].tolist())
+    if per_epoch > 4 and context > 1:  # windows begin elsewhere each time: not always at multiples of the context
+        offsets = {shard.rows(epoch * per_epoch, 1, context, seed)[0][0, 0].item() % context for epoch in range(20)}
+        assert len(offsets) > 1
     if per_epoch > 4:
         assert starts[0] != starts[1] != starts[2]
         assert starts[0] != sorted(starts[0])
@@ -223,6 +236,31 @@ def test_atomic_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     remove_leftovers(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"f", "link", ".mine.tmpl"}
     assert path.read_bytes() == (tmp_path / "link").read_bytes() == b"new"
+
+
+def test_atomic_files_are_on_disk_before_they_take_their_name(tmp_path: Path, monkeypatch) -> None:
+    """After a power cut the name stands for the old bytes or the new ones, never for a file that was not written."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        events.append("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
+        fsync(descriptor)
+
+    def renamed(old: Path, new: Path) -> None:
+        events.append(f"{Path(new).name} named")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with atomic_file(tmp_path / "f") as file:
+        file.write(b"new")
+    assert events == ["3 bytes", "f named", "folder"]
+    events.clear()
+    with staged_folder(tmp_path / "s") as stage:
+        (stage / "a").write_bytes(b"12")
+        (stage / "b").write_bytes(b"1234")
+    assert events == ["2 bytes", "4 bytes", "a named", "b named", "folder"]
 
 
 def test_meta_is_written_last(tmp_path: Path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -332,3 +333,12 @@ def test_other_dtypes_keep_rows_apart(seed, dtype):
     prompts = random_prompts(rng, 6)
     options = {"max_new_tokens": 12, "num_samples": 2}
     assert model.generate(prompts, batch_size=1, **options) == model.generate(prompts, batch_size=12, **options)
+
+
+def test_integers_of_numpy_and_torch_are_token_ids(seed):
+    model = tiny_model(seed)
+    ids = [3, 4, 5]
+    same = [ids, np.array(ids, dtype=np.uint8), torch.tensor(ids), list(np.array(ids)), range(3, 6)]
+    samples = generate(model, same, max_new_tokens=1)
+    assert [sample.prompt_ids for sample in samples] == [tuple(ids)] * len(same)
+    assert all(type(token) is int for sample in samples for token in sample.prompt_ids)

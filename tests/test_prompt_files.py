@@ -48,6 +48,7 @@ def test_fasta_prompts():
         (b'{"prompt": "a", "id": [1]}', '"id" must be a string or an integer; got list'),
         (b'{"prompt": "\\ud800"}', "must be Unicode text; it has an unpaired surrogate"),
         (b'{"prompt": "\xff"}', "must be UTF-8 text; byte 13 of the line is not"),
+        (b'{"prompt_ids": [1' + b"0" * 5000 + b"]}", "must be JSON; it has an integer of thousands of digits"),
         (b"[" * 100_000, "must be a flat JSON object; it is nested too deeply"),
     ],
 )

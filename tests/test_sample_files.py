@@ -157,7 +157,12 @@ def test_resume_of_nothing_begins(tmp_path):
 
 @pytest.mark.parametrize(
     ("suffix", "content", "line"),
-    [(".jsonl", '{"prompt_index": 0}\n', 1), (".txt", "0\t0\ta\nx\n", 2), (".fasta", ">a\nMK\n", 1),
+    [(".jsonl", '{"prompt_index": 0}\n', 1),
+     *((".jsonl", f'{{"prompt_index": {index}, "sample_index": 0}}\n', 1)
+       for index in ('"0"', "0.0", "true", "null", "[0]", "Infinity", "1e999", "[" * 99_999)),
+     *((".jsonl", f'{{"prompt_index": 0, "sample_index": {index}}}\n', 1) for index in ('"0"', "0.5", "false")),
+     (".jsonl", "[" * 99_999 + "\n", 1), (".txt", "+0\t0\ta\n", 1),
+     (".txt", "0\t 0\ta\n", 1), (".txt", "1_0\t0\ta\n", 1), (".txt", "0\t0\ta\nx\n", 2), (".fasta", ">a\nMK\n", 1),
      (".fasta", ">a_0 prompt=0 sample=0 length=70 \nMK\n>b\n", 2)],
 )  # fmt: skip
 def test_foreign_rows_are_not_touched(suffix, content, line, tmp_path):
@@ -167,6 +172,18 @@ def test_foreign_rows_are_not_touched(suffix, content, line, tmp_path):
     with pytest.raises(ValueError, match=rf"line {line} is not .*; it cannot be resumed"):
         SampleFile(path, FORMATS[suffix], SETTINGS, resume=True)
     assert path.read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_samples_that_are_not_wanted_are_not_counted(suffix, tmp_path, seed):
+    path = tmp_path / f"out{suffix}"
+    with SampleFile(path, FORMATS[suffix], SETTINGS) as output:
+        output.write(random_row(random.Random(seed), 1, 1))
+        output.write(random_row(random.Random(seed), 5, 7))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"holds sample 7 of prompt 5, not of this run; it cannot be resumed"):
+        SampleFile(path, FORMATS[suffix], SETTINGS, resume=True, wanted=lambda key: key[1] < 7)
+    assert path.read_bytes() == before
 
 
 def test_second_writer_is_refused(tmp_path, seed):

@@ -86,6 +86,15 @@ def test_filters_draw_what_transformers_draws(top_k, top_p, min_p, seed):
     assert not got[expected == 0].any(), "a token that the filters removed was drawn"
 
 
+@pytest.mark.parametrize("top_p", [1e-300, 1e-46, 1e-12])
+def test_the_likeliest_token_stays_however_small_top_p(top_p):
+    logits = torch.tensor([[0.1, 0.3, 0.2]])
+    for uniform in (0.0, 0.5, 1.0 - 2.0**-53):
+        for top_k in (None, 2):
+            config = SamplingConfig(top_p=top_p, top_k=top_k)
+            assert sample(logits, config, torch.tensor([uniform], dtype=torch.float64)).tolist() == [1]
+
+
 def test_top_p_among_equals():
     flat = torch.zeros(2100)  # all of one probability, so of one bin of the histogram
     got = drawn_probabilities(flat, SamplingConfig(top_p=0.9), grid=4_000)

@@ -82,6 +82,12 @@ def test_a_folder_without_a_tokenizer_is_none(tmp_path) -> None:
         ({"merges.txt": b""}, FileNotFoundError, "vocab.json: no such file"),
         ({"vocab.json": b"{", "merges.txt": b""}, ValueError, "vocab.json: not JSON"),
         ({"vocab.json": b'{"a": "b"}', "merges.txt": b""}, ValueError, "vocab.json: must map every token to its id"),
+        ({"tokenizer.json": b"[" * 99_999}, ValueError, "tokenizer.json: not a tokenizer.json"),
+        ({"tokenizer.json": b"[]"}, ValueError, 'not a tokenizer.json: it has no "model"'),
+        ({"vocab.json": b"[" * 99_999, "merges.txt": b""}, ValueError, "vocab.json: not JSON"),
+        ({"vocab.json": b'{"a": -1}', "merges.txt": b""}, ValueError, "vocab.json: must map every token to its id"),
+        ({"vocab.json": b'{"a": true}', "merges.txt": b""}, ValueError, "vocab.json: must map every token to its id"),
+        ({"vocab.json": b'{"a": 4294967296}', "merges.txt": b""}, ValueError, "vocab.json: must map every token"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"a b\n"}, ValueError, "two tokens of vocab.json .* got 'a b'"),
     ],
 )
@@ -90,6 +96,59 @@ def test_bad_files(files: dict[str, bytes], error: type[Exception], message: str
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
         Tokenizer.from_folder(tmp_path)
+
+
+def damaged(tokenizer: Tokenizer, **changes: object) -> str:
+    contents = json.loads(tokenizer.backend.to_str())
+    for name, value in changes.items():
+        (contents if name in contents else contents["model"])[name] = value
+    return json.dumps(contents)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"continuing_subword_prefix": "#" * 50}, "in its merges must begin with '####"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "Precompiled"),
+        ({"dropout": 5.0}, "Dropout should be between 0 and 1"),
+        ({"merges": [["", ""]]}, "out of vocabulary"),
+    ],
+    ids=str,
+)
+def test_damage_that_the_library_panics_at_is_one_sentence(changes, message, tokenizer, tmp_path) -> None:
+    (tmp_path / "tokenizer.json").write_text(damaged(tokenizer, **changes), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"tokenizer.json: not a tokenizer.json: .*{message}") as raised:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer", [{"type": "FixedLength", "length": 0}, {"type": "Sequence", "pretokenizers": []}], ids=str
+)
+def test_texts_that_the_library_panics_at_are_one_sentence(pre_tokenizer, tokenizer, tmp_path) -> None:
+    model = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "none"}
+    (tmp_path / "tokenizer.json").write_text(
+        damaged(tokenizer, pre_tokenizer=pre_tokenizer, model=model), encoding="utf-8"
+    )
+    loaded = Tokenizer.from_folder(tmp_path)
+    for encode in (loaded.encode, lambda text: loaded.encode_batch([text])):
+        with pytest.raises(ValueError, match="the tokenizer cannot encode"):
+            encode("a b")
+
+
+def test_padding_and_truncation_of_the_file_change_no_tokens(tokenizer, tmp_path) -> None:
+    padding = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    for changes in (
+        {"truncation": truncation},
+        {"truncation": {**truncation, "stride": 5}},
+        {"padding": {**padding, "strategy": "BatchLongest"}},
+        {"padding": {**padding, "strategy": {"Fixed": 2**45}}},  # more memory than there is
+    ):
+        (tmp_path / "tokenizer.json").write_text(damaged(tokenizer, **changes), encoding="utf-8")
+        loaded = Tokenizer.from_folder(tmp_path)
+        assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+        assert loaded.encode_batch(["a", TEXTS[0]]) == tokenizer.encode_batch(["a", TEXTS[0]])
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from fastgpt2 import GPT2, GPT2Config
 from fastgpt2.cli import train as command
 from fastgpt2.config import TrainConfig
 from fastgpt2.data import TokenData
+from fastgpt2.files import locked_folder
 from fastgpt2.tokenizer import Tokenizer
 from fastgpt2.train import (
     CheckpointReport,
     EvalReport,
+    Processes,
     SampleReport,
     StepReport,
     Trainer,
@@ -283,8 +286,108 @@ def test_other_data_and_broken_checkpoints_are_refused(data: TokenData, tmp_path
     with pytest.raises(ValueError, match=r"step-00000001.pt: not a readable checkpoint; remove it"):
         Trainer.resume(tmp_path, data)
     torch.save({"model": {}}, path)
-    with pytest.raises(ValueError, match=r"not a checkpoint of format 1"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of format 2"):
         Trainer.resume(tmp_path, data)
+
+
+@pytest.mark.parametrize("what", ["halved", "empty", "missing"])
+def test_another_validation_set_is_refused(what: str, data: TokenData, tmp_path: Path) -> None:
+    list(Trainer(make_model(), data, make_config(steps=1), tmp_path).run())
+    val = tmp_path / "data" / "val.bin"
+    if what == "missing":
+        val.unlink()
+    else:
+        val.write_bytes(val.read_bytes()[:100] if what == "halved" else b"")
+    message = "is missing" if what == "missing" else "holds other tokens"
+    with pytest.raises(ValueError, match=rf"resume: data must be what the run began with; .*val.bin {message}"):
+        Trainer.resume(tmp_path, TokenData.open(tmp_path / "data"))
+
+
+def test_another_tokenizer_is_refused(data: TokenData, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["a b"], 257)
+    list(Trainer(make_model(vocab_size=257), data, make_config(steps=1), tmp_path, tokenizer=tokenizer).run())
+    assert Trainer.resume(tmp_path, data).tokenizer is not None
+    Tokenizer.train(["ab ab ab"], 258).save(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"resume: the tokenizer must be what .*tokenizer.json is another: put it back"
+    ):
+        Trainer.resume(tmp_path, data)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"resume: the tokenizer must be what .*tokenizer.json is missing: put it back"
+    ):
+        Trainer.resume(tmp_path, data)
+
+
+def no_optimizer_state(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"] = {}
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "no step": (lambda state: state.pop("step"), "lacks step; remove it"),
+    "no model": (lambda state: state.pop("model"), "lacks model; remove it"),
+    "optimizer without state": (no_optimizer_state, "not a whole checkpoint .*optimizer's state is not that"),
+    "empty optimizer": (lambda state: state["optimizer"].clear(), "not a whole checkpoint"),
+    "optimizer of another kind": (lambda state: state.update(optimizer=3), "not a whole checkpoint"),
+    "weight missing": (lambda state: state["model"].popitem(), "not a whole checkpoint"),
+    "weights of another kind": (lambda state: state.update(model=[]), "not a whole checkpoint"),
+    "size missing": (lambda state: state["model_config"].update(hidden_size=None), "not a whole checkpoint"),
+    "foreign setting": (lambda state: state["train_config"].update(colour="red"), "not a whole checkpoint"),
+    "loss of another kind": (lambda state: state.update(loss_sum="x"), "not a whole checkpoint"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoints_are_one_sentence(kind: str, data: TokenData, tmp_path: Path) -> None:
+    list(Trainer(make_model(), data, make_config(steps=1), tmp_path).run())
+    (path,) = checkpoint_paths(tmp_path)
+    state = read_checkpoint(path)
+    damage, message = DAMAGE[kind]
+    damage(state)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=rf"step-00000001.pt: {message}") as raised:
+        Trainer.resume(tmp_path, data)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused(data: TokenData, tmp_path: Path) -> None:
+    list(Trainer(make_model(), data, make_config(steps=1), tmp_path).run())
+    (path,) = checkpoint_paths(tmp_path)
+    content = bytearray(path.read_bytes())
+    weight = read_checkpoint(path)["model"]["transformer.wte.weight"].numpy().tobytes()
+    content[content.index(weight) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-00000001.pt: is damaged \(Bad CRC-32"):
+        read_checkpoint(path)
+
+
+class RunsCode:
+    """Pickled, it makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"format": 2, "model": RunsCode(tmp_path / "made")}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        read_checkpoint(tmp_path / "step.pt")
+    assert not (tmp_path / "made").exists()
+
+
+def test_every_process_and_step_has_random_numbers_of_its_own(data: TokenData, tmp_path: Path) -> None:
+    seeds = []
+    for rank in range(3):
+        processes = Processes(rank, 1, torch.device("cpu"))
+        trainer = Trainer(make_model(), data, make_config(), tmp_path, processes=processes)
+        for step in range(3):
+            trainer.step = step
+            trainer._train_step(trainer._wrapped())
+            seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 9
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient's norm"])
@@ -419,6 +522,20 @@ def test_the_command_finetunes_and_takes_nanogpt_data(text: Path, tmp_path: Path
         (["--data", "{text}", "--init-from", "x"], ValueError, "leave out --preset and the size options"),
         (["--data", "{dir}/nano"], ValueError, "nano has no tokenizer; give --tokenizer FOLDER, --vocab-size N or"),
         (["--data", "{text}", "--heads", 3], ValueError, "hidden_size must be a multiple of num_heads; got 16 and 3"),
+        (["--data", "{text}", "--activation", "gleu"], ValueError, "activation_function must be one of"),
+        (["--data", "{text}", "--layers", 0], ValueError, "num_layers must be a positive int"),
+        (
+            ["--data", "{text}", "--vocab-size", 10**10],
+            ValueError,
+            "vocab_size must be at least 257 .* at most 1048576",
+        ),
+        (
+            ["--data", "{dir}/nano", "--vocab-size", 100, "--context", 100],
+            ValueError,
+            "a context of 100 needs at least",
+        ),
+        (["--data", "{dir}/nano", "--suffix", ".py", "--vocab-size", 0], ValueError, "has no tokenizer; give"),
+        (["--data", "{dir}/empty"], ValueError, "no text files in"),
         (["--data", "{text}", "--lr", -1], ValueError, "lr must be a finite number > 0"),
         (["--data", "{text}", "--device", "cuda"], ValueError, "device must be one that this machine has"),
         (["--data", "{text}", "--val-fraction", 2], ValueError, r"val_fraction must be in \[0, 1\)"),
@@ -429,6 +546,7 @@ def test_bad_commands(
     arguments: list[object], error: type[Exception], message: str, text: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "nano").mkdir()
     np.arange(100, dtype=np.uint16).tofile(tmp_path / "nano" / "train.bin")
     filled = [str(a).format(text=text, dir=tmp_path) for a in arguments]
@@ -437,6 +555,28 @@ def test_bad_commands(
     args = parser.parse_args([*TINY, "--out", str(tmp_path / "out"), *filled])
     with pytest.raises(error, match=message):
         command.run(args)
+    assert not (tmp_path / "out").exists(), "made before the arguments were known to be good"
+
+
+def test_one_run_at_a_time_writes_to_a_folder(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with locked_folder(out):  # as another process does
+        for resume in ([], ["--resume"]):
+            with pytest.raises(BlockingIOError, match="out: another process is writing to it; wait for it or name"):
+                run_command(out, "--data", text, "--vocab-size", 270, "--steps", 1, *resume)
+        assert list(out.iterdir()) == []
+    assert run_command(out, "--data", text, "--vocab-size", 270, "--steps", 1) == 0
+    with locked_folder(out), pytest.raises(BlockingIOError, match="another process is writing to it"):
+        run_command(out, "--resume", "--steps", 2)
+    assert run_command(out, "--resume", "--steps", 2) == 0
+
+
+def test_one_is_one(text: Path, tmp_path: Path, capsys) -> None:
+    assert run_command(tmp_path / "out", "--data", text, "--vocab-size", 270, "--steps", 1, "--val-fraction", 0) == 0
+    printed = capsys.readouterr().err
+    assert "1 document (" in printed
+    assert " 1 process\n" in printed
+    assert "0 files skipped" in printed
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(text: Path, tmp_path: Path) -> None:
@@ -453,9 +593,10 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(text: Path, tmp_path: P
     ):
         with pytest.raises(ValueError, match=message):
             run_command(out, "--resume", option, value)
-    (out / "run.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"run.json: must be JSON"):
-        run_command(out, "--resume")
+    for content in ("{", "[]", "[" * 99_999, '{"colour": 3}'):
+        (out / "run.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"run.json: must be JSON"):
+            run_command(out, "--resume")
 
 
 def test_samples_are_text_of_the_model(text: Path, tmp_path: Path) -> None:

@@ -12,16 +12,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
 
 from fastgpt2.checkpoint import EMBEDDED, load_pretrained
 from fastgpt2.config import SamplingConfig
+from fastgpt2.devices import find_device
 from fastgpt2.generate import generate_iter, prompt_token_ids, stream
 from fastgpt2.gpt2 import GPT2
-from fastgpt2.prompt_files import Prompt, PromptError, digest, read_prompts
+from fastgpt2.messages import counted, shown
+from fastgpt2.prompt_files import Prompt, PromptError, check_prompt_suffix, digest, read_prompts
 from fastgpt2.sample_files import SampleFile, SampleRecord, check_writable, sample_format
 from fastgpt2.tokenizer import Tokenizer
 
@@ -30,6 +32,12 @@ HELP = "continue prompts with a model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The embedded model knows Python; without a prompt it shows that.
 DEFAULT_PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a file'
+
+
+# Of one prompt: all that are still to be made are held in memory.
+_MOST_SAMPLES = 10_000_000
+# Prompts are read whole: what is longer is no file of prompts, or an endless one like /dev/zero.
+_MOST_PROMPT_BYTES = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,9 +108,13 @@ def run(args: argparse.Namespace) -> int:
     sampling = SamplingConfig(
         **{name: getattr(args, name) for name in SamplingConfig.__dataclass_fields__}  # every field is an option
     )
-    for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"generate: --{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
+    for name, most in (("num_samples", _MOST_SAMPLES), ("batch_size", None)):
+        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value < 1:
+            raise ValueError(f"generate: {option} must be at least 1; got {shown(value)}")
+        if most is not None and value > most:
+            raise ValueError(f"generate: {option} must be at most {most:,}; got {shown(value)}")
+    find_device(args.device)  # before prompts are read and a model is looked for
     out = Path(args.out) if args.out is not None else None
     if out is not None:
         format = sample_format(out, token_ids=args.token_ids, logprobs=args.logprobs)
@@ -120,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{out}: holds text, and the model {args.model} has no tokenizer; use a .jsonl output")
     settings = {
         "weights": _weights_digest(model),
+        "tokenizer": model.tokenizer.digest() if model.tokenizer is not None else None,
         "prompts": prompts_digest,
         "num_samples": args.num_samples,
         **asdict(sampling),
@@ -128,7 +141,15 @@ def run(args: argparse.Namespace) -> int:
         "token_ids": args.token_ids,
         "logprobs": args.logprobs,
     }
-    with SampleFile(out, format, settings, resume=args.resume, overwrite=args.overwrite) as output:
+    indices = {item.prompt.index for item in usable}
+    with SampleFile(
+        out,
+        format,
+        settings,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        wanted=lambda key: key[0] in indices and 0 <= key[1] < args.num_samples,
+    ) as output:
         return _write(model, usable, sampling, args, output)
 
 
@@ -153,10 +174,13 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Prompt | PromptError], str]
         raise ValueError("generate: give a prompt or --prompts FILE, not both")
     if args.prompts is not None:
         if args.prompts == "-":
-            data, name, suffix = sys.stdin.buffer.read(), "standard input", ".txt"
+            data, name, suffix = _read_stdin(), "standard input", ".txt"
         else:
             path = Path(args.prompts)
-            data, name, suffix = path.read_bytes(), str(path), path.suffix
+            name, suffix = str(path), path.suffix
+            check_prompt_suffix(name, suffix)
+            with open(path, "rb") as file:
+                data = _read(file, name)
             if args.out is not None and Path(args.out).exists() and path.samefile(args.out):
                 raise ValueError(f"{path}: holds the prompts and cannot be the output; choose another --out")
         prompts = list(read_prompts(data, name, suffix))
@@ -164,7 +188,7 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Prompt | PromptError], str]
             raise ValueError(f"{name}: there are no prompts in it; give at least one")
         return prompts, digest(data)
     if args.prompt == "-":
-        data, name = sys.stdin.buffer.read(), "standard input"
+        data, name = _read_stdin(), "standard input"
     elif args.prompt is not None:
         data, name = os.fsencode(args.prompt), "the prompt"
     else:
@@ -173,6 +197,19 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Prompt | PromptError], str]
         return [Prompt(0, data.decode("utf-8"), name)], digest(data)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} must be UTF-8 text; byte {error.start + 1} is not") from None
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:  # what Python makes of a closed one
+        raise ValueError("generate: standard input is closed; give the prompt as an argument or --prompts FILE")
+    return _read(sys.stdin.buffer, "standard input")
+
+
+def _read(file: BinaryIO, name: str) -> bytes:
+    data = file.read(_MOST_PROMPT_BYTES + 1)
+    if len(data) > _MOST_PROMPT_BYTES:
+        raise ValueError(f"{name}: must hold at most {_MOST_PROMPT_BYTES:,} bytes of prompts; it has more: split it")
+    return data
 
 
 def _checked(model: GPT2, prompts: Sequence[Prompt | PromptError], skip_bad: bool) -> list[_Usable]:
@@ -193,11 +230,8 @@ def _checked(model: GPT2, prompts: Sequence[Prompt | PromptError], skip_bad: boo
 
 
 def _load(args: argparse.Namespace) -> GPT2:
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[args.dtype] if args.dtype is not None else None
-    return load_pretrained(args.model, dtype=dtype, device=device, backend=args.backend)
+    return load_pretrained(args.model, dtype=dtype, device=find_device(args.device), backend=args.backend)
 
 
 def _weights_digest(model: GPT2) -> str:
@@ -289,8 +323,8 @@ def _records(
 
 def _summarize(num_samples: int, num_tokens: int, seconds: float) -> None:
     rate = num_tokens / seconds if seconds > 0 else 0.0
-    samples = "sample" if num_samples == 1 else "samples"
     print(
-        f"fastgpt2: {num_samples} {samples}, {num_tokens} tokens in {seconds:.1f} s: {rate:.0f} tokens/s",
+        f"fastgpt2: {counted(num_samples, 'sample')}, {counted(num_tokens, 'token')} in {seconds:.1f} s: "
+        f"{rate:.0f} tokens/s",
         file=sys.stderr,
     )

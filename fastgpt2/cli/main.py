@@ -33,8 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0, 2 for an error, 130 after Ctrl-C)."""
-    args = build_parser().parse_args(argv)
+    debug = False
     try:
+        args = build_parser().parse_args(argv)  # loads the commands' modules
+        debug = args.debug
         return args.run(args)
     except KeyboardInterrupt:
         print("fastgpt2: interrupted", file=sys.stderr)
@@ -43,8 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (`fastgpt2 generate | head`): nothing to say, and nobody to say it to.
         sys.stderr.close()
         return 0
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        if args.debug:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        if debug:
             raise
-        print(f"fastgpt2: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastgpt2: {_sentence(error)}", file=sys.stderr)
         return 2
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = " ".join(str(error).split())
+    # torch.OutOfMemoryError is a RuntimeError of that name; on a CPU PyTorch raises a plain one.
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or "can't allocate memory" in text or "not enough memory" in text:
+        return "there is not enough memory for this; use a smaller model, batch or context"
+    return text or type(error).__name__

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import hashlib
 import json
 import signal
 import sys
@@ -17,9 +17,10 @@ from tqdm import tqdm
 from fastgpt2 import data, train
 from fastgpt2.checkpoint import load_pretrained
 from fastgpt2.config import PRESETS, GPT2Config, TrainConfig
-from fastgpt2.files import atomic_file
+from fastgpt2.files import atomic_file, locked_folder
 from fastgpt2.gpt2 import GPT2
-from fastgpt2.tokenizer import Tokenizer
+from fastgpt2.messages import counted, first_line
+from fastgpt2.tokenizer import Tokenizer, check_vocab_size
 
 HELP = "train a model on text"
 
@@ -110,14 +111,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("train: give --steps or --minutes, not both")
     processes = train.Processes.start(args.device)
     try:
-        if train.checkpoint_paths(args.out) and not args.resume:
+        resumes = bool(train.checkpoint_paths(args.out))
+        if resumes and not args.resume:
             raise ValueError(f"train: {args.out} holds a run; continue it with --resume or choose another --out")
         kept = _kept_options(args.out) if args.resume else {}
-        if train.checkpoint_paths(args.out):
-            trainer = _resumed(args, given, kept, processes)
-        else:
-            trainer = _begun(args, {**kept, **given}, processes)
-        return _follow(trainer)
+        plan = None if resumes else _planned(args, {**kept, **given}, processes)
+        # Nothing is written before the arguments are known to be good, and then by one run at a time.
+        with locked_folder(args.out) if processes.is_first else contextlib.nullcontext():
+            trainer = _resumed(args, given, kept, processes) if plan is None else _begun(args, plan, processes)
+            return _follow(trainer)
     finally:
         processes.close()
 
@@ -128,9 +130,14 @@ def _kept_options(out: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: must be JSON ({error}); remove it and give the run's options again") from error
+        options = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(options, dict) or options.keys() - _KEPT:
+            raise ValueError("not the options of a run")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: must be JSON ({first_line(error)}); remove it and give the run's options again"
+        ) from error
+    return options
 
 
 def _train_fields(options: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +155,26 @@ def _sizes(options: dict[str, Any]) -> dict[str, Any]:
 # -- the beginning ------------------------------------------------------------------------------------------------
 
 
-def _begun(args: argparse.Namespace, options: dict[str, Any], processes: train.Processes) -> train.Trainer:
+@dataclasses.dataclass
+class _Plan:
+    """A run that can begin: its options, and what was read for it.
+
+    tokens: shards that `--data` names; None for text. corpus: the text to make shards of; None where they are made.
+    """
+
+    options: dict[str, Any]
+    wanted: dict[str, Any]
+    sizes: dict[str, Any]
+    config: TrainConfig
+    initial: GPT2 | None
+    tokenizer: Tokenizer | None
+    tokens: data.TokenData | None = None
+    corpus: data.Corpus | None = None
+    request: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train.Processes) -> _Plan:
+    """Check everything that can be known before data is prepared; nothing is written."""
     config, sizes = TrainConfig(**_train_fields(options)), _sizes(options)
     wanted = {name: options.get(name, default) for name, default in _RUN_DEFAULTS.items()}
     if not wanted["data"]:
@@ -163,52 +189,69 @@ def _begun(args: argparse.Namespace, options: dict[str, Any], processes: train.P
         # No dropout by default here either: what the checkpoint's configuration says is about its own training.
         changes = {**dict.fromkeys(_DROPOUTS, 0.0), **sizes}
         initial = load_pretrained(wanted["init_from"], dtype=torch.float32, backend=args.backend, **changes)
-    with processes.first_goes_first():
-        if processes.is_first:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            kept = {name: value for name, value in options.items() if name in _KEPT}
-            with atomic_file(Path(args.out, "run.json")) as file:
-                file.write(json.dumps(kept, indent=2).encode())
-        tokens, tokenizer = _prepared(args, wanted, config.seed, initial, processes)
-    torch.manual_seed(config.seed)
-    model = initial or GPT2(_model_config(wanted, sizes, tokens, tokenizer), backend=args.backend)
-    return train.Trainer(model, tokens, config, args.out, tokenizer=tokenizer, processes=processes)
-
-
-def _prepared(
-    args: argparse.Namespace, wanted: dict[str, Any], seed: int, initial: GPT2 | None, processes: train.Processes
-) -> tuple[data.TokenData, Tokenizer | None]:
-    """The token shards and their tokenizer; the first process writes them where they are not there yet."""
     tokenizer = _named_tokenizer(wanted["tokenizer"]) if wanted["tokenizer"] else initial.tokenizer if initial else None
     if initial and tokenizer and tokenizer.vocab_size > initial.config.vocab_size:
         raise ValueError(
             f"train: the tokenizer must fit the model of --init-from; got {tokenizer.vocab_size} tokens "
             f"and vocab_size {initial.config.vocab_size}"
         )
+    plan = _Plan(options, wanted, sizes, config, initial, tokenizer)
     if (folder := _shard_folder(wanted["data"])) is not None:
-        return data.TokenData.open(folder), tokenizer or Tokenizer.from_folder(folder)
+        plan.tokenizer = tokenizer or Tokenizer.from_folder(folder)
+        plan.tokens = data.TokenData.open(folder)
+        model_config = initial.config if initial else _model_config(wanted, sizes, plan.tokenizer)
+        plan.tokens.train.windows_per_epoch(model_config.context_length)  # raises when there are too few tokens
+        return plan
     if initial and not tokenizer:
         raise ValueError(f"train: {wanted['init_from']} has no tokenizer; give its folder with --tokenizer")
-    folder = Path(args.out, "data")
-    request = {
+    vocab_size = None if tokenizer else wanted["vocab_size"] or _DEFAULT_VOCAB_SIZE
+    if vocab_size is not None:
+        check_vocab_size(vocab_size)
+    if not initial:
+        _model_config({**wanted, "vocab_size": vocab_size}, sizes, tokenizer)
+    plan.request = {
         "sources": wanted["data"],
         "suffixes": wanted["suffix"],
         "val_fraction": wanted["val_fraction"],
-        "seed": seed,
-        "vocab_size": None if tokenizer else wanted["vocab_size"] or _DEFAULT_VOCAB_SIZE,
-        "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() if tokenizer else None,
+        "seed": config.seed,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer.digest() if tokenizer else None,
     }
-    meta = data.read_meta(folder)
-    if processes.is_first and not (args.resume and meta and meta.request == request):
-        corpus = data.find_documents(
-            wanted["data"], suffixes=wanted["suffix"], val_fraction=wanted["val_fraction"], seed=seed
+    meta = data.read_meta(Path(args.out, "data"))
+    if processes.is_first and not (args.resume and meta and meta.request == plan.request):
+        plan.corpus = data.find_documents(
+            wanted["data"], suffixes=wanted["suffix"], val_fraction=wanted["val_fraction"], seed=config.seed
         )
-        _say(f"{len(corpus)} documents ({len(corpus.val)} for validation), {corpus.skipped} files skipped")
+    return plan
+
+
+def _begun(args: argparse.Namespace, plan: _Plan, processes: train.Processes) -> train.Trainer:
+    with processes.first_goes_first():
+        if processes.is_first:
+            kept = {name: value for name, value in plan.options.items() if name in _KEPT}
+            with atomic_file(Path(args.out, "run.json")) as file:
+                file.write(json.dumps(kept, indent=2).encode())
+        tokens, tokenizer = _prepared(Path(args.out, "data"), plan)
+    torch.manual_seed(plan.config.seed)
+    model = plan.initial or GPT2(_model_config(plan.wanted, plan.sizes, tokenizer), backend=args.backend)
+    return train.Trainer(model, tokens, plan.config, args.out, tokenizer=tokenizer, processes=processes)
+
+
+def _prepared(folder: Path, plan: _Plan) -> tuple[data.TokenData, Tokenizer | None]:
+    """The token shards and their tokenizer; the first process writes them where they are not there yet."""
+    if plan.tokens is not None:
+        return plan.tokens, plan.tokenizer
+    tokenizer = plan.tokenizer
+    if (corpus := plan.corpus) is not None:
+        _say(
+            f"{counted(len(corpus), 'document')} ({len(corpus.val)} for validation), "
+            f"{counted(corpus.skipped, 'file')} skipped"
+        )
         if tokenizer is None:
             pieces = (piece for segment in corpus.train for piece in segment.pieces())
-            tokenizer = Tokenizer.train(pieces, request["vocab_size"])
+            tokenizer = Tokenizer.train(pieces, plan.request["vocab_size"])
         tokenizer.save(folder)
-        meta = data.write_shards(corpus, tokenizer, folder, request)
+        meta = data.write_shards(corpus, tokenizer, folder, plan.request)
         _say(
             f"{meta.train_tokens:,} tokens to train on, {meta.val_tokens:,} for validation, "
             f"vocabulary {meta.vocab_size:,}, {meta.train_bytes / max(1, meta.train_tokens):.2f} bytes a token"
@@ -228,9 +271,7 @@ def _named_tokenizer(folder: str) -> Tokenizer:
     return tokenizer
 
 
-def _model_config(
-    wanted: dict[str, Any], sizes: dict[str, Any], tokens: data.TokenData, tokenizer: Tokenizer | None
-) -> GPT2Config:
+def _model_config(wanted: dict[str, Any], sizes: dict[str, Any], tokenizer: Tokenizer | None) -> GPT2Config:
     # No dropout by default: a GPT-2 trained for an epoch or a few is better without.
     changes: dict[str, Any] = dict.fromkeys(_DROPOUTS, 0.0)
     if tokenizer is not None:
@@ -239,7 +280,7 @@ def _model_config(
     elif wanted["vocab_size"]:
         changes["vocab_size"] = wanted["vocab_size"]
     elif not wanted["preset"]:
-        folder = tokens.train.path.parent
+        folder = wanted["data"][0]
         raise ValueError(f"train: {folder} has no tokenizer; give --tokenizer FOLDER, --vocab-size N or --preset NAME")
     if wanted["preset"]:
         return GPT2Config.preset(wanted["preset"], **{**changes, **sizes})
@@ -283,7 +324,7 @@ def _follow(trainer: train.Trainer) -> int:
     try:
         _say(
             f"{trainer.model.num_parameters():,} parameters, {trainer.global_rows} rows of {trainer.context} tokens "
-            f"a step, {trainer.config.dtype} on {trainer.device}, {trainer.processes.count} processes",
+            f"a step, {trainer.config.dtype} on {trainer.device}, {counted(trainer.processes.count, 'process')}",
             first,
         )
         with tqdm(

@@ -9,10 +9,17 @@ from typing import Any
 
 from fastgpt2.config.checks import is_int, require
 from fastgpt2.config.huggingface import OPENAI_IDS, fields_from_hf, fields_to_hf
+from fastgpt2.messages import shown
 from fastgpt2_kernels.ops import ACTIVATIONS
 
 # Activations with weights of their own are modules of the model (layers.py), the others are plain functions.
 LEARNED_ACTIVATIONS = ("prelu", "xielu")
+
+
+# Tensors of any two sizes then have fewer than 2**62 elements, as PyTorch counts them.
+MAX_SIZE = 2**31 - 1
+# Building a layer takes time even without memory for its weights: a damaged file must not take hours to be refused.
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,16 @@ class GPT2Config:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "hidden_size", "num_layers", "num_heads"):
             value = getattr(self, name)
-            require(is_int(value) and value > 0, f"GPT2Config: {name} must be a positive int; got {value!r}")
+            most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+            require(is_int(value) and value > 0, f"GPT2Config: {name} must be a positive int; got {shown(value)}")
+            require(value <= most, f"GPT2Config: {name} must be at most {most}; got {shown(value)}")
         if self.feedforward_dim is not None:
+            given = self.feedforward_dim
             require(
-                is_int(self.feedforward_dim) and self.feedforward_dim > 0,
-                f"GPT2Config: feedforward_dim must be a positive int or None; got {self.feedforward_dim!r}",
+                is_int(given) and given > 0,
+                f"GPT2Config: feedforward_dim must be a positive int or None; got {shown(given)}",
             )
+            require(given <= MAX_SIZE, f"GPT2Config: feedforward_dim must be at most {MAX_SIZE}; got {shown(given)}")
         require(
             self.hidden_size % self.num_heads == 0,
             f"GPT2Config: hidden_size must be a multiple of num_heads; got {self.hidden_size} and {self.num_heads}",

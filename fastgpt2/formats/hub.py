@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastgpt2.formats.huggingface import TOKENIZER_FILES, WEIGHT_FILES, shard_names
 from fastgpt2.messages import first_line
@@ -19,9 +22,11 @@ def download(name: str, revision: str | None, *, config_only: bool = False) -> P
             'pip install "fastgpt2[hub]"'
         ) from error
 
+    cache_only = not _is_reachable()
+
     def fetch(file: str) -> Path | None:
         try:
-            return Path(hf_hub_download(name, file, revision=revision))
+            return Path(hf_hub_download(name, file, revision=revision, local_files_only=cache_only))
         except LocalEntryNotFoundError as error:
             offline.append(error)
         except EntryNotFoundError:
@@ -56,3 +61,20 @@ def download(name: str, revision: str | None, *, config_only: bool = False) -> P
     for file in TOKENIZER_FILES:
         fetch(file)
     return folder
+
+
+def _is_reachable() -> bool:
+    """Whether the hub answers a connection: huggingface_hub itself tries again for 23 s before it says that it is not.
+
+    Behind a proxy only a whole request could tell, and huggingface_hub is left to make it.
+    """
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or not hub.hostname or urllib.request.getproxies():
+        return True
+    try:
+        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=5).close()
+    except OSError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -24,7 +25,7 @@ from fastgpt2.formats.weights import (
     named_weights,
     written,
 )
-from fastgpt2.messages import first_line
+from fastgpt2.messages import first_line, listed
 from fastgpt2.model import GPT2Base
 
 # In order of preference. An index names the files ("shards") that the weights are spread over.
@@ -40,7 +41,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 def save_pretrained(model: GPT2Base, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
     """Write a folder that `load_pretrained` and transformers' `GPT2LMHeadModel.from_pretrained` load bit for bit.
 
-    Holds config.json, model.safetensors, generation_config.json and the model's tokenizer if it has one. All files are
+    Holds config.json, model.safetensors, generation_config.json and the model's tokenizer if it has one; a tokenizer
+    that lies there already stays, with a warning, where the model has none. All files are
     written in full before the first takes its name, and each replaces an older one in a single step: a crash leaves
     the checkpoint that was there. `dtype` converts the weights on the way.
     """
@@ -56,10 +58,18 @@ def save_pretrained(model: GPT2Base, path: str | PathLike[str], *, dtype: torch.
         config = model.config.to_hf()
         _write_json(stage / "config.json", {**config, "dtype": str(dtype or model.dtype).removeprefix("torch.")})
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-        if ids:
-            _write_json(stage / "generation_config.json", ids)
+        # Written without ids too: it replaces that of an older model, whose end-of-text id would count.
+        _write_json(stage / "generation_config.json", ids)
         if model.tokenizer is not None:
             model.tokenizer.save(stage)
+    older = [name for name in TOKENIZER_FILES if Path(path).expanduser().joinpath(name).exists()]
+    if model.tokenizer is None and older:
+        # It may be this model's, put there by another library: only the caller knows.
+        warnings.warn(
+            f"save_pretrained: {path} holds a tokenizer ({listed(older)}) that will be loaded with this model, which "
+            "has none; set model.tokenizer, or remove the file if it is another model's",
+            stacklevel=2,
+        )
 
 
 def hf_state_dict(model: GPT2Base) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import GPT2Config
+from fastgpt2.files import check_archive
 from fastgpt2.formats import nanogpt
 from fastgpt2.formats.hub import download
 from fastgpt2.formats.huggingface import WEIGHT_FILES, read_hf_config, shard_names
@@ -155,12 +156,18 @@ def _find_in_folder(folder: Path) -> _Source:
             missing = [name for name in names if not (folder / name).exists()]
             if missing:
                 raise FileNotFoundError(f"{folder}: the index names files that are missing: {listed(missing)}")
+            for name in names:
+                if not name.endswith(".safetensors"):
+                    check_archive(folder / name)
             return _Source(str(folder), read_hf_config(folder), tuple(folder / name for name in names), folder)
     raise FileNotFoundError(f"{folder}: has a config.json but no weights; looked for {', '.join(WEIGHT_FILES)}")
 
 
 def _find_file(path: Path) -> _Source:
-    contents = {} if path.suffix == ".safetensors" else torch_load(path)
+    contents = {}
+    if path.suffix != ".safetensors":
+        check_archive(path)
+        contents = torch_load(path)
     if "model_args" in contents and "model" in contents:
         config, has_biases = nanogpt.read_config(contents, path)
         return _Source(str(path), config, (path,), path.parent, is_nanogpt=True, has_biases=has_biases)

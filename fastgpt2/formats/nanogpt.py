@@ -13,7 +13,7 @@ import torch
 from fastgpt2.config import GPT2Config
 from fastgpt2.files import staged_folder
 from fastgpt2.formats.weights import HEAD, WTE, named_weights, written
-from fastgpt2.messages import listed
+from fastgpt2.messages import first_line, listed
 from fastgpt2.model import GPT2Base
 
 CHECKPOINT_FILE = "ckpt.pt"
@@ -72,7 +72,10 @@ def save_nanogpt(model: GPT2Base, path: str | PathLike[str], *, dtype: torch.dty
     state[HEAD] = state[WTE]
     with staged_folder(path) as stage:
         contents = {"model_args": {**args, "bias": True}, "model": state, _OUR_CONFIG: config.to_hf()}
-        torch.save(contents, stage / CHECKPOINT_FILE)
+        try:
+            torch.save(contents, stage / CHECKPOINT_FILE)
+        except RuntimeError as error:  # PyTorch's own writer says nothing of the reason
+            raise OSError(f"{path}: the weights cannot be written: {first_line(error)}; is the disk full?") from error
         if model.tokenizer is not None:
             model.tokenizer.save(stage)
 

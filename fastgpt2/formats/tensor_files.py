@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +45,9 @@ def torch_load(path: Path) -> dict[str, Any]:
     try:
         # Files of PyTorch before 1.6 are no zip archives, and only those can be mapped.
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what an unpickler stumbles over, and so what it raises, is up to the file's bytes
         raise ValueError(f"{path}: not a readable file of tensors ({first_line(error)}); is it whole?") from error
     if not isinstance(contents, dict) or not all(isinstance(key, str) for key in contents):
         raise ValueError(f"{path}: must hold a dictionary of tensors; got {type(contents).__name__}")
@@ -79,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
         raise ValueError(f"{path}: not a JSON file ({first_line(error)})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object; got {type(value).__name__}")

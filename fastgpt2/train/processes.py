@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgpt2.devices import find_device
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -25,11 +27,7 @@ class Processes:
     def start(cls, device: str = "auto") -> Processes:
         """Join the process group when torchrun started this process (nccl on GPUs, gloo on CPUs); else be alone."""
         count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        chosen = torch.device(device)
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device must be one that this machine has; got {device} without a GPU: use cpu or auto")
+        chosen = find_device(device)
         if chosen.type == "cuda" and chosen.index is None:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(chosen)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -13,11 +12,18 @@ from typing import Any
 
 import torch
 
-from fastgpt2.files import atomic_file, link_file, remove_leftovers
+from fastgpt2.files import atomic_file, check_archive, link_file, remove_leftovers
+from fastgpt2.messages import listed
 from fastgpt2.tokenizer import Tokenizer
 from fastgpt2.train.reports import EvalReport, StepReport
 
-_FORMAT = 1
+# 2: `val_data` and `tokenizer`.
+_FORMAT = 2
+# What every checkpoint holds beside its format.
+_ENTRIES = (
+    "step", "model", "optimizer", "scaler", "loss_sum", "num_losses", "best_loss", "global_rows", "data", "val_data",
+    "tokenizer", "model_config", "train_config",
+)  # fmt: skip
 
 
 def checkpoint_paths(out: str | PathLike[str]) -> list[Path]:
@@ -27,12 +33,17 @@ def checkpoint_paths(out: str | PathLike[str]) -> list[Path]:
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """A checkpoint's contents, on the CPU. ValueError when the file is not a checkpoint of this package."""
+    check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what an unpickler stumbles over, and so what it raises, is up to the file's bytes
         raise ValueError(f"{path}: not a readable checkpoint; remove it to continue from the one before") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path}: not a checkpoint of format {_FORMAT}; train again with this version")
+    if missing := [name for name in _ENTRIES if name not in state]:
+        raise ValueError(f"{path}: lacks {listed(missing)}; remove it to continue from the one before")
     return state
 
 

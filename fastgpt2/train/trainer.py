@@ -27,6 +27,7 @@ from fastgpt2.config import GPT2Config, TrainConfig
 from fastgpt2.data import TokenData
 from fastgpt2.gpt2 import GPT2
 from fastgpt2.loss import calculate_loss
+from fastgpt2.messages import first_line
 from fastgpt2.tokenizer import Tokenizer
 from fastgpt2.train.optimization import DTYPES, learning_rate, parameter_groups, resolve_dtype
 from fastgpt2.train.processes import Processes
@@ -105,6 +106,7 @@ class Trainer:
         self.stop_requested = False
         self._val_bytes: int | None = None
         self._fingerprint = data.train.fingerprint()
+        self._val_fingerprint = data.val.fingerprint() if data.val is not None else None
 
     # -- a run ----------------------------------------------------------------------------------------------------
 
@@ -349,6 +351,8 @@ class Trainer:
             "best_loss": self.best_loss,
             "global_rows": self.global_rows,
             "data": self._fingerprint,
+            "val_data": self._val_fingerprint,
+            "tokenizer": self.tokenizer.digest() if self.tokenizer is not None else None,
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
         }
@@ -373,7 +377,8 @@ class Trainer:
             raise FileNotFoundError(f"{Path(out) / 'checkpoints'}: no checkpoint to resume from")
         state = read_checkpoint(paths[-1])
         processes = processes or Processes.start()
-        was = TrainConfig(**state["train_config"])
+        with _damage_in(paths[-1]):
+            was = TrainConfig(**state["train_config"])
         if "dtype" in changes:
             changes["dtype"] = resolve_dtype(changes["dtype"], processes.device)
         for name, value in changes.items():
@@ -382,11 +387,11 @@ class Trainer:
                 raise ValueError(f"resume: {name} must stay {before!r} as in {paths[-1].name}; got {value!r}")
         if "steps" in changes:
             changes["minutes"] = None
-        model = GPT2(GPT2Config(**state["model_config"]), backend=backend)
-        model.load_state_dict(state["model"])
-        trainer = cls(
-            model, data, was.replace(**changes), out, tokenizer=Tokenizer.from_folder(out), processes=processes
-        )
+        with _damage_in(paths[-1]):
+            model = GPT2(GPT2Config(**state["model_config"]), backend=backend)
+            model.load_state_dict(state["model"])
+        tokenizer = Tokenizer.from_folder(out)
+        trainer = cls(model, data, was.replace(**changes), out, tokenizer=tokenizer, processes=processes)
         if trainer.global_rows != state["global_rows"]:
             raise ValueError(
                 f"resume: batch_size x accumulate x processes must stay {state['global_rows']} rows a step as in "
@@ -394,13 +399,27 @@ class Trainer:
             )
         if trainer._fingerprint != state["data"]:
             raise ValueError(f"resume: data must be what the run began with; {data.train.path} holds other tokens")
-        trainer._restore(state)
+        if trainer._val_fingerprint != state["val_data"]:
+            val = data.train.path.with_name("val.bin")
+            what = "is missing" if data.val is None else "holds other tokens, or was not there"
+            raise ValueError(f"resume: data must be what the run began with; {val} {what}")
+        if state["tokenizer"] is not None and (tokenizer is None or tokenizer.digest() != state["tokenizer"]):
+            what = "is missing" if tokenizer is None else "is another"
+            raise ValueError(
+                f"resume: the tokenizer must be what the run began with; {Path(out) / 'tokenizer.json'} {what}: put it "
+                "back (where the run trained it, data/ holds it too)"
+            )
+        with _damage_in(paths[-1]):
+            trainer._restore(state)
         if state.get("is_best") and processes.is_first:
             trainer._folder.link_best(paths[-1])  # the run may have been killed after the checkpoint, before the link
         return trainer
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        # The scaler of fp16 leaves out steps that overflow, perhaps all so far.
+        if not self.scaler.is_enabled() and len(self.optimizer.state) != len(list(self.model.parameters())):
+            raise ValueError("the optimizer's state is not that of the model's parameters")
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.best_loss = state["best_loss"]
@@ -414,6 +433,17 @@ class Trainer:
             self.model.load_state_dict(read_checkpoint(self._folder.best)["model"])
         self.model.eval()
         self.model.save_pretrained(self.out)
+
+
+@contextlib.contextmanager
+def _damage_in(checkpoint: Path) -> Iterator[None]:
+    """What PyTorch and the configurations say to a damaged checkpoint, as one ValueError that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{checkpoint}: not a whole checkpoint ({first_line(error)}); remove it to continue from the one before"
+        ) from error
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.folder, self.fetched, self.revisions = folder, [], []
 
-    def __call__(self, repo: str, file: str, revision: str | None = None) -> str:
+    def __call__(self, repo: str, file: str, revision: str | None = None, local_files_only: bool = False) -> str:
         from huggingface_hub.errors import EntryNotFoundError
 
         self.revisions.append(revision)
@@ -26,6 +28,36 @@ class Hub:
             raise EntryNotFoundError(file)
         self.fetched.append(file)
         return str(self.folder / file)
+
+
+@pytest.fixture(autouse=True)
+def connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub takes a connection."""
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: socket.socket())
+
+
+def test_an_unreachable_hub_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
+    from huggingface_hub import constants, file_download
+
+    asked = []
+
+    def refused(address: tuple[str, int], timeout: float) -> socket.socket:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    def never(*args: object, **options: object) -> None:
+        pytest.fail("a request was made to a hub that takes no connections")
+
+    monkeypatch.setattr(socket, "create_connection", refused)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.test:8443")
+    monkeypatch.setattr(file_download, "get_hf_file_metadata", never)
+    with pytest.raises(OSError, match="is no file or folder here, and the hub cannot be reached") as raised:
+        load_pretrained("somebody/no-such-model")
+    one_sentence(raised.value)
+    assert asked == [("hub.test", 8443)]
 
 
 @pytest.mark.parametrize("form", ["safetensors", "sharded bin", "both"])

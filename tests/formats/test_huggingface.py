@@ -10,6 +10,7 @@ import torch
 
 from fastgpt2 import GPT2
 from fastgpt2.checkpoint import hf_state_dict, load_pretrained, save_pretrained
+from fastgpt2.tokenizer import Tokenizer
 from tests.formats.helpers import assert_same, write_folder
 from tests.helpers import TINY, random_ids, random_model
 
@@ -147,3 +148,17 @@ def test_tokenizer_comes_and_goes_with_the_folder(tmp_path: Path, model: GPT2) -
     loaded = load_pretrained(tmp_path)
     assert loaded.tokenizer is not None
     assert loaded.tokenizer.encode("more words") == model.tokenizer.encode("more words")
+
+
+def test_an_older_models_end_of_text_is_not_kept_and_its_tokenizer_not_in_silence(tmp_path: Path, seed: int) -> None:
+    older = random_model(seed, vocab_size=300, eos_token_id=5)
+    older.tokenizer = Tokenizer.train(["a b"], 257)
+    save_pretrained(older, tmp_path)
+    newer = random_model(seed)
+    with pytest.warns(UserWarning, match=r"holds a tokenizer \(tokenizer\.json\) that will be loaded with this model"):
+        save_pretrained(newer, tmp_path)
+    assert load_pretrained(tmp_path).config.eos_token_id == newer.config.eos_token_id
+    older.tokenizer.save(tmp_path / "fresh")
+    with pytest.warns(UserWarning, match="holds a tokenizer"):
+        save_pretrained(newer, tmp_path / "fresh")
+    assert Tokenizer.from_folder(tmp_path / "fresh") is not None  # it may be the new model's: nothing is removed

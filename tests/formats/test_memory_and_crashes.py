@@ -13,6 +13,7 @@ import torch
 
 from fastgpt2 import GPT2
 from fastgpt2.checkpoint import hf_state_dict, load_pretrained, save_nanogpt, save_pretrained
+from fastgpt2.cli import main
 from tests.formats.helpers import assert_same, write_folder
 from tests.helpers import TINY, random_model
 
@@ -27,6 +28,7 @@ def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
 LOAD_AND_MEASURE = """
 import ctypes, sys, torch
 from fastgpt2.checkpoint import load_pretrained
+from fastgpt2.cli import main
 import safetensors.torch, fastgpt2.tokenizer
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
@@ -60,6 +62,7 @@ def test_loading_holds_one_copy(tmp_path: Path, seed: int, form: str) -> None:
 SAVE_FOREVER = """
 import sys
 from fastgpt2.checkpoint import save_pretrained
+from fastgpt2.cli import main
 from tests.helpers import random_model
 models = [random_model(seed, vocab_size=3000, hidden_size=128) for seed in (1, 2)]
 print("ready", flush=True)
@@ -84,6 +87,27 @@ def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, seed: int) -> None:
         loaded = load_pretrained(tmp_path)
         equal = [i for i, m in enumerate(models) if all(map(torch.equal, loaded.parameters(), m.parameters()))]
         assert len(equal) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of processes are POSIX's")
+@pytest.mark.parametrize("form", ["hf", "nanogpt"])
+def test_a_full_disk_while_converting_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, seed: int, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    save_pretrained(random_model(seed, activation_function="gelu"), tmp_path / "in")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # files stop growing there, as on a full disk
+    try:
+        status = main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", form])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert status == 2
+    assert f"fastgpt2: {tmp_path / 'out'}: the weights cannot be written: " in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_save_leaves_the_old_checkpoint_and_no_litter(

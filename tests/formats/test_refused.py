@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,17 @@ from torch import Tensor
 
 from fastgpt2 import GPT2
 from fastgpt2.checkpoint import hf_state_dict, load_pretrained, save_pretrained
-from tests.formats.helpers import one_sentence, write_folder
+from tests.formats.helpers import assert_same, one_sentence, write_folder
 from tests.helpers import TINY
+
+
+def compress_archive(path: Path) -> None:
+    """The same records, compressed, as a tool that packs files anew leaves them."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
 
 
 def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
@@ -46,6 +57,16 @@ def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
         (good / "config.json").write_text('{"add_cross_attention": true}', encoding="utf-8")
     elif kind == "a size that is no number":
         (good / "config.json").write_text('{"n_embd": "wide"}', encoding="utf-8")
+    elif kind == "a size of 100 digits":
+        (good / "config.json").write_text(json.dumps({"n_embd": 10**99, "n_head": 1}), encoding="utf-8")
+    elif kind == "a size past 64 bits":
+        (good / "config.json").write_text(json.dumps({**TINY.to_hf(), "vocab_size": 2**70}), encoding="utf-8")
+    elif kind == "a size whose tensors pass 64 bits":
+        (good / "config.json").write_text(json.dumps({**TINY.to_hf(), "n_inner": 2**62}), encoding="utf-8")
+    elif kind == "ten million layers":
+        (good / "config.json").write_text(json.dumps({**TINY.to_hf(), "n_layer": 10**7}), encoding="utf-8")
+    elif kind == "deeply nested config.json":
+        (good / "config.json").write_text("[" * 99_999, encoding="utf-8")
     elif kind == "truncated safetensors":
         file = good / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
@@ -66,6 +87,16 @@ def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
         torch.save([torch.ones(1)], good / "pytorch_model.bin")
     elif kind == "bin with other values":
         torch.save({**state, "step": 3}, good / "pytorch_model.bin")
+    elif kind == "bin with compressed records":
+        compress_archive(good / "pytorch_model.bin")
+    elif kind == "bin with a flipped bit":
+        file = good / "pytorch_model.bin"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif kind == "file of other bytes":
+        (good / "notes.txt").write_bytes(b"\x80\x02.")  # a pickle of nothing: IndexError in the unpickler
+        return good / "notes.txt"
     elif kind == "missing shard":
         (good / "pytorch_model-00002-of-00003.bin").unlink()
     elif kind == "shard index without a map":
@@ -106,6 +137,14 @@ BAD: dict[str, tuple[type[Exception], str]] = {
     "another model_type": (ValueError, "model_type must be 'gpt2'; got 'llama'"),
     "cross-attention": (ValueError, "add_cross_attention=True is not supported"),
     "a size that is no number": (ValueError, "hidden_size must be a positive int; got 'wide'"),
+    "a size of 100 digits": (ValueError, r"hidden_size must be at most 2147483647; got 10+\.\.\. \(100 characters\)"),
+    "a size past 64 bits": (ValueError, "vocab_size must be at most 2147483647; got 1180591620717411303424"),
+    "a size whose tensors pass 64 bits": (
+        ValueError,
+        "feedforward_dim must be at most 2147483647; got 4611686018427387904",
+    ),
+    "ten million layers": (ValueError, "num_layers must be at most 10000; got 10000000"),
+    "deeply nested config.json": (ValueError, r"config\.json: not a JSON file \(maximum recursion"),
     "truncated safetensors": (ValueError, r"model\.safetensors: not a readable safetensors file"),
     "a pointer instead of the file": (ValueError, r"model\.safetensors: not a readable safetensors file"),
     "empty safetensors": (ValueError, r"model\.safetensors: not a readable safetensors file"),
@@ -114,6 +153,12 @@ BAD: dict[str, tuple[type[Exception], str]] = {
     "bin with code": (ValueError, r"pytorch_model\.bin: not a readable file of tensors"),
     "bin with a list": (ValueError, r"pytorch_model\.bin: must hold a dictionary of tensors; got list"),
     "bin with other values": (ValueError, r"pytorch_model\.bin: must map names to tensors; other entries: step"),
+    "bin with compressed records": (
+        ValueError,
+        r"records must be uncompressed, as torch\.save writes them; .* is comp",
+    ),
+    "bin with a flipped bit": (ValueError, r"pytorch_model\.bin: is damaged \(Bad CRC-32"),
+    "file of other bytes": (ValueError, r"notes\.txt: not a readable file of tensors"),
     "missing shard": (FileNotFoundError, r"the index names files that are missing: pytorch_model-00002-of-00003\.bin"),
     "shard index without a map": (ValueError, r"index\.json: must map every weight to a file"),
     "shard outside the folder": (ValueError, r"index\.json: must map every weight to a file of its folder"),
@@ -131,6 +176,15 @@ def test_bad_checkpoints(tmp_path: Path, model: GPT2, kind: str) -> None:
     with pytest.raises(error, match=pattern) as raised:
         load_pretrained(spoil(tmp_path / "model", kind, hf_state_dict(model)))
     one_sentence(raised.value)
+
+
+def test_checksums_that_were_never_written_are_not_missed(tmp_path: Path, model: GPT2) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        folder = write_folder(tmp_path, hf_state_dict(model), form="bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(load_pretrained(folder), model)
 
 
 def test_bad_arguments(tmp_path: Path, model: GPT2) -> None:

@@ -1,0 +1,22 @@
+"""The device that a command computes on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one. ValueError where this machine does not have it."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")  # no device of any machine, as a name that PyTorch does not know
+    count = {"cpu": 1, "cuda": gpus, "mps": int(mps)}.get(device.type, 0)
+    if (device.index or 0) >= count:
+        there = ["auto", "cpu", *(f"cuda:{index}" for index in range(gpus)), *(["mps"] if mps else [])]
+        raise ValueError(f"device must be one that this machine has; got {name}: use {', '.join(there)}")
+    return device
