@@ -45,7 +45,7 @@ REPRESENTATIVE = re.compile(
             r"linear_decode none bf16 6400 to 1600, 16 rows, \S+ int8",
             r"partial_sums .*",
             r"scale_rows .*",
-            r"sample fp32 block \d+ IS_GREEDY",
+            r"sample fp32 block \d+ (IS_GREEDY|HAS_PENALTY HAS_MIN_P)",
             r"sample bf16 block \d+ HAS_PENALTY HAS_TOP_K HAS_TOP_P HAS_MIN_P",
         )
     )

@@ -476,6 +476,7 @@ def _sample_kernel(logits, ids_ptr, logprobs_ptr, slots_ptr, settings, seen, V, 
     tl.store(ids_ptr + slot, chosen.to(ids_ptr.dtype.element_ty))
     tl.store(logprobs_ptr + slot, tl.where(is_good, logprob, float("nan")))
     if META.MARK_SEEN:
+        tl.debug_barrier()  # every warp has read whether the choice was seen before one of them marks it
         tl.store(row.seen_ptr + chosen, tl.full((), 1, row.seen_ptr.dtype.element_ty), mask=is_good)
 
 

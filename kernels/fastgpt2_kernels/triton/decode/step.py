@@ -64,6 +64,7 @@ def _begin_step_kernel(
     stops = tl.load(stop_ids_ptr + offs_stop, mask=offs_stop < num_stops, other=-1)
     is_stop = tl.max((stops == token).to(tl.int32), 0) > 0
     goes_on = (status != _IDLE) & (not is_stop) & (produced < tl.load(state.limits_ptr + slot)) & (past < context)
+    tl.debug_barrier()  # every warp has read the state before one of them writes it
     tl.store(state.lengths_ptr + slot, past)
     tl.store(state.produced_ptr + slot, produced)
     tl.store(state.status_ptr + slot, tl.where(goes_on, _RUNNING, _IDLE))
