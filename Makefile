@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: generate test test-all test-style test-package test-kernels test-compiled sanitize format clean
+.PHONY: generate test test-all test-style test-package test-kernels test-compiled sanitize sanitize-native format clean
 
 generate: $(VENV)/.runtime
 	$(BIN)/fastgpt2 generate $(ARGS)
@@ -40,16 +40,22 @@ sanitize: $(VENV)/.dev
 	@$(BIN)/python -c 'import ttsem' 2>/dev/null || { echo "make sanitize: needs ttsem: $(BIN)/pip install --ignore-requires-python ttsem"; exit 1; }
 	$(BIN)/python -m ttsem.sanitize pytest tests/kernels -m "not unsanitized" -k "$(SANITIZED)"
 
+# The native operators' tests on C++ compiled with AddressSanitizer and UndefinedBehaviorSanitizer, for every
+# instruction set of this processor.
+sanitize-native: $(VENV)/.dev
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.native.sanitized
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 # The stamps are redone when what they install has changed. What serves `make test` serves `make generate` too.
-$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/.made
+NATIVE := setup.py $(wildcard kernels/native/*)
+$(VENV)/.runtime: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.made
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.dev: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.made
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(VENV)/.runtime $@
 

@@ -23,6 +23,17 @@ def seed() -> int:
 
 
 @pytest.fixture(scope="session")
+def inductor() -> None:
+    """Skip where PyTorch's own compiler compiles nothing: without a C++ compiler, or with a space in a path to it."""
+    from torch._inductor.exc import InductorError
+
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except InductorError as error:
+        pytest.skip(f"torch.compile does not work on this machine: {str(error).splitlines()[0]}")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A folder with a tiny random GPT-2 and a byte-level tokenizer. Not to be written to."""
     from fastgpt2 import GPT2

@@ -111,13 +111,17 @@ def test_only_the_command_line_prints():
     for path in PACKAGES:
         if "cli" in path.parts:
             continue
-        calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        calls = (
+            node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+        )
         assert not any(isinstance(call, ast.Name) and call.id == "print" for call in calls), path
 
 
 def test_no_bare_asserts_in_the_package():
     for path in PACKAGES:
-        assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text()))), path
+        assert not any(
+            isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        ), path
 
 
 def test_the_folder_kernels_is_no_package():
@@ -126,7 +130,9 @@ def test_the_folder_kernels_is_no_package():
 
 def test_every_package_is_installed():
     """A wheel holds what pyproject.toml lists; an editable install would hide what is missing there."""
-    listed = re.search(r"^packages = (\[.*?\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    listed = re.search(
+        r"^packages = (\[.*?\])$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     assert listed is not None
     folders = {module_name(path) for path in PACKAGES if path.name == "__init__.py"}
     assert set(ast.literal_eval(listed[1])) == folders
@@ -150,5 +156,5 @@ print(*[m for m in {LAZY!r} if m in set(sys.modules) - before])"
 def test_transformers_imports_from_the_root(with_kernels, tmp_path):
     if with_kernels:  # a stand-in for Hugging Face's library of that name
         (tmp_path / "kernels").mkdir()
-        (tmp_path / "kernels/__init__.py").write_text("__version__ = '0.0.1'\n")
+        (tmp_path / "kernels/__init__.py").write_text("__version__ = '0.0.1'\n", encoding="utf-8")
     assert python("from transformers import GPT2Config; print(GPT2Config().n_embd)", tmp_path) == "768"

@@ -291,12 +291,12 @@ def test_there_are_enough_of_them():
 
 def broken_config(folder: Path) -> str:
     MODEL.save_pretrained(folder)
-    (folder / "config.json").write_text("{")
+    (folder / "config.json").write_text("{", encoding="utf-8")
     return "not a JSON file"
 
 
 def no_weights(folder: Path) -> str:
-    (folder / "config.json").write_text(json.dumps(MODEL.config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(MODEL.config.to_hf()), encoding="utf-8")
     return "has a config.json but no weights"
 
 
@@ -309,7 +309,7 @@ def torn_weights(folder: Path) -> str:
 
 def other_sizes(folder: Path) -> str:
     MODEL.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(MODEL.config.replace(vocab_size=12).to_hf()))
+    (folder / "config.json").write_text(json.dumps(MODEL.config.replace(vocab_size=12).to_hf()), encoding="utf-8")
     return "transformer.wte.weight is (11, 8) in the file and (12, 8) in the configuration"
 
 

@@ -22,7 +22,9 @@ PROMPTS = ["def add", "return a +", "", "x", "b):\n    return"]
 @pytest.fixture
 def prompts_file(tmp_path) -> Path:
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text, "id": f"p{i}"}) + "\n" for i, text in enumerate(PROMPTS)))
+    path.write_text(
+        "".join(json.dumps({"prompt": text, "id": f"p{i}"}) + "\n" for i, text in enumerate(PROMPTS)), encoding="utf-8"
+    )
     return path
 
 
@@ -89,7 +91,7 @@ def test_another_run_is_not_resumed(command, prompts_file, tmp_path, capsys):
     ):
         assert command("--prompts", prompts_file, "--out", out, "--resume", *changes) == 2
         assert f"was made by another run ({name} was " in capsys.readouterr().err
-    prompts_file.write_text('{"prompt": "other"}\n')
+    prompts_file.write_text('{"prompt": "other"}\n', encoding="utf-8")
     assert command("--prompts", prompts_file, "--out", out, "--resume") == 2
     assert "was made by another run (prompts was " in capsys.readouterr().err
     assert out.read_bytes() == before
@@ -105,13 +107,13 @@ def test_bad_prompts_stop_the_run_before_it_begins_or_are_skipped(command, tmp_p
     good = [{"prompt": "def"}, {"prompt": "x"}]
     too_long, bad_id = {"prompt_ids": [1] * 65}, {"prompt_ids": [1, 10**6]}
     lines = [json.dumps(good[0]), json.dumps(too_long), "{", json.dumps(bad_id), json.dumps(good[1])]
-    path.write_text("\n".join(lines))
-    out.write_text("precious\n")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    out.write_text("precious\n", encoding="utf-8")
     assert command("--prompts", path, "--out", out, "--overwrite") == 2
     assert capsys.readouterr().err == (
         f"fastgpt2: generate: {path} line 2 has 65 tokens; the context holds 64; shorten the prompt\n"
     )
-    assert out.read_text() == "precious\n"
+    assert out.read_text(encoding="utf-8") == "precious\n"
     assert command("--prompts", path, "--out", out, "--overwrite", "--skip-bad") == 0
     errors = capsys.readouterr().err
     for start in (f"generate: {path} line 2 has", f"{path} line 3: must be JSON"):
@@ -120,7 +122,9 @@ def test_bad_prompts_stop_the_run_before_it_begins_or_are_skipped(command, tmp_p
     rows = {(row["prompt_index"], row["sample_index"]): row["text"] for row in read_rows(out)}
     assert set(rows) == {(p, s) for p in (0, 4) for s in range(3)}
     # What was skipped changes nothing for the others: the same prompts at the same places give the same samples.
-    path.write_text("\n".join([lines[0], '{"prompt": "a"}', '{"prompt": "b"}', '{"prompt": "c"}', lines[4]]))
+    path.write_text(
+        "\n".join([lines[0], '{"prompt": "a"}', '{"prompt": "b"}', '{"prompt": "c"}', lines[4]]), encoding="utf-8"
+    )
     assert command("--prompts", path, "--out", out, "--overwrite") == 0
     again = {(row["prompt_index"], row["sample_index"]): row["text"] for row in read_rows(out)}
     assert {key: again[key] for key in rows} == rows
@@ -149,7 +153,9 @@ def test_prompts_from_standard_input(command, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.txt"
     monkeypatch.setattr(sys, "stdin", Input)
     assert command("--prompts", "-", "--out", out, "--with-prompt") == 0
-    texts = {line.split("\t")[0]: unescape(line.split("\t")[2]) for line in out.read_text().splitlines()}
+    texts = {
+        line.split("\t")[0]: unescape(line.split("\t")[2]) for line in out.read_text(encoding="utf-8").splitlines()
+    }
     assert texts["0"].startswith("def")
     assert texts["1"].startswith("return")
     Input.buffer = io.BytesIO(b"def add")
@@ -178,7 +184,7 @@ def test_without_tokenizer_ids_in_ids_out(command, tiny_checkpoint, tmp_path, ca
     model.tokenizer = None
     model.save_pretrained(folder)
     prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text('{"prompt_ids": [5, 6]}\n')
+    prompts.write_text('{"prompt_ids": [5, 6]}\n', encoding="utf-8")
     assert command("--model", folder, "--prompts", prompts, "--out", out, "--token-ids") == 0
     rows = read_rows(out)
     assert all(row["text"] is None and row["token_ids"] for row in rows)
@@ -218,11 +224,11 @@ def test_without_tokenizer_ids_in_ids_out(command, tiny_checkpoint, tmp_path, ca
 def test_refusals_are_one_line(arguments, message, command, tmp_path, capsys):
     (tmp_path / "empty.txt").touch()
     for name in ("p.csv", "p.txt"):
-        (tmp_path / name).write_text("def\n")
+        (tmp_path / name).write_text("def\n", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes(b"a\xff\n")
     assert command(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
     err = capsys.readouterr().err
     assert message.replace("{tmp}", str(tmp_path)) in err
     assert err.startswith("fastgpt2: ")
     assert err.count("\n") == 1
-    assert (tmp_path / "p.txt").read_text() == "def\n"
+    assert (tmp_path / "p.txt").read_text(encoding="utf-8") == "def\n"

@@ -41,7 +41,7 @@ def test_shards_hold_every_document_once_and_split_by_document(tmp_path: Path, s
     (tmp_path / "c" / "latin.py").write_bytes(b"caf\xe9\n")
     (tmp_path / "c" / "cut.py").write_bytes("é".encode()[:1])
     (tmp_path / "c" / "empty.py").write_bytes(b"")
-    (tmp_path / "c" / "other.txt").write_text("no")
+    (tmp_path / "c" / "other.txt").write_text("no", encoding="utf-8")
     corpus = find_documents([tmp_path / "c"], suffixes=[".py"], val_fraction=0.25, seed=seed)
     assert (len(corpus.train), len(corpus.val), corpus.skipped) == (9, 3, 4)
     meta = write_shards(corpus, TOKENIZER, tmp_path / "out", {"asked": 1})
@@ -118,7 +118,7 @@ def test_the_standard_library_is_a_corpus() -> None:
 def test_bad_data(make, message: str, tmp_path: Path) -> None:
     (tmp_path / "b.bin").write_bytes(b"a\0b")
     (tmp_path / "few.bin").write_bytes(b"\1\0\2\0")
-    (tmp_path / "meta.json").write_text("{}")
+    (tmp_path / "meta.json").write_text("{}", encoding="utf-8")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         make(tmp_path)
 
@@ -180,7 +180,7 @@ def test_large_vocabularies_take_32_bits(tmp_path: Path) -> None:
         def encode_batch(self, texts: list[str]) -> list[list[int]]:
             return [[65_536 + len(text)] for text in texts]
 
-    (tmp_path / "a.txt").write_text("abc\n")
+    (tmp_path / "a.txt").write_text("abc\n", encoding="utf-8")
     corpus = find_documents([tmp_path / "a.txt"], val_fraction=0)
     write_shards(corpus, Wide(), tmp_path / "out", {})
     assert TokenData.open(tmp_path / "out").train.tokens.tolist() == [65_540, 69_999]
@@ -226,10 +226,10 @@ def test_atomic_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_meta_is_written_last(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "a.txt").write_text("abc\n" * 9)
+    (tmp_path / "a.txt").write_text("abc\n" * 9, encoding="utf-8")
     corpus = find_documents([tmp_path / "a.txt"])
     write_shards(corpus, TOKENIZER, tmp_path / "out", {"n": 1})
-    assert json.loads((tmp_path / "out" / "meta.json").read_text())["request"] == {"n": 1}
+    assert json.loads((tmp_path / "out" / "meta.json").read_text(encoding="utf-8"))["request"] == {"n": 1}
 
     def fail(self: Tokenizer, texts: list[str]) -> list[list[int]]:
         raise OSError("disk full")

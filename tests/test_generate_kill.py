@@ -62,7 +62,8 @@ def test_killed_runs_resume_to_what_an_uninterrupted_run_makes(suffix, kills, se
         "".join(
             json.dumps({"prompt_ids": [rng.randrange(256) for _ in range(rng.randint(1, 40))]}) + "\n"
             for _ in range(NUM_PROMPTS)
-        )
+        ),
+        encoding="utf-8",
     )
 
     def start(out: Path):

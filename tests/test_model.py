@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -215,7 +214,7 @@ def test_compile_takes_the_model_whole(seed: int, training: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.filterwarnings("ignore")  # PyTorch's compiler deprecates its own internals
 def test_compiled_forward_equals_eager(seed: int) -> None:
     model = random_model(seed, num_layers=1)

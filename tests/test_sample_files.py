@@ -118,15 +118,15 @@ def test_resume_truncates_the_torn_record_and_goes_on(suffix, tmp_path, seed):
 
 def test_existing_output_is_refused_and_untouched(tmp_path, seed):
     path = tmp_path / "out.txt"
-    path.write_text("precious\n")
+    path.write_text("precious\n", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"exists; continue it with --resume or replace it with --overwrite"):
         SampleFile(path, Text(), SETTINGS)
     with pytest.raises(ValueError, match=r"cannot be resumed, out\.txt\.run\.json with its settings is not beside it"):
         SampleFile(path, Text(), SETTINGS, resume=True)
-    assert path.read_text() == "precious\n"
+    assert path.read_text(encoding="utf-8") == "precious\n"
     with SampleFile(path, Text(), SETTINGS, overwrite=True) as output:
         output.write(random_row(random.Random(seed), 0, 0))
-    assert path.read_text().startswith("0\t0\t")
+    assert path.read_text(encoding="utf-8").startswith("0\t0\t")
 
 
 def test_resume_as_another_run_is_refused(tmp_path, seed):
@@ -136,7 +136,7 @@ def test_resume_as_another_run_is_refused(tmp_path, seed):
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"made by another run \(seed was 1 and is 2, top_p was 0\.9 and is None\)"):
         SampleFile(path, JsonLines(), {**SETTINGS, "seed": 2, "top_p": None}, resume=True)
-    (tmp_path / "out.jsonl.run.json").write_text("[]")
+    (tmp_path / "out.jsonl.run.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match=r"is not a run's settings"):
         SampleFile(path, JsonLines(), SETTINGS, resume=True)
     assert path.read_bytes() == before
@@ -144,7 +144,7 @@ def test_resume_as_another_run_is_refused(tmp_path, seed):
 
 def test_settings_that_a_killed_run_was_writing_are_cleared_away(tmp_path):
     for name in (".out.txt.run.json.tmp12", ".other.txt.run.json.tmp12"):
-        (tmp_path / name).write_text("{")
+        (tmp_path / name).write_text("{", encoding="utf-8")
     with SampleFile(tmp_path / "out.txt", Text(), SETTINGS):
         pass
     assert {path.name for path in tmp_path.glob(".*")} == {".other.txt.run.json.tmp12"}
@@ -163,10 +163,10 @@ def test_resume_of_nothing_begins(tmp_path):
 def test_foreign_rows_are_not_touched(suffix, content, line, tmp_path):
     path = tmp_path / f"out{suffix}"
     SampleFile(path, FORMATS[suffix], SETTINGS).close()
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"line {line} is not .*; it cannot be resumed"):
         SampleFile(path, FORMATS[suffix], SETTINGS, resume=True)
-    assert path.read_text() == content
+    assert path.read_text(encoding="utf-8") == content
 
 
 def test_second_writer_is_refused(tmp_path, seed):

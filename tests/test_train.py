@@ -66,7 +66,7 @@ def make_config(**fields: Any) -> TrainConfig:
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    lines = (out / "metrics.jsonl").read_text().splitlines()
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
 
 
@@ -367,7 +367,7 @@ def run_command(out: Path, *arguments: object) -> int:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("".join(f"x{i} = {i * i}\n" for i in range(300)))
+    path.write_text("".join(f"x{i} = {i * i}\n" for i in range(300)), encoding="utf-8")
     return path
 
 
@@ -453,7 +453,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(text: Path, tmp_path: P
     ):
         with pytest.raises(ValueError, match=message):
             run_command(out, "--resume", option, value)
-    (out / "run.json").write_text("{")
+    (out / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"run.json: must be JSON"):
         run_command(out, "--resume")
 

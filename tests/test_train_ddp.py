@@ -94,7 +94,10 @@ def assert_equal_to_rounding(one: Path, two: Path) -> None:
     last = [read_checkpoint(checkpoint_paths(out)[-1])["model"] for out in (one, two)]
     ways = [torch.cat([(weights[name] - first[name]).flatten() for name in first]) for weights in last]
     assert (ways[0] - ways[1]).norm() < 1e-3 * ways[0].norm()
-    lines = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
+    lines = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for out in (one, two)
+    ]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     for mine, other in zip(*lines, strict=True):
         for name in ("loss", "grad_norm", "val_loss"):

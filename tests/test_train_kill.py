@@ -37,7 +37,7 @@ def server() -> None:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("".join(f"x{i} = {i * i}\n" for i in range(400)))
+    path.write_text("".join(f"x{i} = {i * i}\n" for i in range(400)), encoding="utf-8")
     return path
 
 
@@ -85,7 +85,7 @@ def finish(text: Path, out: Path) -> None:
 
 
 def outcome(out: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], bytes]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = [{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu")} for line in lines]
     return kept, read_checkpoint(checkpoint_paths(out)[-1])["model"], (out / "model.safetensors").read_bytes()
 

@@ -71,6 +71,12 @@ _TABLE = {
     },
 }
 OPERATORS = tuple(_TABLE)
+# (operator, backend) -> (module, name of the function)
+_PLACES = {
+    (operator, backend): (f"{__package__}.{function.split(':')[0]}", function.split(":")[1])
+    for operator, row in _TABLE.items()
+    for backend, function in row.items()
+}
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
 
 
@@ -83,8 +89,8 @@ def backends_of(operator: str) -> dict[str, str]:
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
     """The function that runs `operator` on `backend`; the first call of a module loads it."""
-    module, function = _TABLE[operator][backend].split(":")
-    return getattr(sys.modules[_load(f"{__package__}.{module}")], function)
+    module, function = _PLACES[operator, backend]
+    return getattr(sys.modules[_load(module)], function)
 
 
 def _load(module: str) -> str:

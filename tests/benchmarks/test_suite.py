@@ -289,7 +289,7 @@ def test_results_survive_their_file(tmp_path):
     report.write_json(results[:1], path)
     report.write_json(results[1:], path)
     assert report.read_json(path) == results
-    path.write_text(path.read_text() + '{"module": 1}\n')
+    path.write_text(path.read_text(encoding="utf-8") + '{"module": 1}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 3"):
         report.read_json(path)
 
@@ -404,10 +404,10 @@ def test_the_compile_report_is_read_as_it_is_written(monkeypatch, tmp_path):
     row = {"target": "sm_90", "case": "attention x", "warps": 4, "registers": 190, "shared": 1024, "spills": 0}
     row |= {"tensor_core": 3, "wide_loads": 4, "wide_stores": 5, "seconds": 1.0}
     path = tmp_path / "REPORT.md"
-    path.write_text("\n".join(compile_report.markdown([row])) + "\n")
+    path.write_text("\n".join(compile_report.markdown([row])) + "\n", encoding="utf-8")
     monkeypatch.setattr(compile_report, "REPORT", path)
     monkeypatch.setattr(compile_report, "version", lambda package: "3.9.0")
-    path.write_text("\n".join(compile_report.markdown([row])) + "\n")
+    path.write_text("\n".join(compile_report.markdown([row])) + "\n", encoding="utf-8")
     assert compile_report.committed() == ("3.9.0", {("sm_90", "attention x"): compile_report.cells(row)})
 
 
@@ -430,10 +430,12 @@ def test_plots_show_every_contender(tmp_path):
     names = ["roofline.svg", "attention_backward.svg", "attention_backward_memory.svg", "generate.svg"]
     assert [path.name for path in written] == names
     for path in written:
-        assert path.read_text().rstrip().endswith("</svg>")
+        assert path.read_text(encoding="utf-8").rstrip().endswith("</svg>")
         # matplotlib writes what a text says as a comment beside its glyphs.
-        assert "ours" in path.read_text()
-        assert "sdpa &lt;flash&gt;" in path.read_text() or "sdpa <flash>" in path.read_text()
+        assert "ours" in path.read_text(encoding="utf-8")
+        assert "sdpa &lt;flash&gt;" in path.read_text(encoding="utf-8") or "sdpa <flash>" in path.read_text(
+            encoding="utf-8"
+        )
 
 
 def test_bars_show_a_shared_base_once(tmp_path, monkeypatch):

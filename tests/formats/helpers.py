@@ -18,7 +18,7 @@ def write_folder(
 ) -> Path:
     """A Hugging Face folder of `state`, as transformers (or somebody else) would have written it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     names = list(state)
     if form == "safetensors":
@@ -34,7 +34,9 @@ def write_folder(
             shard = {name: state[name] for name in names if files[name] == file}
             save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
             save(shard, folder / file)
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        (folder / f"{stem}.{suffix}.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": files}), encoding="utf-8"
+        )
     return folder
 
 

@@ -134,7 +134,7 @@ def test_transformers_loads_what_we_save_and_we_what_it_saves(
 def test_end_of_text_is_what_transformers_would_stop_at(tmp_path: Path, model: GPT2) -> None:
     write_folder(tmp_path, hf_state_dict(model), TINY.replace(eos_token_id=5))
     assert load_pretrained(tmp_path).config.eos_token_ids == (5,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [6, 7]}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [6, 7]}', encoding="utf-8")
     assert load_pretrained(tmp_path).config.eos_token_ids == (6, 7)
     assert load_pretrained(tmp_path, eos_token_id=None).config.eos_token_ids == ()
 

@@ -37,20 +37,22 @@ def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
     elif kind == "no config.json":
         (good / "config.json").unlink()
     elif kind == "config.json is no JSON":
-        (good / "config.json").write_text("{")
+        (good / "config.json").write_text("{", encoding="utf-8")
     elif kind == "config.json is a list":
-        (good / "config.json").write_text("[]")
+        (good / "config.json").write_text("[]", encoding="utf-8")
     elif kind == "another model_type":
-        (good / "config.json").write_text('{"model_type": "llama"}')
+        (good / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     elif kind == "cross-attention":
-        (good / "config.json").write_text('{"add_cross_attention": true}')
+        (good / "config.json").write_text('{"add_cross_attention": true}', encoding="utf-8")
     elif kind == "a size that is no number":
-        (good / "config.json").write_text('{"n_embd": "wide"}')
+        (good / "config.json").write_text('{"n_embd": "wide"}', encoding="utf-8")
     elif kind == "truncated safetensors":
         file = good / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
     elif kind == "a pointer instead of the file":
-        (good / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        (good / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", encoding="utf-8"
+        )
     elif kind == "empty safetensors":
         (good / "model.safetensors").write_bytes(b"")
     elif kind == "truncated bin":
@@ -67,16 +69,16 @@ def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
     elif kind == "missing shard":
         (good / "pytorch_model-00002-of-00003.bin").unlink()
     elif kind == "shard index without a map":
-        (good / "pytorch_model.bin.index.json").write_text("{}")
+        (good / "pytorch_model.bin.index.json").write_text("{}", encoding="utf-8")
     elif kind == "shard outside the folder":
-        (good / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../b.bin"}}')
+        (good / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../b.bin"}}', encoding="utf-8")
     elif kind == "file without its configuration":
         (good / "config.json").unlink()
         return good / "model.safetensors"
     elif kind == "broken generation_config.json":
-        (good / "generation_config.json").write_text("?")
+        (good / "generation_config.json").write_text("?", encoding="utf-8")
     elif kind == "broken tokenizer.json":
-        (good / "tokenizer.json").write_text("{}")
+        (good / "tokenizer.json").write_text("{}", encoding="utf-8")
     elif kind == "nanoGPT with other arguments":
         torch.save({"model": state, "model_args": {"n_layer": 3, "rope": True}}, good / "ckpt.pt")
         return good / "ckpt.pt"

@@ -309,9 +309,9 @@ MUTATIONS = {
     "one row too many": ("mask = (n < N)[:, None]", "mask = (n <= N)[:, None]"),
     "one column too many": ("mask_c = offs_c < C\n    mask = ", "mask_c = offs_c <= C\n    mask = "),
     "dbias of the last tile only": ("dbias += tl.where(mask, dx, 0.0)", "dbias = tl.where(mask, dx, 0.0)"),
-    "masked rows count for dbias": ("tl.where(mask, dx, 0.0)", "_slope(z, META.NAME)"),
+    "masked rows count for dbias": ("tl.where(mask, dx, 0.0)", "_slope(z, NAME)"),
     "tiles of other programs": ("tl.num_programs(1) * BLOCK_N", "BLOCK_N"),
-    "dy is left out": ("dx = dy_tile * _slope(z, META.NAME)", "dx = _slope(z, META.NAME)"),
+    "dy is left out": ("dx = dy_tile * _slope(z, NAME)", "dx = _slope(z, NAME)"),
     "relu's slope everywhere": ("slope = tl.where(z <= 0, 0.0, 1.0)", "slope = tl.where(z <= 0, 1.0, 1.0)"),
     "tanh near 0": ("tl.abs(z) < 0.25", "tl.abs(z) < 2.5"),
 }  # fmt: skip

@@ -41,7 +41,7 @@ MUTATIONS = {
     "half of the shares": ("x = even + odd", "x = even"),
     "the scale of the next output": ("scale_ptr + offs_n,", "scale_ptr + offs_n + 1,"),
     "no bias": ("if bias_ptr is not None:", "if bias_ptr is not None and scale_ptr is not None:"),
-    "no activation": ("y = _activation(y, META.ACTIVATION)", "y = y"),
+    "no activation": ("y = _activation(y, ACTIVATION)", "y = y"),
     "the residual's rows are as far apart as out's": ("rows * residual.stride", "rows * out.stride"),
     "one output too many": ("offs_r < sizes.R, offs_n < sizes.N", "offs_r < sizes.R, offs_n < sizes.N + 1"),
     "one row too many": ("offs_r < sizes.R, offs_n < sizes.N", "offs_r < sizes.R + 1, offs_n < sizes.N"),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,6 +254,17 @@ def test_the_functions_of_a_row_of_the_table_take_the_same_arguments(operator: s
         assert function is getattr(importlib.import_module(module), name)
         signatures.append(list(inspect.signature(function).parameters))
     assert signatures.count(signatures[0]) == len(signatures), signatures
+
+
+def test_a_first_call_may_be_within_torch_compile(triton_device: str) -> None:
+    """The kernel's module is loaded then, in a new process."""
+    code = f"""import torch; from fastgpt2_kernels import ops
+x = torch.randn(1, 4, 96, device={triton_device!r})
+f = torch.compile(lambda x: ops.causal_attention_packed(x, 2, backend="triton"), fullgraph=True, backend="aot_eager")
+print(torch.equal(f(x), ops.causal_attention_packed(x, 2, backend="triton")))"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_an_explicit_triton_says_why_it_cannot_be() -> None:

@@ -4,7 +4,8 @@ Triton passes each member of a tuple as if it were an argument of its own: a poi
 alignment, an integer of 1 and None for that value. An integer that nothing may be compiled for (`do_not_specialize`)
 has to be an argument by itself, for Triton does not look for members of tuples there; and so has a tensor descriptor.
 What is known when a kernel is compiled (tiles, flags) is one tuple in capitals, `META: tl.constexpr`. Triton 3.6 takes
-its numbers in the shape of a tile only by a name of their own: `BLOCK: tl.constexpr = META.BLOCK`.
+what is in it as a tile's shape or an alignment, and a string as a helper's argument, only by a name of its own:
+`BLOCK: tl.constexpr = META.BLOCK`.
 """
 
 from __future__ import annotations

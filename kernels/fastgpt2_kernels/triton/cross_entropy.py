@@ -182,6 +182,7 @@ def _gradient_step(x_ptr, grad_ptr, w_ptr, offs, mask, target, factors, HAS_MASK
 def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V, settings, META: tl.constexpr):
     """One row: its loss and lse (IS_FORWARD), its gradient (HAS_GRAD), or both."""
     ALIGN: tl.constexpr = META.ALIGN
+    GRAD_ALIGN: tl.constexpr = META.GRAD_ALIGN
     BLOCK_V: tl.constexpr = META.BLOCK_V
     MID_V: tl.constexpr = META.MID_V
     ignore_index, smoothing, z_loss = settings
@@ -282,7 +283,7 @@ def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V
                 smooth=dloss_n * smoothing / V,
                 z=dloss_n * 2.0 * z_loss * (m + log_sum),
             )
-            gbody_ptr = grad.ptr + tl.multiple_of(grad_start + head, META.GRAD_ALIGN)
+            gbody_ptr = grad.ptr + tl.multiple_of(grad_start + head, GRAD_ALIGN)
             if head > 0:
                 _gradient_step(x_ptr, g_ptr, w_ptr, offs_head, mask_head, target, factors, HAS_MASK=True, META=META)
             tail = mid_end + offs_mid

@@ -152,6 +152,7 @@ def _linear_decode_kernel(x, weight, out, residual, bias_ptr, scale_ptr, norm, s
     x, or in its place splits; residual, bias_ptr, scale_ptr and norm may be None.
     """
     K = sizes.K
+    ACTIVATION: tl.constexpr = META.ACTIVATION
     SHARES: tl.constexpr = META.SHARES
     BLOCK_R: tl.constexpr = META.BLOCK_R
     BLOCK_N: tl.constexpr = META.BLOCK_N
@@ -219,8 +220,8 @@ def _linear_decode_kernel(x, weight, out, residual, bias_ptr, scale_ptr, norm, s
         y *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if META.ACTIVATION != "linear":
-        y = _activation(y, META.ACTIVATION)
+    if ACTIVATION != "linear":
+        y = _activation(y, ACTIVATION)
     mask = mask_r[:, None] & mask_n[None, :]
     rows = offs_r.to(tl.int64)[:, None]
     if residual is not None:

@@ -194,6 +194,7 @@ def _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN: tl.constexpr):
 def _bias_activation_fwd_kernel(x, bias_ptr, y_ptr, N, META: tl.constexpr):
     """One tile of y. Columns are the fast grid dimension: neighbours share rows, and no number of rows is too many."""
     C: tl.constexpr = META.C
+    NAME: tl.constexpr = META.NAME
     BLOCK_C: tl.constexpr = META.BLOCK_C
     column_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -203,13 +204,14 @@ def _bias_activation_fwd_kernel(x, bias_ptr, y_ptr, N, META: tl.constexpr):
     mask = (n < N)[:, None] & mask_c[None, :]
     z = _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN=META.ALIGN)
     out = n.to(tl.int64)[:, None] * C + offs_c[None, :]
-    tl.store(y_ptr + out, _activation(z, META.NAME).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + out, _activation(z, NAME).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: tl.constexpr):
     """A block of columns of every num_programs(1)-th tile of rows: dx, and their share of dbias."""
     C: tl.constexpr = META.C
+    NAME: tl.constexpr = META.NAME
     BLOCK_N: tl.constexpr = META.BLOCK_N
     BLOCK_C: tl.constexpr = META.BLOCK_C
     ALIGN: tl.constexpr = META.ALIGN
@@ -222,7 +224,7 @@ def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: 
         dy_rows = tl.multiple_of(n.to(tl.int64)[:, None] * dy.stride, [ALIGN, ALIGN])
         dy_tile = tl.load(dy.ptr + dy_rows + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
         z = _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN=ALIGN)
-        dx = dy_tile * _slope(z, META.NAME)
+        dx = dy_tile * _slope(z, NAME)
         if META.NEEDS_DX:
             out = n.to(tl.int64)[:, None] * C + offs_c[None, :]
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)

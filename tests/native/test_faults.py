@@ -1,0 +1,135 @@
+"""The checks of the native kernels are worth something: each of these mistakes, made on purpose, is caught."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.native.building import COMPILER, build, run_tests, setup_file
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("needs_native"),
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+]
+
+# The tests that must fail, the file, what is right in it, and the mistake.
+MISTAKES = {
+    "the last block of K only": (
+        "linear",
+        "linear.h",
+        "is_first ? acc[r][v] : load_as<Sum>(at) + acc[r][v]",
+        "acc[r][v]",
+    ),
+    "a sum that depends on the number of rows": (
+        "linear",
+        "linear.h",
+        "block < steps; block += BLOCK_STEPS",
+        "block < steps; block += rows == 1 ? 64 : BLOCK_STEPS",
+    ),
+    "a row written past its end": (
+        "linear",
+        "linear.h",
+        "to->out_stride + column, y, left)",
+        "to->out_stride + column, y, VL)",
+    ),
+    "variance in one pass": (
+        "linear",
+        "linear.h",
+        "const vf d = load_n(x + i, width - i, mean) - splat(mean);",
+        "const vf d = load_n(x + i, width - i);",
+    ),
+    "int8 rows that share a scale": (
+        "linear",
+        "linear.h",
+        "* scale[row + r];",
+        "* scale[0];",
+    ),
+    "a query that sees one key more": (
+        "attention",
+        "attention.h",
+        "i < s - past - first && i < NR",
+        "i < s - past - first - 1 && i < NR",
+    ),
+    "parts that are not weighted": (
+        "attention",
+        "attention.h",
+        "= vexp(splat(other[0] - max))[0];",
+        "= 1.0f;",
+    ),
+    "another layer's cache": (
+        "attention",
+        "attention.h",
+        "base + layer * cache->layer_stride",
+        "base + 0 * layer * cache->layer_stride",
+    ),
+    "a row that does not fit": (
+        "attention",
+        "attention.h",
+        "past + rows->counts[r] <= cache->capacity",
+        "past <= cache->capacity",
+    ),
+    "noise of another position": (
+        "sampling",
+        "sampling.h",
+        "(uint32_t)a->state.produced[slot]}",
+        "0}",
+    ),
+    "six rounds of Philox": (
+        "sampling",
+        "sampling.h",
+        "round < 7",
+        "round < 6",
+    ),
+    "top-k keeps one more": (
+        "sampling",
+        "sampling.h",
+        "kth_largest(kept, n, k);",
+        "kth_largest(kept, n, k + 1);",
+    ),
+    "no top-p": (
+        "sampling",
+        "sampling.h",
+        "if (top_p >= 1.0f) break;",
+        "break;",
+    ),
+    "a token past the limit": (
+        "step",
+        "kernels.cpp",
+        "produced < state->limits[slot]",
+        "produced <= state->limits[slot]",
+    ),
+    "attention that does not wait": (
+        "step",
+        "kernels.cpp",
+        "    barrier();\n    mark(a, us, 2, &since);",
+        "    mark(a, us, 2, &since);",
+    ),
+    "a projection that does not wait": (
+        "step",
+        "kernels.cpp",
+        "  attend_tasks(a, next, (float*)scratch);\n  barrier();",
+        "  attend_tasks(a, next, (float*)scratch);",
+    ),
+    "no second residual": (
+        "step",
+        "kernels.cpp",
+        "linear_share(&layer->down, x, N, &to_x,",
+        "linear_share(&layer->down, x, N, &to_qkv,",
+    ),
+    "a token past the context": (
+        "step",
+        "kernels.cpp",
+        "past < a->context;",
+        "past <= a->context;",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_caught(tmp_path, mistake):
+    tests, file, right, wrong = MISTAKES[mistake]
+    isa = list(setup_file().ISAS)[-1]
+    extension = build(tmp_path, [isa], ["-O1"], right, wrong, file)
+    result = run_tests(extension, [f"tests/native/test_{tests}.py"], FASTGPT2_NATIVE_ISA=isa, OMP_NUM_THREADS="1")
+    assert result.returncode == 1, f"{mistake!r} went unseen:\n{result.stdout}{result.stderr}"
+    assert "failed" in result.stdout

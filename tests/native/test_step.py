@@ -1,0 +1,260 @@
+"""The whole step and prefill against the model in float64: tokens, state, ends, any mixture of rows."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt2 import GPT2
+from fastgpt2.decode import step_weights
+from fastgpt2_kernels import native, ops
+from fastgpt2_kernels.native.decode import DecodeStep, why_not_step
+from tests.helpers import TINY, assert_rms_within_budget, assert_within_budget, random_ids, random_model
+
+pytestmark = pytest.mark.usefixtures("needs_native")
+
+CPU = torch.device("cpu")
+WEIGHTS = {"float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "int8": (torch.float32, torch.int8)}
+
+
+def make_step(
+    model: GPT2, num_slots: int, *, weight_dtype: torch.dtype | None = None, sampling: ops.SlotSampling | None = None,
+    stop_ids: Sequence[int] = (),
+) -> DecodeStep:  # fmt: skip
+    """A step over a cache that is NaN where nothing was written."""
+    config = model.config
+    slots = ops.SlotState.idle(num_slots, CPU)
+    step = DecodeStep(
+        step_weights(model, weight_dtype), slots, sampling or ops.SlotSampling(),
+        torch.tensor(stop_ids, dtype=torch.int32), num_slots, torch.float32,
+    )  # fmt: skip
+    shape = (config.num_layers, num_slots, config.num_heads, config.context_length, config.head_dim)
+    step.use_cache(*(torch.full(shape, math.nan) for _ in range(2)))
+    return step
+
+
+def poison(step: DecodeStep) -> None:
+    """NaN into what the phases hand on: 0xFF bytes are one in float32 and bfloat16."""
+    buffers = step._step[0] if step._step is not None else None
+    for tensor in [] if buffers is None else vars(buffers).values():
+        if isinstance(tensor, Tensor) and tensor.numel() and tensor.is_contiguous():
+            tensor.view(torch.uint8).fill_(255)
+
+
+def begin(step: DecodeStep, slots: Sequence[int], prompts: Sequence[Tensor], limit: int = 1000) -> Tensor:
+    """Put prompts into slots and choose their first tokens; the logits that those were chosen from."""
+    counts = [len(ids) for ids in prompts]
+    logits = step.prefill(torch.cat(list(prompts)), slots, counts)
+    at = torch.tensor(slots)
+    step.slots.lengths[at] = torch.tensor(counts, dtype=torch.int32)
+    step.slots.limits[at] = limit
+    step.slots.status[at] = ops.FRESH
+    step.slots.produced[at] = 0
+    step.choose(logits, at.int())
+    step.slots.produced[at] = 1
+    return logits
+
+
+def logits_of(model: GPT2, ids: Tensor) -> Tensor:
+    """Of the last token of one sequence, as the model's forward gives them, with products of its own dtype."""
+    with torch.no_grad():
+        return model(ids[None])[0, -1]
+
+
+def check_rows(seed: int, kind: str, activation: str = "gelu_new") -> None:
+    """Rows of several lengths in shuffled slots, 6 steps: logits, tokens and lengths."""
+    rng = random.Random(seed)
+    dtype, weight_dtype = WEIGHTS[kind]
+    model = random_model(seed, activation_function=activation).to(dtype)
+    exact_model = random_model(seed, activation_function=activation).to(dtype).double()
+    step = make_step(model, 6, weight_dtype=weight_dtype)
+    slots = rng.sample(range(6), 4)
+    sequences = [random_ids(seed + i, length) for i, length in enumerate((1, 9, 2, 14))]
+    got = begin(step, slots, sequences)
+    rows = torch.tensor(slots, dtype=torch.int32)
+    for turn in range(6):
+        exact, plain = (torch.stack([logits_of(m, ids).double() for ids in sequences]) for m in (exact_model, model))
+        if kind == "int8":
+            # Rounding to 8 bits is the error, and the plain expression has none of it.
+            error = (got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+            assert error < 0.1, f"int8 logits are off by {error:.3f} of their size"
+        else:
+            assert_rms_within_budget(got, [plain], exact, f"{kind} logits, turn {turn}", dtype=dtype)
+        tokens = step.slots.tokens[rows.long()].long()
+        assert torch.equal(tokens, got.argmax(-1))
+        chosen = got.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        assert_within_budget(step.slots.logprobs[rows.long()], chosen.float(), chosen, "log-probabilities")
+        sequences = [torch.cat([ids, token[None]]) for ids, token in zip(sequences, tokens, strict=True)]
+        step.run(rows)
+        got = step.step_logits(len(slots)).clone()
+        assert step.slots.lengths[rows.long()].tolist() == [len(ids) - 1 for ids in sequences]
+    assert step.slots.status[rows.long()].tolist() == [ops.RUNNING] * 4
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_steps_are_the_model_s(seed, threads, kind):
+    check_rows(seed, kind)
+
+
+def test_another_activation(seed):
+    check_rows(seed, "float32", "silu")
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_prefill_in_pieces_and_in_company(seed, threads, kind):
+    """Logits of a prompt: the same bits in any company; in pieces the same up to rounding."""
+    dtype, weight_dtype = WEIGHTS[kind]
+    model = random_model(seed).to(dtype)
+    step = make_step(model, 4, weight_dtype=weight_dtype)
+    prompts = [random_ids(seed + i, length) for i, length in enumerate((13, 1, 20, 7))]
+    together = step.prefill(torch.cat(prompts), [2, 0, 3, 1], [len(p) for p in prompts])
+    for row, (slot, prompt) in enumerate(zip([2, 0, 3, 1], prompts, strict=True)):
+        assert torch.equal(step.prefill(prompt, [slot], [len(prompt)])[0], together[row])
+    first = step.prefill(prompts[2][:11], [3], [11])
+    assert first.isfinite().all()
+    pieces = step.prefill(prompts[2][11:], [3], [9], [11])
+    error = (pieces[0] - together[2]).abs().max() / together[2].abs().max()
+    assert error < (1e-5 if kind == "float32" else 0.05)
+
+
+def check_rows_that_end(seed: int) -> None:
+    """A stop token, the limit and a full context end rows; a row that has ended stands still."""
+    model = random_model(seed)
+    prompts = [random_ids(seed + i, length) for i, length in enumerate((3, 4, 20, 5))]
+    plain = make_step(model, 4)
+    begin(plain, range(4), prompts)
+    rows = torch.arange(4, dtype=torch.int32)
+    chosen = [plain.slots.tokens.tolist()]
+    for _ in range(6):
+        plain.run(rows)
+        chosen.append(plain.slots.tokens.tolist())
+    for stops in ([], [TINY.vocab_size + 5, chosen[2][0]]):
+        step = make_step(model, 4, stop_ids=stops)
+        begin(step, range(4), prompts)
+        step.slots.limits[1] = 4
+        ends = [[tokens[row] for tokens in chosen] for row in range(4)]
+        # The last token needs no room in the context.
+        ends[1], ends[2] = ends[1][:4], ends[2][: TINY.context_length - 20 + 1]
+        for stop in stops:
+            ends = [made[: made.index(stop) + 1] if stop in made else made for made in ends]
+        got = [[token] for token in step.slots.tokens.tolist()]
+        for _ in range(6):
+            step.run(rows)
+            for row in range(4):
+                if step.slots.status[row] == ops.RUNNING:
+                    got[row].append(int(step.slots.tokens[row]))
+        assert got == ends
+        standing = [t.clone() for t in step.slots]
+        idle = (step.slots.status == ops.IDLE).nonzero()[:, 0]
+        assert {1, 2} <= set(idle.tolist())
+        step.run(idle.int())
+        assert all(torch.equal(a, b) for a, b in zip(standing, step.slots, strict=True))
+
+
+def test_rows_that_end(seed, threads):
+    check_rows_that_end(seed)
+
+
+def check_neighbours(seed: int, kind: str) -> None:
+    """Ten rows together, each alone and in threes, with noise: the same tokens and log-probabilities to the bit."""
+    dtype, weight_dtype = WEIGHTS[kind]
+    model = random_model(seed).to(dtype)
+    prompts = [random_ids(seed + i, 1 + i) for i in range(10)]
+    temperature = torch.full((10,), 0.9)
+    outs, before = [], torch.get_num_threads()
+    try:
+        for threads, size in ((1, 10), (2, 10), (3, 10), (1, 3), (2, 3), (2, 1)):
+            torch.set_num_threads(threads)
+            step = make_step(model, 10, weight_dtype=weight_dtype, sampling=ops.SlotSampling(temperature=temperature))
+            step.slots.keys.copy_(torch.arange(20).view(10, 2) * 77 + seed)
+            rows = [list(range(10))[i : i + size] for i in range(0, 10, size)]
+            for part in rows:
+                begin(step, part, [prompts[i] for i in part])
+            made = []
+            for _ in range(8):
+                for part in rows:
+                    step.run(torch.tensor(part, dtype=torch.int32))
+                made.append(torch.cat([step.slots.tokens.double(), step.slots.logprobs.double()]))
+            outs.append(torch.stack(made))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_row_does_not_depend_on_its_neighbours(seed, kind):
+    check_neighbours(seed, kind)
+
+
+def check_threads_that_wait(seed: int, kind: str) -> None:
+    """More threads than cores, again and again: what a thread reads before another has written it would show.
+
+    Each phase of a step reads what others wrote in the one before. The buffers are NaN before every step.
+    """
+    dtype, weight_dtype = WEIGHTS[kind]
+    model = random_model(seed, hidden_size=64, num_layers=2).to(dtype)
+    prompts = [random_ids(seed + i, 1 + i % 5) for i in range(12)]
+    outs, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, *[5] * 12):
+            torch.set_num_threads(threads)
+            step = make_step(model, 12, weight_dtype=weight_dtype)
+            logits = [begin(step, range(12), prompts)]
+            for _ in range(10):
+                poison(step)
+                step.run(torch.arange(12, dtype=torch.int32))
+                logits.append(step.step_logits(12).clone())
+            outs.append(torch.stack(logits))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_threads_wait_for_each_other(seed, kind):
+    check_threads_that_wait(seed, kind)
+
+
+def test_a_cache_that_is_full_gives_nan(seed):
+    step = make_step(random_model(seed), 2)
+    begin(step, [0, 1], [random_ids(seed, 4), random_ids(seed + 1, 2)])
+    keys, values = (t[:, :, :, :4].contiguous() for t in (step.keys, step.values))
+    step.use_cache(keys, values)
+    step.run(torch.tensor([0, 1], dtype=torch.int32))
+    assert step.slots.logprobs.isnan().tolist() == [True, False]
+
+
+def test_what_does_not_fit_is_refused_in_one_sentence(seed):
+    model = random_model(seed)
+    step = make_step(model, 2)
+    weights = step_weights(model)
+    ids = random_ids(seed, 3)
+    new = DecodeStep(weights, step.slots, step.sampling, step.stop_ids, 2, torch.float32, step.packed)
+    half = step_weights(random_model(seed).half())
+    for call, message in [
+        (lambda: DecodeStep(half, step.slots, step.sampling, step.stop_ids, 2, torch.float32), "float16"),
+        (lambda: DecodeStep(weights, step.slots, step.sampling, step.stop_ids, 2, torch.bfloat16), "cache is float32"),
+        (lambda: new.run(torch.zeros(1, dtype=torch.int32)), "use_cache"),
+        (lambda: new.prefill(ids, [0], [3]), "use_cache"),
+        (lambda: new.use_cache(step.keys[:2], step.values[:2]), "3 layers"),
+        (lambda: step.run(torch.zeros(3, dtype=torch.int32)), "up to 2"),
+        (lambda: step.run(torch.tensor([5], dtype=torch.int32)), "out of range"),
+        (lambda: step.run(torch.tensor([0])), "int32"),
+        (lambda: step.prefill(ids, [2], [3]), "slots are"),
+        (lambda: step.prefill(ids, [0], [2]), "token_ids"),
+        (lambda: step.prefill(ids, [0], [3], [22]), "room for 24"),
+        (lambda: step.prefill(ids + 61, [0], [3]), "token ids"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert "no native kernel" in str(why_not_step(weights._replace(activation="sqrtsoftplus")))
+
+
+def test_every_activation_of_triton_has_a_native_one():
+    assert set(ops.TRITON_ACTIVATIONS.values()) <= set(native.ACTIVATIONS)
