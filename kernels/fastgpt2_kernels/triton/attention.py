@@ -38,6 +38,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
+from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.types import AttentionOptions, Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -539,7 +540,10 @@ def attention_forward(
     block_d = _block_d(D)
     row = _row("forward", q.data, block_d, masking)
     use_tma = row.use_tma and masking.lengths is None and k.fits_descriptor() and v.fits_descriptor()
-    _attention_fwd_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
+    launch_kernel(
+        q.data.device,
+        _attention_fwd_kernel,
+        (triton.cdiv(T, row.block_t) * B * H,),
         q=q.argument(),
         k=k.descriptor(row.block_s, block_d) if use_tma else k.argument(),
         v=v.descriptor(row.block_s, block_d) if use_tma else v.argument(),
@@ -574,7 +578,10 @@ def attention_backward(
     stats = _Statistics(row_max, row_sum if q.data.dtype == torch.float32 else None, delta)
     if B * H * T:
         row = _row("dq", q.data, block_d, masking)
-        _attention_bwd_dq_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
+        launch_kernel(
+            q.data.device,
+            _attention_bwd_dq_kernel,
+            (triton.cdiv(T, row.block_t) * B * H,),
             inputs=inputs,
             o=out.argument(),
             do=dout.argument(),
@@ -587,7 +594,10 @@ def attention_backward(
     if dkdv is not None and B * H * S:
         dk, dv = dkdv
         row = _row("dkdv", q.data, block_d, masking)
-        _attention_bwd_dkdv_kernel[(triton.cdiv(S, row.block_s) * B * H,)](
+        launch_kernel(
+            q.data.device,
+            _attention_bwd_dkdv_kernel,
+            (triton.cdiv(S, row.block_s) * B * H,),
             inputs=inputs,
             do=dout.argument(),
             dk=dk.argument(),

@@ -37,6 +37,7 @@ from torch import Tensor
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.cross_entropy import _log1p_below_half
+from fastgpt2_kernels.triton.devices import launch_kernel
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -511,7 +512,10 @@ def sample_rows(
         top_k = top_p = min_p = None  # the largest logit stays, whatever the filters
     has_filters = top_k is not None or top_p is not None or min_p is not None
     row = launch.sampling_row(V, launch.architecture(logits.device), has_filters=has_filters)
-    _sample_kernel[(R,)](
+    launch_kernel(
+        logits.device,
+        _sample_kernel,
+        (R,),
         logits=Matrix.of(logits),
         ids_ptr=ids,
         logprobs_ptr=logprobs,

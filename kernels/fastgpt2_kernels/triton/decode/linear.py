@@ -34,6 +34,7 @@ from triton.language.extra import cuda
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode.attention import Parts, Rows
+from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.triton.layers.activation import _activation
 from fastgpt2_kernels.types import LayerNormWeights, product_dtype
 
@@ -287,7 +288,10 @@ def linear_decode_out(
         STEPS=triton.cdiv(launch.linear_decode_share(K), row.block_k),
     )
     options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
-    _linear_decode_kernel[(triton.cdiv(R, row.block_r), triton.cdiv(N, row.block_n))](
+    launch_kernel(
+        weight.device,
+        _linear_decode_kernel,
+        (triton.cdiv(R, row.block_r), triton.cdiv(N, row.block_n)),
         x=None if isinstance(x, Attended) else Matrix.of(x),
         weight=Matrix.of(weight),
         out=Matrix.of(out),

@@ -26,6 +26,7 @@ from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode.attention import Cache, Parts, Rows, decode_splits, num_splits
 from fastgpt2_kernels.triton.decode.linear import Attended, linear_decode_out
+from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.triton.sampling import sample_rows
 from fastgpt2_kernels.types import IDLE, RUNNING, LinearWeights, SlotSampling, SlotState, StepWeights
 
@@ -178,7 +179,10 @@ class DecodeStep:
     def _begin(self, slots: Tensor) -> None:
         state, weights, x = self.slots, self.weights, self.buffers.x
         C = x.shape[1]
-        _begin_step_kernel[(slots.shape[0],)](
+        launch_kernel(
+            x.device,
+            _begin_step_kernel,
+            (slots.shape[0],),
             state=_Slots(state.tokens, state.status, state.lengths, state.produced, state.limits),
             slots_ptr=slots,
             counts_ptr=self.buffers.counts,

@@ -1,0 +1,137 @@
+"""Every launch is on its tensors' device: the kernels' operators with two GPUs that are not there.
+
+PyTorch's fake tensors say that they are on a GPU and have no data, and a stand-in for the driver says which device is
+current. A kernel that is launched notes where; it computes nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from tests.kernels.test_proofs import CASES, KERNELS, KERNELS_ROOT, Inputs, decode_step
+
+pytest.importorskip("triton")
+
+
+class Driver:
+    """Which of two devices is current, and on which each kernel was launched: what Triton asks at a launch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        self.launches: list[tuple[str, int, str]] = []  # kernel, device, stream
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "_exchange_device", self._exchange)
+        monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", self._exchange)
+        monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        properties = type("Properties", (), {"multi_processor_count": 4})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+        monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 0)
+        for name, module_name in KERNELS.items():
+            monkeypatch.setattr(importlib.import_module(module_name), name, self._recorder(name))
+
+    def _exchange(self, device: int) -> int:
+        was, self.current = self.current, device if device >= 0 else self.current
+        return was
+
+    def _recorder(self, name: str) -> Any:
+        def launch(**arguments: Any) -> None:
+            self.launches.append((name, self.current, f"stream of {self.current}"))
+
+        return type("Recorder", (), {"__getitem__": lambda self, grid: launch})()
+
+
+def _part(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """tensor[index], of slices and ints, by operators: PyTorch's own brackets ask for a GPU that is there."""
+    dim = 0
+    for i in index if isinstance(index, tuple) else (index,):
+        if isinstance(i, slice):
+            tensor = torch.ops.aten.slice.Tensor(tensor, dim, i.start, i.stop)
+            dim += 1
+        else:
+            tensor = tensor.select(dim, i)
+    return tensor
+
+
+@pytest.fixture
+def driver(interpreter: str, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    return Driver(monkeypatch)
+
+
+class Calls(TorchDispatchMode):
+    """The package's operators as a case calls them, forward and backward, and what with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastgpt2":
+            self.made.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def on_device(device: str, func: Any, args: Any, kwargs: Any) -> None:
+    """The implementation of an operator for a GPU, called with fake tensors there. (Autograd knows no GPU without one,
+    so what it calls is noted on the CPU.)"""
+    with FakeTensorMode():
+        fake = tree_map_only(
+            torch.Tensor,
+            lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device),
+            (args, kwargs),
+        )
+        func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *fake[0], **fake[1])
+
+
+def run_step(device: str) -> None:
+    with FakeTensorMode(), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__getitem__", _part)
+        patch.setattr(torch.Tensor, "copy_", lambda to, of: to)  # asks for one too
+        decode_step(Inputs(0, device), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_launches_are_on_the_tensors_device(driver: Driver, name: str, index: int) -> None:
+    case, kernels = CASES[name]
+    device = f"cuda:{index}"
+    if name == "decode_step":
+        run_step(device)
+    else:
+        with Calls() as calls:
+            case(Inputs(0, "cpu"), "triton", torch.float32)
+        driver.launches.clear()
+        for call in calls.made:
+            on_device(device, *call)
+    assert {kernel for kernel, _, _ in driver.launches} == kernels
+    assert {(at, stream) for _, at, stream in driver.launches} == {(index, f"stream of {index}")}
+    assert driver.current == 0
+
+
+def test_a_current_device_is_not_set_again(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: int) -> int:
+        raise AssertionError("the device was current")
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", refuse)
+    run_step("cuda:0")
+    assert driver.launches
+
+
+def test_every_launch_goes_through_launch_kernel() -> None:
+    """A kernel in brackets with its grid is a launch: `launch_kernel` alone writes it so."""
+    found = []
+    for path in sorted((KERNELS_ROOT / "fastgpt2_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                kernel = ast.unparse(node.func.value)
+                if kernel.endswith("kernel"):
+                    found.append(path.name)
+    assert found == ["devices.py", "devices.py"]
