@@ -1,7 +1,8 @@
-"""Decoding on a GPU with the rows' state on the device and a CUDA graph for every number of rows.
+"""Decoding with the rows' state in one place, where a step finds all it needs: on a GPU, or on a CPU.
 
-A step is 5 L + 3 kernel launches, and the host never waits for the step it has just started. Rows end on the device
-(stop tokens, limits, a full context). The host learns of it when it reads that step's tokens, while the next step runs.
+On a GPU a step is 5 L + 3 kernel launches in a CUDA graph, and the host never waits for the step it has just started.
+On a CPU a step is one call of the native backend. Rows end inside the step (stop tokens, limits, a full context). The
+host learns of it when it reads that step's tokens; on a GPU the next step runs meanwhile.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,32 +19,46 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
 from fastgpt2.layers import Block, LayerNorm, Linear
 from fastgpt2.model import GPT2Base
+from fastgpt2.weights_mark import WeightsMark
 from fastgpt2_kernels import ops
+
+if TYPE_CHECKING:
+    from fastgpt2_kernels.ops import PackedWeights, TritonStep
 
 # False in a build of PyTorch for CPUs. A kernel sanitizer's "cuda" device is then a stand-in without graphs and events.
 _HAS_GPU_RUNTIME = bool(torch.version.cuda or torch.version.hip)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "native": (torch.float32, torch.bfloat16),
+}
+
+
+def decode_backend(model: GPT2Base) -> str:
+    """The backend whose step decodes `model`: "triton" or "native"; `why_not_decode` says whether it can."""
+    if model.backend in ("triton", "native"):
+        return model.backend
+    return "native" if model.device.type == "cpu" else "triton"
 
 
 def why_not_decode(model: GPT2Base) -> str | None:
     """Why `model` cannot be decoded by a `DecodeSession`, in one sentence; None if it can."""
-    config, device = model.config, model.device
+    config, device, backend = model.config, model.device, decode_backend(model)
     if model.backend == "torch":
         return "the model's backend is 'torch'"
-    if model.backend == "auto" and device.type != "cuda":
-        return f"the model is on {device.type}; DecodeSession is for GPUs"
-    if (reason := ops.why_not_triton("decode_step", device)) is not None:
+    why_not = ops.why_not_native if backend == "native" else ops.why_not_triton
+    if (reason := why_not("decode_step", device)) is not None:
         return reason
-    if model.dtype not in _DTYPES:
-        return f"it takes float32, bfloat16 and float16; the model is {model.dtype}"
+    if model.dtype not in _DTYPES[backend]:
+        known = " and ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[backend])
+        return f"it takes {known}; the model is {model.dtype}"
     if config.head_dim > ops.MAX_HEAD_SIZE:
         return f"it takes head sizes up to {ops.MAX_HEAD_SIZE}; the model's is {config.head_dim}"
     if config.activation_function != "linear" and config.activation_function not in ops.TRITON_ACTIVATIONS:
-        return f"the activation {config.activation_function!r} has no Triton kernel"
+        return f"the activation {config.activation_function!r} has no kernel"
     parameters = list(model.parameters())
     if any(p.device != device or p.dtype != model.dtype for p in parameters):
         return "the model's parameters are not all on one device and of one dtype"
-    if any(not p.is_contiguous() for p in parameters):
+    if backend == "triton" and any(not p.is_contiguous() for p in parameters):
         return "the model's parameters are not all contiguous"
     return None
 
@@ -78,7 +93,8 @@ class DecodeSession:
     """Decoding of up to `num_slots` rows of `model` with one way of sampling.
 
     On a GPU each step is a CUDA graph. There is one for each power of two of rows, captured when it is first needed.
-    Where capture fails, and on a CPU under Triton's interpreter, the kernels are launched one by one.
+    Where capture fails, and on a CPU under Triton's interpreter, the kernels are launched one by one. On a CPU a step
+    is one call of the native backend, on a packed copy of the weights as they were when the session was made.
 
     Args:
         cache: the rows' keys and values; its slots are the session's. The session grows and fills it.
@@ -86,6 +102,7 @@ class DecodeSession:
         use_pdl: programmatic dependent launch. None tries it on the device (sm_90 and newer), and keeps it if it is
             faster and gives the same bits.
         weight_dtype: torch.int8 holds the linear layers' weights in 8 bits, with a scale for every output.
+        packed: what `pack_step_weights` made of the model's weights, for the native backend; None: pack them.
 
     Raises:
         ValueError: the model cannot be decoded so; `why_not_decode` says why.
@@ -101,6 +118,7 @@ class DecodeSession:
         use_graphs: bool = True,
         use_pdl: bool | None = None,
         weight_dtype: torch.dtype | None = None,
+        packed: PackedWeights | None = None,
     ) -> None:
         if (reason := why_not_decode(model)) is not None:
             raise ValueError(f"DecodeSession: cannot be used: {reason}")
@@ -112,6 +130,8 @@ class DecodeSession:
                 f"got {cache.keys.device} and {cache.keys.dtype}"
             )
         self.cache = cache
+        self._model = weakref.ref(model)  # a session is kept as long as its model, and not longer
+        self._is_native = decode_backend(model) == "native"
         self._vocab_size = model.config.vocab_size
         self.num_slots = cache.num_slots
         self._is_asynchronous = model.device.type == "cuda" and _HAS_GPU_RUNTIME
@@ -121,27 +141,34 @@ class DecodeSession:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._max_rows = self._bucket(self.num_slots)
         # Rows that fill a bucket up are idle slots past the others, one for each, so that no two programs share any.
-        total = self.num_slots + self._max_rows
+        total = self.num_slots if self._is_native else self.num_slots + self._max_rows
         device = model.device
         self.slots = ops.SlotState.idle(total, device)
         self.seen = None
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(total, model.config.vocab_size, dtype=torch.bool, device=device)
         self._step = ops.decode_step(
-            step_weights(model, weight_dtype),
+            # The linear layers of packed weights are not read again.
+            step_weights(model, weight_dtype if packed is None else None),
             self.slots,
             slot_sampling(sampling, total, self.seen, device),
             torch.tensor(list(stop_ids), dtype=torch.int32, device=device),
             self._max_rows,
             cache.keys.dtype,
+            packed=packed,
+            backend=decode_backend(model),
         )
         self._rows: dict[int, tuple[list[int], Tensor]] = {}
         self._cached: tuple[int, int] | None = None
         self.fits: tuple[object, ...] = ()
 
-    @staticmethod
-    def _bucket(rows: int) -> int:
-        return 1 << max(rows - 1, 0).bit_length()
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether `step` returns before the step is done."""
+        return self._is_asynchronous
+
+    def _bucket(self, rows: int) -> int:
+        return rows if self._is_native else 1 << max(rows - 1, 0).bit_length()
 
     def _may_have_pdl(self) -> bool:
         """Whether there is a device to try it on."""
@@ -156,6 +183,29 @@ class DecodeSession:
         for to, of in zip(old, new, strict=True):
             if to is not None and of is not None and to is not self.seen:
                 to.copy_(of)
+
+    @torch.no_grad()
+    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Put prompts into the cache at their slots; logits (R, V) float32 of the first new token of each.
+
+        ValueError for slots or prompts that do not fit.
+        """
+        counts = [len(ids) for ids in prompts]
+        token_ids = torch.tensor([token for ids in prompts for token in ids], device=self.slots.tokens.device)
+        if isinstance(self._step, ops.NativeStep):
+            self.cache.reserve(max(counts))
+            self._find_cache()
+            logits = self._step.prefill(token_ids, slots, counts)
+            for slot, count in zip(slots, counts, strict=True):
+                self.cache.lengths[slot] = count
+            return logits
+        model = self._model()
+        if model is None:
+            raise RuntimeError("DecodeSession: its model is gone")
+        plan = ops.plan_rows(slots, counts, [0] * len(counts), token_ids.device)
+        hidden = model.extend(token_ids, plan, self.cache)
+        last = torch.tensor(counts, device=hidden.device).cumsum(0) - 1
+        return model.logits(hidden[last]).float()
 
     def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
         """Put rows into their slots and choose their first tokens from logits (rows, V) float32.
@@ -195,17 +245,26 @@ class DecodeSession:
         """Start a step that makes a token for each of `slots`. Rows that have ended are left as they are."""
         if not 0 < len(slots) <= self.num_slots or len(set(slots)) != len(slots):
             raise ValueError(f"DecodeSession: a step takes 1 .. {self.num_slots} different slots; got {list(slots)}")
-        cache = (self.cache.keys.data_ptr(), self.cache.capacity)
-        if cache != self._cached:
-            self._step.use_cache(self.cache.keys, self.cache.values)
-            self._cached = cache
+        self._find_cache()
         bucket = self._bucket(len(slots))
         rows = self._device_rows(bucket, slots)
         if self.use_graphs:
             self._replay(bucket, rows)
         else:
-            self._step.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
+            self._run(rows)
         return self._results()
+
+    def _find_cache(self) -> None:
+        cache = (self.cache.keys.data_ptr(), self.cache.capacity)
+        if cache != self._cached:
+            self._step.use_cache(self.cache.keys, self.cache.values)
+            self._cached = cache
+
+    def _run(self, rows: Tensor) -> None:
+        if isinstance(self._step, ops.NativeStep):
+            self._step.run(rows)
+        else:
+            self._kernels.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
 
     def _device_rows(self, bucket: int, slots: Sequence[int]) -> Tensor:
         """The slots of a bucket's rows, in the tensor that its graph reads."""
@@ -228,6 +287,11 @@ class DecodeSession:
         ready.record()
         return Results(tokens, logprobs, ready)
 
+    @property
+    def _kernels(self) -> TritonStep:
+        """The step on a GPU."""
+        return cast("TritonStep", self._step)
+
     # -- graphs -------------------------------------------------------------------------------------------------
 
     def _replay(self, bucket: int, rows: Tensor) -> None:
@@ -236,7 +300,7 @@ class DecodeSession:
         if bucket in self._graphs:
             self._graphs[bucket].replay()
         else:
-            self._step.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
+            self._run(rows)
 
     def _capture(self, bucket: int, rows: Tensor) -> None:
         """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
@@ -254,10 +318,10 @@ class DecodeSession:
             rows.copy_(held)
 
     def _captured(self, rows: Tensor, use_pdl: bool) -> torch.cuda.CUDAGraph:
-        self._step.run(rows, use_table=True, use_pdl=use_pdl)
+        self._kernels.run(rows, use_table=True, use_pdl=use_pdl)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._step.run(rows, use_table=True, use_pdl=use_pdl)
+            self._kernels.run(rows, use_table=True, use_pdl=use_pdl)
         return graph
 
     def _pdl_is_better(self, rows: Tensor) -> bool:
@@ -269,7 +333,7 @@ class DecodeSession:
             return False
         for graph in graphs:
             graph.replay()
-            logits.append(self._step.buffers.logits[: len(rows)].clone())
+            logits.append(self._kernels.buffers.logits[: len(rows)].clone())
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(20):
@@ -285,19 +349,37 @@ class DecodeSession:
 _KEPT: weakref.WeakKeyDictionary[GPT2Base, DecodeSession] = weakref.WeakKeyDictionary()
 
 
+class _Packed(NamedTuple):
+    """Packed weights, and the state of the model's weights that they were made of."""
+
+    mark: WeightsMark
+    weight_dtype: torch.dtype | None
+    weights: PackedWeights
+
+
+_PACKED: weakref.WeakKeyDictionary[GPT2Base, _Packed] = weakref.WeakKeyDictionary()
+
+
 def acquire_session(
-    model: GPT2Base, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]
+    model: GPT2Base,
+    num_slots: int,
+    sampling: SamplingConfig,
+    stop_ids: Sequence[int],
+    weight_dtype: torch.dtype | None = None,
 ) -> DecodeSession:
     """A session with an empty cache: the one that was released last, with its graphs, if it fits; else a new one."""
     kept = _KEPT.pop(model, None)
-    if kept is not None and kept.fits == _fits(model, num_slots, sampling, stop_ids):
+    packed = _packed_weights(model, weight_dtype) if decode_backend(model) == "native" else None
+    fits = _fits(model, num_slots, sampling, stop_ids, weight_dtype, packed)
+    if kept is not None and kept.fits == fits:
         kept.configure(sampling)
         kept.cache.lengths = [0] * num_slots
         return kept
     del kept
-    cache = KVCache(model.config, num_slots, 1, dtype=model.dtype, device=model.device)
-    session = DecodeSession(model, cache, sampling, stop_ids)
-    session.fits = _fits(model, num_slots, sampling, stop_ids)
+    dtype = KVCache.best_dtype(model.dtype, model.device) if packed is not None else model.dtype
+    cache = KVCache(model.config, num_slots, 1, dtype=dtype, device=model.device)
+    session = DecodeSession(model, cache, sampling, stop_ids, weight_dtype=weight_dtype, packed=packed)
+    session.fits = fits
     return session
 
 
@@ -306,12 +388,38 @@ def release_session(model: GPT2Base, session: DecodeSession) -> None:
     _KEPT[model] = session
 
 
-def _fits(model: GPT2Base, num_slots: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> tuple[object, ...]:
-    """What is fixed in a session's graphs: where the weights lie, the kernels' flags and precision, the stop tokens."""
+def drop_sessions(model: GPT2Base) -> None:
+    """Free what is kept for the model's next run: its session, and its packed weights."""
+    _KEPT.pop(model, None)
+    _PACKED.pop(model, None)
+
+
+def _packed_weights(model: GPT2Base, weight_dtype: torch.dtype | None) -> PackedWeights:
+    """The model's weights in the native layout: those of the last run, unless the model has changed since."""
+    kept = _PACKED.get(model)
+    if kept is not None and kept.weight_dtype == weight_dtype and kept.mark.still_holds(model):
+        return kept.weights
+    drop_sessions(model)  # their memory goes before more is asked for
+    del kept
+    mark = WeightsMark(model)
+    packed = ops.pack_step_weights(step_weights(model, weight_dtype))
+    _PACKED[model] = _Packed(mark, weight_dtype, packed)
+    return packed
+
+
+def _fits(
+    model: GPT2Base,
+    num_slots: int,
+    sampling: SamplingConfig,
+    stop_ids: Sequence[int],
+    weight_dtype: torch.dtype | None,
+    packed: PackedWeights | None,
+) -> tuple[object, ...]:
+    """What is fixed in a session: the weights, the kernels' flags and precision, the stop tokens."""
     filters = [t is None for t in slot_sampling(sampling, 0, None, torch.device("cpu"))]
     weights = [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
     flags = (*filters, sampling.repetition_penalty == 1.0, torch.get_float32_matmul_precision(), model.backend)
-    return num_slots, flags, tuple(stop_ids), tuple(weights)
+    return num_slots, flags, tuple(stop_ids), tuple(weights), weight_dtype, id(packed)
 
 
 # -- what a session is made of --------------------------------------------------------------------------------------

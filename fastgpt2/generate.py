@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from fastgpt2.config import SamplingConfig
@@ -37,6 +38,7 @@ class GenerateOptions(TypedDict, total=False):
     sample_ids: Iterable[int] | None
     skip: Container[tuple[int, int]]
     pack_weights: bool
+    weight_dtype: torch.dtype | str | None
     sampling: SamplingConfig | None
     # the fields of SamplingConfig, in place of `sampling`
     max_new_tokens: int
@@ -69,6 +71,8 @@ def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateO
         sample_ids: an int >= 0 for each prompt, in place of its index.
         skip: (prompt id, sample index) pairs not to generate.
         pack_weights: on a CPU, lay the weights out for speed, which takes their memory once more; on by default.
+        weight_dtype: "int8" holds the linear layers' weights in 8 bits, with a scale for every output: faster, and a
+            little less exact. None keeps the model's dtype.
         sampling: a `SamplingConfig`; or its fields, the seed among them, by keyword.
 
     Raises:
@@ -95,6 +99,7 @@ def _run(
     skip: Container[tuple[int, int]] = (),
     sampling: SamplingConfig | None = None,
     pack_weights: bool = True,
+    weight_dtype: torch.dtype | str | None = None,
     want_text: bool = False,
     **fields: Any,
 ) -> Iterator[TokenEvent]:
@@ -104,8 +109,10 @@ def _run(
         )
     unknown = sorted(set(fields) - set(SamplingConfig.__dataclass_fields__))
     if unknown:
-        known = "num_samples, batch_size, sample_ids, skip, sampling, pack_weights and the fields of SamplingConfig"
-        raise TypeError(f"generate: unknown argument {', '.join(unknown)}; there are {known}")
+        known = "num_samples, batch_size, sample_ids, skip, sampling, pack_weights, weight_dtype"
+        raise TypeError(
+            f"generate: unknown argument {', '.join(unknown)}; there are {known} and the fields of SamplingConfig"
+        )
     if sampling is None:
         sampling = SamplingConfig(**fields)
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
@@ -117,8 +124,11 @@ def _run(
         prompts = [prompts]
     if isinstance(prompts, Sized):
         batch_size = max(1, min(batch_size, len(prompts) * num_samples))
+    if weight_dtype not in (None, "int8", torch.int8):
+        raise ValueError(f"generate: weight_dtype must be None or 'int8'; got {weight_dtype!r}")
+    int8 = None if weight_dtype is None else torch.int8
     source = _read_prompts(model, prompts, num_samples, sample_ids, skip)
-    return Scheduler(model, source, sampling, batch_size, pack_weights, want_text).run()
+    return Scheduler(model, source, sampling, batch_size, pack_weights, int8, want_text).run()
 
 
 def _read_prompts(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastgpt2.decode import drop_sessions
 from fastgpt2.formats.huggingface import save_pretrained
 from fastgpt2.formats.load import load_model
 from fastgpt2.generate import GenerateOptions, Prompts, Sample, TokenEvent, generate, generate_iter, stream
@@ -23,7 +24,8 @@ class GPT2(GPT2Base):
     Build it from sizes, `GPT2(vocab_size=10000, hidden_size=256, num_layers=6, num_heads=8, feedforward_dim=1024,
     dropout_rate=0.1)`, from a configuration, `GPT2(GPT2Config(...))`, from a name, `GPT2.from_config("gpt2-medium")`,
     or from a checkpoint, `GPT2.from_pretrained("gpt2")`. `dropout_rate` sets the three dropouts of the configuration;
-    any other keyword is a field of `GPT2Config`. `backend` chooses the kernels: "auto", "triton" or "torch".
+    any other keyword is a field of `GPT2Config`. `backend` chooses the kernels: "auto", "triton", "native" or
+    "torch".
     """
 
     @classmethod
@@ -63,6 +65,11 @@ class GPT2(GPT2Base):
             revision=revision,
             config_changes=config_changes,
         )
+
+    def unpack(self) -> None:
+        """Free what generation keeps for its next run: packed weights, a cache, CUDA graphs. `train()` does so too."""
+        super().unpack()
+        drop_sessions(self)
 
     def save_pretrained(self, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers loads; see `fastgpt2.checkpoint.save_pretrained`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.model import GPT2Base
+from fastgpt2.operators import operator_backend
 from fastgpt2_kernels import ops
 
 IGNORE_INDEX = -100
@@ -53,7 +54,12 @@ def calculate_loss(
         )
     hidden_BTC = core.hidden_states(input_tensor)
     return ops.linear_cross_entropy(
-        hidden_BTC, core.lm_head.weight, target_tensor, ignore_index=ignore_index, backend=core.backend, **options
+        hidden_BTC,
+        core.lm_head.weight,
+        target_tensor,
+        ignore_index=ignore_index,
+        backend=operator_backend(core.backend),
+        **options,
     )
 
 

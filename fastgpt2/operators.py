@@ -20,6 +20,11 @@ from fastgpt2_kernels import ops
 Attend = Callable[[Tensor, int, float], Tensor]
 
 
+def operator_backend(backend: str) -> str:
+    """What a model's backend is for a single operator: "native" names the decoding step alone."""
+    return "auto" if backend == "native" else backend
+
+
 class Operators:
     """Linear layers and layer norms on one backend.
 
@@ -29,7 +34,7 @@ class Operators:
     min_rows = 1
 
     def __init__(self, backend: str = "auto") -> None:
-        self.backend = backend
+        self.backend = operator_backend(backend)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str = "linear") -> Tensor:
         # backend="triton" is an error where there is no such kernel; a model then computes this part with PyTorch.
@@ -54,7 +59,7 @@ class CausalAttention:
     def __init__(
         self, config: GPT2Config, backend: str, *, dropout_p: float = 0.0, documents: ops.Documents | None = None
     ) -> None:
-        self.config, self.backend = config, backend
+        self.config, self.backend = config, operator_backend(backend)
         self.dropout_p, self.documents = dropout_p, documents
 
     def __call__(self, qkv: Tensor, layer: int, scale: float) -> Tensor:
@@ -76,7 +81,7 @@ class CachedAttention:
     """
 
     def __init__(self, cache: KVCache, plan: ops.RowPlan, backend: str) -> None:
-        self.cache, self.plan, self.backend = cache, plan, backend
+        self.cache, self.plan, self.backend = cache, plan, operator_backend(backend)
         self.num_tokens = sum(count for _, count, _ in plan.rows)
 
     def __call__(self, qkv: Tensor, layer: int, scale: float) -> Tensor:

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
-from fastgpt2.decode import DecodeSession, NewRow, Results, acquire_session, release_session, why_not_decode
+from fastgpt2.decode import (
+    DecodeSession,
+    NewRow,
+    Results,
+    acquire_session,
+    decode_backend,
+    release_session,
+    why_not_decode,
+)
 from fastgpt2.model import GPT2Base
 from fastgpt2.sampling import sample, uniforms
 from fastgpt2.text_stream import TextStream
@@ -100,6 +108,7 @@ class Scheduler:
         sampling: SamplingConfig,
         batch_size: int,
         pack_weights: bool,
+        weight_dtype: torch.dtype | None,
         want_text: bool,
     ) -> None:
         self.model, self.source, self.sampling = model, source, sampling
@@ -108,9 +117,14 @@ class Scheduler:
         stop = sampling.stop_token_ids
         self.stop_ids = frozenset(model.config.eos_token_ids if stop is None else stop)
         self.session = None
-        if why_not_decode(model) is None:
-            self.session = acquire_session(model, batch_size, sampling, sorted(self.stop_ids))
+        reason = why_not_decode(model)
+        if reason is None and decode_backend(model) == "native" and not pack_weights:
+            reason = "it packs the weights, and pack_weights is False"
+        if reason is None:
+            self.session = acquire_session(model, batch_size, sampling, sorted(self.stop_ids), weight_dtype)
             self.cache = self.session.cache
+        elif weight_dtype is not None:
+            raise ValueError(f"generate: weight_dtype={str(weight_dtype)!r} needs a decoding step: {reason}")
         else:
             dtype = KVCache.best_dtype(model.dtype, model.device)
             self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
@@ -143,16 +157,16 @@ class Scheduler:
                 yield from self._choose(rows, self._decode(rows))
         finally:
             self.model.train(training)
-            if self.session is not None:
+            if self.session is not None and not training:  # a training model's weights will have changed
                 release_session(self.model, self.session)
 
     def _step_ahead(self, session: DecodeSession) -> Generator[TokenEvent, None, bool]:
-        """Start a step on the device, and read the one before it while this one runs. Returns whether there is more."""
+        """Start a step, and read the one before it while this one runs on a GPU. Returns whether there is more."""
         rows = [row for row in self.rows if row.asked < self._limit(row)]
         for row in rows:
             row.asked += 1
         asked = (rows, session.step([row.slot for row in rows])) if rows else None
-        ready, self.on_device = self.on_device, asked
+        ready, self.on_device = (self.on_device, asked) if session.is_asynchronous else (asked, None)
         if ready is not None:
             rows, results = ready
             still_here = {id(row) for row in self.rows}
@@ -215,6 +229,8 @@ class Scheduler:
         counts = [len(ids) for ids in prompts]
         # Room for the longest row to its end: growing step by step would copy the cache each time.
         self.cache.reserve(min(max(counts) + self.sampling.max_new_tokens, self.model.config.context_length))
+        if self.session is not None:
+            return self.session.prefill(slots, prompts)
         plan = ops.plan_rows(slots, counts, [0] * len(slots), self.model.device)
         token_ids = torch.tensor([token for ids in prompts for token in ids], device=self.model.device)
         hidden = self.model.extend(token_ids, plan, self.cache, packed=self.packed)

@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "backend": (
         lambda: GPT2(backend="cuda"),
         ValueError,
-        "backend must be one of 'auto', 'triton', 'torch'; got 'cuda'",
+        "backend must be one of 'auto', 'triton', 'native', 'torch'; got 'cuda'",
     ),
     "triton on this CPU": (
         lambda: GPT2.from_config(MODEL.config, backend="triton")(IDS),

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from fastgpt2 import GPT2, SamplingConfig
+from fastgpt2.decode import DecodeSession, why_not_decode
 from fastgpt2.generate import GenerateOptions, Sample, _run, generate
 from fastgpt2.sampling import sample, uniforms
+from fastgpt2_kernels import ops
 
 V = 67
 SIZES = {"vocab_size": V, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "context_length": 96}
@@ -46,6 +48,23 @@ class ByteTokenizer:
         return bytes(ids).decode(errors="replace")
 
 
+def choose(
+    model: GPT2, logits: torch.Tensor, config: SamplingConfig, row: tuple[int, int, int], seen: torch.Tensor
+) -> torch.Tensor:
+    """The next tokens (N,) of one row for logits (N, V); row: its prompt, its sample, and how many tokens it has."""
+    (prompt, sample_index, position), N = row, len(logits)
+    if why_not_decode(model) is not None:
+        uniform = uniforms(config.seed, [prompt], [sample_index], [position])
+        return sample(logits, config, uniform.expand(N), seen)
+    keys = ops.row_keys(config.seed, [prompt], [sample_index]).expand(N, 2).contiguous()
+    positions = torch.full((N,), position, dtype=torch.int32)
+    options = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p or None}
+    return ops.sample(
+        logits, temperature=config.temperature, repetition_penalty=config.repetition_penalty, seen=seen.contiguous(),
+        keys=keys, positions=positions, backend="torch", **options,
+    )[0]  # fmt: skip
+
+
 def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig) -> int:
     """`got` is what the loop of every introduction gives: whole forward, choose, append. No cache, no batch.
 
@@ -61,10 +80,10 @@ def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig) -> int
             logits = model(torch.tensor([ids]))[:, -1]
         seen = torch.zeros(1, V, dtype=torch.bool)
         seen[0, ids] = True
-        uniform = uniforms(config.seed, [got.prompt_index], [got.sample_index], [position])
-        if int(sample(logits, config, uniform, seen)) != token:
+        row = (got.prompt_index, got.sample_index, position)
+        if int(choose(model, logits, config, row, seen)) != token:
             moved = logits + 1e-5 * logits.abs().max() * (2 * torch.rand(200, V) - 1)
-            assert token in sample(moved, config, uniform.expand(200), seen.expand(200, V)).tolist()
+            assert token in choose(model, moved, config, row, seen.expand(200, V)).tolist()
             ties += 1
         ids.append(token)
     ended = ids[-1] in stop or len(got.token_ids) == config.max_new_tokens or len(ids) > model.config.context_length
@@ -153,16 +172,29 @@ def test_order_and_skip_change_nothing(seed):
     }
 
 
-def test_only_the_tokens_that_are_needed_are_computed(seed, monkeypatch):
+@pytest.mark.parametrize("pack_weights", [True, False])
+def test_only_the_tokens_that_are_needed_are_computed(pack_weights, seed, monkeypatch):
     """A prompt once whatever its samples, a row until it ends, and never a token of padding."""
     model, rng = tiny_model(seed), random.Random(seed)
     computed = []
-    extend = GPT2.extend
-    monkeypatch.setattr(
-        GPT2, "extend", lambda self, ids, *a, **k: computed.append(len(ids)) or extend(self, ids, *a, **k)
-    )
+
+    def count(owner, name, number_of):
+        method = getattr(owner, name)
+
+        def counted(self, *args, **options):
+            computed.append(number_of(*args))
+            return method(self, *args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(GPT2, "extend", lambda ids, *_: len(ids))
+    count(DecodeSession, "prefill", lambda slots, prompts: sum(map(len, prompts)))
+    count(DecodeSession, "step", len)
     prompts = random_prompts(rng, 9)
-    samples = model.generate(prompts, num_samples=4, batch_size=6, max_new_tokens=30, stop_token_ids=(1, 2, 3, 4, 5))
+    samples = model.generate(
+        prompts, num_samples=4, batch_size=6, max_new_tokens=30, stop_token_ids=(1, 2, 3, 4, 5),
+        pack_weights=pack_weights,
+    )  # fmt: skip
     assert len({len(s.token_ids) for s in samples}) > 3
     assert sum(computed) == sum(map(len, prompts)) + sum(len(s.token_ids) - 1 for s in samples)
 

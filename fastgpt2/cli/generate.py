@@ -50,8 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, a checkpoint or a hub name (default: %(default)s)",
     )
     model.add_argument("--dtype", choices=DTYPES, help="precision (default: the checkpoint's)")
+    model.add_argument(
+        "--weights",
+        choices=("int8",),
+        dest="weight_dtype",
+        help="hold the linear layers' weights in 8 bits: faster, and a little less exact",
+    )
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    model.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"), help="kernels to use")
+    model.add_argument(
+        "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="kernels to use"
+    )
 
     sampling = parser.add_argument_group("sampling")
     add = sampling.add_argument
@@ -115,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": prompts_digest,
         "num_samples": args.num_samples,
         **asdict(sampling),
+        "weight_dtype": args.weight_dtype,
         "with_prompt": args.with_prompt,
         "token_ids": args.token_ids,
         "logprobs": args.logprobs,
@@ -260,6 +269,7 @@ def _options(usable: list[_Usable], sampling: SamplingConfig, args: argparse.Nam
     # A prompt's identity is its place in the file, whatever was skipped before it: the same samples on every resume.
     return {
         "sampling": sampling,
+        "weight_dtype": args.weight_dtype,
         "num_samples": args.num_samples,
         "batch_size": min(args.batch_size, len(usable) * args.num_samples),
         "sample_ids": [item.prompt.index for item in usable],

@@ -74,6 +74,7 @@ def _device() -> dict[str, Any]:
         device["gpu"] = None
     device["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     device["cpu_threads"] = torch.get_num_threads()
+    device["cpu_native"] = ops.why_not_native("decode_step", "cpu") or f"{ops.native_isa()} instructions"
     # What `GPT2.pack` does for generation on this CPU.
     device["cpu_packs_weights"] = [
         str(dtype).removeprefix("torch.")
@@ -84,15 +85,16 @@ def _device() -> dict[str, Any]:
 
 
 def _operators(device: str) -> dict[str, dict[str, Any]]:
-    """For every operator the backend that "auto" is on this machine, those that it has, and why it is not Triton."""
+    """For every operator the backend that "auto" is on this machine, those that it has, and why it is not another."""
     operators: dict[str, dict[str, Any]] = {}
     for operator in ops.OPERATORS:
         backends = ops.backends_of(operator)
-        reason = ops.why_not_triton(operator, device)
-        chosen = "triton" if reason is None else "torch" if "torch" in backends else None
-        operators[operator] = {"backend": chosen, "backends": backends}
-        if reason is not None:
-            operators[operator]["why_not_triton"] = reason
+        reasons = {"triton": ops.why_not_triton(operator, device), "native": ops.why_not_native(operator, device)}
+        usable = [name for name in backends if reasons.get(name) is None]
+        operators[operator] = {"backend": usable[0] if usable else None, "backends": backends}
+        for name, reason in reasons.items():
+            if name in backends and reason is not None:
+                operators[operator][f"why_not_{name}"] = reason
     return operators
 
 
@@ -104,8 +106,9 @@ def _model(config: GPT2Config) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):  # an operator
-        chosen, reason = value["backend"] or "none", value.get("why_not_triton")
-        return f"{chosen}, of {' and '.join(value['backends'])}" + (f" ({reason})" if reason else "")
+        reasons = [reason for name, reason in value.items() if name.startswith("why_not_")]
+        chosen = value["backend"] or "none"
+        return f"{chosen}, of {' and '.join(value['backends'])}" + (f" ({'; '.join(reasons)})" if reasons else "")
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     return (

@@ -85,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--preset", choices=PRESETS, default=unset, help="start from the sizes of a published model")
     for option, (name, kind, text) in _MODEL_OPTIONS.items():
         model.add_argument(f"--{option}", dest=name, type=kind, default=unset, help=text)
-    model.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"), help="kernels to use")
+    model.add_argument(
+        "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="kernels to use"
+    )
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
 
     training = parser.add_argument_group("training")

@@ -1,7 +1,7 @@
 """Which backend has an operator: one table, which chooses, explains and loads.
 
-Beside "torch", which runs on any device, an operator may have a kernel of its own. "auto" takes the first backend of
-the table's row that runs on the tensors' device without being asked for.
+Beside "torch", which runs on any device, an operator may have kernels of its own: "triton" for GPUs, "native" (C++) for
+CPUs. "auto" takes the one of the tensors' device where the operator has it, and "torch" otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch")
+from fastgpt2_kernels import native
+
+BACKENDS = ("auto", "triton", "native", "torch")
 # operator -> backend -> the function that `ops` calls with arguments it has checked. The functions of a row take the
 # same arguments, and a module is imported when one of its functions is called for the first time. `cached_attention`
 # and `linear_cross_entropy` are made of other operators and of PyTorch's: here stands the part that differs.
@@ -56,6 +58,7 @@ _TABLE = {
     },
     "decode_step": {
         "triton": "triton.decode.step:DecodeStep",
+        "native": "native.decode:DecodeStep",
     },
     "cross_entropy": {
         "triton": "triton.cross_entropy:cross_entropy",
@@ -117,6 +120,17 @@ def why_not_triton(operator: str, device: torch.device | str) -> str | None:
     return None
 
 
+def why_not_native(operator: str, device: torch.device | str) -> str | None:
+    """Why `operator` would not run on the native backend for tensors on `device`, in one sentence; None if it would."""
+    if operator not in _TABLE:
+        raise ValueError(f"why_not_native: operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
+    if "native" not in _TABLE[operator]:
+        return f"{operator} has no native kernel in this version"
+    if torch.device(device).type != "cpu":
+        return f"native kernels run on a CPU; the tensors are on {torch.device(device).type}"
+    return native.why_not_native()
+
+
 def interpreter_is_on() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -129,7 +143,7 @@ def check_backend(backend: str) -> None:
 def choose_backend(
     operator: str, device: torch.device, backend: str, limit: Callable[[], str | None] | None = None
 ) -> str:
-    """The backend that `operator` runs on: "triton" or "torch".
+    """The backend that `operator` runs on: "triton", "native" or "torch".
 
     Args:
         operator: A name of the table.
@@ -138,17 +152,22 @@ def choose_backend(
         limit: Says, if it is called, why these tensors are none for the Triton kernel, or None if they are.
 
     Raises:
-        ValueError: Triton was asked for and cannot be used.
+        ValueError: The backend that was asked for cannot be used, or no backend has the operator on this device.
     """
     check_backend(backend)
-    # The interpreter is for checking kernels: it has to be asked for.
-    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
-        return "torch"
-    reason = why_not_triton(operator, device)
-    if reason is None and limit is not None:
-        reason = limit()
+    # Triton's interpreter is for checking kernels: it has to be asked for.
+    wanted = backend if backend != "auto" else "native" if device.type == "cpu" else "triton"
+    if wanted == "torch" or (backend == "auto" and wanted not in _TABLE[operator] and "torch" in _TABLE[operator]):
+        reason = None if "torch" in _TABLE[operator] else f"{operator} has no PyTorch version"
+        wanted = "torch"
+    elif wanted == "native":
+        reason = why_not_native(operator, device)
+    else:
+        reason = why_not_triton(operator, device)
+        if reason is None and limit is not None:
+            reason = limit()
     if reason is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"{operator}: backend='triton' cannot be used: {reason}")
+        return wanted
+    if backend != "auto" or "torch" not in _TABLE[operator]:
+        raise ValueError(f"{operator}: backend={wanted!r} cannot be used: {reason}")
     return "torch"

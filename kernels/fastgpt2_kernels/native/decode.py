@@ -437,9 +437,9 @@ class DecodeStep:
         (self.vocab, self.width), self.context = weights.wte.shape, weights.wpe.shape[0]
         self.inner = weights.layers[0].up.weight.shape[0]
         self.num_heads = weights.num_heads
-        self.type = _TYPES[weights.layers[0].qkv.weight.dtype]
         self.max_rows = max_rows
         self.packed = pack_weights(weights) if packed is None else packed
+        self.type = self.packed.layers[0].qkv.type
         layers = [
             structs.Layer(
                 ln_1.struct(), qkv.struct(), projection.struct(), ln_2.struct(), up.struct(), down.struct(), scale

@@ -1,7 +1,8 @@
 """The public operators: they check their arguments, choose a backend and call it.
 
-Every operator takes `backend="auto" | "triton" | "torch"`. "auto" is Triton on a GPU where the operator has a Triton
-kernel, and PyTorch's own operators otherwise; `why_not_triton` says in one sentence why Triton is not used.
+Every operator takes `backend="auto" | "triton" | "native" | "torch"`. "auto" is Triton on a GPU and native on a CPU
+where the operator has such a kernel, and PyTorch's own operators otherwise. `why_not_triton` and `why_not_native` say
+in one sentence why a backend is not used.
 Checks look at shapes, dtypes and devices. Values are looked at on the CPU only, where that costs no synchronisation.
 
 Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = H * D width, N rows, V vocabulary.
@@ -9,7 +10,12 @@ Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = 
 
 from __future__ import annotations
 
-from fastgpt2_kernels.backends import BACKENDS, OPERATORS, backends_of, check_backend, why_not_triton
+from typing import TYPE_CHECKING
+
+from fastgpt2_kernels.backends import BACKENDS, OPERATORS, backends_of, check_backend, why_not_native, why_not_triton
+from fastgpt2_kernels.native import isa as native_isa
+from fastgpt2_kernels.native.decode import DecodeStep as NativeStep
+from fastgpt2_kernels.native.decode import PackedWeights
 from fastgpt2_kernels.ops.attention import (
     MAX_HEAD_SIZE,
     cached_attention,
@@ -19,7 +25,7 @@ from fastgpt2_kernels.ops.attention import (
     plan_documents,
     plan_rows,
 )
-from fastgpt2_kernels.ops.decode import decode_step, linear_decode, quantize_rows
+from fastgpt2_kernels.ops.decode import decode_step, linear_decode, pack_step_weights, quantize_rows
 from fastgpt2_kernels.ops.layers import activation, bias_activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
 from fastgpt2_kernels.ops.sampling import row_keys, sample
@@ -40,6 +46,9 @@ from fastgpt2_kernels.types import (
     StepWeights,
 )
 
+if TYPE_CHECKING:
+    from fastgpt2_kernels.triton.decode.step import DecodeStep as TritonStep
+
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
@@ -55,12 +64,15 @@ __all__ = [
     "LayerNormWeights",
     "LayerWeights",
     "LinearWeights",
+    "NativeStep",
     "PackedLinear",
+    "PackedWeights",
     "RowPlan",
     "SlotSampling",
     "SlotState",
     "StepWeights",
     "TargetCheck",
+    "TritonStep",
     "activation",
     "backends_of",
     "bias_activation",
@@ -77,11 +89,14 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_decode",
+    "native_isa",
     "pack_linear",
+    "pack_step_weights",
     "plan_documents",
     "plan_rows",
     "quantize_rows",
     "row_keys",
     "sample",
+    "why_not_native",
     "why_not_triton",
 ]

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from fastgpt2_kernels import reference
 from fastgpt2_kernels.backends import choose_backend, implementation
+from fastgpt2_kernels.native import decode as native_decode
 from fastgpt2_kernels.ops.checks import check_same, describe
 from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
 from fastgpt2_kernels.types import LayerNormWeights, SlotSampling, SlotState, StepWeights, product_dtype
 
 if TYPE_CHECKING:
-    from fastgpt2_kernels.triton.decode.step import DecodeStep
+    from fastgpt2_kernels.native.decode import DecodeStep as NativeStep
+    from fastgpt2_kernels.native.decode import PackedWeights
+    from fastgpt2_kernels.triton.decode.step import DecodeStep as TritonStep
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,7 +103,28 @@ def decode_step(
     stop_ids: Tensor,
     max_rows: int,
     cache_dtype: torch.dtype,
-) -> DecodeStep:
-    """The launches of a decoding step of up to `max_rows` rows; see `triton.decode.step.DecodeStep`."""
-    chosen = choose_backend("decode_step", weights.wte.device, "triton")
-    return implementation("decode_step", chosen)(weights, slots, sampling, stop_ids, max_rows, cache_dtype)
+    *,
+    packed: PackedWeights | None = None,
+    backend: str = "auto",
+) -> TritonStep | NativeStep:
+    """A decoding step of up to `max_rows` rows over the slots' state.
+
+    Args:
+        packed: What `pack_step_weights` made of `weights`, for the native backend; None: pack them now.
+
+    Returns:
+        `triton.decode.step.DecodeStep` on a GPU, `native.decode.DecodeStep` on a CPU.
+
+    Raises:
+        ValueError: The backend cannot be used, or cannot serve these weights.
+    """
+    chosen = choose_backend("decode_step", weights.wte.device, backend)
+    options = {} if packed is None else {"packed": packed}
+    step = implementation("decode_step", chosen)
+    return step(weights, slots, sampling, stop_ids, max_rows, cache_dtype, **options)
+
+
+def pack_step_weights(weights: StepWeights) -> PackedWeights:
+    """A copy of a step's weights in the layout of the native backend, which several steps can share."""
+    choose_backend("decode_step", weights.wte.device, "native")
+    return native_decode.pack_weights(weights)

@@ -1,0 +1,185 @@
+"""Generation on a CPU by the native backend: the engine around the step, and what it keeps between runs."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+
+import pytest
+import torch
+
+from fastgpt2 import GPT2, decode
+from fastgpt2.decode import why_not_decode
+from fastgpt2.weights_mark import WeightsMark
+from fastgpt2_kernels import ops
+from tests.helpers import random_model
+
+V = 61
+
+
+@pytest.fixture
+def model(seed: int) -> GPT2:
+    """A lively one: its head is its own, its biases lie around 0, and its embeddings are large."""
+    model = random_model(seed, tie_word_embeddings=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.sub_(1.0)
+            elif name.endswith(("wte.weight", "wpe.weight")):
+                parameter.mul_(4.0)
+    if (reason := why_not_decode(model)) is not None:
+        pytest.skip(reason)
+    return model
+
+
+def prompts(seed: int, count: int = 6) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(V) for _ in range(rng.randint(1, 9))] for _ in range(count)]
+
+
+def tokens(model: GPT2, seed: int, **options: object) -> list[list[int]]:
+    options = {"max_new_tokens": 12, "temperature": 0, "stop_token_ids": (), **options}
+    return [s.token_ids for s in model.generate(prompts(seed), **options)]
+
+
+def test_the_same_tokens_as_pytorchs_operators(model, seed):
+    """Greedy in float32 of random weights, whose logits do not tie."""
+    assert tokens(model, seed) == tokens(model, seed, pack_weights=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.copy_(w.flip(0)),
+        lambda w: w.data.copy_(w.flip(0)),
+        lambda w: w.data.copy_(w.flip(1)),
+        lambda w: w.data.mul_(1.5),
+        lambda w: setattr(w, "data", w.flip(0).clone()),
+    ],
+    ids=["in place", "rows by .data", "columns by .data", "scaled by .data", "another .data"],
+)
+def test_weights_that_changed_between_runs_are_noticed(model, seed, change):
+    before = tokens(model, seed)
+    with torch.no_grad():
+        change(model.transformer.h[0].mlp.c_fc.weight)
+    after = tokens(model, seed)
+    assert after == tokens(model, seed, pack_weights=False)
+    assert after != before
+
+
+def test_a_mark_holds_until_something_changes(seed):
+    """Large tensors, of which some numbers are looked at, and NaN, which is equal to itself here."""
+    model = torch.nn.Linear(300, 400)
+    with torch.no_grad():
+        model.bias[3] = torch.nan
+    mark = WeightsMark(model)
+    assert mark.still_holds(model)
+    for change in (
+        lambda: model.load_state_dict(model.state_dict()),
+        lambda: model.weight.data.copy_(model.weight[torch.randperm(400)]),
+        lambda: model.weight.data.copy_(model.weight[:, torch.randperm(300)]),
+        lambda: model.bias.data.zero_(),
+        lambda: setattr(model, "bias", torch.nn.Parameter(model.bias.clone())),
+        lambda: model.double(),
+    ):
+        mark = WeightsMark(model)
+        with torch.no_grad():
+            change()
+        assert not mark.still_holds(model)
+
+
+def test_packed_weights_are_kept_for_the_next_run_and_go_with_the_model(model, seed, monkeypatch):
+    packed = []
+    pack = ops.pack_step_weights
+    monkeypatch.setattr(ops, "pack_step_weights", lambda weights: packed.append(1) or pack(weights))
+    decode.drop_sessions(model)
+    for batch_size in (2, 6, 6):  # another number of slots is another session of the same weights
+        tokens(model, seed, batch_size=batch_size)
+    assert len(packed) == 1
+    assert model in decode._PACKED
+    model.train()
+    assert model not in decode._PACKED
+    assert model not in decode._KEPT
+    tokens(model, seed)  # in training mode, which a run leaves as it found it
+    assert model.training
+    assert model not in decode._KEPT
+    model.eval()
+    tokens(model, seed)
+    gone = weakref.ref(model)
+    kept = weakref.ref(decode._KEPT[model])
+    del model
+    gc.collect()
+    # The fixture of the test holds the model itself.
+    assert (gone() is None) == (kept() is None)
+
+
+def test_weights_that_change_within_a_run_change_nothing_in_it(model, seed):
+    """A run decodes by the weights that it began with."""
+    expected = tokens(model, seed)
+    events = model.stream(prompts(seed), max_new_tokens=12, temperature=0, stop_token_ids=())
+    got: dict[int, list[int]] = {}
+    for i, event in enumerate(events):
+        got.setdefault(event.prompt_index, []).append(event.token_id)
+        if i == 20:
+            with torch.no_grad():
+                model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    assert [got[i] for i in range(6)] == expected
+
+
+def test_int8_weights(model, seed):
+    """Logits of 8-bit weights are near the model's: most tokens of a row are the same until the first that differs."""
+    exact, got = tokens(model, seed), tokens(model, seed, weight_dtype="int8")
+    assert sum(a[0] == b[0] for a, b in zip(exact, got, strict=True)) >= 3
+    assert tokens(model, seed, weight_dtype=torch.int8, batch_size=2) == got
+    assert tokens(model, seed) == exact  # the model itself is as it was
+    # A sample is the same whatever rows are beside it, bit for bit, with 8 bits too.
+    options = {"max_new_tokens": 12, "seed": 5, "stop_token_ids": (), "weight_dtype": "int8"}
+    together = model.generate(prompts(seed), **options)
+    alone = model.generate([prompts(seed)[3]], sample_ids=[3], **options)[0]
+    assert (alone.token_ids, alone.logprobs) == (together[3].token_ids, together[3].logprobs)
+
+
+def test_two_runs_at_once(model, seed):
+    """Each has a session of its own; they share the packed weights."""
+    options = {"max_new_tokens": 10, "seed": 3, "stop_token_ids": (), "num_samples": 2}
+    expected = [s.token_ids for s in model.generate(prompts(seed), **options)]
+    first, second = (model.generate_iter(prompts(seed), **options) for _ in range(2))
+    found: list[list] = [[], []]
+    for pair in zip(first, second, strict=True):
+        for samples, sample in zip(found, pair, strict=True):
+            samples.append(sample)
+    for samples in found:
+        samples.sort(key=lambda s: (s.prompt_index, s.sample_index))
+        assert [s.token_ids for s in samples] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"weight_dtype": "int4"}, "weight_dtype must be None or 'int8'; got 'int4'"),
+        ({"activation_function": "prelu"}, {"weight_dtype": "int8"}, "the activation 'prelu' has no kernel"),
+        ({}, {"weight_dtype": "int8", "pack_weights": False}, "it packs the weights, and pack_weights is False"),
+    ],
+)
+def test_what_cannot_be_in_8_bits_is_refused(changes, options, message, model, seed):
+    with pytest.raises(ValueError, match=message):
+        random_model(seed, **changes).generate([[1]], max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_decode_on_pytorchs_operators(dtype, model, seed):
+    other = model.to(dtype)
+    assert "it takes float32 and bfloat16" in str(why_not_decode(other))
+    assert len(tokens(other, seed)) == 6
+
+
+def test_a_model_of_the_native_backend(model, seed):
+    """It trains and evaluates on PyTorch's operators, and generates by the native step."""
+    named = GPT2(model.config, backend="native").eval()
+    named.load_state_dict(model.state_dict())
+    assert tokens(named, seed) == tokens(model, seed)
+    ids = torch.tensor(prompts(seed, 1))
+    torch.testing.assert_close(named(ids), model(ids))
+    with pytest.raises(ValueError, match="layer_norm has no native kernel in this version"):
+        ops.layer_norm(torch.ones(2, 3), torch.ones(3), torch.ones(3), 1e-5, backend="native")
