@@ -7,7 +7,9 @@ current. A kernel that is launched notes where; it computes nothing.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,9 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from fastgpt2.cache import KVCache
+from fastgpt2.config import SamplingConfig
+from fastgpt2.decode import DecodeSession
+from tests.kernels.test_decode_session import pair
 from tests.kernels.test_proofs import CASES, KERNELS, KERNELS_ROOT, Inputs, decode_step
 
-pytest.importorskip("triton")
+errors = pytest.importorskip("triton.runtime.errors")
 
 
 class Driver:
@@ -26,6 +32,7 @@ class Driver:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current = 0
+        self.stream: Any = "the user's"
         self.launches: list[tuple[str, int, str]] = []  # kernel, device, stream
         monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
         monkeypatch.setattr(torch.cuda, "_exchange_device", self._exchange)
@@ -123,6 +130,71 @@ def test_a_current_device_is_not_set_again(driver: Driver, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "_exchange_device", refuse)
     run_step("cuda:0")
     assert driver.launches
+
+
+class Capture:
+    """Stands in for `torch.cuda.graph`: notes how it is asked for; can fail at its end, as PyTorch's leaves it then."""
+
+    def __init__(self, driver: Driver, error: Exception | None = None) -> None:
+        self.driver, self.error = driver, error
+        self.asked: list[tuple[str, int, Any]] = []
+
+    def __call__(self, graph: Any, *, stream: Any, capture_error_mode: str) -> Any:
+        @contextlib.contextmanager
+        def capturing() -> Iterator[None]:
+            self.asked.append((capture_error_mode, self.driver.current, stream))
+            before, self.driver.stream = self.driver.stream, stream
+            yield
+            if self.error is not None:
+                raise self.error
+            self.driver.stream = before
+
+        return capturing()
+
+
+@pytest.fixture
+def on_second_gpu(
+    driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Exception | None], tuple[DecodeSession, Capture, list[int]]]:
+    """A session that takes its device for cuda:1, its captures, and where its graphs and events were used."""
+
+    def make(error: Exception | None) -> tuple[DecodeSession, Capture, list[int]]:
+        used: list[int] = []
+        note = lambda self, *_: used.append(driver.current)  # noqa: E731
+        stand_in = type("StandIn", (), {"replay": note, "record": note, "synchronize": lambda self: None})
+        capture = Capture(driver, error)
+        for name, stands_in in (("CUDAGraph", stand_in), ("Event", stand_in), ("graph", capture)):
+            monkeypatch.setattr(torch.cuda, name, stands_in)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: driver.stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(driver, "stream", stream))
+        model, _ = pair(interpreter)
+        session = DecodeSession(model, KVCache(model.config, 2, device="cpu"), SamplingConfig(temperature=0))
+        session._gpu, session._is_asynchronous, session.use_graphs = torch.device("cuda:1"), True, True
+        return session, capture, used
+
+    return make
+
+
+def test_graphs_and_events_are_on_the_sessions_device(driver: Driver, on_second_gpu: Any) -> None:
+    session, capture, used = on_second_gpu(None)
+    session.step([0])
+    session.step([0, 1])
+    assert used == [1] * 4  # a replay and an event each
+    assert capture.asked == [("thread_local", 1, "a stream of cuda:1")] * 2
+    assert (driver.current, driver.stream) == (0, "the user's")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("capture failed"), errors.OutOfResources(2, 1, "shared memory")], ids=repr
+)
+def test_a_capture_that_fails_leaves_the_users_stream(driver: Driver, on_second_gpu: Any, error: Exception) -> None:
+    session, _, _ = on_second_gpu(error)
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        session.step([0])
+    assert not session.use_graphs
+    assert (driver.current, driver.stream) == (0, "the user's")
+    session.step([0])
 
 
 def test_every_launch_goes_through_launch_kernel() -> None:

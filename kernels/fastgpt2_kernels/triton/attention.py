@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.devices import launch_kernel
@@ -614,8 +615,8 @@ def _block_d(head_size: int) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    """What products of float32 are rounded to, as PyTorch's own follow `torch.set_float32_matmul_precision`."""
-    return "tf32" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """What products of float32 are rounded to, as PyTorch's own are."""
+    return "tf32" if x.dtype == torch.float32 and not is_float32_exact() else "ieee"
 
 
 def _row(kernel: str, x: Tensor, block_d: int, masking: Masking) -> launch.AttentionRow:

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode.attention import Parts, Rows
@@ -277,7 +278,7 @@ def linear_decode_out(
         ACTIVATION=activation,
         USE_PDL=use_pdl,
         PRODUCT_TYPE=_DTYPES[product],
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        PRECISION="tf32" if product == torch.float32 and not is_float32_exact() else "ieee",
         D=head_size,
         GRAIN=math.gcd(16, head_size),
         SPLIT_S=split_s,

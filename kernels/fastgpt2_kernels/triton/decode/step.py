@@ -26,7 +26,7 @@ from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode.attention import Cache, Parts, Rows, decode_splits, num_splits
 from fastgpt2_kernels.triton.decode.linear import Attended, linear_decode_out
-from fastgpt2_kernels.triton.devices import launch_kernel
+from fastgpt2_kernels.triton.devices import LAUNCH_ERRORS, launch_kernel
 from fastgpt2_kernels.triton.sampling import sample_rows
 from fastgpt2_kernels.types import IDLE, RUNNING, LinearWeights, SlotSampling, SlotState, StepWeights
 
@@ -96,6 +96,8 @@ class DecodeStep:
 
     `run` may find the cache through a table on the device: it can then move (`use_cache`) without another capture.
     """
+
+    errors = LAUNCH_ERRORS  # what `run` may raise
 
     def __init__(
         self,
