@@ -21,10 +21,30 @@ from torch.utils._pytree import tree_map_only
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
 from fastgpt2.decode import DecodeSession
+from fastgpt2_kernels import backends, ops
+from fastgpt2_kernels.triton import launch
 from tests.kernels.test_decode_session import pair
 from tests.kernels.test_proofs import CASES, KERNELS, KERNELS_ROOT, Inputs, decode_step
 
 errors = pytest.importorskip("triton.runtime.errors")
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str | None = None) -> None:
+    """A GPU of this capability, or AMD's of this name."""
+    backends._why_not_gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if amd else None)
+    properties = type("Properties", (), {"multi_processor_count": 4, "gcnArchName": f"{amd}:sramecc+:xnack-"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+
+
+@pytest.fixture(autouse=True)
+def real_gpus_afterwards() -> Iterator[None]:
+    yield
+    backends._why_not_gpu.cache_clear()
+    launch.architecture.cache_clear()
+    launch.multiprocessors.cache_clear()
 
 
 class Driver:
@@ -38,9 +58,10 @@ class Driver:
         monkeypatch.setattr(torch.cuda, "_exchange_device", self._exchange)
         monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", self._exchange)
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        properties = type("Properties", (), {"multi_processor_count": 4})
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+        fake_gpu(monkeypatch, (9, 0))
+        # With a GPU to be found, fake tensors would turn to the real one.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(backends, "_why_not_this_gpu", lambda device: None)
         monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 0)
         for name, module_name in KERNELS.items():
             monkeypatch.setattr(importlib.import_module(module_name), name, self._recorder(name))
@@ -195,6 +216,44 @@ def test_a_capture_that_fails_leaves_the_users_stream(driver: Driver, on_second_
     assert not session.use_graphs
     assert (driver.current, driver.stream) == (0, "the user's")
     session.step([0])
+
+
+@pytest.mark.parametrize(
+    ("capability", "amd", "reason"),
+    [
+        ((7, 5), None, "needs compute capability 8.0; this GPU has 7.5"),
+        ((6, 0), None, "needs compute capability 8.0; this GPU has 6.0"),
+        ((8, 0), None, None),
+        ((12, 0), None, None),
+        ((9, 4), "gfx942", None),
+        ((11, 0), "gfx1100", "needs one of the GPUs gfx942; this GPU is gfx1100"),
+    ],
+    ids=str,
+)
+def test_gpus_that_cannot(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str | None, reason: str | None
+) -> None:
+    """ "auto" then runs on PyTorch; who asks for Triton is told why not."""
+    fake_gpu(monkeypatch, capability, amd)
+    device = torch.device("cuda:1")
+    for operator in ops.OPERATORS:
+        has_triton = "triton" in ops.backends_of(operator)
+        assert ops.why_not_triton(operator, device) == (reason if has_triton else ops.why_not_triton(operator, "cpu"))
+        if "torch" in ops.backends_of(operator):
+            chosen = backends.choose_backend(operator, device, "auto")
+            assert chosen == ("triton" if has_triton and reason is None else "torch")
+        if has_triton and reason is not None:
+            with pytest.raises(ValueError, match=f"{operator}: backend='triton' cannot be used: {reason}"):
+                backends.choose_backend(operator, device, "triton")
+
+
+def test_the_choice_compiles_whole() -> None:
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        chosen = backends.choose_backend("layer_norm", torch.device("cuda:0"), "auto")
+        return x + (1 if chosen == "torch" else 2)
+
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == choose(torch.zeros(1)).item()
 
 
 def test_every_launch_goes_through_launch_kernel() -> None:
