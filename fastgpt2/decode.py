@@ -135,6 +135,8 @@ class DecodeSession:
         self._vocab_size = model.config.vocab_size
         self.num_slots = cache.num_slots
         self._is_asynchronous = model.device.type == "cuda" and _HAS_GPU_RUNTIME
+        # Where graphs, events and streams have to be made and used; torch.cuda.device takes -1 for no device.
+        self._gpu: torch.device | int = model.device if self._is_asynchronous else -1
         self.use_graphs = use_graphs and self._is_asynchronous
         self.use_table = self.use_graphs  # a graph knows no other way to find a cache that has grown
         self.use_pdl = use_pdl if use_pdl is not None or self._may_have_pdl() else False
@@ -172,7 +174,7 @@ class DecodeSession:
 
     def _may_have_pdl(self) -> bool:
         """Whether there is a device to try it on."""
-        return self.use_graphs and not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9
+        return self.use_graphs and not torch.version.hip and torch.cuda.get_device_capability(self._gpu)[0] >= 9
 
     def configure(self, sampling: SamplingConfig) -> None:
         """Choose tokens by `sampling` from now on. ValueError if it needs other filters than the session has."""
@@ -270,7 +272,8 @@ class DecodeSession:
         """The slots of a bucket's rows, in the tensor that its graph reads."""
         wanted = [*slots, *range(self.num_slots, self.num_slots + bucket - len(slots))]
         if bucket not in self._rows:
-            self._rows[bucket] = [], torch.empty(bucket, dtype=torch.int32, device=self.slots.tokens.device)
+            with torch.inference_mode(False):  # it may be written to outside
+                self._rows[bucket] = [], torch.empty(bucket, dtype=torch.int32, device=self.slots.tokens.device)
         held, tensor = self._rows[bucket]
         if held != wanted:
             tensor.copy_(torch.tensor(wanted, dtype=torch.int32))
@@ -281,10 +284,11 @@ class DecodeSession:
         tokens, logprobs = self.slots.tokens, self.slots.logprobs
         if not self._is_asynchronous:
             return Results(tokens.clone(), logprobs.clone(), None)
-        # To pinned memory, without waiting.
-        tokens, logprobs = (t.to("cpu", non_blocking=True) for t in (tokens, logprobs))
-        ready = torch.cuda.Event()
-        ready.record()
+        with torch.cuda.device(self._gpu):
+            # To pinned memory, without waiting.
+            tokens, logprobs = (t.to("cpu", non_blocking=True) for t in (tokens, logprobs))
+            ready = torch.cuda.Event()
+            ready.record()
         return Results(tokens, logprobs, ready)
 
     @property
@@ -295,12 +299,13 @@ class DecodeSession:
     # -- graphs -------------------------------------------------------------------------------------------------
 
     def _replay(self, bucket: int, rows: Tensor) -> None:
-        if bucket not in self._graphs:
-            self._capture(bucket, rows)
-        if bucket in self._graphs:
-            self._graphs[bucket].replay()
-        else:
-            self._run(rows)
+        with torch.cuda.device(self._gpu):
+            if bucket not in self._graphs:
+                self._capture(bucket, rows)
+            if bucket in self._graphs:
+                self._graphs[bucket].replay()
+                return
+        self._run(rows)
 
     def _capture(self, bucket: int, rows: Tensor) -> None:
         """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
@@ -311,7 +316,7 @@ class DecodeSession:
             if self.use_pdl is None:
                 self.use_pdl = self._pdl_is_better(rows)
             self._graphs[bucket] = self._captured(rows, self.use_pdl)
-        except RuntimeError as error:
+        except self._kernels.errors as error:
             self.use_graphs = False
             warnings.warn(f"DecodeSession: no CUDA graph ({error}); steps are launched one by one", stacklevel=4)
         finally:
@@ -319,9 +324,15 @@ class DecodeSession:
 
     def _captured(self, rows: Tensor, use_pdl: bool) -> torch.cuda.CUDAGraph:
         self._kernels.run(rows, use_table=True, use_pdl=use_pdl)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._kernels.run(rows, use_table=True, use_pdl=use_pdl)
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # PyTorch's own stream for captures is on the device that captured first. "thread_local": other threads
+            # may allocate memory meanwhile.
+            stream = torch.cuda.Stream(self._gpu)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._kernels.run(rows, use_table=True, use_pdl=use_pdl)
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails at its end leaves its own
         return graph
 
     def _pdl_is_better(self, rows: Tensor) -> bool:
@@ -329,7 +340,7 @@ class DecodeSession:
         times, logits = [], []
         try:
             graphs = [self._captured(rows, use_pdl) for use_pdl in (False, True)]
-        except RuntimeError:
+        except self._kernels.errors:
             return False
         for graph in graphs:
             graph.replay()
@@ -371,16 +382,20 @@ def acquire_session(
     kept = _KEPT.pop(model, None)
     packed = _packed_weights(model, weight_dtype) if decode_backend(model) == "native" else None
     fits = _fits(model, num_slots, sampling, stop_ids, weight_dtype, packed)
-    if kept is not None and kept.fits == fits:
-        kept.configure(sampling)
-        kept.cache.lengths = [0] * num_slots
-        return kept
-    del kept
-    dtype = KVCache.best_dtype(model.dtype, model.device) if packed is not None else model.dtype
-    cache = KVCache(model.config, num_slots, 1, dtype=dtype, device=model.device)
-    session = DecodeSession(model, cache, sampling, stop_ids, weight_dtype=weight_dtype, packed=packed)
-    session.fits = fits
-    return session
+    # Under torch.inference_mode the tensors made here would be ones that no later run outside could write to.
+    with torch.inference_mode(False), torch.no_grad():
+        if kept is not None and kept.fits == fits:
+            kept.configure(sampling)
+            kept.cache.lengths = [0] * num_slots
+            if kept.cache.keys.is_inference():  # it grew there
+                kept.cache.keys, kept.cache.values = kept.cache.keys.clone(), kept.cache.values.clone()
+            return kept
+        del kept
+        dtype = KVCache.best_dtype(model.dtype, model.device) if packed is not None else model.dtype
+        cache = KVCache(model.config, num_slots, 1, dtype=dtype, device=model.device)
+        session = DecodeSession(model, cache, sampling, stop_ids, weight_dtype=weight_dtype, packed=packed)
+        session.fits = fits
+        return session
 
 
 def release_session(model: GPT2Base, session: DecodeSession) -> None:
@@ -418,7 +433,7 @@ def _fits(
     """What is fixed in a session: the weights, the kernels' flags and precision, the stop tokens."""
     filters = [t is None for t in slot_sampling(sampling, 0, None, torch.device("cpu"))]
     weights = [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
-    flags = (*filters, sampling.repetition_penalty == 1.0, torch.get_float32_matmul_precision(), model.backend)
+    flags = (*filters, sampling.repetition_penalty == 1.0, ops.is_float32_exact(), model.backend)
     return num_slots, flags, tuple(stop_ids), tuple(weights), weight_dtype, id(packed)
 
 

@@ -6,6 +6,7 @@ CPUs. "auto" takes the one of the tensors' device where the operator has it, and
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -80,6 +81,8 @@ _PLACES = {
     for operator, row in _TABLE.items()
     for backend, function in row.items()
 }
+_MIN_CAPABILITY = (8, 0)
+_AMD_GPUS = ("gfx942",)
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
 
 
@@ -115,9 +118,39 @@ def why_not_triton(operator: str, device: torch.device | str) -> str | None:
         return f"{operator} has no Triton kernel in this version"
     if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
-    if torch.device(device).type != "cuda" and not interpreter_is_on():
-        return f"Triton kernels need a GPU or Triton's interpreter; the tensors are on {torch.device(device).type}"
-    return None
+    device = torch.device(device)
+    if device.type != "cuda":
+        is_checking = interpreter_is_on()
+        return (
+            None
+            if is_checking
+            else f"Triton kernels need a GPU or Triton's interpreter; the tensors are on {device.type}"
+        )
+    return _why_not_this_gpu(device)
+
+
+def _why_not_this_gpu(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    return _why_not_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+# torch.compile calls it and does not trace it, as `_load`.
+_why_not_this_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _why_not_gpu(index: int) -> str | None:
+    """Older GPUs of NVIDIA have too little shared memory and multiply no bfloat16; what AMD's others are compiled to
+    multiplies outside their matrix cores."""
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        return None if name in _AMD_GPUS else f"needs one of the GPUs {', '.join(_AMD_GPUS)}; this GPU is {name}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _MIN_CAPABILITY:
+        return None
+    needed, got = (".".join(map(str, c)) for c in (_MIN_CAPABILITY, capability))
+    return f"needs compute capability {needed}; this GPU has {got}"
 
 
 def why_not_native(operator: str, device: torch.device | str) -> str | None:

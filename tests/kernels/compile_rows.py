@@ -40,12 +40,12 @@ REPRESENTATIVE = re.compile(
             r"layer_norm (forward|backward) (bf16|fp32) 768",
             r"layer_norm (forward|backward) bf16 20000",
             r"linear_decode layer_norm bf16 768 to (2304, 1 rows|3072, 16 rows), \S+( ACTIVATION)?",
-            r"linear_decode layer_norm fp32 768 to 2304, 1 rows, \S+",
+            r"linear_decode layer_norm (fp32 768 to 2304|bf16 128 to 384), 1 rows, \S+",
             r"linear_decode (combine bf16 768|none (bf16|fp32) 3072) to 768, 1 rows, \S+",
             r"linear_decode none bf16 6400 to 1600, 16 rows, \S+ int8",
             r"partial_sums .*",
             r"scale_rows .*",
-            r"sample fp32 block \d+ IS_GREEDY",
+            r"sample fp32 block \d+ (IS_GREEDY|HAS_PENALTY HAS_MIN_P)",
             r"sample bf16 block \d+ HAS_PENALTY HAS_TOP_K HAS_TOP_P HAS_MIN_P",
         )
     )

@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from tests.kernels.races import unordered
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -70,7 +72,8 @@ def _given(kind: Any) -> Any:
 def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
     """Registers, bytes of shared memory, spills (all, and those in loops), tensor-core and 128-bit instructions.
 
-    And by "reductions", which decide the order that numbers are added up in: see `_reductions`.
+    And by "reductions", which decide the order that numbers are added up in: see `_reductions`. For NVIDIA also
+    "races", the loads and stores without a barrier between: see `races.py`.
     """
     assert list(case.signature) == case.kernel.arg_names, "the kernel's arguments have changed"
     found = list(members(case.signature))
@@ -84,7 +87,10 @@ def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
     compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps, **case.options})
     result = {"case": case.name, "warps": case.num_warps, "shared": compiled.metadata.shared}
     result["reductions"] = _reductions(compiled.asm["ttgir"])
-    return result | (_read_amd(compiled.asm) if target.backend == "hip" else _read_nvidia(compiled.asm))
+    if target.backend == "hip":
+        return result | _read_amd(compiled.asm)
+    pairs = unordered(compiled.asm["ptx"], compiled.asm["ttgir"], case.kernel.__name__) if case.num_warps > 1 else []
+    return result | _read_nvidia(compiled.asm) | {"races": pairs}
 
 
 def _reductions(ttgir: str) -> list[list[int]]:

@@ -16,6 +16,7 @@ VARIANTS = [
     ("HAS_TOP_K",),
     ("HAS_TOP_P",),
     ("HAS_TOP_K", "HAS_TOP_P"),
+    ("HAS_PENALTY", "HAS_MIN_P"),
     ("HAS_PENALTY", "HAS_TOP_P", "HAS_MIN_P"),
     FLAGS[:4],
 ]

@@ -505,19 +505,21 @@ def test_second_derivatives_are_refused(triton_device):
 
 
 def test_tf32_on_request(triton_device, monkeypatch):
-    """What the kernels are told follows PyTorch's own switch."""
+    """What the kernels are told follows PyTorch's own switches."""
     flags = []
     shipped = launch.attention_row
     monkeypatch.setattr(launch, "attention_row", lambda *key, **more: flags.append(key[2]) or shipped(*key, **more))
     q = torch.randn(1, 1, 4, 16, device=triton_device)
-    was = torch.get_float32_matmul_precision()
     try:
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
             ops.causal_attention(q, q, q, backend="triton")
+        for precision in ("ieee", "tf32"):  # the newer one
+            torch.backends.cuda.matmul.fp32_precision = precision
+            ops.causal_attention(q, q, q, backend="triton")
     finally:
-        torch.set_float32_matmul_precision(was)
-    assert flags == ["ieee", "tf32"]
+        torch.set_float32_matmul_precision("highest")
+    assert flags == ["ieee", "tf32"] * 2
 
 
 def test_gpt2_on_the_kernels(triton_device, seed):

@@ -330,6 +330,41 @@ def test_a_session_is_kept_for_the_next_run(device):
     assert decode._KEPT[ours] is not kept
 
 
+def test_a_session_serves_in_and_outside_of_inference_mode(device):
+    """The first run is there, and its cache grows there; the next one writes to what the first one made."""
+    ours, plain = pair(device, **{**TINIEST, "context_length": 100})
+    options = {"max_new_tokens": 3, "temperature": 0, "stop_token_ids": ()}
+    prompts = [[1, 2, 3], list(range(30)) * 2 + list(range(8))]
+    want = [sample.token_ids for sample in plain.generate(prompts, **options)]
+    with torch.inference_mode():
+        assert ours.generate(prompts[:1], **options)[0].token_ids == want[0]
+        assert ours.generate(prompts[1:], **options)[0].token_ids == want[1]
+    kept = decode._KEPT[ours]
+    for prompt, tokens in zip(prompts, want, strict=True):
+        assert ours.generate([prompt], **options)[0].token_ids == tokens
+    assert decode._KEPT[ours] is kept
+
+
+def test_either_precision_switch(device):
+    """PyTorch's newer one by itself makes the older one raise where it is read."""
+    ours, _ = pair(device, **TINIEST)
+    options = {"max_new_tokens": 2, "temperature": 0, "stop_token_ids": ()}
+    want = ours.generate([[1, 2]], **options)[0].token_ids
+    kept, was = decode._KEPT[ours], torch.backends.cuda.matmul.fp32_precision
+    assert ops.is_float32_exact()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert not ops.is_float32_exact()
+        got = ours.generate([[1, 2]], **options)[0].token_ids
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = was
+    assert decode._KEPT[ours] is not kept
+    assert len(got) == len(want)
+    for precision in ("high", "medium", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        assert ops.is_float32_exact() == (precision == "highest")
+
+
 def test_int8_weights(device):
     """The step of 8-bit weights is that of a model with the weights rounded so."""
     ours, plain = pair(device, 6)
@@ -401,7 +436,7 @@ def test_bad_inputs(device):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"activation_function": "prelu"}, "the activation 'prelu' has no Triton kernel"),
+        ({"activation_function": "prelu"}, "the activation 'prelu' has no kernel"),
         ({"num_heads": 1, "hidden_size": 320}, "head sizes up to 256; the model's is 320"),
     ],
 )

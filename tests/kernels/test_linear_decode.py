@@ -10,6 +10,7 @@ import torch
 
 from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.decode import linear
 from tests.helpers import assert_rms_within_budget
 from tests.kernels import linear_maps
 from tests.kernels.linear_maps import DTYPES, INTERPRETED
@@ -268,6 +269,22 @@ def test_triton_is_refused(triton_device, changes, message):
     with pytest.raises(ValueError, match=message):
         ops.linear_decode(**given, backend="triton")
     assert ops.linear_decode(**given).shape == (3, 5)
+
+
+def test_tf32_is_for_float32_alone(triton_device, monkeypatch):
+    """Some GPUs have no tf32, and there even a product of bfloat16 that allows it does not compile."""
+    told = []
+    monkeypatch.setattr(linear, "launch_kernel", lambda *_, META, **arguments: told.append(META.PRECISION))
+    was = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                x = torch.zeros(1, 16, dtype=dtype, device=triton_device)
+                ops.linear_decode(x, x, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision(was)
+    assert told == ["ieee"] * 3 + ["tf32", "ieee", "ieee"]
 
 
 def test_opcheck(triton_device):

@@ -140,7 +140,7 @@ def decode_step(inputs: Inputs, backend: str, dtype: torch.dtype) -> Results:
     slots.status.fill_(ops.FRESH)
     slots.limits.fill_(4)
     stops = torch.tensor([V - 1], dtype=torch.int32, device=device)
-    step = ops.decode_step(weights, slots, ops.SlotSampling(), stops, 1, dtype)
+    step = ops.decode_step(weights, slots, ops.SlotSampling(), stops, 1, dtype, backend=backend)
     cache = torch.full((2, 1, 1, 2, 8, C // 2), float("nan"), dtype=dtype, device=device)
     step.use_cache(*cache)
     step.run(torch.zeros(1, dtype=torch.int32, device=device))

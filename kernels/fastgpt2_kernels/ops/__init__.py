@@ -29,6 +29,7 @@ from fastgpt2_kernels.ops.decode import decode_step, linear_decode, pack_step_we
 from fastgpt2_kernels.ops.layers import activation, bias_activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
 from fastgpt2_kernels.ops.sampling import row_keys, sample
+from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.reference import ACTIVATIONS
 from fastgpt2_kernels.torch.layers import MIN_PACKED_ROWS, PackedLinear, can_pack, fingerprint, pack_linear
 from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
@@ -85,6 +86,7 @@ __all__ = [
     "decode_attention",
     "decode_step",
     "fingerprint",
+    "is_float32_exact",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

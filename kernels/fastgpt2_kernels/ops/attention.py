@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgpt2_kernels.backends import choose_backend, implementation, interpreter_is_on
-from fastgpt2_kernels.ops.checks import check_same, describe, is_float32_exact
+from fastgpt2_kernels.ops.checks import check_same, describe
+from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.torch import decode as torch_decode
 from fastgpt2_kernels.types import AttentionOptions, DecodeRows, Documents, KernelPlan, RowPlan
 

@@ -22,8 +22,3 @@ def describe(tensor: Tensor) -> str:
 def only_float32(dtype: torch.dtype) -> str | None:
     """Why tensors of `dtype` are none for a Triton kernel that computes in float32."""
     return "it computes in float32; got float64" if dtype == torch.float64 else None
-
-
-def is_float32_exact() -> bool:
-    """Whether products of float32 must not be rounded to tf32, by PyTorch's own switch."""
-    return torch.get_float32_matmul_precision() == "highest"

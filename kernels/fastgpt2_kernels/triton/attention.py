@@ -36,8 +36,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
+from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.types import AttentionOptions, Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -539,7 +541,10 @@ def attention_forward(
     block_d = _block_d(D)
     row = _row("forward", q.data, block_d, masking)
     use_tma = row.use_tma and masking.lengths is None and k.fits_descriptor() and v.fits_descriptor()
-    _attention_fwd_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
+    launch_kernel(
+        q.data.device,
+        _attention_fwd_kernel,
+        (triton.cdiv(T, row.block_t) * B * H,),
         q=q.argument(),
         k=k.descriptor(row.block_s, block_d) if use_tma else k.argument(),
         v=v.descriptor(row.block_s, block_d) if use_tma else v.argument(),
@@ -574,7 +579,10 @@ def attention_backward(
     stats = _Statistics(row_max, row_sum if q.data.dtype == torch.float32 else None, delta)
     if B * H * T:
         row = _row("dq", q.data, block_d, masking)
-        _attention_bwd_dq_kernel[(triton.cdiv(T, row.block_t) * B * H,)](
+        launch_kernel(
+            q.data.device,
+            _attention_bwd_dq_kernel,
+            (triton.cdiv(T, row.block_t) * B * H,),
             inputs=inputs,
             o=out.argument(),
             do=dout.argument(),
@@ -587,7 +595,10 @@ def attention_backward(
     if dkdv is not None and B * H * S:
         dk, dv = dkdv
         row = _row("dkdv", q.data, block_d, masking)
-        _attention_bwd_dkdv_kernel[(triton.cdiv(S, row.block_s) * B * H,)](
+        launch_kernel(
+            q.data.device,
+            _attention_bwd_dkdv_kernel,
+            (triton.cdiv(S, row.block_s) * B * H,),
             inputs=inputs,
             do=dout.argument(),
             dk=dk.argument(),
@@ -604,8 +615,8 @@ def _block_d(head_size: int) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    """What products of float32 are rounded to, as PyTorch's own follow `torch.set_float32_matmul_precision`."""
-    return "tf32" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """What products of float32 are rounded to, as PyTorch's own are."""
+    return "tf32" if x.dtype == torch.float32 and not is_float32_exact() else "ieee"
 
 
 def _row(kernel: str, x: Tensor, block_d: int, masking: Masking) -> launch.AttentionRow:

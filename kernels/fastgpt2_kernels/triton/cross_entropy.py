@@ -31,6 +31,7 @@ from torch import Tensor
 from fastgpt2_kernels import reference
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Batch, Matrix
+from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.types import CrossEntropyOptions, LossOptions
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -408,7 +409,10 @@ def _launch(
             if class_weight is not None
             else torch.full((), V, dtype=torch.float32, device=logits.device)
         )
-    _cross_entropy_kernel[(B * T,)](
+    launch_kernel(
+        logits.device,
+        _cross_entropy_kernel,
+        (B * T,),
         logits=Batch.of(logits),
         targets=Batch.of(targets),
         class_weight=_ClassWeight(class_weight, weight_sum),
@@ -451,7 +455,10 @@ def scale_rows(grad: Tensor, factor: Tensor) -> None:
     B, T, V = grad.shape
     if B * T:
         row = launch.cross_entropy_row(V)
-        _scale_rows_kernel[(B * T,)](
+        launch_kernel(
+            grad.device,
+            _scale_rows_kernel,
+            (B * T,),
             grad=Batch.of(grad),
             factor_ptr=factor,
             T=T,

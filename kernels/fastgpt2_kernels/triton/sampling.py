@@ -37,6 +37,7 @@ from torch import Tensor
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.cross_entropy import _log1p_below_half
+from fastgpt2_kernels.triton.devices import launch_kernel
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -476,6 +477,7 @@ def _sample_kernel(logits, ids_ptr, logprobs_ptr, slots_ptr, settings, seen, V, 
     tl.store(ids_ptr + slot, chosen.to(ids_ptr.dtype.element_ty))
     tl.store(logprobs_ptr + slot, tl.where(is_good, logprob, float("nan")))
     if META.MARK_SEEN:
+        tl.debug_barrier()  # every warp has read whether the choice was seen before one of them marks it
         tl.store(row.seen_ptr + chosen, tl.full((), 1, row.seen_ptr.dtype.element_ty), mask=is_good)
 
 
@@ -510,7 +512,10 @@ def sample_rows(
         top_k = top_p = min_p = None  # the largest logit stays, whatever the filters
     has_filters = top_k is not None or top_p is not None or min_p is not None
     row = launch.sampling_row(V, launch.architecture(logits.device), has_filters=has_filters)
-    _sample_kernel[(R,)](
+    launch_kernel(
+        logits.device,
+        _sample_kernel,
+        (R,),
         logits=Matrix.of(logits),
         ids_ptr=ids,
         logprobs_ptr=logprobs,

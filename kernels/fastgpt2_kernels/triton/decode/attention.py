@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
+from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.types import DecodeRows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -383,7 +384,10 @@ def decode_splits(qkv: Tensor, cache: Cache, rows: Rows, parts: Parts, scale: fl
         return
     row = launch.decode_row(cache.k.element_size(), _block_d(D))
     use_dot = rows.max_new > 1 and cache.k.element_size() == 2
-    _decode_attention_kernel[(rows.num_rows, H, splits)](
+    launch_kernel(
+        qkv.device,
+        _decode_attention_kernel,
+        (rows.num_rows, H, splits),
         qkv=Matrix.of(qkv),
         cache=_Cache(cache.k, cache.v, *cache.k.stride()[:2], *cache.v.stride()[:2]),
         parts=_Parts(*parts),
@@ -408,7 +412,10 @@ def combine_splits(parts: Parts, cache: Cache, rows: Rows, out: Tensor) -> None:
     if rows.num_rows * H == 0:
         return
     row = launch.decode_row(cache.k.element_size(), _block_d(D))
-    _combine_kernel[(rows.num_rows, triton.cdiv(H * D, row.block_c), rows.max_new)](
+    launch_kernel(
+        out.device,
+        _combine_kernel,
+        (rows.num_rows, triton.cdiv(H * D, row.block_c), rows.max_new),
         out=Matrix.of(out),
         parts=_Parts(*parts),
         H=H,

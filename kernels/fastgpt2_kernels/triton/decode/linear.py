@@ -31,9 +31,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode.attention import Parts, Rows
+from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.triton.layers.activation import _activation
 from fastgpt2_kernels.types import LayerNormWeights, product_dtype
 
@@ -276,7 +278,7 @@ def linear_decode_out(
         ACTIVATION=activation,
         USE_PDL=use_pdl,
         PRODUCT_TYPE=_DTYPES[product],
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        PRECISION="tf32" if product == torch.float32 and not is_float32_exact() else "ieee",
         D=head_size,
         GRAIN=math.gcd(16, head_size),
         SPLIT_S=split_s,
@@ -287,7 +289,10 @@ def linear_decode_out(
         STEPS=triton.cdiv(launch.linear_decode_share(K), row.block_k),
     )
     options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
-    _linear_decode_kernel[(triton.cdiv(R, row.block_r), triton.cdiv(N, row.block_n))](
+    launch_kernel(
+        weight.device,
+        _linear_decode_kernel,
+        (triton.cdiv(R, row.block_r), triton.cdiv(N, row.block_n)),
         x=None if isinstance(x, Attended) else Matrix.of(x),
         weight=Matrix.of(weight),
         out=Matrix.of(out),

@@ -26,6 +26,7 @@ from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode.attention import Cache, Parts, Rows, decode_splits, num_splits
 from fastgpt2_kernels.triton.decode.linear import Attended, linear_decode_out
+from fastgpt2_kernels.triton.devices import LAUNCH_ERRORS, launch_kernel
 from fastgpt2_kernels.triton.sampling import sample_rows
 from fastgpt2_kernels.types import IDLE, RUNNING, LinearWeights, SlotSampling, SlotState, StepWeights
 
@@ -64,6 +65,7 @@ def _begin_step_kernel(
     stops = tl.load(stop_ids_ptr + offs_stop, mask=offs_stop < num_stops, other=-1)
     is_stop = tl.max((stops == token).to(tl.int32), 0) > 0
     goes_on = (status != _IDLE) & (not is_stop) & (produced < tl.load(state.limits_ptr + slot)) & (past < context)
+    tl.debug_barrier()  # every warp has read the state before one of them writes it
     tl.store(state.lengths_ptr + slot, past)
     tl.store(state.produced_ptr + slot, produced)
     tl.store(state.status_ptr + slot, tl.where(goes_on, _RUNNING, _IDLE))
@@ -94,6 +96,8 @@ class DecodeStep:
 
     `run` may find the cache through a table on the device: it can then move (`use_cache`) without another capture.
     """
+
+    errors = LAUNCH_ERRORS  # what `run` may raise
 
     def __init__(
         self,
@@ -177,7 +181,10 @@ class DecodeStep:
     def _begin(self, slots: Tensor) -> None:
         state, weights, x = self.slots, self.weights, self.buffers.x
         C = x.shape[1]
-        _begin_step_kernel[(slots.shape[0],)](
+        launch_kernel(
+            x.device,
+            _begin_step_kernel,
+            (slots.shape[0],),
             state=_Slots(state.tokens, state.status, state.lengths, state.produced, state.limits),
             slots_ptr=slots,
             counts_ptr=self.buffers.counts,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
+from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -244,7 +245,10 @@ def bias_activation_forward(x: Tensor, bias: Tensor | None, name: str) -> Tensor
     y = x.new_empty((N, C))
     if x.numel():
         row = launch.ACTIVATION
-        _bias_activation_fwd_kernel[(triton.cdiv(N, row.block_n) * triton.cdiv(C, row.block_c),)](
+        launch_kernel(
+            x.device,
+            _bias_activation_fwd_kernel,
+            (triton.cdiv(N, row.block_n) * triton.cdiv(C, row.block_c),),
             x=Matrix.of(x),
             bias_ptr=bias,
             y_ptr=y,
@@ -269,7 +273,10 @@ def bias_activation_backward(
     programs = triton.cdiv(row.programs * launch.multiprocessors(x.device), column_blocks)
     programs = min(programs, triton.cdiv(N, row.bwd_block_n))
     partials = empty_unless(needs_dbias, x, (programs, 1, C), torch.float32)
-    _bias_activation_bwd_kernel[(column_blocks, programs)](
+    launch_kernel(
+        x.device,
+        _bias_activation_bwd_kernel,
+        (column_blocks, programs),
         dy=Matrix.of(dy),
         x=Matrix.of(x),
         bias_ptr=bias,

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Batch
+from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
 
 
@@ -281,7 +282,10 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
     row = launch.layer_norm_row("forward", C, launch.architecture(x.device))
     is_wide = row.block_c < C
     kernel = _layer_norm_wide_fwd_kernel if is_wide else _layer_norm_fwd_kernel
-    kernel[(B * T if is_wide else _num_programs(row, x),)](
+    launch_kernel(
+        x.device,
+        kernel,
+        (B * T if is_wide else _num_programs(row, x),),
         x=Batch.of(x),
         residual=Batch.of(residual),
         weight_ptr=weight,
@@ -329,7 +333,10 @@ def layer_norm_backward(
     sums = [t for t, needed in ((out.dweight, needs_dweight), (out.dbias, needs_dbias)) if needed]
     partials = s.new_empty((num_programs, len(sums), C), dtype=torch.float32)
     kernel = _layer_norm_wide_bwd_kernel if row.block_c < C else _layer_norm_bwd_kernel
-    kernel[(num_programs,)](
+    launch_kernel(
+        s.device,
+        kernel,
+        (num_programs,),
         dy=Batch.of(dy),
         ds_after=Batch.of(ds_after),
         s=Batch.of(s),

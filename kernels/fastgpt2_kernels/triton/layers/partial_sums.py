@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton.devices import launch_kernel
 
 
 @triton.jit
@@ -43,7 +44,10 @@ def sum_partials(partials: Tensor, out: Sequence[Tensor]) -> None:
     """Write partials (P, K, C) float32, summed over P, to the K = 1 or 2 tensors `out` (C,) of any float dtype."""
     P, K, C = partials.shape
     row = launch.partial_sums_row(C)
-    _sum_partials_kernel[(triton.cdiv(C, row.block_c), K)](
+    launch_kernel(
+        partials.device,
+        _sum_partials_kernel,
+        (triton.cdiv(C, row.block_c), K),
         partials_ptr=partials,
         first_ptr=out[0],
         second_ptr=out[-1],

@@ -1,0 +1,268 @@
+"""Every launch is on its tensors' device: the kernels' operators with two GPUs that are not there.
+
+PyTorch's fake tensors say that they are on a GPU and have no data, and a stand-in for the driver says which device is
+current. A kernel that is launched notes where; it computes nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from fastgpt2.cache import KVCache
+from fastgpt2.config import SamplingConfig
+from fastgpt2.decode import DecodeSession
+from fastgpt2_kernels import backends, ops
+from fastgpt2_kernels.triton import launch
+from tests.kernels.test_decode_session import pair
+from tests.kernels.test_proofs import CASES, KERNELS, KERNELS_ROOT, Inputs, decode_step
+
+errors = pytest.importorskip("triton.runtime.errors")
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str | None = None) -> None:
+    """A GPU of this capability, or AMD's of this name."""
+    backends._why_not_gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if amd else None)
+    properties = type("Properties", (), {"multi_processor_count": 4, "gcnArchName": f"{amd}:sramecc+:xnack-"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+
+
+@pytest.fixture(autouse=True)
+def real_gpus_afterwards() -> Iterator[None]:
+    yield
+    backends._why_not_gpu.cache_clear()
+    launch.architecture.cache_clear()
+    launch.multiprocessors.cache_clear()
+
+
+class Driver:
+    """Which of two devices is current, and on which each kernel was launched: what Triton asks at a launch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        self.stream: Any = "the user's"
+        self.launches: list[tuple[str, int, str]] = []  # kernel, device, stream
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "_exchange_device", self._exchange)
+        monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", self._exchange)
+        monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        fake_gpu(monkeypatch, (9, 0))
+        # With a GPU to be found, fake tensors would turn to the real one.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(backends, "_why_not_this_gpu", lambda device: None)
+        monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 0)
+        for name, module_name in KERNELS.items():
+            monkeypatch.setattr(importlib.import_module(module_name), name, self._recorder(name))
+
+    def _exchange(self, device: int) -> int:
+        was, self.current = self.current, device if device >= 0 else self.current
+        return was
+
+    def _recorder(self, name: str) -> Any:
+        def launch(**arguments: Any) -> None:
+            self.launches.append((name, self.current, f"stream of {self.current}"))
+
+        return type("Recorder", (), {"__getitem__": lambda self, grid: launch})()
+
+
+def _part(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """tensor[index], of slices and ints, by operators: PyTorch's own brackets ask for a GPU that is there."""
+    dim = 0
+    for i in index if isinstance(index, tuple) else (index,):
+        if isinstance(i, slice):
+            tensor = torch.ops.aten.slice.Tensor(tensor, dim, i.start, i.stop)
+            dim += 1
+        else:
+            tensor = tensor.select(dim, i)
+    return tensor
+
+
+@pytest.fixture
+def driver(interpreter: str, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    return Driver(monkeypatch)
+
+
+class Calls(TorchDispatchMode):
+    """The package's operators as a case calls them, forward and backward, and what with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastgpt2":
+            self.made.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def on_device(device: str, func: Any, args: Any, kwargs: Any) -> None:
+    """The implementation of an operator for a GPU, called with fake tensors there. (Autograd knows no GPU without one,
+    so what it calls is noted on the CPU.)"""
+    with FakeTensorMode():
+        fake = tree_map_only(
+            torch.Tensor,
+            lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device),
+            (args, kwargs),
+        )
+        func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *fake[0], **fake[1])
+
+
+def run_step(device: str) -> None:
+    with FakeTensorMode(), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__getitem__", _part)
+        patch.setattr(torch.Tensor, "copy_", lambda to, of: to)  # asks for one too
+        decode_step(Inputs(0, device), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_launches_are_on_the_tensors_device(driver: Driver, name: str, index: int) -> None:
+    case, kernels = CASES[name]
+    device = f"cuda:{index}"
+    if name == "decode_step":
+        run_step(device)
+    else:
+        with Calls() as calls:
+            case(Inputs(0, "cpu"), "triton", torch.float32)
+        driver.launches.clear()
+        for call in calls.made:
+            on_device(device, *call)
+    assert {kernel for kernel, _, _ in driver.launches} == kernels
+    assert {(at, stream) for _, at, stream in driver.launches} == {(index, f"stream of {index}")}
+    assert driver.current == 0
+
+
+def test_a_current_device_is_not_set_again(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: int) -> int:
+        raise AssertionError("the device was current")
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", refuse)
+    run_step("cuda:0")
+    assert driver.launches
+
+
+class Capture:
+    """Stands in for `torch.cuda.graph`: notes how it is asked for; can fail at its end, as PyTorch's leaves it then."""
+
+    def __init__(self, driver: Driver, error: Exception | None = None) -> None:
+        self.driver, self.error = driver, error
+        self.asked: list[tuple[str, int, Any]] = []
+
+    def __call__(self, graph: Any, *, stream: Any, capture_error_mode: str) -> Any:
+        @contextlib.contextmanager
+        def capturing() -> Iterator[None]:
+            self.asked.append((capture_error_mode, self.driver.current, stream))
+            before, self.driver.stream = self.driver.stream, stream
+            yield
+            if self.error is not None:
+                raise self.error
+            self.driver.stream = before
+
+        return capturing()
+
+
+@pytest.fixture
+def on_second_gpu(
+    driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Exception | None], tuple[DecodeSession, Capture, list[int]]]:
+    """A session that takes its device for cuda:1, its captures, and where its graphs and events were used."""
+
+    def make(error: Exception | None) -> tuple[DecodeSession, Capture, list[int]]:
+        used: list[int] = []
+        note = lambda self, *_: used.append(driver.current)  # noqa: E731
+        stand_in = type("StandIn", (), {"replay": note, "record": note, "synchronize": lambda self: None})
+        capture = Capture(driver, error)
+        for name, stands_in in (("CUDAGraph", stand_in), ("Event", stand_in), ("graph", capture)):
+            monkeypatch.setattr(torch.cuda, name, stands_in)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: driver.stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(driver, "stream", stream))
+        model, _ = pair(interpreter)
+        session = DecodeSession(model, KVCache(model.config, 2, device="cpu"), SamplingConfig(temperature=0))
+        session._gpu, session._is_asynchronous, session.use_graphs = torch.device("cuda:1"), True, True
+        return session, capture, used
+
+    return make
+
+
+def test_graphs_and_events_are_on_the_sessions_device(driver: Driver, on_second_gpu: Any) -> None:
+    session, capture, used = on_second_gpu(None)
+    session.step([0])
+    session.step([0, 1])
+    assert used == [1] * 4  # a replay and an event each
+    assert capture.asked == [("thread_local", 1, "a stream of cuda:1")] * 2
+    assert (driver.current, driver.stream) == (0, "the user's")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("capture failed"), errors.OutOfResources(2, 1, "shared memory")], ids=repr
+)
+def test_a_capture_that_fails_leaves_the_users_stream(driver: Driver, on_second_gpu: Any, error: Exception) -> None:
+    session, _, _ = on_second_gpu(error)
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        session.step([0])
+    assert not session.use_graphs
+    assert (driver.current, driver.stream) == (0, "the user's")
+    session.step([0])
+
+
+@pytest.mark.parametrize(
+    ("capability", "amd", "reason"),
+    [
+        ((7, 5), None, "needs compute capability 8.0; this GPU has 7.5"),
+        ((6, 0), None, "needs compute capability 8.0; this GPU has 6.0"),
+        ((8, 0), None, None),
+        ((12, 0), None, None),
+        ((9, 4), "gfx942", None),
+        ((11, 0), "gfx1100", "needs one of the GPUs gfx942; this GPU is gfx1100"),
+    ],
+    ids=str,
+)
+def test_gpus_that_cannot(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str | None, reason: str | None
+) -> None:
+    """ "auto" then runs on PyTorch; who asks for Triton is told why not."""
+    fake_gpu(monkeypatch, capability, amd)
+    device = torch.device("cuda:1")
+    for operator in ops.OPERATORS:
+        has_triton = "triton" in ops.backends_of(operator)
+        assert ops.why_not_triton(operator, device) == (reason if has_triton else ops.why_not_triton(operator, "cpu"))
+        if "torch" in ops.backends_of(operator):
+            chosen = backends.choose_backend(operator, device, "auto")
+            assert chosen == ("triton" if has_triton and reason is None else "torch")
+        if has_triton and reason is not None:
+            with pytest.raises(ValueError, match=f"{operator}: backend='triton' cannot be used: {reason}"):
+                backends.choose_backend(operator, device, "triton")
+
+
+def test_the_choice_compiles_whole() -> None:
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        chosen = backends.choose_backend("layer_norm", torch.device("cuda:0"), "auto")
+        return x + (1 if chosen == "torch" else 2)
+
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == choose(torch.zeros(1)).item()
+
+
+def test_every_launch_goes_through_launch_kernel() -> None:
+    """A kernel in brackets with its grid is a launch: `launch_kernel` alone writes it so."""
+    found = []
+    for path in sorted((KERNELS_ROOT / "fastgpt2_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                kernel = ast.unparse(node.func.value)
+                if kernel.endswith("kernel"):
+                    found.append(path.name)
+    assert found == ["devices.py", "devices.py"]
