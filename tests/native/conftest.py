@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -17,7 +19,15 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def needs_native():
+# Every instruction set of this processor that was compiled, or the one that the variable names.
+ISAS = [name for name, is_usable in native.isas().items() if is_usable]
+if os.environ.get(native.ISA_VARIABLE) or not ISAS:
+    ISAS = [os.environ.get(native.ISA_VARIABLE, "")]
+
+
+@pytest.fixture(params=ISAS)
+def needs_native(request, monkeypatch):
+    """Each test on every instruction set, in one process: a process of its own would mostly import PyTorch."""
     if (reason := native.why_not_native()) is not None:
         pytest.skip(f"native backend: {reason}")
+    monkeypatch.setattr(native, "_choice", lambda: (request.param, None))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from fastgpt2_kernels import native
 from tests.native.building import COMPILER, build, run_tests, setup_file
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("needs_native"),
+    pytest.mark.skipif(native.why_not_native() is not None, reason=f"native backend: {native.why_not_native()}"),
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
 ]
 
