@@ -11,12 +11,13 @@ generate: $(VENV)/.runtime
 
 # Side by side, so a thread each: the tensors are small, and two processes that both use all cores wait for each other.
 TESTS := test-kernels test-style test-package test-compiled
+MARKS := -m "not slow"
 test: $(VENV)/.dev
 	$(MAKE) --no-print-directory --jobs 2 --output-sync $(TESTS)
 
-# What `make test` does, and compile every launch row instead of one for each kernel and dtype.
+# What `make test` does, the slow tests too, and every launch row compiled instead of one for each kernel and dtype.
 test-all: $(VENV)/.dev
-	$(MAKE) --no-print-directory --jobs 2 --output-sync $(TESTS) ROWS=--all-rows
+	$(MAKE) --no-print-directory --jobs 2 --output-sync $(TESTS) ROWS=--all-rows MARKS=
 
 test-style: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -24,7 +25,7 @@ test-style: $(VENV)/.dev
 	$(BIN)/mypy
 
 test-package: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/kernels $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/kernels $(MARKS) $(ARGS)
 
 test-kernels: $(VENV)/.dev
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_compile.py

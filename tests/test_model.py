@@ -213,7 +213,6 @@ def test_compile_takes_the_model_whole(seed: int, training: bool) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("inductor")
 @pytest.mark.filterwarnings("ignore")  # PyTorch's compiler deprecates its own internals
 def test_compiled_forward_equals_eager(seed: int) -> None:
