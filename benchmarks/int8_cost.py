@@ -62,9 +62,7 @@ def main() -> None:
     error = step_logits(large, rows, torch.int8) - exact
     spread = exact.std(-1).mean().item()
     rms, largest = error.square().mean().sqrt().item(), error.abs().max().item()
-    print(
-        f"Logits of GPT-2 124M, random weights: spread {spread:.3f}, error {rms:.4f} (RMS), {largest:.4f} (largest)"
-    )
+    print(f"Logits of GPT-2 124M, random weights: spread {spread:.3f}, error {rms:.4f} (RMS), {largest:.4f} (largest)")
 
 
 if __name__ == "__main__":

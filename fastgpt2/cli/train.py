@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
         if resumes and not args.resume:
             raise ValueError(f"train: {args.out} holds a run; continue it with --resume or choose another --out")
         kept = _kept_options(args.out) if args.resume else {}
-        plan = None if resumes else _planned(args, {**kept, **given}, processes)
+        with processes.first_goes_first():  # which looks through the texts
+            plan = None if resumes else _planned(args, {**kept, **given}, processes)
         # Nothing is written before the arguments are known to be good, and then by one run at a time.
         with locked_folder(args.out) if processes.is_first else contextlib.nullcontext():
             trainer = _resumed(args, given, kept, processes) if plan is None else _begun(args, plan, processes)
