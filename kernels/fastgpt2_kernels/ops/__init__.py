@@ -73,7 +73,6 @@ __all__ = [
     "SlotState",
     "StepWeights",
     "TargetCheck",
-    "TritonStep",
     "activation",
     "backends_of",
     "bias_activation",
