@@ -23,7 +23,8 @@ from fastgpt2.weights_mark import WeightsMark
 from fastgpt2_kernels import ops
 
 if TYPE_CHECKING:
-    from fastgpt2_kernels.ops import PackedWeights, TritonStep
+    from fastgpt2_kernels.ops import PackedWeights
+    from fastgpt2_kernels.ops.decode import TritonStep
 
 # False in a build of PyTorch for CPUs. A kernel sanitizer's "cuda" device is then a stand-in without graphs and events.
 _HAS_GPU_RUNTIME = bool(torch.version.cuda or torch.version.hip)

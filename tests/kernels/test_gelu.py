@@ -272,7 +272,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"x": X.int()}, r"x must be floating-point; got torch.int32 \(3, 4\)"),
     "bias dtype": ({"bias": B.long()}, r"bias must be floating-point; got torch.int64 \(4,\)"),
     "device": ({"bias": B.to("meta")}, "one device; got x on cpu, bias on meta"),
-    "backend": ({"backend": "cuda"}, "'auto', 'triton', 'torch'; got 'cuda'"),
+    "backend": ({"backend": "cuda"}, "'auto', 'triton', 'native', 'torch'; got 'cuda'"),
 }
 
 

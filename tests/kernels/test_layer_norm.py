@@ -372,7 +372,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "residual": ({"residual": X[:2]}, r"residual must have the shape of x \(3, 4\); got \(2, 4\)"),
     "eps": ({"eps": -1e-5}, "eps must be finite and >= 0; got -1e-05"),
     "eps not a number": ({"eps": math.nan}, "eps must be finite and >= 0; got nan"),
-    "backend": ({"backend": "cuda"}, "'auto', 'triton', 'torch'; got 'cuda'"),
+    "backend": ({"backend": "cuda"}, "'auto', 'triton', 'native', 'torch'; got 'cuda'"),
 }
 
 

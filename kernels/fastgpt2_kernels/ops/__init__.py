@@ -10,8 +10,6 @@ Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fastgpt2_kernels.backends import BACKENDS, OPERATORS, backends_of, check_backend, why_not_native, why_not_triton
 from fastgpt2_kernels.native import isa as native_isa
 from fastgpt2_kernels.native.decode import DecodeStep as NativeStep
@@ -46,9 +44,6 @@ from fastgpt2_kernels.types import (
     SlotState,
     StepWeights,
 )
-
-if TYPE_CHECKING:
-    from fastgpt2_kernels.triton.decode.step import DecodeStep as TritonStep
 
 __all__ = [
     "ACTIVATIONS",
