@@ -31,7 +31,7 @@ FLAGS += ["-fno-exceptions", "-fno-rtti", "-Wno-uninitialized", "-Wno-maybe-unin
 FLAGS += [*os.environ.get("FASTGPT2_NATIVE_FLAGS", "").split()]
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 SOURCES = "kernels/native/"
-HEADERS = [SOURCES + name for name in ("api.h", "attention.h", "linear.h", "sampling.h", "simd.h")]
+HEADERS = [SOURCES + name for name in ("api.h", "attention.h", "linear.h", "sampling.h", "simd.h", "team.h")]
 
 
 class BuildNative(build_ext):

@@ -4,12 +4,10 @@
 #include <stdint.h>
 
 enum WeightType : int64_t { F32 = 0, BF16 = 1, I8 = 2 };
-
 enum Activation : int64_t {
   LINEAR, GELU_TANH, SILU, QUICK_GELU, GELU, GELU_10, LAPLACE, SIGMOID, TANH, MISH, RELU, RELU2, RELU6, LEAKY_RELU,
   HARDSWISH
 };
-
 enum Operation : int64_t { OP_LAYOUT, OP_PACK, OP_LINEAR, OP_ATTENTION, OP_SAMPLE, OP_FORWARD, NUM_OPS };
 
 // A status of a slot; the values are those of fastgpt2_kernels' IDLE, FRESH, RUNNING.
@@ -35,13 +33,7 @@ struct Linear {
   const int32_t* sums;  // I8: what the operand's offset adds to every output
   int64_t n, k, type;
 };
-
-struct LayerNorm {
-  const float* weight;
-  const float* bias;
-  double eps;
-};
-
+struct LayerNorm { const float *weight, *bias; double eps; };
 struct Layer {
   LayerNorm ln_1;
   Linear qkv, projection;
@@ -79,20 +71,17 @@ struct LinearArgs {
   int64_t rows, x_stride, threads, scratch_bytes;
 };
 
-// The cache of all layers, float32: positions and head elements are contiguous, the other strides are in elements.
+// The cache of all layers, float32 or bfloat16: positions and head elements are contiguous, the other strides are in elements.
 struct Cache {
-  float* keys;
-  float* values;
-  int64_t layer_stride, slot_stride, head_stride, slots, capacity;
+  void *keys, *values;
+  int64_t layer_stride, slot_stride, head_stride, slots, capacity, type;
 };
 
 // Row r has counts[r] new tokens from token starts[r] on; slots[r] holds pasts[r] tokens already.
 struct Rows {
   int64_t num_rows, num_tokens;
   const int32_t* slots;
-  int32_t* starts;
-  int32_t* counts;
-  int32_t* pasts;
+  int32_t *starts, *counts, *pasts;
   int32_t* tasks;   // (R + 1,), what attention deals out
   int32_t* done;    // (R * H,), zeros: parts that are ready
 };
@@ -111,19 +100,10 @@ struct Attention {
   char* operand;
   int64_t operand_type, operand_stride;
 };
-
-struct AttentionArgs {
-  Attention attention;
-  char* scratch;
-  int64_t threads, scratch_bytes;
-};
+struct AttentionArgs { Attention attention; char* scratch; int64_t threads, scratch_bytes; };
 
 struct Slots {
-  int32_t* tokens;
-  int32_t* status;
-  int32_t* lengths;
-  int32_t* produced;
-  int32_t* limits;
+  int32_t *tokens, *status, *lengths, *produced, *limits;
   int64_t* keys;
   float* logprobs;
   int64_t num_slots;
@@ -133,9 +113,7 @@ struct Slots {
 struct Sampling {
   const float* temperature;
   const int32_t* top_k;
-  const float* top_p;
-  const float* min_p;
-  const float* penalty;
+  const float *top_p, *min_p, *penalty;
   uint8_t* seen;
   int64_t seen_stride;
 };
@@ -155,8 +133,7 @@ struct ForwardArgs {
   int64_t num_layers;
   LayerNorm ln_f;
   Linear head;
-  const void* wte;
-  const void* wpe;
+  const void *wte, *wpe;
   int64_t embedding_type, wte_stride, wpe_stride;
   int64_t vocab, width, context, heads, inner, activation;
   Slots state;
@@ -169,8 +146,7 @@ struct ForwardArgs {
   float* x;               // (N, C), the residual stream
   float* qkv;             // (N, 3C)
   float* hidden;          // (N, max(C, inner)): int8 only, what is yet to be quantized
-  char* operand;          // two rows of operands for each token, or private_rows for each thread
-  char* operand_2;
+  char *operand, *operand_2;  // a row of operands for each token, or private_rows for each thread
   float* operand_scale;
   float* parts;
   float* logits;          // (R, V)

@@ -4,6 +4,8 @@
 // parts in their order. A row with several is dealt out by head and by NR queries, which fill the lanes of vectors:
 // scores^T = K q^T and out^T = V^T p^T read keys and values where they lie. What is dealt out, and every sum, depends
 // on the row's own length alone.
+//
+// T is float or uint16_t, which is a bfloat16 of the cache. Scores and sums are float32 in either.
 #pragma once
 #include "linear.h"
 
@@ -30,33 +32,38 @@ static bool plan_tasks(const Cache* cache, const Rows* rows, int64_t heads) {
   return has_several;
 }
 
-INLINE float* cache_at(float* base, const Cache* cache, int64_t layer, int64_t slot, int64_t head) {
-  return base + layer * cache->layer_stride + slot * cache->slot_stride + head * cache->head_stride;
+template <class T> INLINE T* cache_at(void* base, const Cache* cache, int64_t layer, int64_t slot, int64_t head) {
+  return (T*)base + layer * cache->layer_stride + slot * cache->slot_stride + head * cache->head_stride;
 }
 
 INLINE void put_head(const Attention* a, int64_t token, int64_t head, const float* values) {
   const int64_t D = a->head_size;
-  if (a->out)
-    for (int64_t d = 0; d < D; d += VL) store_n(a->out + token * a->out_stride + head * D + d, load(values + d), D - d);
-  else
-    put(a->operand_type, a->operand + token * a->operand_stride, head * D, values, D);
+  if (!a->out) return put(a->operand_type, a->operand + token * a->operand_stride, head * D, values, D);
+  for (int64_t d = 0; d < D; d += VL) store_n(a->out + token * a->out_stride + head * D + d, load(values + d), D - d);
 }
 
 // Keys and values of one new token and head into the cache.
-INLINE void append(const Attention* a, int64_t token, int64_t slot, int64_t head, int64_t position) {
+template <class T> INLINE void append(const Attention* a, int64_t token, int64_t slot, int64_t head, int64_t position) {
   const int64_t D = a->head_size, C = D * a->heads;
   const float* from = a->qkv + token * a->qkv_stride + C + head * D;
-  memcpy(cache_at(a->cache->keys, a->cache, a->layer, slot, head) + position * D, from, D * sizeof(float));
-  memcpy(cache_at(a->cache->values, a->cache, a->layer, slot, head) + position * D, from + C, D * sizeof(float));
+  T* key = cache_at<T>(a->cache->keys, a->cache, a->layer, slot, head) + position * D;
+  T* value = cache_at<T>(a->cache->values, a->cache, a->layer, slot, head) + position * D;
+  for (int64_t d = 0; d < D; d += VL) {
+    store_n(key + d, load_n(from + d, D - d), D - d);
+    store_n(value + d, load_n(from + C + d, D - d), D - d);
+  }
 }
 
 // acc[0 .. 4) += p_s v_s for the keys 0 .. n, of `lanes` numbers from v on. Meanwhile fetches as much from `ahead` on.
-INLINE void weigh(const float* p, const float* v, int64_t n, int64_t D, int64_t lanes, const float* ahead, float* out) {
+template <class T>
+INLINE void weigh(const float* p, const T* v, int64_t n, int64_t D, int64_t lanes, const T* ahead, float* out) {
+  enum { LINE = 64 / sizeof(T) };
   vf acc[4] = {};
-  for (int64_t s = 0; s < n * D; s += 16) __builtin_prefetch(ahead + s, 0, 2);
   if (lanes >= 4 * VL) {
-    for (int64_t s = 0; s < n; ++s, v += D)
+    for (int64_t s = 0; s < n; ++s, v += D, ahead += D) {
+      for (int64_t d = 0; d < 4 * VL; d += LINE) __builtin_prefetch(ahead + d, 0, 2);
       for (int j = 0; j < 4; ++j) acc[j] = fma(splat(p[s]), load(v + j * VL), acc[j]);
+    }
   } else {
     const int64_t vectors = (lanes + VL - 1) / VL;
     for (int64_t s = 0; s < n; ++s, v += D)
@@ -66,57 +73,54 @@ INLINE void weigh(const float* p, const float* v, int64_t n, int64_t D, int64_t 
 }
 
 // The keys 0 .. n of one part: sum of p v (whole vectors long), max and sum of p.
-static void attend_part(const float* q, const float* k, const float* v, int64_t n, int64_t D, const float* ahead, float* out,
-                        float* max, float* sum) {
+template <class T>
+static void attend_part(const float* q, const T* k, const T* v, int64_t n, int64_t D, const T* ahead, float* out, float* max,
+                        float* sum) {
   float p[KEY_SPLIT + VL];
   const int64_t vectors = (D + VL - 1) / VL;
   const bool is_whole = D % VL == 0;
-  int64_t s = 0;
-  for (; s + 4 <= n; s += 4) {
+  for (int64_t s = 0; s < n; s += 4) {  // past the end the last key again
     vf dot[4] = {};
-    const float* row = k + s * D;
-    for (int64_t line = 0; line < 4 * D; line += 16) __builtin_prefetch(v + s * D + line, 0, 2);
+    const T* row[4];
+    for (int i = 0; i < 4; ++i) row[i] = k + least(s + i, n - 1) * D;
+    for (int64_t i = 0; i < 4 * D; i += 64 / sizeof(T)) __builtin_prefetch(v + s * D + i, 0, 2);
     for (int64_t j = 0; j < vectors; ++j) {
       const vf query = load(q + j * VL);
       for (int i = 0; i < 4; ++i) {
-        const float* at = row + i * D + j * VL;
+        const T* at = row[i] + j * VL;
         dot[i] = fma(is_whole ? load(at) : load_n(at, D - j * VL), query, dot[i]);
       }
     }
     for (int i = 0; i < 4; ++i) p[s + i] = hsum(dot[i]);
   }
-  for (; s < n; ++s) {
-    vf dot = {};
-    for (int64_t j = 0; j < vectors; ++j) dot = fma(load_n(k + s * D + j * VL, D - j * VL), load(q + j * VL), dot);
-    p[s] = hsum(dot);
-  }
   store(p + n, splat(-__builtin_inff()));
   vf top = load(p);
-  for (s = VL; s < n; s += VL) top = larger(load(p + s), top);
+  for (int64_t s = VL; s < n; s += VL) top = larger(load(p + s), top);
   const float m = hmax(top);
   vf total = {};
-  for (s = 0; s < n; s += VL) {
+  for (int64_t s = 0; s < n; s += VL) {
     const vf e = vexp(load(p + s) - splat(m));
     total += e;
     store(p + s, e);
   }
   *max = m;
   *sum = hsum(total);
-  for (int64_t d = 0; d < D; d += 4 * VL) weigh(p, v + d, n, D, D - d, ahead, out + d);
+  for (int64_t d = 0; d < D; d += 4 * VL) weigh(p, v + d, n, D, D - d, ahead + d, out + d);
 }
 
 INLINE int64_t part_floats(int64_t head_size) { return round_up(head_size, 16) + 16; }
 
-static void attend_one(const Attention* a, int64_t r, int64_t head, int64_t part, const float* ahead) {
+template <class T>
+static void attend_one(const Attention* a, int64_t r, int64_t head, int64_t part, const T* ahead) {
   const int64_t D = a->head_size, slot = a->rows->slots[r], past = a->rows->pasts[r], token = a->rows->starts[r];
   const int64_t first = part * KEY_SPLIT, last = least(past + 1, first + KEY_SPLIT), parts = key_parts(past + 1);
   const int64_t max_parts = key_parts(a->cache->capacity);
   float q[MAX_HEAD + VL], out[MAX_HEAD + 4 * VL];
   for (int64_t d = 0; d < D; d += VL)
     store(q + d, load_n(a->qkv + token * a->qkv_stride + head * D + d, D - d) * (float)a->scale);
-  if (last == past + 1) append(a, token, slot, head, past);
-  const float* k = cache_at(a->cache->keys, a->cache, a->layer, slot, head) + first * D;
-  const float* v = cache_at(a->cache->values, a->cache, a->layer, slot, head) + first * D;
+  if (last == past + 1) append<T>(a, token, slot, head, past);
+  const T* k = cache_at<T>(a->cache->keys, a->cache, a->layer, slot, head) + first * D;
+  const T* v = cache_at<T>(a->cache->values, a->cache, a->layer, slot, head) + first * D;
   float max, sum;
   attend_part(q, k, v, last - first, D, ahead ? ahead : k, out, &max, &sum);
   if (parts > 1) {
@@ -181,17 +185,27 @@ static void outer_rows(int64_t rows, const float* a, int64_t row_stride, int64_t
   for (; r < rows; ++r) outer<1>(a + r * row_stride, row_stride, step_stride, panel, steps, out + r * NR);
 }
 
-INLINE int64_t attention_scratch(int64_t positions, int64_t head_size) { return (2 * head_size + positions) * NR * 4; }
+INLINE int64_t attention_scratch(int64_t positions, int64_t head_size) {
+  return ((2 * head_size + positions) * NR + positions * head_size) * 4;
+}
 
+// n numbers of the cache as float32.
+INLINE const float* widened(const float* from, int64_t, float*) { return from; }
+INLINE const float* widened(const uint16_t* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += VL) store_n(to + i, load_n(from + i, n - i), n - i);
+  return to;
+}
+
+template <class T>
 static void attend_block(const Attention* a, int64_t r, int64_t head, int64_t block, float* scratch) {
   const int64_t D = a->head_size, past = a->rows->pasts[r], first = block * NR;
   const int64_t queries = least(NR, a->rows->counts[r] - first), keys = past + first + queries;
   const int64_t slot = a->rows->slots[r], token = a->rows->starts[r] + first;
-  float *q = scratch, *out = q + D * NR, *p = out + D * NR;
+  float *q = scratch, *out = q + D * NR, *p = out + D * NR, *wide = p + keys * NR;
   memset(q, 0, D * NR * sizeof(float));
   for (int64_t i = 0; i < queries; ++i)
     for (int64_t d = 0; d < D; ++d) q[d * NR + i] = a->qkv[(token + i) * a->qkv_stride + head * D + d] * (float)a->scale;
-  outer_rows(keys, cache_at(a->cache->keys, a->cache, a->layer, slot, head), D, 1, q, D, p);
+  outer_rows(keys, widened(cache_at<T>(a->cache->keys, a->cache, a->layer, slot, head), keys * D, wide), D, 1, q, D, p);
   // Query i sees the keys up to past + first + i.
   for (int64_t s = past + first + 1; s < keys; ++s)
     for (int64_t i = 0; i < s - past - first && i < NR; ++i) p[s * NR + i] = -__builtin_inff();
@@ -205,7 +219,7 @@ static void attend_block(const Attention* a, int64_t r, int64_t head, int64_t bl
     }
     store(q + v * VL, splat(1.0f) / sum);
   }
-  outer_rows(D, cache_at(a->cache->values, a->cache, a->layer, slot, head), 1, D, p, keys, out);
+  outer_rows(D, widened(cache_at<T>(a->cache->values, a->cache, a->layer, slot, head), keys * D, wide), 1, D, p, keys, out);
   float line[MAX_HEAD + VL];
   for (int64_t i = 0; i < queries; ++i) {
     for (int64_t d = 0; d < D; ++d) line[d] = out[d * NR + i] * q[i];
@@ -213,45 +227,47 @@ static void attend_block(const Attention* a, int64_t r, int64_t head, int64_t bl
   }
 }
 
-// Appends the tokens of rows that have several; before attend_tasks, with a barrier between.
-static void append_share(const Attention* a, int t, int threads) {
+// Appends the tokens of rows that have several.
+template <class T> static void append_share(const Attention* a, int t, int threads) {
   for (int64_t r = 0; r < a->rows->num_rows; ++r) {
     const int64_t count = a->rows->counts[r];
     if (count == 1 || !row_fits(a->cache, a->rows, r)) continue;
     const Share tokens = share(count, t, threads);
     for (int64_t i = tokens.first; i < tokens.last; ++i)
-      for (int64_t h = 0; h < a->heads; ++h) append(a, a->rows->starts[r] + i, a->rows->slots[r], h, a->rows->pasts[r] + i);
+      for (int64_t h = 0; h < a->heads; ++h) append<T>(a, a->rows->starts[r] + i, a->rows->slots[r], h, a->rows->pasts[r] + i);
   }
 }
 
-static void attend_tasks(const Attention* a, int32_t* next, float* scratch) {
+template <class T> static void attend_tasks(const Attention* a, bool has_blocks, float* scratch, Team us) {
+  if (has_blocks) append_share<T>(a, us.thread, us.threads), barrier(us);
   struct Task { int64_t row, head, part, parts; };
   const Rows* rows = a->rows;
   const int32_t total = rows->tasks[rows->num_rows];
   int64_t r = 0;
-  const auto take = [&]() -> Task {
-    const int32_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-    if (task >= total) return {-1, 0, 0, 0};
+  const auto take_task = [&]() -> Task {
+    const int64_t task = take(us, total);
+    if (task < 0) return {-1, 0, 0, 0};
+    while (task < rows->tasks[r]) --r;
     while (task >= rows->tasks[r + 1]) ++r;
     const int64_t parts = (rows->tasks[r + 1] - rows->tasks[r]) / a->heads, i = task - rows->tasks[r];
     return {r, i / parts, i % parts, parts};
   };
-  for (Task task = take(), then; task.row >= 0; task = then) {
+  for (Task task = take_task(), then; task.row >= 0; task = then) {
     const int64_t row = task.row;
-    then = take();
+    then = take_task();
     if (!row_fits(a->cache, rows, row)) {
       float nan[MAX_HEAD + VL];
       for (int64_t d = 0; d < MAX_HEAD + VL; ++d) nan[d] = __builtin_nanf("");
       for (int64_t j = 0; j < rows->counts[row]; ++j) put_head(a, rows->starts[row] + j, task.head, nan);
     } else if (rows->counts[row] == 1) {
       // Short stretches of memory are over before the processor has seen where they lead: the next keys are asked for.
-      const float* ahead = nullptr;
+      const T* ahead = nullptr;
       if (then.row >= 0 && row_fits(a->cache, rows, then.row))
-        ahead = cache_at(a->cache->keys, a->cache, a->layer, rows->slots[then.row], then.head) + then.part * KEY_SPLIT * a->head_size;
+        ahead = cache_at<T>(a->cache->keys, a->cache, a->layer, rows->slots[then.row], then.head) + then.part * KEY_SPLIT * a->head_size;
       attend_one(a, row, task.head, task.part, ahead);
     } else {
       // The blocks with the most keys first.
-      attend_block(a, row, task.head, task.parts - 1 - task.part, scratch);
+      attend_block<T>(a, row, task.head, task.parts - 1 - task.part, scratch);
     }
   }
 }

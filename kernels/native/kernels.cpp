@@ -1,7 +1,4 @@
 // The operators and the whole step, compiled once for every instruction set; FASTGPT2_ISA is its name.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #include <time.h>
 #include "attention.h"
 #include "linear.h"
@@ -12,17 +9,6 @@
 
 namespace {
 
-struct Team { int thread, threads; };
-#ifdef _OPENMP
-INLINE Team team() { return {omp_get_thread_num(), omp_get_num_threads()}; }
-#else
-INLINE Team team() { return {0, 1}; }
-#endif
-
-INLINE void barrier() {
-#pragma omp barrier
-}
-
 // LayerNorm (or none) and operands of some rows; every thread may read what is returned. Few rows are prepared by every
 // thread for itself, which costs less than waiting for the others.
 Operands prepare(const Linear* to, const LayerNorm* norm, Source from, int64_t rows, Operands shared, char* scratch, Team us) {
@@ -31,7 +17,7 @@ Operands prepare(const Linear* to, const LayerNorm* norm, Source from, int64_t r
   Operands own = {shared.data + place * operand_stride(to->type, to->k), shared.scale + place};
   const Share mine = is_private ? Share{0, rows} : share(rows, us.thread, us.threads);
   for (int64_t r = mine.first; r < mine.last; ++r) prepare_row(to, norm, from, r, own, (float*)scratch);
-  if (!is_private) barrier();
+  if (!is_private) barrier(us);
   return own;
 }
 
@@ -39,8 +25,7 @@ const char* layout(LayoutArgs* a) {
   a->panel = NR;
   for (int64_t type = 0; type < 3; ++type) a->group[type] = group_of(type), a->operand[type] = operand_bytes(type);
   a->row_padding = ROW_PADDING;
-  a->key_split = KEY_SPLIT;
-  a->private_rows = PRIVATE_ROWS;
+  a->key_split = KEY_SPLIT, a->private_rows = PRIVATE_ROWS;
   int64_t bytes = most(sampling_scratch(a->vocab), attention_scratch(a->positions, a->head_size));
   bytes = most(bytes, most((int64_t)CHUNK_ROWS * NR, a->width + 64) * 4);
   a->scratch_bytes = round_up(bytes, 4096) + 64;
@@ -56,56 +41,42 @@ const char* pack(PackArgs* a) {
     if (last > first) (void)madvise((void*)(uintptr_t)first, last - first, MADV_HUGEPAGE);
   }
 #endif
-#pragma omp parallel num_threads(a->threads)
-  {
-    const Team us = team();
-    pack_share(a, share(panels_of(a->n), us.thread, us.threads));
-  }
+  in_parallel(a->threads, [&](Team us) { pack_share(a, share(panels_of(a->n), us.thread, us.threads)); });
   return nullptr;
 }
 
 const char* linear(LinearArgs* a) {
-#pragma omp parallel num_threads(a->threads)
-  {
-    const Team us = team();
+  in_parallel(a->threads, [&](Team us) {
     char* scratch = a->scratch + a->scratch_bytes * us.thread;
     const Operands x = prepare(&a->linear, a->layer_norm, {a->x, a->x_stride, nullptr}, a->rows,
                                {a->operand, a->operand_scale}, scratch, us);
-    linear_share(&a->linear, x, a->rows, &a->to, scratch, us.thread, us.threads);
-  }
+    linear_share(&a->linear, x, a->rows, &a->to, scratch, us);
+  });
   return nullptr;
 }
 
 // One layer's attention, by all threads; they meet at the end.
-void attend(const Attention* a, int32_t* next, bool has_blocks, char* scratch, Team us) {
-  if (has_blocks) {
-    append_share(a, us.thread, us.threads);
-    barrier();
-  }
-  attend_tasks(a, next, (float*)scratch);
-  barrier();
+void attend(const Attention* a, bool has_blocks, char* scratch, Team us) {
+  if (a->cache->type == BF16) attend_tasks<uint16_t>(a, has_blocks, (float*)scratch, us);
+  else attend_tasks<float>(a, has_blocks, (float*)scratch, us);
+  barrier(us);
 }
 
 const char* attention(AttentionArgs* a) {
   const bool has_blocks = plan_tasks(a->attention.cache, a->attention.rows, a->attention.heads);
-  int32_t next = 0;
-#pragma omp parallel num_threads(a->threads)
-  {
-    const Team us = team();
-    attend(&a->attention, &next, has_blocks, a->scratch + a->scratch_bytes * us.thread, us);
-  }
+  in_parallel(a->threads, [&](Team us) {
+    attend(&a->attention, has_blocks, a->scratch + a->scratch_bytes * us.thread, us);
+  });
   return nullptr;
 }
 
 const char* sample(SampleArgs* a) {
   for (int64_t r = 0; r < a->rows; ++r)
     if (a->slots[r] < 0 || a->slots[r] >= a->state.num_slots) return "a slot is out of range";
-  int32_t next = 0;
-#pragma omp parallel num_threads(a->threads)
-  {
-    char* scratch = a->scratch + a->scratch_bytes * team().thread;
-    for (int32_t r; (r = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < a->rows;) sample_row(a, r, (float*)scratch);
-  }
+  in_parallel(a->threads, [&](Team us) {
+    char* scratch = a->scratch + a->scratch_bytes * us.thread;
+    for (int64_t r; (r = take(us, a->rows)) >= 0;) sample_row(a, r, (float*)scratch);
+  });
   return nullptr;
 }
 
@@ -139,10 +110,10 @@ float embedded(const void* table, int64_t type, int64_t at) {
 }
 
 // A token that there is none of, or a position, makes its row NaN.
-void embed(const ForwardArgs* a, int64_t r, Share part, int64_t shares) {
+void embed(const ForwardArgs* a, int64_t r, Team us) {
   for (int64_t i = 0; i < a->rows.counts[r]; ++i) {
     const int64_t n = a->rows.starts[r] + i, position = a->rows.pasts[r] + i;
-    if (n % shares != part.first) continue;
+    if (n % us.threads != us.thread) continue;
     const int64_t token = a->token_ids ? a->token_ids[n] : a->state.tokens[a->rows.slots[r]];
     const bool is_good = token >= 0 && token < a->vocab && position >= 0 && position < a->context;
     float* x = a->x + n * a->width;
@@ -163,14 +134,14 @@ INLINE void mark(const ForwardArgs* a, Team us, int i, double* since) {
   *since = now;
 }
 
-void forward_team(const ForwardArgs* a, int32_t* next, int32_t* last_tokens, bool has_blocks, Team us) {
+void forward_team(const ForwardArgs* a, int32_t* last_tokens, bool has_blocks, Team us) {
   const int64_t N = a->rows.num_tokens, R = a->rows.num_rows, C = a->width;
   char* scratch = a->scratch + a->scratch_bytes * us.thread;
   const Operands operand = {a->operand, a->operand_scale}, operand_2 = {a->operand_2, a->operand_scale};
   double since = 0.0;
   mark(a, us, 0, &since);
-  for (int64_t r = 0; r < R; ++r) embed(a, r, {us.thread, us.thread + 1}, us.threads);
-  barrier();
+  for (int64_t r = 0; r < R; ++r) embed(a, r, us);
+  barrier(us);
   mark(a, us, 0, &since);
   for (int64_t i = 0; i < a->num_layers; ++i) {
     const Layer* layer = a->layers + i;
@@ -178,54 +149,51 @@ void forward_team(const ForwardArgs* a, int32_t* next, int32_t* last_tokens, boo
     Operands x = prepare(&layer->qkv, &layer->ln_1, {a->x, C, nullptr}, N, operand, scratch, us);
     const Epilogue to_qkv = {LINEAR, nullptr, 0, a->qkv, 3 * C, nullptr, F32, 0};
     mark(a, us, 1, &since);
-    linear_share(&layer->qkv, x, N, &to_qkv, scratch, us.thread, us.threads);
-    barrier();
+    linear_share(&layer->qkv, x, N, &to_qkv, scratch, us);
+    barrier(us);
     mark(a, us, 2, &since);
     // In int8 a row is quantized when all of it is there.
     float* plain = type == I8 ? a->hidden : nullptr;
     const Attention attention = {&a->cache, &a->rows, i, a->heads, C / a->heads, layer->attention_scale, a->qkv,
                                  3 * C, a->parts, plain, C, operand.data, type, operand_stride(type, C)};
-    attend(&attention, next + i, has_blocks, scratch, us);
+    attend(&attention, has_blocks, scratch, us);
     mark(a, us, 3, &since);
     x = operand;
     if (plain) x = prepare(&layer->projection, nullptr, {plain, C, nullptr}, N, operand, scratch, us);
     const Epilogue to_x = {LINEAR, a->x, C, a->x, C, nullptr, F32, 0};
     mark(a, us, 1, &since);
-    linear_share(&layer->projection, x, N, &to_x, scratch, us.thread, us.threads);
-    barrier();
+    linear_share(&layer->projection, x, N, &to_x, scratch, us);
+    barrier(us);
     mark(a, us, 4, &since);
     x = prepare(&layer->up, &layer->ln_2, {a->x, C, nullptr}, N, operand, scratch, us);
     const Epilogue to_hidden = {a->activation, nullptr, 0, plain, a->inner, operand_2.data, type,
                                 operand_stride(type, a->inner)};
     mark(a, us, 1, &since);
-    linear_share(&layer->up, x, N, &to_hidden, scratch, us.thread, us.threads);
-    barrier();
+    linear_share(&layer->up, x, N, &to_hidden, scratch, us);
+    barrier(us);
     mark(a, us, 4, &since);
     x = operand_2;
     if (plain) x = prepare(&layer->down, nullptr, {plain, a->inner, nullptr}, N, operand_2, scratch, us);
     mark(a, us, 1, &since);
-    linear_share(&layer->down, x, N, &to_x, scratch, us.thread, us.threads);
-    barrier();
+    linear_share(&layer->down, x, N, &to_x, scratch, us);
+    barrier(us);
     mark(a, us, 4, &since);
   }
   const Operands x = prepare(&a->head, &a->ln_f, {a->x, C, last_tokens}, R, operand, scratch, us);
   const Epilogue to_logits = {LINEAR, nullptr, 0, a->logits, a->logits_stride, nullptr, F32, 0};
   mark(a, us, 1, &since);
-  linear_share(&a->head, x, R, &to_logits, scratch, us.thread, us.threads);
-  barrier();
+  linear_share(&a->head, x, R, &to_logits, scratch, us);
+  barrier(us);
   mark(a, us, 5, &since);
   if (a->token_ids) return;
   const SampleArgs choice = {a->state, a->sampling, a->logits, a->rows.slots, nullptr, R, a->vocab, a->logits_stride, 0, 0};
-  for (int32_t r; (r = __atomic_fetch_add(next + a->num_layers, 1, __ATOMIC_RELAXED)) < R;)
-    sample_row(&choice, r, (float*)scratch);
-  barrier();
+  for (int64_t r; (r = take(us, R)) >= 0;) sample_row(&choice, r, (float*)scratch);
+  barrier(us);
   mark(a, us, 6, &since);
 }
 
 const char* forward(ForwardArgs* given) {
   ForwardArgs a = *given;
-  enum { MAX_LAYERS = 1024 };
-  if (a.num_layers >= MAX_LAYERS) return "a model has at most 1023 layers";
   if (!a.token_ids) {
     for (int64_t r = 0; r < a.rows.num_rows; ++r)
       if (a.rows.slots[r] < 0 || a.rows.slots[r] >= a.state.num_slots) return "a slot is out of range";
@@ -233,12 +201,10 @@ const char* forward(ForwardArgs* given) {
   }
   if (a.rows.num_rows == 0) return nullptr;
   const bool has_blocks = plan_tasks(&a.cache, &a.rows, a.heads);
-  int32_t next[MAX_LAYERS] = {};
   // Only the last token of a row has logits.
   int32_t* last_tokens = a.token_ids ? a.active : nullptr;
   for (int64_t r = 0; last_tokens && r < a.rows.num_rows; ++r) last_tokens[r] = a.rows.starts[r] + a.rows.counts[r] - 1;
-#pragma omp parallel num_threads(a.threads)
-  forward_team(&a, next, last_tokens, has_blocks, team());
+  in_parallel(a.threads, [&](Team us) { forward_team(&a, last_tokens, has_blocks, us); });
   return nullptr;
 }
 

@@ -6,19 +6,15 @@
 // for all rows of a chunk.
 #pragma once
 #include "api.h"
-#include "simd.h"
+#include "team.h"
 
 enum { BLOCK_STEPS = 128, CHUNK_ROWS = MR * 8, PRIVATE_ROWS = MR, ROW_PADDING = 64, STEP_BYTES = NR * 4 };
 
-#if defined(__AVX512BF16__)
-enum { BF16_OPERAND = 2 };
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+enum { BF16_OPERAND = 2, I8_OPERAND = 1, I8_OFFSET = 128 };  // int8 is unsigned
 #else
-enum { BF16_OPERAND = 4 };  // bfloat16 values, held as float32
-#endif
-#if defined(__AVX512VNNI__)
-enum { I8_OPERAND = 1, I8_OFFSET = 128 };  // unsigned
-#else
-enum { I8_OPERAND = 2, I8_OFFSET = 0 };  // 16 bits, in the order 0, 2, 1, 3 of every group
+// bfloat16 values are held as float32, int8 ones in 16 bits, in the order 0, 2, 1, 3 of every group.
+enum { BF16_OPERAND = 4, I8_OPERAND = 2, I8_OFFSET = 0 };
 #endif
 
 INLINE int64_t group_of(int64_t type) { return type == F32 ? 1 : type == BF16 ? 2 : 4; }
@@ -41,7 +37,7 @@ template <> struct Dot<BF16> {
   typedef vf Sum;
   enum { X_BYTES = 2 * BF16_OPERAND };
   static inline __attribute__((always_inline)) void add(vf& sum, const char* x, vi w) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
     sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_i(load_as<int32_t>(x)), (__m512bh)w);
 #else
     sum = fma(splat(load_as<float>(x)), (vf)(w << 16), sum);
@@ -54,7 +50,7 @@ template <> struct Dot<I8> {
   typedef vi Sum;
   enum { X_BYTES = 4 * I8_OPERAND };
   static inline __attribute__((always_inline)) void add(vi& sum, const char* x, vi w) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
     sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)splat_i(load_as<int32_t>(x)), (__m512i)w);
 #elif defined(__AVX512BW__)
     const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)w, 8), 8), odd = _mm512_srai_epi16((__m512i)w, 8);
@@ -105,19 +101,11 @@ static void tile(const char* x, int64_t x_stride, const char* w, int64_t steps, 
     }
 }
 
-template <int TYPE>
-INLINE void tile_of(int64_t rows, const char* x, int64_t x_stride, const char* w, int64_t steps, char* sums,
-                    bool is_first, int64_t every, int64_t turn) {
-#define ROWS_CASE(n) \
-  case n: return tile<TYPE, n>(x, x_stride, w, steps, sums, is_first, every, turn);
-  switch (rows) {
-    ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5)
-#if defined(__AVX512F__)
-    ROWS_CASE(6) ROWS_CASE(7)
-#endif
-    default: return tile<TYPE, MR>(x, x_stride, w, steps, sums, is_first, every, turn);
-  }
-#undef ROWS_CASE
+template <int TYPE, int ROWS = MR>
+static void tile_of(int64_t rows, const char* x, int64_t x_stride, const char* w, int64_t steps, char* sums, bool is_first,
+                    int64_t every, int64_t turn) {
+  if (rows == ROWS) tile<TYPE, ROWS>(x, x_stride, w, steps, sums, is_first, every, turn);
+  else if constexpr (ROWS > 1) tile_of<TYPE, ROWS - 1>(rows, x, x_stride, w, steps, sums, is_first, every, turn);
 }
 
 // n float32 numbers to the columns from `column` on of an operand's row, F32 or BF16. `values` is whole vectors long.
@@ -131,12 +119,7 @@ INLINE void put(int64_t type, char* row, int64_t column, const float* values, in
     return;
   }
   uint16_t* to = (uint16_t*)row + column;
-  for (int64_t i = 0; i < n; i += VL) {
-    const vu bits = round_bf16(load(values + i)) >> 16;
-    uint16_t lanes[VL];
-    for (int j = 0; j < VL; ++j) lanes[j] = (uint16_t)bits[j];
-    memcpy(to + i, lanes, least(VL, n - i) * sizeof(uint16_t));
-  }
+  for (int64_t i = 0; i < n; i += VL) store_n(to + i, load(values + i), n - i);
 }
 
 // One row of k numbers, which is whole vectors long, as an operand. K's padding multiplies weights that are 0.
@@ -231,9 +214,9 @@ static void finish(const Linear* linear, const Epilogue* to, const char* sums, i
 }
 
 template <int TYPE>
-static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilogue* to, char* sums, Share panels) {
+static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilogue* to, char* sums, Team us) {
   const int64_t steps = steps_of(TYPE, linear->k), stride = operand_stride(TYPE, linear->k);
-  for (int64_t panel = panels.first; panel < panels.last; ++panel) {
+  for (int64_t panel; (panel = take(us, panels_of(linear->n))) >= 0;) {
     const char* weight = (const char*)linear->weight + panel * steps * STEP_BYTES;
     for (int64_t chunk = 0; chunk < rows; chunk += CHUNK_ROWS) {
       const int64_t last = least(rows, chunk + CHUNK_ROWS), tiles = (last - chunk + MR - 1) / MR;
@@ -252,12 +235,11 @@ static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilo
   }
 }
 
-// This thread's share of the outputs.
-static void linear_share(const Linear* linear, Operands x, int64_t rows, const Epilogue* to, char* scratch, int t, int of) {
-  const Share panels = share(panels_of(linear->n), t, of);
-  if (linear->type == F32) multiply<F32>(linear, x, rows, to, scratch, panels);
-  else if (linear->type == BF16) multiply<BF16>(linear, x, rows, to, scratch, panels);
-  else multiply<I8>(linear, x, rows, to, scratch, panels);
+// What this thread takes of the outputs.
+static void linear_share(const Linear* linear, Operands x, int64_t rows, const Epilogue* to, char* scratch, Team us) {
+  if (linear->type == F32) multiply<F32>(linear, x, rows, to, scratch, us);
+  else if (linear->type == BF16) multiply<BF16>(linear, x, rows, to, scratch, us);
+  else multiply<I8>(linear, x, rows, to, scratch, us);
 }
 
 static void pack_share(const PackArgs* a, Share panels) {

@@ -121,13 +121,8 @@ static float bound_of_kth(const float* y, int64_t V, int64_t k) {
   return kth_largest(tops, TOP_LANES, k);
 }
 
-// Tokens at hand: all of the row (ids null), or those that may be kept.
-struct Candidates {
-  const float* y;
-  const int32_t* ids;
-  float* scores;  // y + T g of candidates with ids; filled once
-  int64_t n;
-};
+// Tokens at hand: all of the row (ids null), or those that may be kept, with scores y + T g, which are filled once.
+struct Candidates { const float* y; const int32_t* ids; float* scores; int64_t n; };
 
 // argmax of y + T g where y >= low, the lowest id of equals.
 static int64_t draw(Candidates c, float low, float temperature, float scale, Noise noise) {

@@ -25,14 +25,17 @@ enum { NR = VL * NV };
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));  // bfloat16
 typedef uint64_t vu64 __attribute__((vector_size(VL * 4)));
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class T> INLINE T load_as(const void* p) {
   T v;
   memcpy(&v, p, sizeof v);
   return v;
 }
 INLINE vf load(const float* p) { return load_as<vf>(p); }
+INLINE vf load(const uint16_t* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vf splat(float x) { return x - (vf){}; }
 INLINE vi splat_i(int32_t x) { return x - (vi){}; }
@@ -58,6 +61,13 @@ INLINE vf load_n(const float* p, int64_t n, float rest = 0.0f) {
   memcpy(lanes, p, n * sizeof(float));
   return load(lanes);
 #endif
+}
+
+INLINE vf load_n(const uint16_t* p, int64_t n) {
+  if (n >= VL) return load(p);
+  uint16_t lanes[VL] = {};
+  memcpy(lanes, p, n * sizeof(uint16_t));
+  return load(lanes);
 }
 
 INLINE void store_n(float* p, vf v, int64_t n) {
@@ -98,6 +108,14 @@ INLINE bool any(vi mask) {
 #endif
 }
 
+// By Horner's rule, the highest power first.
+template <int N> INLINE vf polynomial(vf x, const float (&c)[N]) {
+  vf p = splat(c[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < N; ++i) p = fma(p, x, splat(c[i]));
+  return p;
+}
+
 // exp(x) to 2 units in the last place; 0 below the smallest normal number, at most 2^127.
 INLINE vf vexp(vf x) {
   const vf low = splat(-87.33654f), high = splat(88.02969f), magic = splat(12582912.0f);
@@ -106,12 +124,7 @@ INLINE vf vexp(vf x) {
   const vf n = fma(c, splat(1.44269504f), magic) - magic;  // rounded to an integer
   vf r = fma(n, splat(-0.693359375f), c);
   r = fma(n, splat(2.12194440e-4f), r);
-  vf p = splat(1.0f / 5040.0f);
-  p = fma(p, r, splat(1.0f / 720.0f));
-  p = fma(p, r, splat(1.0f / 120.0f));
-  p = fma(p, r, splat(1.0f / 24.0f));
-  p = fma(p, r, splat(1.0f / 6.0f));
-  p = fma(p, r, splat(0.5f));
+  vf p = polynomial(r, {1.0f / 5040.0f, 1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f});
   p = fma(p, r * r, r) + splat(1.0f);
   // A NaN is no integer; it comes through p.
   const vi e = __builtin_convertvector(n == n ? n : (vf){}, vi);
@@ -129,27 +142,15 @@ INLINE vf sigmoid(vf w) {
 INLINE vf vtanh(vf z) {
   // A series where 1 - exp would be a difference of nearly equal numbers.
   const vf one = splat(1.0f), e = vexp(vabs(z) * -2.0f), t = (one - e) / (one + e), z2 = z * z;
-  vf s = splat(62.0f / 2835.0f);
-  s = fma(s, z2, splat(-17.0f / 315.0f));
-  s = fma(s, z2, splat(2.0f / 15.0f));
-  s = fma(s, z2, splat(-1.0f / 3.0f));
-  s = fma(s, z * z2, z);
+  const vf s = fma(polynomial(z2, {62.0f / 2835.0f, -17.0f / 315.0f, 2.0f / 15.0f, -1.0f / 3.0f}), z * z2, z);
   return vabs(z) < 0.25f ? s : (z < 0.0f ? -t : t);
 }
 
 // 0.5 erfc(-u): erfc(u) exp(u^2) is a polynomial of 1 / (1 + 0.4 u), Chebyshev interpolation on 0 <= u <= 9.5.
 INLINE vf half_erfc_of_minus(vf u) {
   const vf a = vabs(u), t = splat(1.0f) / fma(a, splat(0.4f), splat(1.0f));
-  vf p = splat(0.0160496216f);
-  p = fma(p, t, splat(-0.00744945742f));
-  p = fma(p, t, splat(-0.21846275f));
-  p = fma(p, t, splat(0.477248371f));
-  p = fma(p, t, splat(-0.231760338f));
-  p = fma(p, t, splat(0.35377261f));
-  p = fma(p, t, splat(0.148869827f));
-  p = fma(p, t, splat(0.237278163f));
-  p = fma(p, t, splat(0.224393278f));
-  p = fma(p, t, splat(6.06714711e-05f));
+  const vf p = polynomial(t, {0.0160496216f, -0.00744945742f, -0.21846275f, 0.477248371f, -0.231760338f, 0.35377261f,
+                              0.148869827f, 0.237278163f, 0.224393278f, 6.06714711e-05f});
   const vf half = vexp(-a * a) * p * 0.5f;
   return u < 0.0f ? half : splat(1.0f) - half;
 }
@@ -184,8 +185,12 @@ INLINE vu round_bf16(vf x) {
   return x == x ? rounded : (bits | 0x00400000u) & 0xFFFF0000u;
 }
 
+INLINE void store_n(uint16_t* p, vf v, int64_t n) {
+  const vh lanes = __builtin_convertvector(round_bf16(v) >> 16, vh);
+  memcpy(p, &lanes, least(n, VL) * sizeof(uint16_t));
+}
+
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The share of thread t of n things: from first up to, not with, last.

@@ -102,14 +102,32 @@ MISTAKES = {
     "attention that does not wait": (
         "step",
         "kernels.cpp",
-        "    barrier();\n    mark(a, us, 2, &since);",
+        "    barrier(us);\n    mark(a, us, 2, &since);",
         "    mark(a, us, 2, &since);",
     ),
     "a projection that does not wait": (
         "step",
         "kernels.cpp",
-        "  attend_tasks(a, next, (float*)scratch);\n  barrier();",
-        "  attend_tasks(a, next, (float*)scratch);",
+        "  attend_tasks(a, (float*)scratch, us);\n  barrier(us);",
+        "  attend_tasks(a, (float*)scratch, us);",
+    ),
+    "a share whose last panel nobody takes": (
+        "linear",
+        "team.h",
+        "if (front > back) break;",
+        "if (front >= back && back > 0) break;",
+    ),
+    "work that two threads take": (
+        "step",
+        "team.h",
+        "all.last - 1 - (int64_t)",
+        "all.last - (int64_t)",
+    ),
+    "a cache that is cut off, not rounded": (
+        "attention",
+        "simd.h",
+        "(bits + 0x7FFFu + ((bits >> 16) & 1u))",
+        "bits",
     ),
     "no second residual": (
         "step",

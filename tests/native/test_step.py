@@ -19,22 +19,30 @@ from tests.helpers import TINY, assert_rms_within_budget, assert_within_budget, 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
 CPU = torch.device("cpu")
-WEIGHTS = {"float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "int8": (torch.float32, torch.int8)}
+# The dtypes of the model, of its linear layers (None: the model's) and of the cache.
+KINDS = {
+    "float32": (torch.float32, None, torch.float32),
+    "bfloat16": (torch.bfloat16, None, torch.float32),
+    "bfloat16 with a bfloat16 cache": (torch.bfloat16, None, torch.bfloat16),
+    "int8": (torch.float32, torch.int8, torch.float32),
+    "int8 with a bfloat16 cache": (torch.float32, torch.int8, torch.bfloat16),
+}
 
 
 def make_step(
-    model: GPT2, num_slots: int, *, weight_dtype: torch.dtype | None = None, sampling: ops.SlotSampling | None = None,
+    model: GPT2, num_slots: int, kind: str = "float32", *, sampling: ops.SlotSampling | None = None,
     stop_ids: Sequence[int] = (),
 ) -> DecodeStep:  # fmt: skip
     """A step over a cache that is NaN where nothing was written."""
     config = model.config
+    _, weight_dtype, cache_dtype = KINDS[kind]
     slots = ops.SlotState.idle(num_slots, CPU)
     step = DecodeStep(
         step_weights(model, weight_dtype), slots, sampling or ops.SlotSampling(),
-        torch.tensor(stop_ids, dtype=torch.int32), num_slots, torch.float32,
+        torch.tensor(stop_ids, dtype=torch.int32), num_slots, cache_dtype,
     )  # fmt: skip
     shape = (config.num_layers, num_slots, config.num_heads, config.context_length, config.head_dim)
-    step.use_cache(*(torch.full(shape, math.nan) for _ in range(2)))
+    step.use_cache(*(torch.full(shape, math.nan, dtype=cache_dtype) for _ in range(2)))
     return step
 
 
@@ -69,17 +77,17 @@ def logits_of(model: GPT2, ids: Tensor) -> Tensor:
 def check_rows(seed: int, kind: str, activation: str = "gelu_new") -> None:
     """Rows of several lengths in shuffled slots, 6 steps: logits, tokens and lengths."""
     rng = random.Random(seed)
-    dtype, weight_dtype = WEIGHTS[kind]
+    dtype, _, _ = KINDS[kind]
     model = random_model(seed, activation_function=activation).to(dtype)
     exact_model = random_model(seed, activation_function=activation).to(dtype).double()
-    step = make_step(model, 6, weight_dtype=weight_dtype)
+    step = make_step(model, 6, kind)
     slots = rng.sample(range(6), 4)
     sequences = [random_ids(seed + i, length) for i, length in enumerate((1, 9, 2, 14))]
     got = begin(step, slots, sequences)
     rows = torch.tensor(slots, dtype=torch.int32)
     for turn in range(6):
         exact, plain = (torch.stack([logits_of(m, ids).double() for ids in sequences]) for m in (exact_model, model))
-        if kind == "int8":
+        if "int8" in kind:
             # Rounding to 8 bits is the error, and the plain expression has none of it.
             error = (got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
             assert error < 0.1, f"int8 logits are off by {error:.3f} of their size"
@@ -96,7 +104,7 @@ def check_rows(seed: int, kind: str, activation: str = "gelu_new") -> None:
     assert step.slots.status[rows.long()].tolist() == [ops.RUNNING] * 4
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_the_model_s(seed, threads, kind):
     check_rows(seed, kind)
 
@@ -105,12 +113,12 @@ def test_another_activation(seed):
     check_rows(seed, "float32", "silu")
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_prefill_in_pieces_and_in_company(seed, threads, kind):
     """Logits of a prompt: the same bits in any company; in pieces the same up to rounding."""
-    dtype, weight_dtype = WEIGHTS[kind]
+    dtype, _, _ = KINDS[kind]
     model = random_model(seed).to(dtype)
-    step = make_step(model, 4, weight_dtype=weight_dtype)
+    step = make_step(model, 4, kind)
     prompts = [random_ids(seed + i, length) for i, length in enumerate((13, 1, 20, 7))]
     together = step.prefill(torch.cat(prompts), [2, 0, 3, 1], [len(p) for p in prompts])
     for row, (slot, prompt) in enumerate(zip([2, 0, 3, 1], prompts, strict=True)):
@@ -162,7 +170,7 @@ def test_rows_that_end(seed, threads):
 
 def check_neighbours(seed: int, kind: str) -> None:
     """Ten rows together, each alone and in threes, with noise: the same tokens and log-probabilities to the bit."""
-    dtype, weight_dtype = WEIGHTS[kind]
+    dtype, _, _ = KINDS[kind]
     model = random_model(seed).to(dtype)
     prompts = [random_ids(seed + i, 1 + i) for i in range(10)]
     temperature = torch.full((10,), 0.9)
@@ -170,7 +178,7 @@ def check_neighbours(seed: int, kind: str) -> None:
     try:
         for threads, size in ((1, 10), (2, 10), (3, 10), (1, 3), (2, 3), (2, 1)):
             torch.set_num_threads(threads)
-            step = make_step(model, 10, weight_dtype=weight_dtype, sampling=ops.SlotSampling(temperature=temperature))
+            step = make_step(model, 10, kind, sampling=ops.SlotSampling(temperature=temperature))
             step.slots.keys.copy_(torch.arange(20).view(10, 2) * 77 + seed)
             rows = [list(range(10))[i : i + size] for i in range(0, 10, size)]
             for part in rows:
@@ -186,7 +194,7 @@ def check_neighbours(seed: int, kind: str) -> None:
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_its_neighbours(seed, kind):
     check_neighbours(seed, kind)
 
@@ -196,14 +204,14 @@ def check_threads_that_wait(seed: int, kind: str) -> None:
 
     Each phase of a step reads what others wrote in the one before. The buffers are NaN before every step.
     """
-    dtype, weight_dtype = WEIGHTS[kind]
+    dtype, _, _ = KINDS[kind]
     model = random_model(seed, hidden_size=64, num_layers=2).to(dtype)
     prompts = [random_ids(seed + i, 1 + i % 5) for i in range(12)]
     outs, before = [], torch.get_num_threads()
     try:
         for threads in (1, *[5] * 12):
             torch.set_num_threads(threads)
-            step = make_step(model, 12, weight_dtype=weight_dtype)
+            step = make_step(model, 12, kind)
             logits = [begin(step, range(12), prompts)]
             for _ in range(10):
                 poison(step)
@@ -215,7 +223,7 @@ def check_threads_that_wait(seed: int, kind: str) -> None:
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_threads_wait_for_each_other(seed, kind):
     check_threads_that_wait(seed, kind)
 
@@ -238,10 +246,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence(seed):
     half = step_weights(random_model(seed).half())
     for call, message in [
         (lambda: DecodeStep(half, step.slots, step.sampling, step.stop_ids, 2, torch.float32), "float16"),
-        (lambda: DecodeStep(weights, step.slots, step.sampling, step.stop_ids, 2, torch.bfloat16), "cache is float32"),
+        (lambda: DecodeStep(weights, step.slots, step.sampling, step.stop_ids, 2, torch.float16), "cache is float32"),
         (lambda: new.run(torch.zeros(1, dtype=torch.int32)), "use_cache"),
         (lambda: new.prefill(ids, [0], [3]), "use_cache"),
         (lambda: new.use_cache(step.keys[:2], step.values[:2]), "3 layers"),
+        (lambda: new.use_cache(step.keys.bfloat16(), step.values.bfloat16()), "must be torch.float32"),
         (lambda: step.run(torch.zeros(3, dtype=torch.int32)), "up to 2"),
         (lambda: step.run(torch.tensor([5], dtype=torch.int32)), "out of range"),
         (lambda: step.run(torch.tensor([0])), "int32"),

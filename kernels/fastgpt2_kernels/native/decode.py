@@ -1,9 +1,9 @@
 """Decoding on a CPU: linear layers of packed weights, cached attention, sampling, and the whole step as one call.
 
-A step is one call of the extension and one OpenMP region in it. The residual stream, sums, statistics and the cache
-are float32; what the matrix products read is the model's dtype, or 8 bits with a scale for every token. An output is
-summed in one order whatever the number of rows and threads: a row's numbers do not depend on its neighbours, bit for
-bit. Nothing here may be called for the same object from two threads at once.
+A step is one call of the extension and one OpenMP region in it. The residual stream, sums, scores and statistics are
+float32; what the matrix products read is the model's dtype, or 8 bits with a scale for every token; the cache is
+float32 or bfloat16. An output is summed in one order whatever the number of rows and threads: a row's numbers do not
+depend on its neighbours, bit for bit. Nothing here may be called for the same object from two threads at once.
 
 Dimension key: R rows, N new tokens of all rows, S slots, L layers, C width, V vocabulary, H heads, D head size.
 """
@@ -22,6 +22,7 @@ from fastgpt2_kernels.native import structs
 from fastgpt2_kernels.types import LayerNormWeights, LinearWeights, SlotSampling, SlotState, StepWeights
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_CACHE_DTYPES = (torch.float32, torch.bfloat16)
 _HUGE_PAGE = 2 << 20
 # A prefill runs through the layers with at most so many tokens at a time, unless one row has more.
 PREFILL_TOKENS = 1024
@@ -187,21 +188,27 @@ def linear(
 
 
 def cache_struct(keys: Tensor, values: Tensor) -> structs.Cache:
-    """Of keys, values (L, S, H, T, D) float32, one set of strides, contiguous in T and D; ValueError for others."""
+    """Of keys, values (L, S, H, T, D) float32 or bfloat16, of one set of strides, contiguous in T and D.
+
+    ValueError for others.
+    """
     for name, tensor in (("keys", keys), ("values", values)):
-        if tensor.dim() != 5 or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        if tensor.dim() != 5 or tensor.dtype not in _CACHE_DTYPES or tensor.device.type != "cpu":
             raise ValueError(
-                f"the cache's {name} must be float32 (L, S, H, T, D) on the CPU; "
+                f"the cache's {name} must be float32 or bfloat16 (L, S, H, T, D) on the CPU; "
                 f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
-    if keys.shape != values.shape or keys.stride() != values.stride():
+    if keys.shape != values.shape or keys.stride() != values.stride() or keys.dtype != values.dtype:
         raise ValueError(
-            "the cache's keys and values must share shape and strides; "
-            f"got {tuple(keys.shape)} {keys.stride()} and {tuple(values.shape)} {values.stride()}"
+            "the cache's keys and values must share shape, strides and dtype; "
+            f"got {tuple(keys.shape)} {keys.stride()} {keys.dtype} and "
+            f"{tuple(values.shape)} {values.stride()} {values.dtype}"
         )
     if keys.numel() and keys.stride()[3:] != (keys.shape[4], 1):
         raise ValueError(f"the cache must be contiguous in positions and head elements; got strides {keys.stride()}")
-    return structs.Cache(_address(keys), _address(values), *keys.stride()[:3], keys.shape[1], keys.shape[3])
+    return structs.Cache(
+        _address(keys), _address(values), *keys.stride()[:3], keys.shape[1], keys.shape[3], _TYPES[keys.dtype]
+    )
 
 
 class RowTensors(NamedTuple):
@@ -418,7 +425,9 @@ class _Buffers:
 
 
 class DecodeStep:
-    """A decoding step as one call, over the slots' state and a cache in float32; `prefill` on the same weights.
+    """A decoding step as one call, over the slots' state and a cache in float32 or bfloat16 (`cache_dtype`).
+
+    `prefill` runs on the same weights.
 
     The weights are packed when it is made: a copy, which does not follow the model's. weight dtypes float32, bfloat16
     or int8 with scales. Raises ValueError where `why_not_step` says why.
@@ -430,8 +439,9 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         if (reason := why_not_step(weights)) is not None:
             raise ValueError(f"decode_step: the native backend cannot be used: {reason}")
-        if cache_dtype != torch.float32:
-            raise ValueError(f"decode_step: the native backend's cache is float32; got {cache_dtype}")
+        if cache_dtype not in _CACHE_DTYPES:
+            raise ValueError(f"decode_step: the native backend's cache is float32 or bfloat16; got {cache_dtype}")
+        self.cache_dtype = cache_dtype
         self.weights, self.slots, self.sampling = weights, slots, sampling
         self.stop_ids = stop_ids.int().contiguous()
         (self.vocab, self.width), self.context = weights.wte.shape, weights.wpe.shape[0]
@@ -459,13 +469,13 @@ class DecodeStep:
         return Layout.of(self.vocab, self.context, self.width // self.num_heads, max(self.width, self.inner))
 
     def use_cache(self, keys: Tensor, values: Tensor) -> None:
-        """The cache of this step and those after it: keys, values (L, S, H, T, D), both of one set of strides."""
+        """The cache of this step and those after it: keys, values (L, S, H, T, D) of one set of strides."""
         cache = cache_struct(keys, values)
         L, _, H, _, D = keys.shape
-        if (len(self._layers), self.num_heads, self.width // self.num_heads) != (L, H, D):
+        if (len(self._layers), self.num_heads, self.width // self.num_heads, self.cache_dtype) != (L, H, D, keys.dtype):
             raise ValueError(
-                f"use_cache: the cache must have {len(self._layers)} layers, {self.num_heads} heads of "
-                f"{self.width // self.num_heads}; got {tuple(keys.shape)}"
+                f"use_cache: the cache must be {self.cache_dtype} of {len(self._layers)} layers, {self.num_heads} "
+                f"heads of {self.width // self.num_heads}; got {keys.dtype} {tuple(keys.shape)}"
             )
         self.keys, self.values, self._cache = keys, values, cache
         self._step = self._prefill = None

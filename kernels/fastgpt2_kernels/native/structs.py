@@ -60,7 +60,7 @@ class LinearArgs(ctypes.Structure):
 class Cache(ctypes.Structure):
     _fields_ = [
         ("keys", _pointer), ("values", _pointer), ("layer_stride", _int), ("slot_stride", _int), ("head_stride", _int),
-        ("slots", _int), ("capacity", _int),
+        ("slots", _int), ("capacity", _int), ("type", _int),
     ]  # fmt: skip
 
 
