@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # the door lets a Triton backend pass on a CPU only then
+    os.environ["TRITON_INTERPRET"] = "1"  # the operators take backend="triton" on a CPU only then
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "kernels")]
 
 from fastgpt2_kernels import ops  # noqa: E402

@@ -358,7 +358,7 @@ def test_a_cache_that_moves(triton_device, kernels, seed):
         assert_rms_within_budget(out, [exact.float()], exact)
 
 
-# -- the door -----------------------------------------------------------------------------------------------------
+# -- the operator ------------------------------------------------------------------------------------------------------
 
 
 def mixed_plan(device: str) -> tuple[list[int], list[int], list[int], Any]:
