@@ -126,7 +126,7 @@ class DecodeSession:
         if weight_dtype not in (None, model.dtype, torch.int8):
             raise ValueError(f"DecodeSession: weight_dtype must be {model.dtype} or torch.int8; got {weight_dtype}")
         is_native = decode_backend(model) == "native"
-        dtypes = _DTYPES["native"] if is_native else (model.dtype, torch.float32)
+        dtypes = _DTYPES["native"] if is_native else tuple({model.dtype: None, torch.float32: None})
         if cache.keys.device != model.device or cache.keys.dtype not in dtypes:
             raise ValueError(
                 f"DecodeSession: the cache must be on {model.device} in {' or '.join(map(str, dtypes))}; "

@@ -417,7 +417,7 @@ def test_bad_inputs(device):
         DecodeSession(plain, cache, GREEDY)
     with pytest.raises(ValueError, match=r"weight_dtype must be torch.float32 or torch.int8; got torch.float16"):
         DecodeSession(ours, cache, GREEDY, weight_dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"cache must be on .* in torch.float32 or float32; got .* torch.float16"):
+    with pytest.raises(ValueError, match=r"cache must be on .* in torch.float32; got .* torch.float16"):
         DecodeSession(ours, KVCache(ours.config, 2, 8, dtype=torch.float16, device=device), GREEDY)
     session = DecodeSession(ours, cache, GREEDY)
     logits = torch.zeros(1, TINY.vocab_size, device=device)
