@@ -108,20 +108,14 @@ MISTAKES = {
     "a projection that does not wait": (
         "step",
         "kernels.cpp",
-        "  attend_tasks(a, (float*)scratch, us);\n  barrier(us);",
-        "  attend_tasks(a, (float*)scratch, us);",
+        "  else attend_tasks<float>(a, has_blocks, (float*)scratch, us);\n  barrier(us);",
+        "  else attend_tasks<float>(a, has_blocks, (float*)scratch, us);",
     ),
     "a share whose last panel nobody takes": (
         "linear",
         "team.h",
-        "if (front > back) break;",
-        "if (front >= back && back > 0) break;",
-    ),
-    "work that two threads take": (
-        "step",
-        "team.h",
-        "all.last - 1 - (int64_t)",
-        "all.last - (int64_t)",
+        "share(n, of, us.threads);",
+        "share(n - 1, of, us.threads);",
     ),
     "a cache that is cut off, not rounded": (
         "attention",
