@@ -103,9 +103,9 @@ def check_archive(path: str | PathLike[str]) -> None:
     A file with compressed records is refused too. `torch.save` writes none: memory maps of them hold garbage, and a
     small file could inflate to any size. Files of PyTorch before 1.6 are no archives and have no checksums.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
@@ -117,7 +117,9 @@ def check_archive(path: str | PathLike[str]) -> None:
                     with archive.open(record) as file:
                         while file.read(1 << 20):
                             pass
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file itself cannot be opened; without a name it is a place that the bytes name
         raise ValueError(f"{path}: is damaged ({first_line(error)}); fetch or write it anew") from error
 
 
