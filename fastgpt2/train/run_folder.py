@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import zipfile
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -85,6 +87,17 @@ class RunFolder:
         for old in checkpoint_paths(self.path)[:-keep]:
             old.unlink()
         return path
+
+    def has_best(self) -> bool:
+        """Whether best.pt is there, and whole; a damaged one is set aside as best.pt.damaged."""
+        if not self.best.exists():
+            return False
+        with contextlib.suppress(ValueError):
+            check_archive(self.best)
+            if zipfile.is_zipfile(self.best):
+                return True
+        os.replace(self.best, self.best.with_name("best.pt.damaged"))
+        return False
 
     def link_best(self, checkpoint: Path) -> None:
         """Make best.pt the same file as a checkpoint."""
