@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import io
 import re
 import runpy
@@ -68,3 +70,13 @@ def test_every_promise_names_a_test() -> None:
     rows = [line for line in promised.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
     assert len(rows) > 10
     assert all("`tests/" in row.rsplit("|", 2)[1] for row in rows)
+
+
+DOCUMENTED = ("fastgpt2_kernels.ops.attention", "fastgpt2_kernels.ops.layers", "fastgpt2_kernels.ops.loss")
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_examples_in_docstrings_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted
+    assert not result.failed
