@@ -72,7 +72,13 @@ def test_every_promise_names_a_test() -> None:
     assert all("`tests/" in row.rsplit("|", 2)[1] for row in rows)
 
 
-DOCUMENTED = ("fastgpt2_kernels.ops.attention", "fastgpt2_kernels.ops.layers", "fastgpt2_kernels.ops.loss")
+DOCUMENTED = (
+    "fastgpt2.cache",
+    "fastgpt2.config.model",
+    "fastgpt2_kernels.ops.attention",
+    "fastgpt2_kernels.ops.layers",
+    "fastgpt2_kernels.ops.loss",
+)
 
 
 @pytest.mark.parametrize("module", DOCUMENTED)

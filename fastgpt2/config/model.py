@@ -24,10 +24,38 @@ MAX_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Shape and maths of a GPT-2. Defaults are GPT-2 small (Radford et al. 2019).
+    """The sizes and the maths of a GPT-2. The defaults are GPT-2 small (Radford et al. 2019).
 
-    `feedforward_dim=None` means 4 x `hidden_size`. The flags from `scale_attn_weights` on have the names and the
-    meaning they have in transformers' GPT2Config.
+    The fields from `activation_function` on mean what they mean in transformers' `GPT2Config`, where the dropouts are
+    called `resid_pdrop`, `embd_pdrop` and `attn_pdrop`.
+
+    Args:
+        vocab_size: the number V of tokens.
+        context_length: the most tokens of a sequence.
+        hidden_size: the width C.
+        num_layers: the number L of blocks.
+        num_heads: the number H of attention heads; `hidden_size` must be a multiple of it.
+        feedforward_dim: the width of the MLP, or None for 4 x `hidden_size`.
+        activation_function: one of transformers' names.
+        residual_dropout: the probability with which an output of attention or MLP is dropped in training.
+        embedding_dropout: the same for the embeddings.
+        attention_dropout: the same for attention weights.
+        layer_norm_epsilon: what LayerNorm adds to the variance.
+        initializer_range: the standard deviation of new weights.
+        scale_attn_weights: whether scores are divided by the root of the head size.
+        scale_attn_by_inverse_layer_idx: whether scores of layer i (from 0) are also divided by i + 1.
+        reorder_and_upcast_attn: whether scores and softmax of half precision are computed in float32.
+        tie_word_embeddings: whether the head shares the weight of the token embeddings.
+        bos_token_id: the token that stands for an empty prompt, or None.
+        eos_token_id: the token, or tokens, that end a sample; None if there is none.
+        pad_token_id: the padding token, or None.
+
+    Raises:
+        ValueError: A value is out of its range, or `hidden_size` is no multiple of `num_heads`.
+
+    Example:
+        >>> GPT2Config(hidden_size=64, num_heads=4).head_dim
+        16
     """
 
     vocab_size: int = 50257
