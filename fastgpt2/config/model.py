@@ -71,18 +71,18 @@ class GPT2Config:
             value = getattr(self, name)
             require(
                 isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1,
-                f"GPT2Config: {name} must be in [0, 1); got {value!r}",
+                f"GPT2Config: {name} must be in [0, 1); got {shown(value)}",
             )
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
             require(
                 isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0,
-                f"GPT2Config: {name} must be a positive number; got {value!r}",
+                f"GPT2Config: {name} must be a positive number; got {shown(value)}",
             )
         require(
             self.activation_function in ACTIVATIONS or self.activation_function in LEARNED_ACTIVATIONS,
             f"GPT2Config: activation_function must be one of {sorted((*ACTIVATIONS, *LEARNED_ACTIVATIONS))}; "
-            f"got {self.activation_function!r}",
+            f"got {shown(self.activation_function)}",
         )
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
@@ -116,7 +116,7 @@ class GPT2Config:
     def preset(cls, name: str, **changes: Any) -> GPT2Config:
         """A published model's configuration by its name, e.g. "gpt2-medium"; `changes` override its fields."""
         if name not in PRESETS:
-            raise ValueError(f"GPT2Config: no preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"GPT2Config: no preset {shown(name)}; there are {', '.join(PRESETS)}")
         return cls(**{**OPENAI_IDS, **PRESETS[name], **changes})
 
     # -- Hugging Face -------------------------------------------------------------------------------------------
