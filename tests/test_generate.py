@@ -102,9 +102,7 @@ def test_greedy_equals_transformers_on_ragged_batches(seed, dtype):
         bos_token_id=None,
     )  # fmt: skip
     theirs = transformers.GPT2LMHeadModel(config).eval().to(dtype)
-    from fastgpt2.integrations.transformers import accelerate
-
-    ours = accelerate(theirs)
+    ours = GPT2.from_transformers(theirs)
     ties = 0
     for got in ours.generate(random_prompts(rng, 12), temperature=0, max_new_tokens=64, batch_size=5):
         ids = torch.tensor([got.prompt_ids])
