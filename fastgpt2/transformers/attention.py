@@ -95,6 +95,13 @@ def attention_mask(
     )
 
 
+def causal_mask_4d(mask: Tensor) -> Tensor:
+    """What a 2-D padding mask (B, T) means to PyTorch's operator: (B, 1, T, T), True where a query sees a key."""
+    B, T = mask.shape
+    seen = sdpa_mask(B, T, T, attention_mask=mask.bool(), allow_is_causal_skip=False, device=mask.device)
+    return seen.expand(B, 1, T, T)
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
