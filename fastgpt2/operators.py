@@ -41,6 +41,9 @@ class Operators:
         backend = self.backend if activation in ops.TRITON_ACTIVATIONS else "auto"
         return ops.linear(x, weight, bias, activation=activation, backend=backend)
 
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        return ops.activation(x, name)
+
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
