@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from fastgpt2.acceleration import accelerate, unaccelerate
 from fastgpt2.cache import KVCache
 from fastgpt2.config import GPT2Config, SamplingConfig
 from fastgpt2.gpt2 import GPT2
-from fastgpt2.integrations.transformers import accelerate
 from fastgpt2.loss import calculate_loss, train_step
 
 __version__ = "0.1.0"
@@ -19,4 +19,5 @@ __all__ = [
     "accelerate",
     "calculate_loss",
     "train_step",
+    "unaccelerate",
 ]
