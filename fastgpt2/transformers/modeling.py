@@ -32,6 +32,8 @@ from fastgpt2.transformers.attention import NAME, Padding, attention_forward, ca
 from fastgpt2_kernels import ops
 
 IGNORE_INDEX = -100
+# What transformers calls the argument and the output that are the cache: newer releases say "cache".
+_CACHE = "cache" if "cache" in inspect.signature(hf.GPT2Block.forward).parameters else "past_key_values"
 # The classes of activation modules that are one function each, and its name.
 _ACTIVATIONS: dict[type, str] = {
     activations.AccurateGELUActivation: "gelu_accurate",
@@ -78,12 +80,14 @@ class GPT2Attention(hf.GPT2Attention):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Any = None,
         output_attentions: bool | None = False,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = past_key_values if cache is None else cache  # what newer releases call it
         if self.config._attn_implementation != NAME or encoder_hidden_states is not None or not self.is_causal:
             return super().forward(
                 hidden_states,
-                past_key_values=past_key_values,
+                **{_CACHE: cache},
                 attention_mask=attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -92,7 +96,7 @@ class GPT2Attention(hf.GPT2Attention):
             )
         qkv = self.c_attn(hidden_states)
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        keys_values = None if past_key_values is None else self._append(qkv, past_key_values)
+        keys_values = None if cache is None else self._append(qkv, cache)
         is_whole = keys_values is None or keys_values[0].shape[2] == qkv.shape[1]  # nothing was in the cache before
         if is_whole and (attention_mask is None or isinstance(attention_mask, Padding)):
             options = {"scale": self.scaling, "dropout_p": dropout_p, "upcast": self.reorder_and_upcast_attn}
@@ -136,7 +140,7 @@ class GPT2Block(hf.GPT2Block):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Any = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Any = None,
@@ -146,7 +150,7 @@ class GPT2Block(hf.GPT2Block):
         if encoder_hidden_states is not None or not _is_plain(self.ln_2, LayerNorm):
             return super().forward(
                 hidden_states,
-                past_key_values,
+                cache,
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -155,7 +159,7 @@ class GPT2Block(hf.GPT2Block):
             )
         attended, _ = self.attn(
             self.ln_1(hidden_states),
-            past_key_values=past_key_values,
+            **{_CACHE: cache},
             attention_mask=attention_mask,
             use_cache=use_cache,
             **kwargs,
@@ -190,6 +194,25 @@ class GPT2Model(_Accelerated, hf.GPT2Model):
         return super().forward(*args, **kwargs)
 
 
+# The arguments of each model's forward, in their order.
+_NAMES = {
+    theirs: list(inspect.signature(theirs.forward).parameters)[1:]
+    for theirs in (
+        hf.GPT2LMHeadModel,
+        hf.GPT2DoubleHeadsModel,
+        hf.GPT2ForTokenClassification,
+        hf.GPT2ForQuestionAnswering,
+    )
+}
+
+
+def _signature_with_skip_logits() -> inspect.Signature:
+    signature = inspect.signature(hf.GPT2LMHeadModel.forward)
+    *parameters, rest = signature.parameters.values()
+    more = inspect.Parameter("skip_logits", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
+    return signature.replace(parameters=[*parameters, more, rest])
+
+
 class FastGenerationMixin:
     """The hook of a faster `generate`: fastgpt2/transformers/generation.py takes this class's place."""
 
@@ -204,82 +227,61 @@ class GPT2LMHeadModel(_Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
 
     skip_logits: bool | None = None
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        skip_logits: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As transformers' `GPT2LMHeadModel.forward`.
+    def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
+        """As transformers' `GPT2LMHeadModel.forward`, and one argument more.
 
         Args:
             skip_logits: True leaves the logits out of the output (None there), False computes them beside the loss.
                 None is the attribute `skip_logits`, and if that is None too, `self.training`. Without `labels` only
                 None and False are allowed.
         """
-        returns_dict = kwargs.pop("return_dict", None)
+        given = {**dict(zip(_NAMES[hf.GPT2LMHeadModel], args, strict=False)), **kwargs}
+        returns_dict = given.pop("return_dict", None)
         returns_dict = self.config.return_dict if returns_dict is None else returns_dict
-        inputs = {
-            "input_ids": input_ids,
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_attention_mask": encoder_attention_mask,
-            "use_cache": use_cache,
-        }
-        if labels is None:
-            if skip_logits:
-                raise ValueError("GPT2LMHeadModel: skip_logits=True needs labels; without them there is no loss")
-            return super().forward(**inputs, logits_to_keep=logits_to_keep, return_dict=returns_dict, **kwargs)
-        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if not (keeps_all and _is_plain(self.lm_head, nn.Linear) and self.loss_function is ForCausalLMLoss):
-            outputs = super().forward(
-                **inputs, labels=labels, logits_to_keep=logits_to_keep, return_dict=returns_dict, **kwargs
-            )
+        labels = given.get("labels")
+        if labels is None and skip_logits:
+            raise ValueError("GPT2LMHeadModel: skip_logits=True needs labels; without them there is no loss")
+        keep = given.get("logits_to_keep", 0)
+        has_own_loss = self.loss_function is not ForCausalLMLoss or not _is_plain(self.lm_head, nn.Linear)
+        if labels is None or has_own_loss or not (isinstance(keep, int) and keep == 0):
+            outputs = super().forward(**given, return_dict=returns_dict)
             if skip_logits and returns_dict:
                 outputs.logits = None
             return outputs
         skip = self.skip_logits if skip_logits is None else skip_logits
         skip = (self.training if skip is None else skip) and returns_dict
-        if skip and use_cache is None and self.training:
-            inputs["use_cache"] = False  # nobody continues from a training step
-        targets = kwargs.get("shift_labels")
+        given = {name: value for name, value in given.items() if name not in ("labels", "logits_to_keep")}
+        if skip and given.get("use_cache") is None and self.training:
+            given["use_cache"] = False  # nobody continues from a training step
+        ignore_index = given.get("ignore_index", IGNORE_INDEX)
+        targets = given.get("shift_labels")
         if targets is None:
-            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=kwargs.get("ignore_index", IGNORE_INDEX))
-        inputs["attention_mask"] = _mask_for_targets(attention_mask, targets, kwargs.get("ignore_index", IGNORE_INDEX))
-        outputs = self.transformer(**inputs, return_dict=True, **kwargs)
+            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        given["attention_mask"] = _mask_for_targets(given.get("attention_mask"), targets, ignore_index)
+        outputs = self.transformer(**given, return_dict=True)
         hidden_BTC = outputs.last_hidden_state
         result = CausalLMOutputWithCrossAttentions(
-            loss=_linear_cross_entropy(hidden_BTC, self.lm_head, targets, **kwargs),
+            loss=_linear_cross_entropy(
+                hidden_BTC, self.lm_head, targets, ignore_index, given.get("num_items_in_batch")
+            ),
             logits=None if skip else self.lm_head(hidden_BTC),
-            past_key_values=outputs.past_key_values,
+            **{_CACHE: getattr(outputs, _CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
         )
         return result if returns_dict else result.to_tuple()
 
+    # What editors, `help` and Trainer, which passes on the columns that forward names, see.
+    forward.__signature__ = _signature_with_skip_logits()  # type: ignore[attr-defined]
+
 
 def _linear_cross_entropy(
     hidden: Tensor,
     head: nn.Linear,
     targets: Tensor,
-    num_items_in_batch: int | Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    **_: Any,
+    ignore_index: int,
+    num_items_in_batch: int | Tensor | None,
 ) -> Tensor:
     """transformers' `ForCausalLMLoss` of the head's logits, from hidden states (..., C) and targets (...)."""
     if num_items_in_batch is not None:
@@ -307,18 +309,22 @@ def _mask_for_targets(mask: Tensor | None, targets: Tensor, ignore_index: int) -
 
 def _with_defined_padding(theirs: type) -> Any:
     """The forward pass of a model whose result depends on hidden states at padding: its mask becomes a 4-D one."""
-    signature = inspect.signature(theirs.forward)  # type: ignore[attr-defined]
 
     @functools.wraps(theirs.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the mask becomes 4-D anyhow
-            return theirs.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        bound = signature.bind(self, *args, **kwargs)
-        mask = bound.arguments.get("attention_mask")
-        has_past = bound.arguments.get("past_key_values") is not None
-        if mask is not None and mask.dim() < 4 and not has_past and not mask.all():
-            bound.arguments["attention_mask"] = causal_mask_4d(mask.flatten(0, -2))
-        return theirs.forward(*bound.args, **bound.kwargs)  # type: ignore[attr-defined]
+        given = {**dict(zip(_NAMES[theirs], args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        has_past = any(given.get(name) is not None for name in ("cache", "past_key_values"))
+        # What is traced gets a 4-D mask anyhow.
+        if (
+            mask is not None
+            and mask.dim() < 4
+            and not has_past
+            and not torch.compiler.is_compiling()
+            and not mask.all()
+        ):
+            given["attention_mask"] = causal_mask_4d(mask.flatten(0, -2))
+        return theirs.forward(self, **given)  # type: ignore[attr-defined]
 
     return forward
 
