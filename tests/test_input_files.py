@@ -1,10 +1,16 @@
-"""Prompts in: text, JSON lines and FASTA, and bad ones that keep their places."""
+"""Texts in: every format, columns, compression, patterns, and bad entries that keep their places."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from fastgpt2.prompt_files import Prompt, PromptError, read_prompts
+from fastgpt2.input_files import PROMPTS, Entry, EntryError, Source, read_entries
+
+
+def read_prompts(data: bytes, name: str, suffix: str) -> Iterator[Entry | EntryError]:
+    return read_entries([Source(name, suffix, data=data)], PROMPTS)
 
 
 def test_text_prompts():
@@ -20,12 +26,12 @@ def test_text_prompts():
 def test_json_prompts_and_bad_ones_keep_their_places():
     lines = ['{"prompt": "a", "id": 7}', "", '{"prompt_ids": [1, 2]}', "{oops", '{"prompt": "z", "id": "last"}']
     found = list(read_prompts("\n".join(lines).encode(), "p.jsonl", ".jsonl"))
-    assert [(p.index, p.content, p.id) for p in found if isinstance(p, Prompt)] == [
+    assert [(p.index, p.content, p.id) for p in found if isinstance(p, Entry)] == [
         (0, "a", "7"),
         (1, (1, 2), None),
         (3, "z", "last"),
     ]
-    assert [str(p) for p in found if isinstance(p, PromptError)] == [
+    assert [str(p) for p in found if isinstance(p, EntryError)] == [
         "p.jsonl line 4: must be JSON; Expecting property name enclosed in double quotes at column 2"
     ]
 
@@ -42,6 +48,11 @@ def test_fasta_prompts():
     ("line", "message"),
     [
         (b"[1]", 'must be an object with either "prompt" or "prompt_ids"'),
+        (
+            b'{"prompts": 1}',
+            'must be an object with either "prompt" or "prompt_ids"; it has "prompts": name another column with '
+            "--column",
+        ),
         (b'{"prompt": "a", "prompt_ids": []}', 'must be an object with either "prompt" or "prompt_ids"'),
         (b'{"prompt": 3}', '"prompt" must be a string; got int'),
         (b'{"prompt_ids": [1, true]}', '"prompt_ids" must be a list of integers'),
@@ -54,12 +65,12 @@ def test_fasta_prompts():
 )
 def test_bad_json_prompts(line, message):
     (error,) = read_prompts(line + b"\n", "p.jsonl", ".jsonl")
-    assert isinstance(error, PromptError)
+    assert isinstance(error, EntryError)
     assert str(error) == f"p.jsonl line 1: {message}"
 
 
 def test_fasta_without_header():
     first, second = read_prompts(b"MKV\n>a\nMK\n", "p.fasta", ".fasta")
     assert str(first) == 'p.fasta line 1: must begin with a header line, ">" and a name'
-    assert isinstance(second, Prompt)
+    assert isinstance(second, Entry)
     assert second.index == 1
