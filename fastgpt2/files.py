@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -68,7 +69,8 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
 
 def create_file(path: Path, content: bytes) -> bool:
     """Make a file with this content at once; False where there is one of that name already, which stays."""
-    temporary = _temporary(path)
+    # Processes of several machines may do this at once, and two of them may have one number.
+    temporary = path.with_name(f"{_temporary(path).name}{secrets.randbelow(10**12):012}")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()

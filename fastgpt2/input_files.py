@@ -352,7 +352,12 @@ def _parse(row: Mapping[str, Any], columns: Columns) -> tuple[Content, str | Non
     identifier = row.get("id")
     if identifier is not None and (isinstance(identifier, bool) or not isinstance(identifier, (str, int))):
         raise ValueError(f'"id" must be a string or an integer; got {type(identifier).__name__}')
-    prefix = None if columns.prefix is None else _content(row, columns.prefix, columns.prefix_ids)
+    prefix = None
+    if columns.prefix is not None:
+        if columns.prefix_ids is None and columns.prefix not in row:
+            raise ValueError(f'must have "{columns.prefix}", which --prompt-column names')
+        if not (row.get(columns.prefix) is None and row.get(columns.prefix_ids or "") is None):
+            prefix = _content(row, columns.prefix, columns.prefix_ids)
     return content, None if identifier is None else str(identifier), prefix
 
 
@@ -382,6 +387,8 @@ def _check_columns(name: str, there: Sequence[str], columns: Columns) -> None:
         raise ValueError(
             f'{name}: must have a column "{columns.text}"; it has {listed(list(there))}: name one with --column'
         )
+    if columns.prefix is not None and columns.prefix_ids is None and columns.prefix not in there:
+        raise ValueError(f'{name}: must have a column "{columns.prefix}", which --prompt-column names')
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------

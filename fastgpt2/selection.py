@@ -158,7 +158,8 @@ class _Chooser:
             return "truncated"
         if chosen.min_length is not None or chosen.max_length is not None or chosen.dedupe:
             text = self._written(_field(row, "text", where, (str,)))
-            if len(text) < (chosen.min_length or 0) or len(text) > (chosen.max_length or math.inf):
+            most = math.inf if chosen.max_length is None else chosen.max_length
+            if not (chosen.min_length or 0) <= len(text) <= most:
                 return "length"
             if chosen.dedupe:
                 code = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
@@ -198,7 +199,8 @@ def _field(row: dict[str, Any], name: str, where: str, kinds: tuple[type, ...]) 
         raise ValueError(f'{where}: has no "{name}" to select by; generate or score the records anew')
     value = row[name]
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f'{where}: "{name}" must be {kinds[0].__name__}; got {type(value).__name__}')
+        what = "a string" if kinds == (str,) else "a number"
+        raise ValueError(f'{where}: "{name}" must be {what}; got {type(value).__name__}')
     return value
 
 
