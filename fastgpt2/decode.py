@@ -259,6 +259,24 @@ class DecodeSession:
             self._run(rows)
         return self._results()
 
+    def step_logits(self, num_rows: int) -> Tensor:
+        """Logits (R, V) float32 that the last step chose its tokens from, in the order of its slots, all of which went on.
+
+        The next step overwrites them.
+        """
+        if isinstance(self._step, ops.NativeStep):
+            return self._step.step_logits(num_rows)
+        return self._kernels.buffers.logits[:num_rows]
+
+    def replace_tokens(self, slots: Sequence[int], tokens: Tensor) -> None:
+        """Put other tokens (R,) in place of those that `begin` or the last step chose for the slots.
+
+        ValueError for a session with a repetition penalty, which has marked its own choice already.
+        """
+        if self.seen is not None:
+            raise ValueError("DecodeSession: with a repetition penalty tokens cannot be replaced; make it without one")
+        self.slots.tokens[list(slots)] = tokens.to(self.slots.tokens)
+
     def _find_cache(self) -> None:
         cache = (self.cache.keys.data_ptr(), self.cache.capacity)
         if cache != self._cached:
