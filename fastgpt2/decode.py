@@ -260,9 +260,9 @@ class DecodeSession:
         return self._results()
 
     def step_logits(self, num_rows: int) -> Tensor:
-        """Logits (R, V) float32 that the last step chose its tokens from, in the order of its slots, all of which went on.
+        """The logits (R, V) float32 of the last step, in the order of its slots; the next step overwrites them.
 
-        The next step overwrites them.
+        They are those of its slots only if all of them went on.
         """
         if isinstance(self._step, ops.NativeStep):
             return self._step.step_logits(num_rows)

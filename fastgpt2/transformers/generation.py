@@ -79,7 +79,7 @@ class FastGenerationMixin:
                 reason = "its attention mask or positions are none that padding has"
             else:
                 rows = _Rows.of(input_ids, keep)
-                reason = why_not_fast(self, generation_config, synced_gpus, inputs)  # type: ignore[arg-type]
+                reason = why_not_fast(self, generation_config, synced_gpus, inputs)
         if reason is not None:
             _LOGGER.info("generate runs in transformers' own loop: %s", reason)
         if rows is None or (reason is not None and rows.is_left_padded):
@@ -117,7 +117,7 @@ def _why_not_inputs(inputs: dict[str, Any]) -> str | None:
     return None if cache is None or is_fresh else "it has a cache of the user's or of another kind"
 
 
-def why_not_fast(model: nn.Module, config: Any, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
+def why_not_fast(model: Any, config: Any, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
     """Why a call of `generate` with plain prompts runs in transformers' own loop, in words; None if on our step.
 
     Args:
@@ -133,7 +133,7 @@ def why_not_fast(model: nn.Module, config: Any, synced_gpus: bool, inputs: dict[
     return _why_not_model(model)
 
 
-def _why_not_model(model: nn.Module) -> str | None:
+def _why_not_model(model: Any) -> str | None:
     own = model.config
     if model.training and max(own.resid_pdrop, own.embd_pdrop, own.attn_pdrop) > 0:
         return "the model is in training mode, with dropout"
@@ -169,7 +169,7 @@ def _is_plain(module: nn.Module) -> bool:
     return is_known and not has_hooks and "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
 
 
-# -- the model on our step ----------------------------------------------------------------------------------------------
+# -- the model on our step --------------------------------------------------------------------------------------------
 
 
 class _Engine(NamedTuple):
@@ -183,7 +183,7 @@ class _Engine(NamedTuple):
 _ENGINES: weakref.WeakKeyDictionary[nn.Module, _Engine] = weakref.WeakKeyDictionary()
 
 
-def _update_engine(model: nn.Module) -> GPT2:
+def _update_engine(model: Any) -> GPT2:
     """Our GPT2 on the weights of a GPT-2 with a head: that of the last call, unless the weights have changed since.
 
     They share their storage on a CPU. On a GPU the linear layers' weights are copied once, for the kernels read them
@@ -209,7 +209,7 @@ def _update_engine(model: nn.Module) -> GPT2:
     return ours
 
 
-# -- rows and their padding ---------------------------------------------------------------------------------------------
+# -- rows and their padding -------------------------------------------------------------------------------------------
 
 
 def _tokens_of(input_ids: Tensor, inputs: dict[str, Any]) -> Tensor | None:
@@ -250,7 +250,7 @@ class _Rows(NamedTuple):
         if not bool(keep.any(1).all()):
             row = int(keep.any(1).int().argmin())
             raise ValueError(
-                f"generate: row {row} of the batch is padding only; give it a token, such as bos_token_id, to begin with"
+                f"generate: row {row} of the batch is padding only; give it a token to begin with, say bos_token_id"
             )
         order = keep.long().argsort(dim=1, stable=True)
         return cls(input_ids.gather(1, order), keep.gather(1, order), input_ids, keep, order)
@@ -301,19 +301,19 @@ class _Rows(NamedTuple):
     def _columns_as_given(self, cached: Tensor) -> Tensor:
         """cached (B, H, S, D): its first T columns in the order of `given`."""
         T = self.ids.shape[1]
-        index = self.order.argsort(1).to(cached.device)[:, None, :, None].expand(-1, cached.shape[1], -1, cached.shape[3])
+        index = (
+            self.order.argsort(1).to(cached.device)[:, None, :, None].expand(-1, cached.shape[1], -1, cached.shape[3])
+        )
         return torch.cat([cached[:, :, :T].gather(2, index), cached[:, :, T:]], 2)
 
 
-# -- a run --------------------------------------------------------------------------------------------------------------
+# -- a run ------------------------------------------------------------------------------------------------------------
 
 
 class _Run:
     """One call of `generate` on a `DecodeSession`: all rows start together, and a step makes a token for each."""
 
-    def __init__(
-        self, model: GPT2, rows: _Rows, processors: Any, criteria: Any, config: Any, streamer: Any
-    ) -> None:
+    def __init__(self, model: GPT2, rows: _Rows, processors: Any, criteria: Any, config: Any, streamer: Any) -> None:
         self.model, self.rows, self.processors, self.criteria = model, rows, processors, criteria
         self.config, self.streamer = config, streamer
         self.prompts = rows.tokens()
@@ -333,7 +333,9 @@ class _Run:
         ) - rows.ids.shape[1]  # fmt: skip
         # The device can tell by itself when a row has ended.
         self.runs_ahead = (
-            self.is_fused and streamer is None and all(type(c) in (EosTokenCriteria, MaxLengthCriteria) for c in criteria)
+            self.is_fused
+            and streamer is None
+            and all(type(c) in (EosTokenCriteria, MaxLengthCriteria) for c in criteria)
         )
 
     def _asks_for(self, name: str) -> bool:
@@ -343,19 +345,15 @@ class _Run:
         """What transformers' loop returns; `cache` is filled where it is returned."""
         with self._session() as session:
             logits, first = self._start(session)
-            if self.runs_ahead:
-                sequences = self._run_ahead(session, first)
-            else:
-                sequences = self._run(session, first, logits)
+            sequences = self._run_ahead(session, first) if self.runs_ahead else self._run(session, first, logits)
             if self.config.return_dict_in_generate:
                 self._fill(cache, session, sequences.shape[1] - 1)
         if self.streamer is not None:
             self.streamer.end()
         if not self.config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=self.scores, logits=self.logits, past_key_values=cache
-        )
+        outputs: Any = {"sequences": sequences, "scores": self.scores, "logits": self.logits}
+        return GenerateDecoderOnlyOutput(**outputs, past_key_values=cache)
 
     @contextmanager
     def _session(self) -> Iterator[DecodeSession]:
@@ -369,8 +367,8 @@ class _Run:
     def _start(self, session: DecodeSession) -> tuple[Tensor, Results]:
         """Prefill, every prompt once however often it is there; the first logits (B, V), and the tokens of them."""
         slots: dict[tuple[int, ...], list[int]] = {}
-        for slot, prompt in enumerate(self.prompts):
-            slots.setdefault(tuple(prompt), []).append(slot)
+        for slot, ids in enumerate(self.prompts):
+            slots.setdefault(tuple(ids), []).append(slot)
         context = self.model.config.context_length
         if (longest := max(map(len, slots))) > context:
             raise ValueError(f"generate: a prompt has {longest} tokens; the context holds {context}; shorten it")
@@ -379,22 +377,21 @@ class _Run:
         for part in _parts(list(slots)):
             of_part = session.prefill([slots[prompt][0] for prompt in part], part)
             for prompt, row_logits in zip(part, of_part, strict=True):
-                first, *others = slots[prompt]
-                session.cache.fork(first, others)
+                session.cache.fork(slots[prompt][0], slots[prompt][1:])
                 logits[slots[prompt]] = row_logits
         limit = self.max_new if self.runs_ahead else _NO_LIMIT
         keys = [(int(a), int(b)) for a, b in self.keys.tolist()]
         new = [NewRow(slot, ids, keys[slot], limit) for slot, ids in enumerate(self.prompts)]
         return logits, session.begin(new, logits)
 
-    def _has_room(self, row: int) -> bool:
-        """Whether the row's latest token fits the context; a row's last one need not."""
-        return len(self.prompts[row]) + self.produced[row] <= self.model.config.context_length
+    def _has_room(self, row: int, produced: int) -> bool:
+        """Whether the latest of the row's `produced` new tokens fits the context; its last one need not."""
+        return len(self.prompts[row]) + produced <= self.model.config.context_length
 
     def _next(self, session: DecodeSession, going: list[int]) -> Results:
         """Start the step of the rows that go on."""
         for row in going:
-            if not self._has_room(row):
+            if not self._has_room(row, self.produced[row]):
                 raise ValueError(
                     f"generate: row {row} has {len(self.prompts[row])} tokens and {self.produced[row]} new ones; the "
                     f"context holds {self.model.config.context_length}: shorten the prompt, or lower max_new_tokens"
@@ -411,8 +408,8 @@ class _Run:
 
     def _refuse_logits(self, row: int) -> None:
         raise RuntimeError(
-            f"generate: the logits of row {row} after {self.produced[row]} new tokens are NaN, infinite or all filtered "
-            "out; check the weights and the logits processors"
+            f"generate: the logits of row {row} after {self.produced[row]} new tokens are NaN, infinite or all "
+            "filtered out; check the weights and the logits processors"
         )
 
     def _run_ahead(self, session: DecodeSession, results: Results) -> Tensor:
@@ -420,13 +417,12 @@ class _Run:
         new: list[list[int]] = [[] for _ in self.prompts]
         going = list(range(len(new)))
         for count in range(1, self.max_new + 1):
-            for row in going:
-                self.produced[row] = count
-            with_room = [row for row in going if self._has_room(row)]
+            with_room = [row for row in going if self._has_room(row, count)]
             starts_ahead = session.is_asynchronous and count < self.max_new and with_room
             ahead = session.step(with_room) if starts_ahead else None
             for row, token in zip(going, self._chosen(results, going), strict=True):
                 new[row].append(token)
+                self.produced[row] = count
             going = [row for row in going if new[row][-1] not in self.stop_ids]
             if not going or count == self.max_new:
                 break
@@ -500,8 +496,8 @@ class _Run:
         B, H, D = held.shape[0], keys.shape[2], keys.shape[4]
         index = (held.long().cumsum(1) - 1).clamp(min=0)[:, None, :, None].expand(B, H, columns, D)
         for layer in range(len(keys)):
-            placed = (t[layer, :B].gather(2, index).masked_fill(~held[:, None, :, None], 0) for t in (keys, values))
-            cache.update(*placed, layer)
+            placed = [t[layer, :B].gather(2, index).masked_fill(~held[:, None, :, None], 0) for t in (keys, values)]
+            cache.update(placed[0], placed[1], layer)
 
 
 def _parts(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

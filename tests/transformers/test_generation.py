@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import string
 
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -59,16 +60,17 @@ class Shift(LogitsProcessor):
         return scores + (torch.arange(V) + input_ids.sum(1, keepdim=True)).remainder(5).to(scores)
 
 
-class Words(PreTrainedTokenizerFast):
-    """A letter or two for each token, so that texts of several tokens are read back as they were written."""
+class Letters(PreTrainedTokenizerFast):
+    """A character for each token."""
 
     def __init__(self) -> None:
-        words = ["<u>", *(chr(97 + i % 26) * (1 + i // 26) + " " for i in range(1, V))]
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<u>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        letters = ["<u>", *string.ascii_letters, *" .,;:!?-"]
+        assert len(letters) == V
+        model = models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<u>")
+        tokenizer = Tokenizer(model)
         tokenizer.decoder = decoders.Fuse()
         super().__init__(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
-        self.add_special_tokens({"pad_token": words[PAD], "eos_token": words[EOS]})
+        self.add_special_tokens({"pad_token": letters[PAD], "eos_token": letters[EOS]})
 
 
 def pair(seed: int, kind: type = Fast, **changes: object) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
@@ -128,7 +130,7 @@ def sessions(monkeypatch) -> list[object]:
     return made
 
 
-# -- greedy, over the arguments -----------------------------------------------------------------------------------------
+# -- greedy, over the arguments ---------------------------------------------------------------------------------------
 
 # Objects with a state of their own are made anew for every call.
 FRESH = {"logits_processor", "stopping_criteria"}
@@ -141,8 +143,8 @@ FUSED = [
     {"repetition_penalty": 1.8},
     {"repetition_penalty": 0.6},
     {"max_time": 1e6},
-    {"stop_strings": ["a b ", "d ", "ii "], "tokenizer": Words()},
-    {"stop_strings": ["a b ", "d ", "ii "], "tokenizer": Words(), "eos_token_id": None},
+    {"stop_strings": ["def", "k", "M", "Zq", "."], "tokenizer": Letters()},
+    {"stop_strings": ["def", "k", "M", "Zq", "."], "tokenizer": Letters(), "eos_token_id": None},
     {"stopping_criteria": lambda: [Longer(50)]},
     {"stopping_criteria": lambda: [Longer(50)], "eos_token_id": None},
     {"generation_config": transformers.GenerationConfig(max_new_tokens=5, eos_token_id=[4, 14, 24, 34, 44])},
@@ -232,7 +234,7 @@ def test_equal_prompts_without_a_mask_and_the_double_heads_model(seed, sessions)
     assert len(sessions) == 2
 
 
-# -- what is returned ---------------------------------------------------------------------------------------------------
+# -- what is returned -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -245,7 +247,6 @@ def test_scores_logits_and_cache_are_transformers(seed, sessions, side):
     columns = torch.arange(T).expand(B, T)
     given = inputs
     if side == "right":
-        columns = inputs["attention_mask"].argsort(dim=1, stable=True).argsort(1)
         columns = (1 - inputs["attention_mask"]).argsort(dim=1, stable=True)
         given = {name: tensor.gather(1, columns) for name, tensor in inputs.items()}
     got = ours.generate(**given, **options)
@@ -299,7 +300,7 @@ def test_rows_that_have_ended_have_scores_of_zero(seed, sessions):
     assert (new[ended] == PAD).all()
 
 
-# -- sampling -----------------------------------------------------------------------------------------------------------
+# -- sampling ---------------------------------------------------------------------------------------------------------
 
 WARPERS = [
     {"top_k": 0},
@@ -311,7 +312,7 @@ WARPERS = [
 
 @pytest.mark.parametrize("options", [*WARPERS, {"typical_p": 0.9}, {"top_k": 7, "no_repeat_ngram_size": 2}])
 def test_samples_are_drawn_from_transformers_scores(seed, sessions, options):
-    """The scores are what transformers' processors make of the logits; the sample is their maximum with Gumbel noise."""
+    """The scores are what transformers' processors make of the logits; a sample is their maximum with Gumbel noise."""
     theirs, ours = pair(seed)
     inputs = batch(seed)
     config = {"do_sample": True, "max_new_tokens": 6, "eos_token_id": None, **options}
@@ -369,7 +370,7 @@ def test_sampling_from_one_token_is_greedy(seed, sessions, options):
     assert torch.equal(ours.generate(**inputs, max_new_tokens=12, do_sample=True, **options), expected)
 
 
-# -- streaming and the whole of transformers around it ------------------------------------------------------------------
+# -- streaming and the whole of transformers around it ----------------------------------------------------------------
 
 
 class Collect(BaseStreamer):
@@ -395,9 +396,9 @@ def test_a_streamer_gets_what_transformers_gives_it(seed, sessions, options):
 
 
 def test_text_in_and_out_by_pipeline_and_text_streamer(seed, sessions, capsys):
-    tokenizer = Words()
+    tokenizer = Letters()
     theirs, ours, _, _ = clear_case(seed, max_new_tokens=8)
-    texts = ["a b c ", "dd ", "e f gg h i "]
+    texts = ["xyz", "M", "Hello, you"]
     tokenizer.padding_side = "left"
     found = []
     for model in (theirs, ours):
@@ -411,7 +412,7 @@ def test_text_in_and_out_by_pipeline_and_text_streamer(seed, sessions, capsys):
     assert capsys.readouterr().out.count(texts[2].strip()) == 2
 
 
-# -- what runs in transformers' own loop --------------------------------------------------------------------------------
+# -- what runs in transformers' own loop ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -515,7 +516,7 @@ def test_the_weights_are_not_copied_but_for_the_packed_ones(seed):
     assert _update_engine(ours) is mine
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_errors_are_one_sentence(seed, sessions):
