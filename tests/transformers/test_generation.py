@@ -16,15 +16,19 @@ from transformers import (
     GPT2LMHeadModel,
     LogitsProcessor,
     PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     TextStreamer,
 )
+from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
+from transformers.pytorch_utils import Conv1D
 
+from fastgpt2 import GPT2
 from fastgpt2.transformers import generation
 from fastgpt2.transformers.generation import FastGenerationMixin, _update_engine
 from fastgpt2_kernels import ops, reference
-from tests.helpers import assert_within_budget
+from tests.helpers import assert_rms_within_budget
 
 V, PAD, EOS, T, B = 61, 3, 2, 9, 4
 CONFIG = {
@@ -168,6 +172,8 @@ IN_LOOP = [
     {"guidance_scale": 1.7},
     {"logits_processor": lambda: [Shift()]},
     {"logits_processor": lambda: [Shift()], "repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    {"logits_processor": lambda: [RepetitionPenaltyLogitsProcessor(1.8, prompt_ignore_length=T)]},
+    {"logits_processor": lambda: [RepetitionPenaltyLogitsProcessor(1.8, torch.full((B,), T))]},
 ]
 
 
@@ -213,13 +219,18 @@ def test_right_padded_rows_are_continued_as_they_are_alone(seed, options, dtype)
         alone = []
         for prompt in prompts_of(inputs):
             one = {"input_ids": prompt[None], "attention_mask": torch.ones_like(prompt)[None]}
-            alone.append(greedy(theirs, one, **options))
+            alone.append(greedy(theirs, one, suppress_tokens=[PAD], **options))
         if all(is_clear for _, is_clear in alone):
             break
-    got = ours.generate(**inputs, do_sample=False, **options)
+    got = ours.generate(**inputs, do_sample=False, suppress_tokens=[PAD], **options)
     assert torch.equal(got[:, :T], inputs["input_ids"])
     for new, (expected, _) in zip(got[:, T:], alone, strict=True):
         assert torch.equal(new, expected[0, -8:])
+    if "no_repeat_ngram_size" not in options:  # in the fused step
+        assert torch.equal(
+            ours.generate(**inputs, do_sample=False, **options)[:, T:],
+            torch.cat([greedy(theirs, {"input_ids": p[None]}, **options)[0][:, -8:] for p in prompts_of(inputs)]),
+        )
 
 
 def test_equal_prompts_without_a_mask_and_the_double_heads_model(seed, sessions):
@@ -244,8 +255,10 @@ def test_scores_logits_and_cache_are_transformers(seed, sessions, side):
     theirs, ours, inputs, _ = clear_case(seed, max_new_tokens=6, eos_token_id=None, no_repeat_ngram_size=2)
     expected = theirs.generate(**inputs, **options)
     exact = copy.deepcopy(theirs).double().generate(**inputs, **options)
-    columns = torch.arange(T).expand(B, T)
-    given = inputs
+    eager = copy.deepcopy(theirs)
+    eager.set_attn_implementation("eager")
+    plain = [expected, eager.generate(**inputs, **options)]
+    columns, given = torch.arange(T).expand(B, T), inputs
     if side == "right":
         columns = (1 - inputs["attention_mask"]).argsort(dim=1, stable=True)
         given = {name: tensor.gather(1, columns) for name, tensor in inputs.items()}
@@ -256,24 +269,26 @@ def test_scores_logits_and_cache_are_transformers(seed, sessions, side):
     ]
     assert torch.equal(got.sequences, torch.cat([given["input_ids"], expected.sequences[:, T:]], 1))
     for name in ("scores", "logits"):
-        for mine, plain, right in zip(got[name], expected[name], exact[name], strict=True):
-            assert mine.dtype == plain.dtype
-            assert torch.equal(mine.isinf(), plain.isinf())
-            assert_within_budget(*(t.nan_to_num(neginf=0.0) for t in (mine, plain, right.double())), name)
+        assert [t.dtype for t in got[name]] == [torch.float32] * 6
+        mine, *plains, right = (torch.stack(out[name]) for out in (got, *plain, exact))
+        assert torch.equal(mine.isinf(), right.isinf())
+        mine, *plains, right = (t.nan_to_num(neginf=0.0) for t in (mine, *plains, right.double()))
+        assert_rms_within_budget(mine, plains, right, name)
+
+    def cached(out: transformers.utils.ModelOutput, part: slice) -> Tensor:
+        return torch.stack(
+            [t for layer in out.past_key_values.layers for t in (layer.keys[:, :, part], layer.values[:, :, part])]
+        )
+
     kept = given["attention_mask"][:, None, :, None].bool()
-    for mine, plain, right in zip(got.past_key_values.layers, expected.past_key_values.layers,
-                                  exact.past_key_values.layers, strict=True):  # fmt: skip
-        for name in ("keys", "values"):
-            cached, plain_cached, exact_cached = (getattr(layer, name) for layer in (mine, plain, right))
-            assert cached.shape == plain_cached.shape
-            index = columns[:, None, :, None].expand_as(cached[:, :, :T])
-            for part in (slice(0, T), slice(T, None)):
-                tensors = [cached[:, :, part], plain_cached[:, :, part], exact_cached[:, :, part]]
-                if part.stop == T:
-                    tensors = [tensors[0], *(t.gather(2, index) for t in tensors[1:])]
-                    tensors = [t.masked_fill(~kept, 0) for t in tensors]
-                    assert not cached[:, :, :T].masked_select(~kept).any() or side == "left"
-                assert_within_budget(*tensors, name)
+    prompt, new = slice(0, T), slice(T, None)
+    mine, *plains, right = (cached(out, prompt) for out in (got, *plain, exact))
+    assert not mine.masked_select(~kept).any()
+    index = columns[:, None, :, None].expand_as(mine[0])
+    plains = [t.gather(3, index.expand_as(t)).masked_fill(~kept, 0) for t in (*plains, right)]
+    assert_rms_within_budget(mine, plains[:-1], plains[-1], "the cache of the prompts")
+    mine, *plains, right = (cached(out, new) for out in (got, *plain, exact))
+    assert_rms_within_budget(mine, plains, right, "the cache of the new tokens")
 
 
 def test_a_run_is_continued_from_the_cache_it_returned(seed):
@@ -290,7 +305,8 @@ def test_a_run_is_continued_from_the_cache_it_returned(seed):
 def test_rows_that_have_ended_have_scores_of_zero(seed, sessions):
     _, ours, inputs, _ = clear_case(seed, max_new_tokens=12, eos_token_id=[*range(4, 61, 3)])
     out = ours.generate(**inputs, max_new_tokens=12, eos_token_id=[*range(4, 61, 3)], do_sample=False,
-                        return_dict_in_generate=True, output_scores=True, output_logits=True)  # fmt: skip
+                        logits_processor=[Shift()], return_dict_in_generate=True, output_scores=True,
+                        output_logits=True)  # fmt: skip
     new = out.sequences[:, T:]
     ended = (torch.isin(new, torch.arange(4, 61, 3)).int().cumsum(1) > 0).roll(1, 1)
     ended[:, 0] = False
@@ -298,6 +314,9 @@ def test_rows_that_have_ended_have_scores_of_zero(seed, sessions):
         values = torch.stack(out[name], 1)
         assert torch.equal(values.abs().sum(-1) == 0, ended)
     assert (new[ended] == PAD).all()
+    for layer in out.past_key_values.layers:
+        for cached in (layer.keys, layer.values):
+            assert torch.equal(cached[:, :, T:].abs().sum((1, 3)) == 0, ended[:, 1:])
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -482,8 +501,17 @@ def test_a_changed_model_is_not_taken_for_a_plain_one(seed, sessions):
     assert not torch.equal(negative.generate(**inputs, **options), theirs.generate(**inputs, **options))
     with torch.autocast("cpu", torch.bfloat16):
         ours.generate(**inputs, **options)
-    ours.transformer.h[0].attn.c_attn = torch.nn.Sequential(ours.transformer.h[0].attn.c_attn)
-    ours.generate(**inputs, **options)
+    mine = {"past_key_values": DynamicCache(config=ours.config)}
+    ours.generate(**inputs, **options, **mine)
+    assert mine["past_key_values"].get_seq_length() == T + 3
+
+    class Doubled(Conv1D):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    ours.transformer.h[0].attn.c_attn.__class__ = Doubled
+    theirs.transformer.h[0].attn.c_attn.__class__ = Doubled
+    assert torch.equal(ours.generate(**inputs, **options), theirs.generate(**inputs, **options))
     assert not sessions
 
 
@@ -505,14 +533,21 @@ def test_weights_that_change_are_noticed(seed, sessions):
     ours.resize_token_embeddings(V + 7)
     assert _update_engine(ours).config.vocab_size == V + 7
     ours.generate(**inputs, **options)
-    assert len(sessions) == 3 - (not is_clear)
+    runs = len(sessions)
+    layer = ours.transformer.h[1].mlp.c_fc
+    layer.weight = torch.nn.Parameter(layer.weight.flip(0))
+    assert_same_weights(_update_engine(ours), ours)
+    assert runs == 2 + is_clear
+
+
+def assert_same_weights(mine: GPT2, hf_model: GPT2LMHeadModel) -> None:
+    assert {p.data_ptr() for p in mine.parameters()} == {p.data_ptr() for p in hf_model.parameters()}
 
 
 def test_the_weights_are_not_copied_but_for_the_packed_ones(seed):
     _, ours = pair(seed)
     mine = _update_engine(ours)
-    shared = {p.data_ptr() for p in ours.parameters()}
-    assert {p.data_ptr() for p in mine.parameters()} == shared
+    assert_same_weights(mine, ours)
     assert _update_engine(ours) is mine
 
 
@@ -546,6 +581,6 @@ def test_steps_ahead_of_the_host_change_nothing(seed, sessions, monkeypatch):
     plain = ours.generate(**inputs, do_sample=False, **{**options, "max_new_tokens": 30})
     monkeypatch.setattr(generation.DecodeSession, "is_asynchronous", True)
     assert torch.equal(ours.generate(**inputs, do_sample=False, **{**options, "max_new_tokens": 30}), plain)
-    full = {name: tensor[:1] for name, tensor in batch(seed).items()}
+    full = batch(seed)  # the other rows have room for more
     with pytest.raises(ValueError, match="row 0 has 9 tokens and 40 new ones"):
         ours.generate(**full, max_new_tokens=45, eos_token_id=None)
