@@ -426,7 +426,10 @@ def release_session(model: GPT2Base, session: DecodeSession) -> None:
 
 
 def drop_sessions(model: GPT2Base) -> None:
-    """Free what is kept for the model's next run: its session, and its packed weights."""
+    """Free what generation keeps for the model's next run: packed weights, a cache, CUDA graphs.
+
+    The next run reads the weights anew, so it also follows a change that was not noticed (see `WeightsMark`).
+    """
     _KEPT.pop(model, None)
     _PACKED.pop(model, None)
 
@@ -503,17 +506,18 @@ def slot_sampling(
 ) -> ops.SlotSampling:
     """`config` for every slot. A filter that is off is None, so that the kernel has no code for it."""
 
-    def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((num_slots,), value, dtype=dtype, device=device)
+    def full(name: str, value: float) -> Tensor:
+        dtype = torch.int32 if name == "top_k" else torch.float32
+        return torch.full((num_slots,), ops.in_range(name, value), dtype=dtype, device=device)
 
-    penalty = None if seen is None else full(config.repetition_penalty)
+    penalty = None if seen is None else full("repetition_penalty", config.repetition_penalty)
     if config.is_greedy:
         return ops.SlotSampling(penalty=penalty, seen=seen)
     return ops.SlotSampling(
-        temperature=full(config.temperature),
-        top_k=None if config.top_k is None else full(config.top_k, torch.int32),
-        top_p=None if config.top_p is None or config.top_p >= 1.0 else full(config.top_p),
-        min_p=full(config.min_p) if config.min_p else None,
+        temperature=full("temperature", config.temperature),
+        top_k=None if config.top_k is None else full("top_k", config.top_k),
+        top_p=None if config.top_p is None or config.top_p >= 1.0 else full("top_p", config.top_p),
+        min_p=full("min_p", config.min_p) if config.min_p else None,
         penalty=penalty,
         seen=seen,
     )

@@ -44,22 +44,25 @@ def atomic_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
 def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
     """`with staged_folder(path) as stage:` writes files into `stage`; at the end of the block they move into `path`.
 
-    They move when all of them are on disk. A process killed within leaves a folder that `remove_leftovers` clears away.
+    They move when all of them are on disk. A process killed within leaves a folder, which the next `staged_folder` at
+    `path` clears away: a stage is locked while somebody writes into it.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: a checkpoint is a folder, and this is a file; name another")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned_stages(folder)
     stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=folder))
     try:
-        yield stage
-        files = sorted(stage.iterdir())
-        for file in files:
-            _sync(file)
-        for file in files:
-            os.replace(file, folder / file.name)
-        _sync(folder)
+        with locked_folder(stage):
+            yield stage
+            files = sorted(stage.iterdir())
+            for file in files:
+                _sync(file)
+            for file in files:
+                os.replace(file, folder / file.name)
+            _sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if is_new and not any(folder.iterdir()):
@@ -103,9 +106,9 @@ def check_archive(path: str | PathLike[str]) -> None:
     A file with compressed records is refused too. `torch.save` writes none: memory maps of them hold garbage, and a
     small file could inflate to any size. Files of PyTorch before 1.6 are no archives and have no checksums.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
@@ -117,7 +120,9 @@ def check_archive(path: str | PathLike[str]) -> None:
                     with archive.open(record) as file:
                         while file.read(1 << 20):
                             pass
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file itself cannot be opened; without a name it is a place that the bytes name
         raise ValueError(f"{path}: is damaged ({first_line(error)}); fetch or write it anew") from error
 
 
@@ -141,6 +146,20 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
             path.unlink()
         elif name is None and path.name.startswith(_STAGE_PREFIX):
             shutil.rmtree(path)
+
+
+def _remove_abandoned_stages(folder: Path) -> None:
+    """Remove the stages in a folder that nobody holds a lock on: their processes were killed."""
+    if os.name == "nt":
+        return  # nobody can lock a folder there
+    for stage in folder.glob(f"{_STAGE_PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is locked, has just gone, or its file system has no locks
+            descriptor = os.open(stage, os.O_RDONLY)
+            try:
+                lock(descriptor, stage)
+                shutil.rmtree(stage)
+            finally:
+                os.close(descriptor)
 
 
 def _temporary(path: Path) -> Path:

@@ -74,7 +74,12 @@ def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateO
     """Continue every prompt; yields each sample when it ends.
 
     A sample's tokens depend on (seed, prompt id, sample index) alone. The prompt id is the prompt's index, or what
-    `sample_ids` says.
+    `sample_ids` says. Where a decoding step serves the model (`fastgpt2.decode.why_not_decode`), tokens and
+    log-probabilities are the same bit for bit whatever rows are beside it, on one machine with one number of threads.
+    PyTorch's own operators round a row by how many rows there are: log-probabilities may then differ in their last
+    bits, and a token where two nearly tie.
+
+    The model's mode is neither used nor touched: dropout is off. The weights have to stay as they are during a run.
 
     Args:
         prompts: texts (the model needs a tokenizer), sequences of token ids, or a (B, T) tensor; of any lengths. An
@@ -94,6 +99,8 @@ def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateO
 
     Raises:
         ValueError: a prompt is empty or does not fit the context; samples yielded before stay good.
+        RuntimeError: logits are not finite; or the weights were changed in place during the run, as PyTorch's count of
+            changes tells (what is written through `.data` is not counted, and what comes of it is not defined).
     """
     return (event.finished for event in _run(model, prompts, **options) if event.finished is not None)
 

@@ -75,10 +75,11 @@ class GPT2(GPT2Base):
             config_changes=config_changes,
         )
 
-    def unpack(self) -> None:
-        """Free what generation keeps for its next run: packed weights, a cache, CUDA graphs. `train()` does so too."""
-        super().unpack()
-        drop_sessions(self)
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode. Training mode frees what generation keeps for its next run: see `decode.drop_sessions`."""
+        if mode:
+            drop_sessions(self)
+        return super().train(mode)
 
     def save_pretrained(self, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers loads; see `fastgpt2.checkpoint.save_pretrained`."""

@@ -272,7 +272,7 @@ class SampleFile:
         now = json.loads(json.dumps(dict(settings)))
         differ = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
         if differ:
-            changes = ", ".join(f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in differ)
+            changes = ", ".join(f"{n} was {shown(before.get(n))} and is {shown(now.get(n))}" for n in differ)
             raise ValueError(f"{self.path}: was made by another run ({changes}); resume it as it was begun")
 
     def _read_done(self) -> int:

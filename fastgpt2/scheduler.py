@@ -23,12 +23,14 @@ from fastgpt2.decode import (
     Results,
     acquire_session,
     decode_backend,
+    drop_sessions,
     release_session,
     why_not_decode,
 )
 from fastgpt2.model import GPT2Base
-from fastgpt2.sampling import sample, uniforms
+from fastgpt2.operators import operator_backend
 from fastgpt2.text_stream import TextStream
+from fastgpt2.weights_mark import ChangeCounts
 from fastgpt2_kernels import ops
 
 # Prompt tokens prefilled in one forward: enough for efficient matrix products, little enough for their activations.
@@ -112,11 +114,11 @@ class Scheduler:
         want_text: bool,
     ) -> None:
         self.model, self.source, self.sampling = model, source, sampling
-        self.pack_weights = pack_weights
         self.want_text = want_text or bool(sampling.stop_strings)
         stop = sampling.stop_token_ids
         self.stop_ids = frozenset(model.config.eos_token_ids if stop is None else stop)
         self.session = None
+        self.weights = ChangeCounts(model)
         reason = why_not_decode(model)
         if reason is None and decode_backend(model) == "native" and not pack_weights:
             reason = "it packs the weights, and pack_weights is False"
@@ -138,10 +140,7 @@ class Scheduler:
             self.seen = self.seen.to(model.device)
 
     def run(self) -> Iterator[TokenEvent]:
-        """Generate all samples; yields every token as it is chosen."""
-        training = self.model.training
-        self.model.eval()
-        self.packed = self.pack_weights and self.session is None and self.model.pack()
+        """Generate all samples; yields every token as it is chosen. The model's mode is neither used nor touched."""
         try:
             while True:
                 # Prompts whose samples all end on their first token free their slots at once, so fill until full.
@@ -156,15 +155,19 @@ class Scheduler:
                 rows = self.rows
                 yield from self._choose(rows, self._decode(rows))
         finally:
-            self.model.train(training)
-            if self.session is not None and not training:  # a training model's weights will have changed
-                release_session(self.model, self.session)
+            if self.session is not None:
+                if self.model.training:  # its weights will have changed by the next run
+                    drop_sessions(self.model)
+                else:
+                    release_session(self.model, self.session)
 
     def _step_ahead(self, session: DecodeSession) -> Generator[TokenEvent, None, bool]:
         """Start a step, and read the one before it while this one runs on a GPU. Returns whether there is more."""
         rows = [row for row in self.rows if row.asked < self._limit(row)]
         for row in rows:
             row.asked += 1
+        if rows:
+            self._check_weights()
         asked = (rows, session.step([row.slot for row in rows])) if rows else None
         ready, self.on_device = (self.on_device, asked) if session.is_asynchronous else (asked, None)
         if ready is not None:
@@ -226,6 +229,7 @@ class Scheduler:
 
     def _prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> Tensor:
         """Logits (R, V) of the first new token of each prompt."""
+        self._check_weights()
         counts = [len(ids) for ids in prompts]
         # Room for the longest row to its end: growing step by step would copy the cache each time.
         self.cache.reserve(min(max(counts) + self.sampling.max_new_tokens, self.model.config.context_length))
@@ -233,21 +237,26 @@ class Scheduler:
             return self.session.prefill(slots, prompts)
         plan = ops.plan_rows(slots, counts, [0] * len(slots), self.model.device)
         token_ids = torch.tensor([token for ids in prompts for token in ids], device=self.model.device)
-        hidden = self.model.extend(token_ids, plan, self.cache, packed=self.packed)
+        hidden = self.model.extend(token_ids, plan, self.cache)
         last = torch.tensor(counts, device=hidden.device).cumsum(0) - 1
         return self._head(hidden[last])
 
     def _decode(self, rows: list[_Row]) -> Tensor:
         """Append each row's latest token; logits (R, V) of the next."""
+        self._check_weights()
         slots = [row.slot for row in rows]
         lengths = [self.cache.lengths[slot] for slot in slots]
         plan = ops.plan_rows(slots, [1] * len(rows), lengths, self.model.device)
         token_ids = torch.tensor([row.sample.token_ids[-1] for row in rows], device=self.model.device)
-        return self._head(self.model.extend(token_ids, plan, self.cache, packed=self.packed))
+        return self._head(self.model.extend(token_ids, plan, self.cache))
+
+    def _check_weights(self) -> None:
+        if not self.weights.still_hold():
+            raise RuntimeError("generate: the model's weights changed during the run; begin another run with them")
 
     @torch.no_grad()
     def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden, packed=self.packed).float()
+        return self.model.logits(hidden).float()
 
     # -- tokens -------------------------------------------------------------------------------------------------
 
@@ -288,22 +297,27 @@ class Scheduler:
         """The rows' next tokens and their log-probabilities, NaN where the logits are not finite."""
         if self.session is not None:
             return self._begin_on_device(self.session, rows, logits)
-        lse = logits.logsumexp(-1)
-        if not bool(torch.isfinite(lse).all()):
-            return [0] * len(rows), lse.where(torch.isfinite(lse), math.nan).tolist()
-        uniform = None
-        if not self.sampling.is_greedy:
-            uniform = uniforms(
-                self.sampling.seed,
-                [row.prompt.identity for row in rows],
-                [row.sample.sample_index for row in rows],
-                [len(row.sample.token_ids) for row in rows],
-            )
+        config = self.sampling
         slots = torch.tensor([row.slot for row in rows], device=logits.device)
-        ids = sample(logits, self.sampling, uniform, None if self.seen is None else self.seen[slots])
+        samples = [row.sample for row in rows]
+        keys = ops.row_keys(
+            config.seed, [row.prompt.identity for row in rows], [sample.sample_index for sample in samples]
+        )
+        positions = torch.tensor([len(sample.token_ids) for sample in samples], dtype=torch.int32)
+        ids, logprobs = ops.sample(
+            logits,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            seen=None if self.seen is None else self.seen[slots],
+            keys=keys.to(logits.device),
+            positions=positions.to(logits.device),
+            backend=operator_backend(self.model.backend),
+        )
         if self.seen is not None:
             self.seen[slots, ids] = True
-        logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - lse
         return ids.tolist(), logprobs.tolist()
 
     def _begin_on_device(

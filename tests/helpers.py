@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import GPT2, GPT2Config
-from fastgpt2_kernels import ops
 
 TINY = GPT2Config(
     vocab_size=61,
@@ -20,10 +19,6 @@ TINY = GPT2Config(
     embedding_dropout=0.0,
     attention_dropout=0.0,
 )
-
-
-# The dtypes whose weights this machine can lay out for generation on a CPU; which they should be is tested in test_ops.
-PACKED_DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if ops.can_pack(torch.empty(1, 1, dtype=dtype))]
 
 
 def redraw(model: torch.nn.Module, seed: int, std: float = 0.3) -> None:

@@ -263,6 +263,19 @@ def test_atomic_files_are_on_disk_before_they_take_their_name(tmp_path: Path, mo
     assert events == ["2 bytes", "4 bytes", "a named", "b named", "folder"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="nobody can lock a folder on Windows")
+def test_the_stage_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+    killed = tmp_path / ".saving-killed"
+    killed.mkdir()
+    (killed / "model.safetensors").write_bytes(b"half")
+    with staged_folder(tmp_path) as living:
+        (living / "a").write_bytes(b"1")
+        with staged_folder(tmp_path) as stage:
+            (stage / "b").write_bytes(b"2")
+        assert (living / "a").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_meta_is_written_last(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_text("abc\n" * 9, encoding="utf-8")
     corpus = find_documents([tmp_path / "a.txt"])

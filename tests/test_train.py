@@ -235,6 +235,27 @@ def test_the_latest_checkpoints_and_the_best_are_kept(data: TokenData, tmp_path:
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_resumed_run_that_lost_its_best_checkpoint_says_so(
+    how: str, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: (1 + self.step / 100, 10))  # the first one is the best
+    trainer = Trainer(make_model(), data, make_config(steps=30, eval_interval=5, checkpoint_interval=5), tmp_path)
+    for report in trainer.run():
+        if report.step == 15:
+            trainer.stop()
+    best = tmp_path / "checkpoints" / "best.pt"
+    whole = best.read_bytes()
+    best.unlink()
+    if how == "damaged":
+        best.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"best\.pt: is missing or damaged"):
+        resumed = Trainer.resume(tmp_path, data)
+    evaluated = [report.step for report in resumed.run() if isinstance(report, EvalReport)]
+    assert read_checkpoint(best)["step"] == evaluated[0] > 15
+    assert best.with_name("best.pt.damaged").exists() == (how == "damaged")
+
+
 def test_the_last_weights_can_be_the_finished_model(data: TokenData, tmp_path: Path) -> None:
     trainer = Trainer(make_model(), data, make_config(lr=0.3, export="last"), tmp_path)
     list(trainer.run())

@@ -75,12 +75,6 @@ def _device() -> dict[str, Any]:
     device["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     device["cpu_threads"] = torch.get_num_threads()
     device["cpu_native"] = ops.why_not_native("decode_step", "cpu") or f"{ops.native_isa()} instructions"
-    # What `GPT2.pack` does for generation on this CPU.
-    device["cpu_packs_weights"] = [
-        str(dtype).removeprefix("torch.")
-        for dtype in (torch.float32, torch.bfloat16)
-        if ops.can_pack(torch.empty(0, dtype=dtype))
-    ]
     return device
 
 

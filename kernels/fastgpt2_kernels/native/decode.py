@@ -333,6 +333,29 @@ def sample(logits: Tensor, slots: Tensor, state: SlotState, sampling: SlotSampli
     native.call(structs.SAMPLE, args)
 
 
+def sample_rows(
+    logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, settings: dict[str, Tensor | None],
+    seen: Tensor | None, mark_seen: bool,
+) -> None:  # fmt: skip
+    """What `ops.sample` calls: a token for every row of logits (R, V), into ids and logprobs (S,) at `slots`."""
+    R = logits.shape[0]
+    at = torch.arange(R) if slots is None else slots.long()
+    rows = {name: None if t is None else t[at].contiguous() for name, t in settings.items()}
+    keys, positions, penalty = rows.pop("keys"), rows.pop("positions"), rows.pop("penalty")
+    state = SlotState.idle(R, logits.device)
+    if keys is not None and positions is not None:
+        state = state._replace(keys=keys.long(), produced=positions)
+    # A copy of the rows of `seen`, for the extension marks what it chooses.
+    penalized = None if penalty is None or seen is None else seen[at].bool()
+    sampling = SlotSampling(**rows, penalty=penalty, seen=penalized)
+    wide = logits.detach().float()
+    wide = wide if wide.stride(1) == 1 else wide.contiguous()
+    sample(wide, torch.arange(R, dtype=torch.int32), state, sampling)
+    ids[at], logprobs[at] = state.tokens.to(ids.dtype), state.logprobs
+    if mark_seen and seen is not None:
+        seen[at, state.tokens.long()] |= ~state.logprobs.isnan()
+
+
 # -- the step -----------------------------------------------------------------------------------------------------
 
 

@@ -26,10 +26,9 @@ from fastgpt2_kernels.ops.attention import (
 from fastgpt2_kernels.ops.decode import decode_step, linear_decode, pack_step_weights, quantize_rows
 from fastgpt2_kernels.ops.layers import activation, bias_activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
-from fastgpt2_kernels.ops.sampling import row_keys, sample
+from fastgpt2_kernels.ops.sampling import in_range, row_keys, sample
 from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.reference import ACTIVATIONS
-from fastgpt2_kernels.torch.layers import MIN_PACKED_ROWS, PackedLinear, can_pack, fingerprint, pack_linear
 from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
 from fastgpt2_kernels.types import (
     FRESH,
@@ -51,7 +50,6 @@ __all__ = [
     "FRESH",
     "IDLE",
     "MAX_HEAD_SIZE",
-    "MIN_PACKED_ROWS",
     "OPERATORS",
     "RUNNING",
     "TRITON_ACTIVATIONS",
@@ -61,7 +59,6 @@ __all__ = [
     "LayerWeights",
     "LinearWeights",
     "NativeStep",
-    "PackedLinear",
     "PackedWeights",
     "RowPlan",
     "SlotSampling",
@@ -72,21 +69,19 @@ __all__ = [
     "backends_of",
     "bias_activation",
     "cached_attention",
-    "can_pack",
     "causal_attention",
     "causal_attention_packed",
     "check_backend",
     "cross_entropy",
     "decode_attention",
     "decode_step",
-    "fingerprint",
+    "in_range",
     "is_float32_exact",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "linear_decode",
     "native_isa",
-    "pack_linear",
     "pack_step_weights",
     "plan_documents",
     "plan_rows",
