@@ -159,7 +159,7 @@ def _run(
         raise ValueError(f"generate: weight_dtype must be None or 'int8'; got {weight_dtype!r}")
     int8 = None if weight_dtype is None else torch.int8
     source = _read_prompts(model, prompts, num_samples, sample_ids, skip)
-    return Scheduler(model, source, sampling, batch_size, pack_weights, int8, want_text).run()
+    return Scheduler(model, source, sampling, batch_size, pack_weights, int8, logits_processor, want_text).run()
 
 
 def _without_padding(model: GPT2Base, prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
