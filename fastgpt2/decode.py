@@ -278,6 +278,24 @@ class DecodeSession:
             self._run(rows)
         return self._results()
 
+    def step_logits(self, num_rows: int) -> Tensor:
+        """The logits (R, V) float32 of the last step, in the order of its slots; the next step overwrites them.
+
+        They are those of its slots only if all of them went on.
+        """
+        if isinstance(self._step, ops.NativeStep):
+            return self._step.step_logits(num_rows)
+        return self._kernels.buffers.logits[:num_rows]
+
+    def replace_tokens(self, slots: Sequence[int], tokens: Tensor) -> None:
+        """Put other tokens (R,) in place of those that `begin` or the last step chose for the slots.
+
+        ValueError for a session with a repetition penalty, which has marked its own choice already.
+        """
+        if self.seen is not None:
+            raise ValueError("DecodeSession: with a repetition penalty tokens cannot be replaced; make it without one")
+        self.slots.tokens[list(slots)] = tokens.to(self.slots.tokens)
+
     def _find_cache(self) -> None:
         cache = (self.cache.keys.data_ptr(), self.cache.capacity)
         if cache != self._cached:

@@ -12,7 +12,16 @@ from fastgpt2.decode import drop_sessions
 from fastgpt2.formats.huggingface import save_pretrained
 from fastgpt2.formats.load import load_model
 from fastgpt2.formats.transformers import from_transformers, to_transformers
-from fastgpt2.generate import GenerateOptions, Prompts, Sample, TokenEvent, generate, generate_iter, stream
+from fastgpt2.generate import (
+    GenerateOptions,
+    Prompts,
+    Sample,
+    TokenEvent,
+    generate,
+    generate_iter,
+    lists_options,
+    stream,
+)
 from fastgpt2.model import GPT2Base
 
 if TYPE_CHECKING:
@@ -96,14 +105,17 @@ class GPT2(GPT2Base):
         """Write a folder that transformers loads; see `fastgpt2.checkpoint.save_pretrained`."""
         save_pretrained(self, path, dtype=dtype)
 
+    @lists_options
     def generate(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> list[Sample]:
         """Continue prompts of any lengths; see `fastgpt2.generate.generate`."""
         return generate(self, prompts, **options)
 
+    @lists_options
     def generate_iter(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[Sample]:
         """Yield finished samples as they end; see `fastgpt2.generate.generate_iter`."""
         return generate_iter(self, prompts, **options)
 
+    @lists_options
     def stream(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[TokenEvent]:
         """Yield every token as it is chosen; see `fastgpt2.generate.stream`."""
         return stream(self, prompts, **options)

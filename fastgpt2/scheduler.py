@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
+from fastgpt2.constraints import Constraints, LogitsProcessor
 from fastgpt2.decode import (
     DecodeSession,
     NewRow,
@@ -113,6 +114,7 @@ class Scheduler:
         batch_size: int,
         pack_weights: bool,
         weight_dtype: torch.dtype | None,
+        processor: LogitsProcessor | None,
         want_text: bool,
     ) -> None:
         self.model, self.source, self.sampling = model, source, sampling
@@ -124,8 +126,11 @@ class Scheduler:
         reason = why_not_decode(model)
         if reason is None and decode_backend(model) == "native" and not pack_weights:
             reason = "it packs the weights, and pack_weights is False"
+        self.constraints = Constraints(sampling, processor, self.stop_ids, model.config.vocab_size, model.device)
         if reason is None:
-            self.session = acquire_session(model, batch_size, sampling, sorted(self.stop_ids), weight_dtype)
+            # With constraints the session's own choice is replaced.
+            chooses = sampling if self.constraints.is_empty else SamplingConfig(temperature=0)
+            self.session = acquire_session(model, batch_size, chooses, sorted(self.stop_ids), weight_dtype)
             self.cache = self.session.cache
         elif weight_dtype is not None:
             raise ValueError(f"generate: weight_dtype={str(weight_dtype)!r} needs a decoding step: {reason}")
@@ -135,11 +140,16 @@ class Scheduler:
         self.free = list(reversed(range(batch_size)))
         self.rows: list[_Row] = []
         self.on_device: tuple[list[_Row], Results] | None = None  # the step that runs now
-        # Which tokens each slot's sequence holds, for the repetition penalty; a session keeps its own.
-        penalized = sampling.repetition_penalty != 1.0 and self.session is None
+        # Which tokens each slot's sequence holds, for the repetition penalty; a session that chooses keeps its own.
+        penalized = sampling.repetition_penalty != 1.0 and not self._session_chooses
         self.seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool) if penalized else None
         if self.seen is not None:
             self.seen = self.seen.to(model.device)
+
+    @property
+    def _session_chooses(self) -> bool:
+        """Whether tokens are chosen inside the session's step."""
+        return self.session is not None and self.constraints.is_empty
 
     def run(self) -> Iterator[TokenEvent]:
         """Generate all samples; yields every token as it is chosen. The model's mode is neither used nor touched."""
@@ -148,7 +158,7 @@ class Scheduler:
                 # Prompts whose samples all end on their first token free their slots at once, so fill until full.
                 while started := self._start_rows():
                     yield from self._choose(started, [row.prompt.logits for row in started])
-                if self.session is not None:
+                if self.session is not None and self._session_chooses:
                     if not (yield from self._step_ahead(self.session)):
                         return
                     continue
@@ -250,6 +260,9 @@ class Scheduler:
         """Append each row's latest token; logits (R, V) of the next."""
         self._check_weights()
         slots = [row.slot for row in rows]
+        if self.session is not None:
+            self.session.step(slots)
+            return self.session.step_logits(len(slots))
         lengths = [self.cache.lengths[slot] for slot in slots]
         plan = ops.plan_rows(slots, [1] * len(rows), lengths, self.model.device)
         token_ids = torch.tensor([row.sample.token_ids[-1] for row in rows], device=self.model.device)
@@ -282,7 +295,7 @@ class Scheduler:
             if math.isnan(logprob):
                 raise RuntimeError(
                     f"generate: the model's logits for prompt {row.prompt.index} after {len(row.sample.token_ids)} "
-                    "tokens are NaN or infinite; check the weights, or use a wider dtype"
+                    "tokens are NaN, infinite or all banned; check the weights, or use a wider dtype"
                 )
         gone: set[int] = set()
         events = []
@@ -300,8 +313,10 @@ class Scheduler:
     @torch.no_grad()
     def _sample(self, rows: list[_Row], logits: Tensor) -> tuple[list[int], list[float]]:
         """The rows' next tokens and their log-probabilities, NaN where the logits are not finite."""
-        if self.session is not None:
-            return self._begin_on_device(self.session, rows, logits)
+        if self.session is not None and not rows[0].sample.token_ids:  # all are new, or none
+            results = self._begin_on_device(self.session, rows, logits)
+            if self._session_chooses:
+                return results
         config = self.sampling
         slots = torch.tensor([row.slot for row in rows], device=logits.device)
         samples = [row.sample for row in rows]
@@ -309,8 +324,12 @@ class Scheduler:
             config.seed, [row.prompt.identity for row in rows], [sample.sample_index for sample in samples]
         )
         positions = torch.tensor([len(sample.token_ids) for sample in samples], dtype=torch.int32)
+        changed = logits
+        if not self.constraints.is_empty:
+            held = [[*sample.prompt_ids, *sample.token_ids] for sample in samples]
+            changed = self.constraints.apply(logits, held, positions.tolist())
         ids, logprobs = ops.sample(
-            logits,
+            changed,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
@@ -323,6 +342,11 @@ class Scheduler:
         )
         if self.seen is not None:
             self.seen[slots, ids] = True
+        if changed is not logits:  # log-probabilities are the model's own, but where nothing was left to choose from
+            own = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+            logprobs = own.where(logprobs.isfinite(), math.nan)
+        if self.session is not None:
+            self.session.replace_tokens(slots.tolist(), ids)
         return ids.tolist(), logprobs.tolist()
 
     def _begin_on_device(

@@ -284,7 +284,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "unknown option": (
         lambda: MODEL.generate([[1]], beams=4),
         TypeError,
-        "unknown argument beams; there are num_samples",
+        "unknown argument beams; there are attention_mask",
     ),
     "stop without a tokenizer": (
         lambda: MODEL.generate([[1]], stop_strings=["x"]),

@@ -366,7 +366,7 @@ def test_a_seed_draws_the_same_samples_on_every_path(seed):
 def test_nan_weights_are_reported_not_sampled(seed):
     model = tiny_model(seed)
     model.transformer.ln_f.bias.data[0] = float("nan")
-    with pytest.raises(RuntimeError, match="logits for prompt 0 after 0 tokens are NaN or infinite"):
+    with pytest.raises(RuntimeError, match="logits for prompt 0 after 0 tokens are NaN, infinite or all banned"):
         model.generate([[1, 2]])
 
 

@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that hold the probability P")
     add("--min-p", type=float, metavar="P", help="leave out tokens less likely than P times the likeliest one")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens seen become less likely")
+    add("--min-new-tokens", type=int, default=0, metavar="N", help="no end-of-text before N tokens (default: 0)")
+    add("--no-repeat-ngram-size", type=int, default=0, metavar="N", help="no sequence of N tokens appears twice")
+    add(
+        "--suppress-token-id", action="append", type=int, default=[], dest="suppress_tokens", metavar="ID",
+        help="never choose this token; repeatable",
+    )  # fmt: skip
     add(
         "--stop",
         action="append",
@@ -106,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     sampling = SamplingConfig(
-        **{name: getattr(args, name) for name in SamplingConfig.__dataclass_fields__}  # every field is an option
+        **{name: getattr(args, name) for name in SamplingConfig.__dataclass_fields__ if hasattr(args, name)}
     )
     for name, most in (("num_samples", _MOST_SAMPLES), ("batch_size", None)):
         option, value = f"--{name.replace('_', '-')}", getattr(args, name)
