@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
-from fastgpt2.layers import Block, LayerNorm, Linear
+from fastgpt2.layers import MLP, Attention, Block, LayerNorm, Linear, Transformer
 from fastgpt2.model import GPT2Base
 from fastgpt2.weights_mark import WeightsMark
 from fastgpt2_kernels import ops
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # False in a build of PyTorch for CPUs. A kernel sanitizer's "cuda" device is then a stand-in without graphs and events.
 _HAS_GPU_RUNTIME = bool(torch.version.cuda or torch.version.hip)
+# What a step computes; other modules in their places (adapters, quantized layers) compute something else.
+_MODULES = {Attention, Block, LayerNorm, Linear, MLP, Transformer, nn.Embedding, nn.ModuleList}
 _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "native": (torch.float32, torch.bfloat16),
@@ -56,6 +58,9 @@ def why_not_decode(model: GPT2Base) -> str | None:
         return f"it takes head sizes up to {ops.MAX_HEAD_SIZE}; the model's is {config.head_dim}"
     if config.activation_function != "linear" and config.activation_function not in ops.TRITON_ACTIVATIONS:
         return f"the activation {config.activation_function!r} has no kernel"
+    replaced = [name for name, module in model.named_modules() if type(module) not in _MODULES | {type(model)}]
+    if replaced:
+        return f"a module of the model was replaced (an adapter?): {replaced[0]}"
     parameters = list(model.parameters())
     if any(p.device != device or p.dtype != model.dtype for p in parameters):
         return "the model's parameters are not all on one device and of one dtype"

@@ -11,6 +11,7 @@ import torch
 from fastgpt2.decode import drop_sessions
 from fastgpt2.formats.huggingface import save_pretrained
 from fastgpt2.formats.load import load_model
+from fastgpt2.formats.transformers import from_transformers, to_transformers
 from fastgpt2.generate import (
     GenerateOptions,
     Prompts,
@@ -24,6 +25,7 @@ from fastgpt2.generate import (
 from fastgpt2.model import GPT2Base
 
 if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
     from typing_extensions import Self, Unpack
 
 
@@ -80,6 +82,24 @@ class GPT2(GPT2Base):
         if mode:
             drop_sessions(self)
         return super().train(mode)
+
+    @classmethod
+    def from_transformers(cls, hf_model: GPT2LMHeadModel, *, backend: str = "auto") -> Self:
+        """A model on the weights of transformers' `GPT2LMHeadModel`: no copy.
+
+        It has that model's dtype, device and mode, and freezes what is frozen there. The two share their storage (our
+        linear weights are transposed views of the Conv1D ones): whatever changes a weight in place, as an optimizer
+        does, changes it in both. Gradients and hooks are not shared.
+
+        Raises:
+            TypeError: the model is another one.
+            ValueError: its configuration or weights (adapters, quantized layers) are not plain GPT-2.
+        """
+        return from_transformers(cls, hf_model, backend=backend)
+
+    def to_transformers(self) -> GPT2LMHeadModel:
+        """transformers' GPT2LMHeadModel on the weights of this model, in the same mode; they share their storage."""
+        return to_transformers(self)
 
     def save_pretrained(self, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers loads; see `fastgpt2.checkpoint.save_pretrained`."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import GPT2Config
-from fastgpt2.layers import Linear, Transformer
-from fastgpt2.operators import CachedAttention, CausalAttention, Operators
+from fastgpt2.layers import Linear, Transformer, apply_linear
+from fastgpt2.operators import CachedAttention, CausalAttention, Operators, operator_backend
 from fastgpt2.tokenizer import Tokenizer
 from fastgpt2_kernels import ops
 
@@ -107,19 +107,30 @@ class GPT2Base(nn.Module):
         cache: KVCache | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
+        **loss_options: Any,
     ) -> Tensor:
-        """Logits (B, T, V) of token ids (B, T), int64 or int32.
+        """Logits (B, T, V) of token ids (B, T), int64 or int32; with `targets` the loss, and no logits.
 
         Args:
             cache: the ids are new tokens of its B slots, which may hold rows of different lengths; they are appended
                 to it. Evaluation only.
             position_ids: (B, T), in place of 0 .. T-1.
             cu_seqlens: see `hidden_states`.
+            targets: (B, T), the token that should follow each position. `calculate_loss` gives them so that wrappers
+                (DistributedDataParallel, FSDP, torch.compile) see the loss as part of the forward pass.
+            loss_options: with `targets`, options of `fastgpt2.kernels.linear_cross_entropy`.
         """
+        if targets is None and loss_options:
+            raise TypeError(f"GPT2: unknown argument {', '.join(loss_options)}; options of the loss need targets")
         if cache is None:
-            return self.lm_head(self.hidden_states(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens))
-        if position_ids is not None or cu_seqlens is not None:
-            raise ValueError("GPT2: a cache knows its positions; position_ids and cu_seqlens cannot be given with it")
+            hidden = self.hidden_states(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
+            return self.logits(hidden) if targets is None else self._loss(hidden, targets, loss_options)
+        if position_ids is not None or cu_seqlens is not None or targets is not None:
+            raise ValueError(
+                "GPT2: a cache knows its positions, and there is no loss with it; position_ids, cu_seqlens and targets "
+                "cannot be given with it"
+            )
         if self.training:
             raise ValueError("GPT2: a cache is for evaluation; call model.eval() first")
         self._check_ids(input_ids)
@@ -127,9 +138,9 @@ class GPT2Base(nn.Module):
         if cache.num_slots != B:
             raise ValueError(f"GPT2: input_ids has {B} rows and the cache {cache.num_slots} slots; they must agree")
         if T == 0:
-            return self.lm_head(input_ids.new_zeros((B, 0, self.config.hidden_size), dtype=self.dtype))
+            return self.logits(input_ids.new_zeros((B, 0, self.config.hidden_size), dtype=self.dtype))
         plan = ops.plan_rows(range(B), [T] * B, cache.lengths, self.device)
-        return self.lm_head(self.extend(input_ids.reshape(-1), plan, cache)).view(B, T, -1)
+        return self.logits(self.extend(input_ids.reshape(-1), plan, cache)).view(B, T, -1)
 
     def hidden_states(
         self, input_ids: Tensor, *, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -190,7 +201,17 @@ class GPT2Base(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden states (..., C) -> logits (..., V)."""
-        return self.lm_head(hidden, Operators(self.backend))
+        return apply_linear(self.lm_head, hidden, Operators(self.backend))
+
+    def _loss(self, hidden: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
+        if not isinstance(self.lm_head, Linear):
+            raise ValueError(
+                "GPT2: the loss is computed from the head's weight, and the head was replaced by a "
+                f"{type(self.lm_head).__name__}; leave lm_head out of what adapters are put on"
+            )
+        return ops.linear_cross_entropy(
+            hidden, self.lm_head.weight, targets, backend=operator_backend(self.backend), **options
+        )
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:

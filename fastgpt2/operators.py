@@ -42,6 +42,9 @@ class Operators:
     def dropout(self, x: Tensor, p: float, training: bool) -> Tensor:
         return F.dropout(x, p) if p and training and self.may_drop else x
 
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        return ops.activation(x, name)
+
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:

@@ -268,7 +268,7 @@ def linear_cross_entropy(
     if shift and x.dim() != 3:
         raise ValueError(f"{name}: shift=True needs to know the rows: x (B, T, C); got {tuple(x.shape)}")
     _check_loss_options(name, weight.shape[0], reduction, label_smoothing, z_loss, class_weight, empty)
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:  # isfinite cannot be traced with dynamic sizes
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{name}: chunk_rows must be >= 1; got {chunk_rows}")

@@ -52,7 +52,7 @@ def causal_attention(
     if upcast:
         return _upcast_attention(q, k, v, scale=scale, dropout_p=dropout_p)
     if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale, dropout_p=dropout_p)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p)
     mask = None if T == 1 else reference.causal_mask(T, S, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout_p)
 
