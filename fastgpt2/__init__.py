@@ -7,6 +7,7 @@ from fastgpt2.config import GPT2Config, SamplingConfig
 from fastgpt2.gpt2 import GPT2
 from fastgpt2.integrations.transformers import accelerate
 from fastgpt2.loss import calculate_loss, train_step
+from fastgpt2.selfcheck import check
 
 __version__ = "0.1.0"
 
@@ -18,5 +19,6 @@ __all__ = [
     "__version__",
     "accelerate",
     "calculate_loss",
+    "check",
     "train_step",
 ]

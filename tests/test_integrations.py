@@ -13,7 +13,8 @@ from fastgpt2 import GPT2
 from fastgpt2.checkpoint import load_pretrained
 from fastgpt2.integrations.transformers import to_transformers
 from fastgpt2.kernels import plan_rows
-from tests.helpers import TINY, assert_close, random_ids, random_model, redraw
+from fastgpt2.selfcheck.models import draw_parameters
+from tests.helpers import TINY, assert_close, random_ids, random_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 def hf_model(seed: int, **changes: object) -> transformers.GPT2LMHeadModel:
     config = transformers.GPT2Config(**TINY.replace(**changes).to_hf(), attn_implementation="eager")
     model = transformers.GPT2LMHeadModel(config)
-    redraw(model, seed)
+    draw_parameters(model, seed)
     return model.eval()
 
 
