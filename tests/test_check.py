@@ -210,7 +210,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
 def test_the_table(quick: list[Finding], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "layer_norm  torch    ok  50%    2 cases" in out
+    assert "layer_norm  torch    ok   50%    2 cases" in out
     assert "sample      triton   -" in out
     assert "layer_norm  torch    N=1   200 us           3     50%       2.00x F.layer_norm" in out
     assert "6 GB/s, 1.00 TFLOP/s in float32" in out
