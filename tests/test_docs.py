@@ -23,7 +23,12 @@ SNIPPETS = [
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # What an example is called with and reads from stdin, so that it is quick; without, it does more of the same.
 ARGUMENTS = {"generate_batch": ["--num-samples", "2", "--max-new-tokens", "4"], "train_from_scratch": ["--steps", "2"]}
-ARGUMENTS |= {"stream_chat": ["--max-new-tokens", "4"]}
+ARGUMENTS |= {
+    "stream_chat": ["--max-new-tokens", "4"],
+    "finetune_hf_trainer": ["--steps", "2"],
+    "lora": ["--steps", "2"],
+}
+ARGUMENTS |= {"score_and_rank": ["--num-samples", "4", "--max-new-tokens", "4"]}
 STDIN = {"stream_chat": "class Queue:\n\n"}
 MAX_LINES = 60
 
