@@ -82,17 +82,25 @@ class NewRow(NamedTuple):
 
 
 class Results(NamedTuple):
-    """A step's tokens and natural-log probabilities, by slot, while they are copied to the host."""
+    """Tokens and natural-log probabilities of some steps, by step and slot, while they are copied to the host."""
 
     tokens: Tensor
     logprobs: Tensor
     ready: torch.cuda.Event | None
 
+    @property
+    def num_steps(self) -> int:
+        return len(self.tokens)
+
     def read(self) -> tuple[list[int], list[float]]:
-        """Wait until that step is done; steps after it may still run."""
+        """Those of the last step, by slot. Waits until it is done; steps after it may still run."""
+        return self.read_all()[-1]
+
+    def read_all(self) -> list[tuple[list[int], list[float]]]:
+        """Those of every step."""
         if self.ready is not None:
             self.ready.synchronize()
-        return self.tokens.tolist(), self.logprobs.tolist()
+        return list(zip(self.tokens.tolist(), self.logprobs.tolist(), strict=True))
 
 
 class DecodeSession:
@@ -251,13 +259,19 @@ class DecodeSession:
         state.produced[slots] = 1
         return self._results()
 
-    def step(self, slots: Sequence[int]) -> Results:
-        """Start a step that makes a token for each of `slots`. Rows that have ended are left as they are."""
+    def step(self, slots: Sequence[int], most: int = 1) -> Results:
+        """Start a step that makes a token for each of `slots`. Rows that have ended are left as they are.
+
+        most: on a CPU up to so many steps follow each other without the host, until a row has ended.
+        """
         if not 0 < len(slots) <= self.num_slots or len(set(slots)) != len(slots):
             raise ValueError(f"DecodeSession: a step takes 1 .. {self.num_slots} different slots; got {list(slots)}")
         self._find_cache()
         bucket = self._bucket(len(slots))
         rows = self._device_rows(bucket, slots)
+        if isinstance(self._step, ops.NativeStep):
+            done = self._step.run(rows, most)
+            return Results(self._step.tokens[:done].clone(), self._step.logprobs[:done].clone(), None)
         if self.use_graphs:
             self._replay(bucket, rows)
         else:
@@ -289,10 +303,7 @@ class DecodeSession:
             self._cached = cache
 
     def _run(self, rows: Tensor) -> None:
-        if isinstance(self._step, ops.NativeStep):
-            self._step.run(rows)
-        else:
-            self._kernels.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
+        self._kernels.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
 
     def _device_rows(self, bucket: int, slots: Sequence[int]) -> Tensor:
         """The slots of a bucket's rows, in the tensor that its graph reads."""
@@ -307,7 +318,7 @@ class DecodeSession:
         return tensor
 
     def _results(self) -> Results:
-        tokens, logprobs = self.slots.tokens, self.slots.logprobs
+        tokens, logprobs = self.slots.tokens[None], self.slots.logprobs[None]
         if not self._is_asynchronous:
             return Results(tokens.clone(), logprobs.clone(), None)
         with torch.cuda.device(self._gpu):

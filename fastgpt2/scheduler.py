@@ -36,6 +36,8 @@ from fastgpt2_kernels import ops
 
 # Prompt tokens prefilled in one forward: enough for efficient matrix products, little enough for their activations.
 PREFILL_TOKENS = 4096
+# Steps that a CPU takes in one call, if no row ends meanwhile.
+MOST_STEPS = 16
 
 
 @dataclass
@@ -174,19 +176,22 @@ class Scheduler:
     def _step_ahead(self, session: DecodeSession) -> Generator[TokenEvent, None, bool]:
         """Start a step, and read the one before it while this one runs on a GPU. Returns whether there is more."""
         rows = [row for row in self.rows if row.asked < self._limit(row)]
-        for row in rows:
-            row.asked += 1
+        asked = None
         if rows:
             self._check_weights()
-        asked = (rows, session.step([row.slot for row in rows])) if rows else None
+            # Nobody looks at the tokens one by one.
+            results = session.step([row.slot for row in rows], most=1 if self.want_text else MOST_STEPS)
+            asked = rows, results
+            for row in rows:
+                row.asked += results.num_steps
         ready, self.on_device = (self.on_device, asked) if session.is_asynchronous else (asked, None)
         if ready is not None:
             rows, results = ready
             still_here = {id(row) for row in self.rows}
-            tokens, logprobs = results.read()
-            chosen = [(row, tokens[row.slot], logprobs[row.slot]) for row in rows if id(row) in still_here]
             successors: list[_Row] = []
-            yield from self._accept_all(chosen, successors)
+            for tokens, logprobs in results.read_all():
+                chosen = [(row, tokens[row.slot], logprobs[row.slot]) for row in rows if id(row) in still_here]
+                yield from self._accept_all(chosen, successors)
             yield from self._choose(successors, [row.prompt.logits for row in successors])
         return ready is not None or asked is not None
 

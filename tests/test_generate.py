@@ -185,14 +185,15 @@ def test_only_the_tokens_that_are_needed_are_computed(pack_weights, seed, monkey
         method = getattr(owner, name)
 
         def counted(self, *args, **options):
-            computed.append(number_of(*args))
-            return method(self, *args, **options)
+            result = method(self, *args, **options)
+            computed.append(number_of(result, *args))
+            return result
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(GPT2, "extend", lambda ids, *_: len(ids))
-    count(DecodeSession, "prefill", lambda slots, prompts: sum(map(len, prompts)))
-    count(DecodeSession, "step", len)
+    count(GPT2, "extend", lambda _, ids, *rest: len(ids))
+    count(DecodeSession, "prefill", lambda _, slots, prompts: sum(map(len, prompts)))
+    count(DecodeSession, "step", lambda results, slots: len(slots) * results.num_steps)
     prompts = random_prompts(rng, 9)
     samples = model.generate(
         prompts, num_samples=4, batch_size=6, max_new_tokens=30, stop_token_ids=(1, 2, 3, 4, 5),

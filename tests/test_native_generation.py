@@ -48,6 +48,18 @@ def test_the_same_tokens_as_pytorchs_operators(model, seed):
     assert tokens(model, seed) == tokens(model, seed, pack_weights=False)
 
 
+def test_a_stream_s_tokens_are_those_of_whole_samples(model, seed):
+    """A stream takes one step a call, whole samples many. Some samples end early, and others take their slots."""
+    rng = random.Random(seed)
+    options = {"max_new_tokens": rng.randint(17, 60), "num_samples": 2, "batch_size": 3, "seed": seed}
+    whole = {(s.prompt_index, s.sample_index): s for s in model.generate(prompts(seed), **options)}
+    streamed: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for event in model.stream(prompts(seed), **options):
+        streamed.setdefault((event.prompt_index, event.sample_index), []).append((event.token_id, event.logprob))
+    assert len({len(s.token_ids) for s in whole.values()}) > 1
+    assert streamed == {key: list(zip(s.token_ids, s.logprobs, strict=True)) for key, s in whole.items()}
+
+
 @pytest.mark.parametrize(
     "change",
     [

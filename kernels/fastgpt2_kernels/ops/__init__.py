@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from fastgpt2_kernels.backends import BACKENDS, OPERATORS, backends_of, check_backend, why_not_native, why_not_triton
 from fastgpt2_kernels.native import isa as native_isa
+from fastgpt2_kernels.native import use_large_pages
 from fastgpt2_kernels.native.decode import DecodeStep as NativeStep
 from fastgpt2_kernels.native.decode import PackedWeights
 from fastgpt2_kernels.ops.attention import (
@@ -88,6 +89,7 @@ __all__ = [
     "quantize_rows",
     "row_keys",
     "sample",
+    "use_large_pages",
     "why_not_native",
     "why_not_triton",
 ]
