@@ -42,7 +42,10 @@ _LOGGER = logging.getLogger(__name__)
 _PREFILL_TOKENS = 4096
 _NO_LIMIT = 2**31 - 1
 # What `generate` hands to its loop by itself.
-_USUAL_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "tokenizer"}
+_USUAL_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "tokenizer")
+# What transformers calls the cache; newer releases say "cache".
+_CACHE_NAMES = ("past_key_values", "cache")
+_CACHE_OF_OUTPUT = next(name for name in _CACHE_NAMES if name in GenerateDecoderOnlyOutput.__dataclass_fields__)
 # Attention of these names computes what ours does.
 _ATTENTION = {None, "eager", "sdpa", "fastgpt2", "flash_attention_2", "flash_attention_3", "flex_attention"}
 # Methods that transformers' loop calls; an override may do anything.
@@ -95,7 +98,7 @@ class FastGenerationMixin:
         else:
             engine = _ENGINES[self].model  # type: ignore[index]
             run = _Run(engine, rows, processors, stopping_criteria, generation_config, streamer)
-            result = run.result(inputs["past_key_values"])
+            result = run.result(_cache_of(inputs))
         return rows.as_given(result)
 
     def train(self, mode: bool = True) -> Any:
@@ -107,10 +110,15 @@ class FastGenerationMixin:
 # -- whether the step can serve a call --------------------------------------------------------------------------------
 
 
+def _cache_of(inputs: dict[str, Any]) -> Any:
+    return next((inputs[name] for name in _CACHE_NAMES if inputs.get(name) is not None), None)
+
+
 def _why_not_inputs(inputs: dict[str, Any]) -> str | None:
     """Why what the loop would hand to the forward pass is more than prompts and their padding."""
-    given = sorted(name for name, value in inputs.items() if value is not None and name not in _USUAL_INPUTS)
-    cache = inputs.get("past_key_values")
+    usual = (*_USUAL_INPUTS, *_CACHE_NAMES)
+    given = sorted(name for name, value in inputs.items() if value is not None and name not in usual)
+    cache = _cache_of(inputs)
     if given:
         return f"it has {', '.join(given)}"
     is_fresh = type(cache) in (DynamicCache, StaticCache) and not getattr(cache, "_is_user_defined", False)
@@ -126,7 +134,7 @@ def why_not_fast(model: Any, config: Any, synced_gpus: bool, inputs: dict[str, A
     """
     if synced_gpus or config.is_assistant:
         return "its steps are tied to another model's or process's"
-    if type(inputs.get("past_key_values")) is not DynamicCache or config.cache_implementation not in (None, "dynamic"):
+    if type(_cache_of(inputs)) is not DynamicCache or config.cache_implementation not in (None, "dynamic"):
         return "it asks for a cache of another kind, or for none"
     if config.prefill_chunk_size is not None:
         return "it asks for a prefill in chunks"
@@ -294,7 +302,7 @@ class _Rows(NamedTuple):
         if isinstance(result, Tensor):
             return torch.cat([self.given, result[:, T:]], 1)
         result.sequences = torch.cat([self.given, result.sequences[:, T:]], 1)
-        for layer in getattr(result.past_key_values, "layers", ()):
+        for layer in getattr(result[_CACHE_OF_OUTPUT], "layers", ()):
             layer.keys, layer.values = (self._columns_as_given(t) for t in (layer.keys, layer.values))
         return result
 
@@ -353,7 +361,7 @@ class _Run:
         if not self.config.return_dict_in_generate:
             return sequences
         outputs: Any = {"sequences": sequences, "scores": self.scores, "logits": self.logits}
-        return GenerateDecoderOnlyOutput(**outputs, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(**outputs, **{_CACHE_OF_OUTPUT: cache})
 
     @contextmanager
     def _session(self) -> Iterator[DecodeSession]:

@@ -11,7 +11,8 @@ import torch
 import fastgpt2
 from fastgpt2 import GPT2
 from fastgpt2.checkpoint import load_pretrained
-from tests.helpers import TINY, assert_close, random_ids, random_model, redraw
+from fastgpt2.selfcheck.models import draw_parameters
+from tests.helpers import TINY, assert_close, random_ids, random_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -19,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 def hf_model(seed: int, **changes: object) -> transformers.GPT2LMHeadModel:
     config = transformers.GPT2Config(**TINY.replace(**changes).to_hf(), attn_implementation="eager")
     model = transformers.GPT2LMHeadModel(config)
-    redraw(model, seed)
+    draw_parameters(model, seed)
     return model.eval()
 
 
