@@ -69,7 +69,7 @@ def _build(settings: Settings, name: str, inputs: Inputs) -> Call:
         tempfile.gettempdir(), report_to=[], save_strategy="no", use_cpu=not settings.on_gpu, max_grad_norm=0.0
     )
     trainer = transformers.Trainer(model, arguments)
-    trainer.current_gradient_accumulation_steps = 1  # which its `train` sets
+    trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = {"input_ids": inputs.tokens, "labels": inputs.tokens}
 

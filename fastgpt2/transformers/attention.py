@@ -4,7 +4,8 @@ transformers asks two functions. The mask function is called once a forward pass
 of all layers get as their mask:
 
 - None: plain causal attention;
-- `Padding`: causal attention among the tokens that a 2-D padding mask keeps, wherever the padding lies;
+- `Padding`: causal attention among the tokens that a 2-D padding mask keeps; where a row ends with padding, only within
+  `padding_ignored`, for transformers' generation reads what stands in the last position;
 - a 4-D mask, as transformers makes it for PyTorch's own operator, for everything else (a cache with padding, packed
   sequences, windows, masks of the user's own, a trace of `torch.compile`).
 
@@ -13,6 +14,9 @@ The attention function takes the first two to `fastgpt2.kernels` and the last to
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,6 +35,19 @@ _REFUSED = {
     "position_bias": "a bias of the scores by position",
     "cache": "a paged cache",
 }
+
+
+_IS_IGNORED = ContextVar("padding_is_ignored", default=False)
+
+
+@contextlib.contextmanager
+def padding_ignored(ignored: bool = True) -> Iterator[None]:
+    """Forward passes in which nobody reads hidden states at padding."""
+    token = _IS_IGNORED.set(ignored)
+    try:
+        yield
+    finally:
+        _IS_IGNORED.reset(token)
 
 
 class Padding:
@@ -81,7 +98,10 @@ def attention_mask(
         and attention_mask.shape == (batch_size, q_length)
     )
     if is_padded_causal and attention_mask is not None:
-        return None if attention_mask.all() else Padding(attention_mask.bool())
+        if attention_mask.all():
+            return None
+        if _IS_IGNORED.get() or attention_mask[:, -1].all():
+            return Padding(attention_mask.bool())
     return sdpa_mask(
         batch_size,
         q_length,

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import activations
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from fastgpt2.transformers.attention import NAME, Padding, attention_forward, causal_mask_4d
+from fastgpt2.transformers.attention import NAME, Padding, attention_forward, causal_mask_4d, padding_ignored
 from fastgpt2.transformers.generation import FastGenerationMixin
 from fastgpt2_kernels import ops
 
@@ -239,8 +239,8 @@ class GPT2LMHeadModel(_Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
         if labels is None and skip_logits:
             raise ValueError("GPT2LMHeadModel: skip_logits=True needs labels; without them there is no loss")
         keep = given.get("logits_to_keep", 0)
-        has_own_loss = self.loss_function is not ForCausalLMLoss or not _is_plain(self.lm_head, nn.Linear)
-        if labels is None or has_own_loss or not (isinstance(keep, int) and keep == 0):
+        keeps_all = isinstance(keep, int) and keep == 0
+        if labels is None or not (keeps_all and _has_plain_loss(self) and _is_plain(self.lm_head, nn.Linear)):
             outputs = super().forward(**given, return_dict=returns_dict)
             if skip_logits and returns_dict:
                 outputs.logits = None
@@ -254,8 +254,12 @@ class GPT2LMHeadModel(_Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
         targets = given.get("shift_labels")
         if targets is None:
             targets = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-        given["attention_mask"] = _mask_for_targets(given.get("attention_mask"), targets, ignore_index)
-        outputs = self.transformer(**given, return_dict=True)
+        if torch.compiler.is_compiling():
+            outputs = self.transformer(**given, return_dict=True)
+        else:
+            given["attention_mask"] = _mask_for_targets(given.get("attention_mask"), targets, ignore_index)
+            with padding_ignored(skip):
+                outputs = self.transformer(**given, return_dict=True)
         hidden_BTC = outputs.last_hidden_state
         result = CausalLMOutputWithCrossAttentions(
             loss=_linear_cross_entropy(
@@ -271,6 +275,12 @@ class GPT2LMHeadModel(_Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
 
     # What editors, `help` and Trainer, which passes on the columns that forward names, see.
     forward.__signature__ = _signature_with_skip_logits()  # type: ignore[attr-defined]
+
+
+def _has_plain_loss(model: Any) -> bool:
+    """Whether `model.loss_function` is transformers' own; asking it breaks the graph of torch.compile by a warning."""
+    default = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+    return model.__dict__.get("_loss_function", default) is ForCausalLMLoss
 
 
 def _linear_cross_entropy(
@@ -298,7 +308,7 @@ def _mask_for_targets(mask: Tensor | None, targets: Tensor, ignore_index: int) -
 
     Left padding does so: the first token is predicted from the padding before it.
     """
-    if mask is None or torch.compiler.is_compiling() or mask.shape != targets.shape:
+    if mask is None or mask.shape != targets.shape:
         return mask
     counts_padding = ((targets.to(mask.device) != ignore_index) & (mask == 0)).any()
     return causal_mask_4d(mask) if counts_padding else mask

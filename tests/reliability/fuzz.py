@@ -200,8 +200,12 @@ def _train(folder: Path, steps: str) -> int:
 
     sizes = ["--layers", "1", "--heads", "2", "--hidden-size", "8", "--context", "16", "--vocab-size", "280"]
     arguments = ["train", "--data", "text.txt", "--out", "run", "--steps", steps, "--batch-size", "2", "--resume"]
+    before = os.getcwd()
     os.chdir(folder)  # a run is resumed with the data that it began with, and that includes their path
-    return main([*arguments, *sizes])
+    try:
+        return main([*arguments, *sizes])
+    finally:
+        os.chdir(before)
 
 
 def _resume_training(folder: Path) -> None:
