@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import GPT2Config
+from fastgpt2_kernels import ops
 
 # Slots grow by whole blocks of tokens, so that a growing batch seldom copies its cache.
 BLOCK_TOKENS = 64
@@ -55,8 +56,7 @@ class KVCache:
         self.config = config
         self.lengths = [0] * num_slots
         shape = (config.num_layers, num_slots, config.num_heads, self._round(capacity), config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = (ops.use_large_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(2))
 
     @staticmethod
     def best_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -89,7 +89,7 @@ class KVCache:
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         # All there was room for, not up to `lengths`: decoding on a GPU counts on the device, ahead of the host.
-        new = old.new_empty((*old.shape[:3], capacity, old.shape[4]))
+        new = ops.use_large_pages(old.new_empty((*old.shape[:3], capacity, old.shape[4])))
         new[:, :, :, : old.shape[3]] = old
         return new
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -69,14 +70,39 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
             folder.rmdir()
 
 
-def lock(file: int, path: str | PathLike[str]) -> None:
-    """Lock an open file or folder until it is closed; BlockingIOError, calling it `path`, where another process has."""
+def create_file(path: Path, content: bytes) -> bool:
+    """Make a file with this content at once; False where there is one of that name already, which stays."""
+    # Processes of several machines may do this at once, and two of them may have one number.
+    temporary = path.with_name(f"{_temporary(path).name}{secrets.randbelow(10**12):012}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+    return True
+
+
+def lock(file: int, path: str | PathLike[str], *, wait: bool = False) -> None:
+    """Lock an open file or folder until it is closed.
+
+    Where another process has locked it, BlockingIOError, calling it `path`; or wait for that process.
+    """
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise BlockingIOError(f"{path}: another process is writing to it; wait for it or name another") from None
 

@@ -104,11 +104,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attend: Attend, operators: Operators) -> Tensor:
         qkv = apply_linear(self.attn.c_attn, self.ln_1(x, operators), operators)
         y = apply_linear(self.attn.c_proj, attend(qkv, self.layer, self.scale), operators)
-        y, x = self.ln_2(self._drop(y), operators, residual=x)  # x has become the sum
-        return x + self._drop(self.mlp(y, operators))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.residual_dropout) if self.training and self.residual_dropout else x
+        y = operators.dropout(y, self.residual_dropout, self.training)
+        y, x = self.ln_2(y, operators, residual=x)  # x has become the sum
+        return x + operators.dropout(self.mlp(y, operators), self.residual_dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -127,7 +125,7 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend, operators: Operators) -> Tensor:
         """Hidden states (..., C) of token ids (...); training, prefill and decoding all run this."""
         x = self.wte(input_ids) + self.wpe(position_ids)
-        x = F.dropout(x, self.embedding_dropout, self.training)
+        x = operators.dropout(x, self.embedding_dropout, self.training)
         for block in self.h:
             x = block(x, attend, operators)
         return self.ln_f(x, operators)

@@ -43,6 +43,7 @@ _DROPOUTS = ("residual_dropout", "embedding_dropout", "attention_dropout")
 _RUN_DEFAULTS: dict[str, Any] = {
     "data": None,
     "suffix": [],
+    "column": None,
     "val_fraction": 0.05,
     "tokenizer": None,
     "vocab_size": None,
@@ -61,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=unset,
         metavar="PATH",
-        help="text files, directories, 'stdlib' (Python's own sources), or one folder with train.bin and val.bin",
+        help="text files, .jsonl, .csv, .parquet or .fasta with a document a row, patterns, directories, hf://NAME, "
+        "'stdlib' (Python's own sources), or one folder with train.bin and val.bin",
+    )
+    files.add_argument(
+        "--column", default=unset, metavar="NAME", help='the column of .jsonl, .csv, .parquet, hf:// (default: "text")'
     )
     files.add_argument(
         "--suffix", nargs="+", default=unset, help="of a directory take only files whose names end so, e.g. .py"
@@ -219,6 +224,7 @@ def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train
     plan.request = {
         "sources": wanted["data"],
         "suffixes": wanted["suffix"],
+        "column": wanted["column"],
         "val_fraction": wanted["val_fraction"],
         "seed": config.seed,
         "vocab_size": vocab_size,
@@ -227,7 +233,11 @@ def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train
     meta = data.read_meta(Path(args.out, "data"))
     if processes.is_first and not (args.resume and meta and meta.request == plan.request):
         plan.corpus = data.find_documents(
-            wanted["data"], suffixes=wanted["suffix"], val_fraction=wanted["val_fraction"], seed=config.seed
+            wanted["data"],
+            suffixes=wanted["suffix"],
+            column=wanted["column"],
+            val_fraction=wanted["val_fraction"],
+            seed=config.seed,
         )
     return plan
 
@@ -248,10 +258,7 @@ def _prepared(folder: Path, plan: _Plan) -> tuple[data.TokenData, Tokenizer | No
         return plan.tokens, plan.tokenizer
     tokenizer = plan.tokenizer
     if (corpus := plan.corpus) is not None:
-        _say(
-            f"{counted(len(corpus), 'document')} ({len(corpus.val)} for validation), "
-            f"{counted(corpus.skipped, 'file')} skipped"
-        )
+        _say(f"{counted(len(corpus), 'document')} ({corpus.num_val} for validation), {corpus.skipped:,} skipped")
         if tokenizer is None:
             pieces = (piece for segment in corpus.train for piece in segment.pieces())
             tokenizer = Tokenizer.train(pieces, plan.request["vocab_size"])

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from fastgpt2.transformers.attention import NAME, Padding, attention_forward, causal_mask_4d, padding_ignored
+from fastgpt2.transformers.generation import FastGenerationMixin
 from fastgpt2_kernels import ops
 
 IGNORE_INDEX = -100
@@ -211,10 +212,6 @@ def _signature_with_skip_logits() -> inspect.Signature:
     *parameters, rest = signature.parameters.values()
     more = inspect.Parameter("skip_logits", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
     return signature.replace(parameters=[*parameters, more, rest])
-
-
-class FastGenerationMixin:
-    """The hook of a faster `generate`: fastgpt2/transformers/generation.py takes this class's place."""
 
 
 class GPT2LMHeadModel(_Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):

@@ -11,8 +11,8 @@ import torch
 import fastgpt2
 from fastgpt2 import GPT2
 from fastgpt2.checkpoint import load_pretrained
-from fastgpt2.kernels import plan_rows
-from tests.helpers import TINY, assert_close, random_ids, random_model, redraw
+from fastgpt2.selfcheck.models import draw_parameters
+from tests.helpers import TINY, assert_close, random_ids, random_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 def hf_model(seed: int, **changes: object) -> transformers.GPT2LMHeadModel:
     config = transformers.GPT2Config(**TINY.replace(**changes).to_hf(), attn_implementation="eager")
     model = transformers.GPT2LMHeadModel(config)
-    redraw(model, seed)
+    draw_parameters(model, seed)
     return model.eval()
 
 
@@ -60,7 +60,7 @@ def test_shared_models_train(seed: int) -> None:
     assert_close(ours.eval()(ids), theirs.eval()(ids).logits, "after a step")
 
 
-def test_shared_models_pack_generate_and_save(tmp_path: Path, seed: int) -> None:
+def test_shared_models_generate_and_save(tmp_path: Path, seed: int) -> None:
     theirs = hf_model(seed)
     ours = GPT2.from_transformers(theirs)
     ours.save_pretrained(tmp_path)
@@ -70,14 +70,6 @@ def test_shared_models_pack_generate_and_save(tmp_path: Path, seed: int) -> None
     prompts = [random_ids(seed + i, 1, n)[0].tolist() for i, n in enumerate((1, 5, 9))]
     samples, expected = (m.generate(prompts, max_new_tokens=8, temperature=0) for m in (ours, loaded))
     assert [s.token_ids for s in samples] == [s.token_ids for s in expected]
-    if ours.pack():
-        ids = random_ids(seed, 1, 4)[0]
-        plan = plan_rows([0], [4], [0])
-        caches = [fastgpt2.KVCache(ours.config, 1) for _ in range(2)]
-        packed, plain = (
-            m.extend(ids, plan, c, packed=p) for m, c, p in zip((ours, loaded), caches, (True, False), strict=True)
-        )
-        torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -11,6 +11,7 @@ import argparse
 import collections
 import contextlib
 import faulthandler
+import gzip
 import io
 import json
 import multiprocessing
@@ -28,6 +29,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+import pyarrow.parquet
 
 MEMORY_BYTES = 8 << 30  # of address space: what asks for more gets a MemoryError and does not take the machine along
 CASE_SECONDS = 20.0
@@ -108,28 +112,30 @@ _SETTINGS = {"seed": 0, "prompts": "abc"}
 
 def _save_samples(folder: Path) -> None:
     from fastgpt2.generate import Sample
-    from fastgpt2.prompt_files import Prompt
-    from fastgpt2.sample_files import SampleFile, SampleRecord, sample_format
+    from fastgpt2.input_files import Entry
+    from fastgpt2.record_files import RecordFile
+    from fastgpt2.sample_files import SampleRecord, sample_format
 
     for suffix in (".jsonl", ".fasta", ".txt"):
         path = folder / f"out{suffix}"
-        with SampleFile(path, sample_format(path), _SETTINGS) as file:
+        with RecordFile(path, sample_format(path), _SETTINGS) as file:
             for index in range(6):
                 sample = Sample(
                     prompt_index=index, sample_index=0, prompt_ids=[5], token_ids=[1, 2, 3], finish_reason="length",
                     logprobs=[-1.0, -2.0, -0.5],
                 )  # fmt: skip
-                file.write(SampleRecord(Prompt(index, "a prompt", "line 1", f"name {index}"), sample, "MKV*\tx\n" * 12))
+                file.write(SampleRecord(Entry(index, "a prompt", "line 1", f"name {index}"), sample, "MKV*\tx\n" * 12))
 
 
 def _resume_samples(folder: Path) -> None:
-    from fastgpt2.sample_files import SampleFile, sample_format
+    from fastgpt2.record_files import RecordFile
+    from fastgpt2.sample_files import sample_format
 
     for suffix in (".jsonl", ".fasta", ".txt"):
         path = folder / f"out{suffix}"
         before = path.read_bytes()
         try:
-            SampleFile(path, sample_format(path), _SETTINGS, resume=True, wanted=lambda key: key[0] < 6).close()
+            RecordFile(path, sample_format(path), _SETTINGS, resume=True, wanted=lambda key: key[0] < 6).close()
         except (ValueError, OSError):
             if path.read_bytes() != before:
                 raise AssertionError(f"{path.name} was refused and changed") from None
@@ -162,15 +168,22 @@ def _save_prompts(folder: Path) -> None:
     (folder / "p.txt").write_text("one\ntwo\n\nthree \u00e9\n", encoding="utf-8")
     (folder / "p.fasta").write_text(">one first\nMKV\nAAA\n>two\nMKL\n", encoding="utf-8")
     lines = ({"prompt": "one", "id": 1}, {"prompt_ids": [1, 2, 3]}, {"prompt": "\u00e9", "id": "b"})
-    (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "p.jsonl").write_text(text, encoding="utf-8")
+    (folder / "p.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (folder / "p.csv").write_text('id,prompt\n1,one\n2,"tw\no, ""x"""\n', encoding="utf-8")
+    with pyarrow.output_stream(str(folder / "p.txt.zst"), compression="zstd") as file:
+        file.write(text.encode())
+    rows = [{"id": number, "prompt": f"text \u00e9 {number}"} for number in range(50)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "p.parquet")
 
 
 def _read_prompts(folder: Path) -> None:
-    from fastgpt2.prompt_files import PromptError, read_prompts
+    from fastgpt2.input_files import PROMPTS, EntryError, find_sources, read_entries
 
     for path in sorted(folder.glob("p.*")):
-        for prompt in read_prompts(path.read_bytes(), path.name, path.suffix):
-            if isinstance(prompt, PromptError):
+        for prompt in read_entries(find_sources([str(path)]), PROMPTS, with_fields=True):
+            if isinstance(prompt, EntryError):
                 _check_sentence(prompt)
 
 
@@ -187,8 +200,12 @@ def _train(folder: Path, steps: str) -> int:
 
     sizes = ["--layers", "1", "--heads", "2", "--hidden-size", "8", "--context", "16", "--vocab-size", "280"]
     arguments = ["train", "--data", "text.txt", "--out", "run", "--steps", steps, "--batch-size", "2", "--resume"]
+    before = os.getcwd()
     os.chdir(folder)  # a run is resumed with the data that it began with, and that includes their path
-    return main([*arguments, *sizes])
+    try:
+        return main([*arguments, *sizes])
+    finally:
+        os.chdir(before)
 
 
 def _resume_training(folder: Path) -> None:
@@ -219,7 +236,11 @@ TARGETS = {
         _save_training, _resume_training,
         ("run/checkpoints/step-00000001.pt", "run/metrics.jsonl", "run/data/meta.json", "run/data/train.bin"),
     ),
-    "prompts": Target(_save_prompts, _read_prompts, ("p.txt", "p.fasta", "p.jsonl")),
+    "prompts": Target(
+        _save_prompts,
+        _read_prompts,
+        ("p.txt", "p.fasta", "p.jsonl", "p.csv", "p.jsonl.gz", "p.txt.zst", "p.parquet"),
+    ),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import TINY, redraw
+from tests.helpers import TINY, draw_parameters
 
 transformers = pytest.importorskip("transformers")
 
@@ -27,7 +27,7 @@ def pair(seed: int, name: str = "GPT2LMHeadModel", attention: str = "eager", **c
     import fastgpt2.transformers
 
     theirs = getattr(transformers, name)(config(**changes, attn_implementation=attention))
-    redraw(theirs, seed)
+    draw_parameters(theirs, seed)
     ours = getattr(fastgpt2.transformers, name)(config(**changes))
     ours.load_state_dict(theirs.state_dict())
     ours.tie_weights()

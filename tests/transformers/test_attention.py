@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastgpt2.transformers
-from tests.helpers import assert_close, random_ids, redraw
+from tests.helpers import assert_close, draw_parameters, random_ids
 from tests.transformers.helpers import masks, transformers
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "pad_token_id": 0,
@@ -33,7 +33,7 @@ def model_of(name: str, seed: int, attention: str) -> Any:
     kind = name.split()[0]
     settings = getattr(transformers, f"{kind}Config")(**MODELS[name], attn_implementation=attention)
     model = getattr(transformers, f"{kind}ForCausalLM")(settings)
-    redraw(model, seed, 0.2)
+    draw_parameters(model, seed, 0.2)
     return model.double().eval()
 
 
@@ -96,7 +96,7 @@ def test_encoder_decoder_with_a_gpt2_decoder(seed: int) -> None:
     encoder = transformers.GPT2Config(**settings, bos_token_id=1, eos_token_id=2)
     both = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     model = transformers.EncoderDecoderModel(both).double().eval()
-    redraw(model, seed)
+    draw_parameters(model, seed)
     ids, other, mask = random_ids(seed, 2, 7), random_ids(seed + 1, 2, 5), masks(seed, 2, 7)["right"]
     expected = model(input_ids=ids, attention_mask=mask, decoder_input_ids=other).logits
     fastgpt2.accelerate(model)

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt2_kernels.ops import ACTIVATIONS
-from tests.helpers import TINY, assert_close, assert_rms_within_budget, assert_within_budget, random_ids, redraw
+from tests.helpers import (
+    TINY,
+    assert_close,
+    assert_rms_within_budget,
+    assert_within_budget,
+    draw_parameters,
+    random_ids,
+)
 from tests.transformers.helpers import config, masks, pair, transformers
 
 import fastgpt2.transformers as fast  # isort: skip  (needs transformers)
@@ -377,7 +384,7 @@ def test_resized_embeddings(seed: int) -> None:
     for model in (theirs, ours):
         torch.manual_seed(seed)
         model.resize_token_embeddings(70, mean_resizing=False)
-        redraw(model, seed)
+        draw_parameters(model, seed)
     ids = random_ids(seed, 2, 6, vocab_size=70)
     assert_close(ours(ids).logits, theirs(ids).logits)
     assert_close(ours(ids, labels=ids).loss.detach(), loss_of(theirs(ids).logits, ids).detach())

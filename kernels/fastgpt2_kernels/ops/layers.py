@@ -13,7 +13,6 @@ from torch import Tensor
 from fastgpt2_kernels.backends import choose_backend, implementation
 from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 from fastgpt2_kernels.reference import ACTIVATIONS
-from fastgpt2_kernels.torch.layers import PackedLinear
 from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
 
 
@@ -147,24 +146,20 @@ def linear(
     *,
     activation: str = "linear",
     residual: Tensor | None = None,
-    packed: PackedLinear | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """activation(x weight^T + bias) or x weight^T + bias + residual: x (..., in), weight (out, in) -> (..., out).
 
-    `packed` is `pack_linear(weight)`, used instead of `weight` when it is given, for x (N, in): the same product, 2 to
-    4 times as fast for a few rows on a CPU, without gradients. Fewer than `MIN_PACKED_ROWS` rows are filled up.
     The product is PyTorch's on every backend; with an activation, `backend` is that of the `bias_activation` after it.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be one of {sorted(ACTIVATIONS)}; got {activation!r}")
     if activation != "linear" and residual is not None:
         raise ValueError("linear: takes an activation or a residual, not both")
-    fuses = activation != "linear" and packed is None
-    chosen = choose_backend("bias_activation" if fuses else "linear", x.device, backend)
+    chosen = choose_backend("linear" if activation == "linear" else "bias_activation", x.device, backend)
     if chosen == "triton":
         return bias_activation(F.linear(x, weight), bias, activation, backend=backend)
-    return implementation("linear", chosen)(x, weight, bias, activation, residual, packed)
+    return implementation("linear", chosen)(x, weight, bias, activation, residual)
 
 
 def _check_floats(operator: str, tensors: dict[str, Tensor]) -> None:
