@@ -46,7 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("padding", ["none", "left"])  # test_generation.py: a right-padded row is as it is alone
 def test_generation(seed: int, models: tuple[Any, Any], way: str, padding: str) -> None:
     rows = 1 if "lookup" in way else ROWS
     ids, mask = random_ids(seed, rows, LENGTH).clamp_min(3), masks(seed, rows, LENGTH)[padding]
