@@ -109,8 +109,8 @@ def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result:
     for row in sorted({0, len(result) - 1})[:CHECKED_ROWS]:
         prompt, ids = inputs.prompts[row], result[row]
         sequence = tuple(prompt + ids[:-1])
-        exact = _exact_logits(settings, inputs.config, sequence)[len(prompt) - 1 :]
-        rounding = _rounding(settings, inputs.config, tuple(prompt), dtype)
+        exact = exact_logits(settings, inputs.config, sequence)[len(prompt) - 1 :]
+        rounding = rounding_of(settings, inputs.config, tuple(prompt), dtype)
         budget = 2 * 2 * (rounding + EPS[dtype] * exact.abs().max().item())
         regret = exact.max(-1).values - exact.gather(-1, torch.tensor(ids, device=exact.device)[:, None])[:, 0]
         if regret.max() > budget:
@@ -121,21 +121,22 @@ def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result:
 
 @functools.lru_cache(maxsize=16)  # of up to 80 MB
 @torch.no_grad()
-def _exact_logits(settings: Settings, config: GPT2Config, ids: tuple[int, ...]) -> Tensor:
+def exact_logits(settings: Settings, config: GPT2Config, ids: tuple[int, ...]) -> Tensor:
+    """The logits (T, V) of a sequence in float64."""
     model = shared_twin(settings, config, torch.float64)
     return model(torch.tensor([ids], device=settings.device)).logits[0]
 
 
 @functools.lru_cache(maxsize=64)
 @torch.no_grad()
-def _rounding(settings: Settings, config: GPT2Config, ids: tuple[int, ...], dtype: str) -> float:
+def rounding_of(settings: Settings, config: GPT2Config, ids: tuple[int, ...], dtype: str) -> float:
     """The largest error of the plain expression's logits in `dtype`."""
     if dtype == "int8":
         model = engines.rounded_to_int8(shared_twin(settings, config, torch.float32))
     else:
         model = shared_twin(settings, config, getattr(torch, dtype))
     logits = model(torch.tensor([ids], device=settings.device)).logits[0]
-    return (logits.double() - _exact_logits(settings, config, ids)).abs().max().item()
+    return (logits.double() - exact_logits(settings, config, ids)).abs().max().item()
 
 
 # -- contenders ---------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ class Inputs(NamedTuple):
 
 def cases(settings: Settings) -> Iterator[Case]:
     config = TOY if settings.scale == "toy" else GPT2Config.preset("gpt2")
-    count = settings.pick(256 if settings.on_gpu else 32, 16, 5)
-    median, longest = settings.pick((96, 1024), (64, 512), (8, 48))
+    count = settings.pick(256 if settings.on_gpu else 32, 12, 5)
+    median, longest = settings.pick((96, 1024), (48, 256), (8, 48))
     lengths = _lengths(count, median, longest)
     for dtype in ("float32",) if settings.scale == "toy" else ("float32", "bfloat16"):
         yield Case(

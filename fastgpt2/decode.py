@@ -1,8 +1,8 @@
 """Decoding with the rows' state in one place, where a step finds all it needs: on a GPU, or on a CPU.
 
 On a GPU a step is 5 L + 3 kernel launches in a CUDA graph, and the host never waits for the step it has just started.
-On a CPU a step is one call of the native backend. Rows end inside the step (stop tokens, limits, a full context). The
-host learns of it when it reads that step's tokens; on a GPU the next step runs meanwhile.
+On a CPU a step, or some until a row ends, is one call of the native backend. Rows end inside the step (stop tokens,
+limits, a full context). The host learns of it when it reads that step's tokens; on a GPU the next step runs meanwhile.
 """
 
 from __future__ import annotations

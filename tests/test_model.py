@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgpt2 import GPT2, GPT2Config, KVCache
 from fastgpt2_kernels import ops
-from tests.helpers import TINY, random_ids, random_model
+from tests.helpers import TINY, assert_close, random_ids, random_model
 
 # -- building ----------------------------------------------------------------------------------------------------------
 
@@ -193,3 +193,24 @@ def test_a_full_cache_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
 def test_no_tokens(shape: tuple[int, int]) -> None:
     assert MODEL(torch.zeros(shape, dtype=torch.int64)).shape == (*shape, 61)
+
+
+def test_attention_with_dropout_keeps_no_scores_for_backward(seed: int) -> None:
+    """On a CPU they are computed again, the same weights dropped: the gradients are those of PyTorch's operator."""
+    B, H, T, D = 2, 3, 40, 4
+    q, k, v = (torch.randn(B, H, T, D, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    saved: list[int] = []
+    results = []
+    for attend in (
+        lambda: ops.causal_attention(q, k, v, dropout_p=0.3, backend="torch"),
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.3),
+    ):
+        torch.manual_seed(seed)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            out = attend()
+        torch.rand(7)  # other numbers are drawn before backward
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        largest = max(saved, default=0)
+        assert (largest >= B * H * T * T) == (len(results) == 2)
+    for got, exact in zip(*results, strict=True):
+        assert_close(got.detach(), exact)

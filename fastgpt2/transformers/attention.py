@@ -4,8 +4,8 @@ transformers asks two functions. The mask function is called once a forward pass
 of all layers get as their mask:
 
 - None: plain causal attention;
-- `Padding`: causal attention among the tokens that a 2-D padding mask keeps; where a row ends with padding, only within
-  `padding_ignored`, for transformers' generation reads what stands in the last position;
+- `Padding`: causal attention among the tokens that a 2-D padding mask keeps; where padding follows a token, only within
+  `padding_ignored`, for transformers' generation reads what stands in a last position that is padding;
 - a 4-D mask, as transformers makes it for PyTorch's own operator, for everything else (a cache with padding, packed
   sequences, windows, masks of the user's own, a trace of `torch.compile`).
 
@@ -100,8 +100,9 @@ def attention_mask(
     if is_padded_causal and attention_mask is not None:
         if attention_mask.all():
             return None
-        if _IS_IGNORED.get() or attention_mask[:, -1].all():
-            return Padding(attention_mask.bool())
+        kept = attention_mask.bool()
+        if _IS_IGNORED.get() or not (kept[:, :-1] & ~kept[:, 1:]).any():
+            return Padding(kept)
     return sdpa_mask(
         batch_size,
         q_length,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -199,7 +200,11 @@ def _update_engine(model: Any) -> GPT2:
     """
     state = {n: t for n, t in model.state_dict().items() if n.startswith(("transformer.", "lm_head."))}
     tied = state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
-    config = GPT2Config.from_hf({**model.config.to_dict(), "tie_word_embeddings": tied})
+    # Special tokens are the call's; fields that are unknown here have been read by transformers.
+    fields = {**model.config.to_dict(), "tie_word_embeddings": tied}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        config = GPT2Config.from_hf({**fields, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None})
     kept = _ENGINES.get(model)
     if kept is not None and kept.config == config and kept.mark.still_holds(model):
         return kept.model

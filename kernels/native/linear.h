@@ -140,17 +140,14 @@ static void make_operand(int64_t type, const float* values, int64_t k, char* row
   for (int64_t i = 0; i < padded; i += VL) {
     // Adding 1.5 2^23 rounds to the nearest integer, which is then in the lower bits.
     const vf v = i < k ? load_n(values + i, k - i) : (vf){};
-    const vi q = (vi)(fma(v, splat(nan == 0.0f ? inverse : 0.0f), splat(12582912.0f))) - 0x4B400000;
+    const vi q = nan == 0.0f ? (vi)fma(v, splat(inverse), splat(12582912.0f)) - 0x4B400000 : vi{};
     const int64_t n = least(VL, padded - i);
-    for (int64_t j = 0; j < n; ++j) {
-      const int32_t number = nan == 0.0f ? q[j] : 0;
-      if (I8_OPERAND == 1) {
-        ((uint8_t*)row)[i + j] = (uint8_t)(number + I8_OFFSET);
-      } else {
-        const int64_t place = j % 4 == 1 ? j + 1 : j % 4 == 2 ? j - 1 : j;
-        ((int16_t*)row)[i + place] = (int16_t)number;
-      }
+    if (I8_OPERAND == 1) {
+      const vb bytes = __builtin_convertvector(q + splat_i(I8_OFFSET), vb);
+      memcpy(row + i, &bytes, n);
+      continue;
     }
+    for (int64_t j = 0; j < n; ++j) ((int16_t*)row)[i + (j % 4 == 1 ? j + 1 : j % 4 == 2 ? j - 1 : j)] = (int16_t)q[j];
   }
 }
 

@@ -160,12 +160,13 @@ def test_loss_without_logits(seed: int) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
 @pytest.mark.parametrize("counted", [False, True])
-def test_loss_of_padded_batches(seed: int, side: str, counted: bool) -> None:
+@pytest.mark.parametrize("skips", [False, True])
+def test_loss_of_padded_batches(seed: int, side: str, counted: bool, skips: bool) -> None:
     """Where labels at padding count, a hidden state at padding does, and it is what transformers makes of it."""
     theirs, ours = pair(seed, attention="sdpa")
     ids, mask = random_ids(seed, 3, 9), masks(seed, 3, 9)[side]
     labels = ids if counted else ids.masked_fill(mask == 0, -100)
-    got = ours(ids, attention_mask=mask, labels=labels).loss
+    got = ours(ids, attention_mask=mask, labels=labels, skip_logits=skips).loss
     exact = loss_of(theirs(ids, attention_mask=mask).logits, labels)
     assert_close(got.detach(), exact.detach())
     got.backward()

@@ -33,7 +33,7 @@ from tests.helpers import assert_rms_within_budget
 V, PAD, EOS, T, B = 61, 3, 2, 9, 4
 CONFIG = {
     "vocab_size": V, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.4,
-    "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD,
+    "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD, "sep_token_id": 999, "of_ours": "unknown there",
 }  # fmt: skip
 # Choices between logits closer than this could go either way by rounding: such models and prompts are not used.
 MARGIN = 1e-3
@@ -531,6 +531,15 @@ def test_weights_that_change_are_noticed(seed, sessions):
 
 def assert_same_weights(mine: GPT2, hf_model: GPT2LMHeadModel) -> None:
     assert {p.data_ptr() for p in mine.parameters()} == {p.data_ptr() for p in hf_model.parameters()}
+
+
+def test_special_tokens_past_the_vocabulary_are_no_obstacle(seed, sessions):
+    """As in a small model of the default configuration, whose end of text is 50256."""
+    _, ours = pair(seed)
+    ours.config.eos_token_id = ours.config.bos_token_id = 50256
+    ours.generate(**batch(seed), max_new_tokens=2, eos_token_id=50256, pad_token_id=50256)
+    ours.generate(**batch(seed), max_new_tokens=2, min_new_tokens=1, eos_token_id=EOS)
+    assert len(sessions) == 2
 
 
 def test_the_weights_are_not_copied_but_for_the_packed_ones(seed):
