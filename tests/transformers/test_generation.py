@@ -33,7 +33,7 @@ from tests.helpers import assert_rms_within_budget
 V, PAD, EOS, T, B = 61, 3, 2, 9, 4
 CONFIG = {
     "vocab_size": V, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.4,
-    "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD, "sep_token_id": 999, "of_ours": "unknown there",
+    "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD, "of_ours": "unknown there",
 }  # fmt: skip
 # Choices between logits closer than this could go either way by rounding: such models and prompts are not used.
 MARGIN = 1e-3
