@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: generate test test-all test-style test-package test-kernels test-compiled sanitize sanitize-native format clean
+.PHONY: generate docs test test-all test-style test-package test-kernels test-compiled sanitize sanitize-native format clean
 
 generate: $(VENV)/.runtime
 	$(BIN)/fastgpt2 generate $(ARGS)
@@ -46,6 +46,10 @@ sanitize: $(VENV)/.dev
 sanitize-native: $(VENV)/.dev
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.native.sanitized
 
+# The site, in build/site: every link is checked, and a warning fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -59,6 +63,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.made
 $(VENV)/.dev: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.made
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(VENV)/.runtime $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fastgpt2 needs Python 3.10 or newer, and $(PYTHON) is %s; name another: make PYTHON=python3.12" % sys.version.split()[0])'

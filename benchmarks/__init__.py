@@ -4,4 +4,15 @@ Every file that the front names holds `cases(settings)`, which yields `harness.C
 contenders. Adding an operator is one such file and its name in `MODULES`.
 """
 
-MODULES = ("attention", "cross_entropy", "layers", "decode", "decode_step", "train", "generate")
+MODULES = (
+    "attention",
+    "cross_entropy",
+    "layers",
+    "decode",
+    "decode_step",
+    "train",
+    "huggingface",
+    "generate",
+    "huggingface_generate",
+    "score",
+)

@@ -411,7 +411,6 @@ def _torch_step(settings: Settings, inputs: StepInputs) -> Call:
         model = fresh(settings, inputs.config, inputs.dtype)
         model.backend = "torch"
     cache = _filled(model, inputs)
-    packed = model.pack()
     R, T = len(inputs.prompts), len(inputs.prompts[0])
     last = torch.tensor([ids[-1] for ids in inputs.prompts], device=model.device)
 
@@ -419,7 +418,7 @@ def _torch_step(settings: Settings, inputs: StepInputs) -> Call:
     def call() -> list[int]:
         cache.lengths = [T] * R
         plan = ops.plan_rows(range(R), [1] * R, cache.lengths, model.device)
-        return model.logits(model.extend(last, plan, cache, packed=packed), packed=packed).argmax(-1).tolist()
+        return model.logits(model.extend(last, plan, cache)).argmax(-1).tolist()
 
     return call
 

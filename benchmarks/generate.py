@@ -4,6 +4,9 @@ Every engine gets the same random weights. They agree when each token chosen is 
 for the rounding of the contender's dtype: its exact logit is below the best one by at most twice the 2x rule's budget.
 So a near tie may go either way, at any precision, and a wrong cache or mask cannot pass. int8 is measured by the plain
 expression in which weights (by output) and activations (by token) are rounded to 8 bits.
+
+Two yardsticks stand beside the engines, timed in the same turns. For one row: the bytes of the weights read as often as
+there are tokens, and nothing else. For mixed lengths: ours on prompts of equal length, of as many tokens in all.
 """
 
 from __future__ import annotations
@@ -37,15 +40,17 @@ def cases(settings: Settings) -> Iterator[Case]:
     config = TOY if settings.scale == "toy" else GPT2Config.preset("gpt2", bos_token_id=None, eos_token_id=None)
     length, new = settings.pick((64, 128), (64, 8), (8, 4))
     for R in settings.pick((1, 8, 32, 64) if settings.on_gpu else (1, 8, 32), (1, 4), (2,)):
-        yield _case(settings, config, "generate", [length] * R, new)
+        yield _case(settings, config, "generate", [length] * R, new, READ if R == 1 and not settings.on_gpu else None)
     for R in settings.pick((8, 32), (2,), (3,)):
-        yield _case(
-            settings, config, "generate mixed", [length // 4 + r * (3 * length // 2) // R for r in range(R)], new
-        )
+        # From a quarter of the length to seven quarters, the mean the same.
+        lengths = [length + int((2 * r + 1 - R) * 3 * length / (4 * R)) for r in range(R)]
+        yield _case(settings, config, "generate mixed", lengths, new, EQUAL)
     yield _case(settings, config, "first token", [settings.pick(512, 128, 16)], 1)
 
 
-def _case(settings: Settings, config: GPT2Config, name: str, lengths: list[int], new: int) -> Case:
+def _case(
+    settings: Settings, config: GPT2Config, name: str, lengths: list[int], new: int, yardstick: str | None = None
+) -> Case:
     prompt_tokens, R = sum(lengths), len(lengths)
     steps = new - 1  # the prompt's own forward gives the first token
     flops = forward_flops_per_token(config, max(lengths) + new) * (prompt_tokens + R * steps)
@@ -61,8 +66,8 @@ def _case(settings: Settings, config: GPT2Config, name: str, lengths: list[int],
         shape={"R": R, "T": max(lengths), "new": new},
         dtype="float32",
         contenders=[
-            Contender(label, functools.partial(build, settings, dtype), label.startswith("ours"), dtype=dtype)
-            for label, dtypes, build in CONTENDERS
+            Contender(label, functools.partial(build, settings, dtype), label in OURS, dtype=dtype)
+            for label, dtypes, build in [*CONTENDERS, *(y for y in YARDSTICKS if y[0] == yardstick)]
             for dtype in dtypes
             if settings.scale != "toy" or dtype == "float32"
         ],
@@ -83,10 +88,20 @@ def _inputs(config: GPT2Config, lengths: list[int], new: int) -> Inputs:
     return Inputs(prompts, new, config)
 
 
+def _equal(inputs: Inputs) -> Inputs:
+    """As many prompts of one length, of as many tokens in all."""
+    R = len(inputs.prompts)
+    return _inputs(inputs.config, [sum(map(len, inputs.prompts)) // R] * R, inputs.new_tokens)
+
+
 # -- agreement ----------------------------------------------------------------------------------------------------
 
 
 def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result: list[list[int]]) -> str | None:
+    if contender.name == READ:
+        return None
+    if contender.name == EQUAL:
+        inputs = _equal(inputs)
     counts = [len(ids) for ids in result]
     if counts != [inputs.new_tokens] * len(inputs.prompts):
         return f"{inputs.new_tokens} new tokens of {len(inputs.prompts)} rows were due, not {counts}"
@@ -94,8 +109,8 @@ def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result:
     for row in sorted({0, len(result) - 1})[:CHECKED_ROWS]:
         prompt, ids = inputs.prompts[row], result[row]
         sequence = tuple(prompt + ids[:-1])
-        exact = _exact_logits(settings, inputs.config, sequence)[len(prompt) - 1 :]
-        rounding = _rounding(settings, inputs.config, tuple(prompt), dtype)
+        exact = exact_logits(settings, inputs.config, sequence)[len(prompt) - 1 :]
+        rounding = rounding_of(settings, inputs.config, tuple(prompt), dtype)
         budget = 2 * 2 * (rounding + EPS[dtype] * exact.abs().max().item())
         regret = exact.max(-1).values - exact.gather(-1, torch.tensor(ids, device=exact.device)[:, None])[:, 0]
         if regret.max() > budget:
@@ -106,21 +121,22 @@ def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result:
 
 @functools.lru_cache(maxsize=16)  # of up to 80 MB
 @torch.no_grad()
-def _exact_logits(settings: Settings, config: GPT2Config, ids: tuple[int, ...]) -> Tensor:
+def exact_logits(settings: Settings, config: GPT2Config, ids: tuple[int, ...]) -> Tensor:
+    """The logits (T, V) of a sequence in float64."""
     model = shared_twin(settings, config, torch.float64)
     return model(torch.tensor([ids], device=settings.device)).logits[0]
 
 
 @functools.lru_cache(maxsize=64)
 @torch.no_grad()
-def _rounding(settings: Settings, config: GPT2Config, ids: tuple[int, ...], dtype: str) -> float:
+def rounding_of(settings: Settings, config: GPT2Config, ids: tuple[int, ...], dtype: str) -> float:
     """The largest error of the plain expression's logits in `dtype`."""
     if dtype == "int8":
         model = engines.rounded_to_int8(shared_twin(settings, config, torch.float32))
     else:
         model = shared_twin(settings, config, getattr(torch, dtype))
     logits = model(torch.tensor([ids], device=settings.device)).logits[0]
-    return (logits.double() - _exact_logits(settings, config, ids)).abs().max().item()
+    return (logits.double() - exact_logits(settings, config, ids)).abs().max().item()
 
 
 # -- contenders ---------------------------------------------------------------------------------------------------
@@ -150,6 +166,21 @@ def _ours(settings: Settings, dtype: str, inputs: Inputs, backend: str = "auto")
     return call
 
 
+def _ours_equal(settings: Settings, dtype: str, inputs: Inputs) -> Call:
+    return _ours(settings, dtype, _equal(inputs))
+
+
+def _read(settings: Settings, dtype: str, inputs: Inputs) -> Call:
+    """The bytes of the weights, once for every token."""
+    numbers = torch.ones(int(weight_bytes(inputs.config, getattr(torch, dtype))) // 4, device=settings.device)
+
+    def call() -> None:
+        for _ in range(inputs.new_tokens):
+            numbers.sum()
+
+    return call
+
+
 def _transformers(settings: Settings, dtype: str, inputs: Inputs) -> Call:
     model = shared_twin(settings, inputs.config, getattr(torch, dtype))
     ids, mask = (t.to(settings.device) for t in engines.left_padded(inputs.prompts))
@@ -175,3 +206,10 @@ CONTENDERS: list[tuple[str, tuple[str, ...], Build]] = [
     ("openvino", ("float32", "bfloat16", "int8"), engines.openvino),
     ("vllm", ("bfloat16",), engines.vllm),
 ]
+READ, EQUAL = "weights read", "ours, equal lengths"
+YARDSTICKS: list[tuple[str, tuple[str, ...], Build]] = [
+    (READ, ("float32", "bfloat16", "int8"), _read),
+    (EQUAL, ("float32", "bfloat16", "int8"), _ours_equal),
+]
+# They are nobody's peers.
+OURS = ("ours", "ours torch", READ, EQUAL)

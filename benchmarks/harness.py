@@ -28,10 +28,9 @@ from torch import Tensor
 
 from benchmarks import workers
 from benchmarks.workers import Call, LeftOutError, attempt
-from fastgpt2.accounting import measured_bandwidth, measured_matmul_flops, synchronize
-
-FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
-
+from fastgpt2.accounting import gpu_seconds, measured_bandwidth, measured_matmul_flops, synchronize, wall_seconds
+from fastgpt2.machine import processor
+from fastgpt2_kernels.checking.budget import error_budget, largest_error
 
 NEEDS_GPU = "needs a GPU"
 
@@ -153,20 +152,15 @@ def load(module: str, settings: Settings) -> list[Case]:
 def error_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     if len(result) != len(exact):
         raise ValueError(f"{len(result)} results where there are {len(exact)} to compare")
-    errors = []
-    for got, want in zip(result, exact, strict=True):
-        if got.shape != want.shape:
-            raise ValueError(f"a result of shape {tuple(got.shape)} where {tuple(want.shape)} was due")
-        errors.append((got.double() - want).abs().max().item())
-    return errors
+    return [largest_error(got, want) for got, want in zip(result, exact, strict=True)]
 
 
 def out_of_budget(errors: Sequence[float], plain: Sequence[float], exact: Sequence[Tensor], dtype: str) -> str | None:
     """Why the errors break the 2x rule, or None. The plain expression's own may be sqrt(eps) of the scale at most."""
-    eps = torch.finfo(getattr(torch, dtype)).eps
+    kind = getattr(torch, dtype)
     for i, (error, plain_error, want) in enumerate(zip(errors, plain, exact, strict=True)):
-        scale = want.abs().max().item()
-        budget = 2 * (min(plain_error, math.sqrt(eps) * scale) + eps * scale)
+        most = math.sqrt(torch.finfo(kind).eps) * want.abs().max().item()
+        budget = error_budget(min(plain_error, most), want, kind)
         if not error <= budget:
             return f"result {i} is off by {error:.3g}, the budget is {budget:.3g}"
     return None
@@ -305,35 +299,7 @@ def _take_turns(ready: list[_Ready], case: Case, settings: Settings, device: tor
 
 
 def clock_for(case: Case, device: torch.device) -> Callable[[Call, torch.device, int], float]:
-    return _wall_clock if case.end_to_end or device.type != "cuda" else _gpu_clock
-
-
-def _wall_clock(call: Call, device: torch.device, repeats: int) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def _gpu_clock(call: Call, device: torch.device, repeats: int) -> float:
-    """A GPU's own time of one call with a cold cache; writing the cache full also gives the host its head start."""
-    total = 0.0
-    for _ in range(min(repeats, 10)):
-        _flush_buffer(device).zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        total += start.elapsed_time(end) * 1e-3
-    return total / min(repeats, 10)
-
-
-@functools.cache
-def _flush_buffer(device: torch.device) -> Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    return wall_seconds if case.end_to_end or device.type != "cuda" else gpu_seconds
 
 
 def _summarise(result: Result, one: _Ready, ready: list[_Ready], case: Case, device: torch.device) -> None:
@@ -397,21 +363,12 @@ def known_limits(device: torch.device) -> dict[str, Any]:
 def machine(device: torch.device) -> dict[str, Any]:
     names = ("torch", "triton", "transformers")
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "limits": known_limits(device),
         "versions": {"python": platform.python_version(), **{n: v for n in names if (v := version(n))}},
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
-    except OSError:
-        name = ""
-    return name or platform.processor() or platform.machine()
 
 
 def version(package: str) -> str | None:

@@ -52,8 +52,8 @@ def _case(settings: Settings, config: GPT2Config, B: int, T: int, dtype: str) ->
         shape={"L": config.num_layers, "C": config.hidden_size, "B": B, "T": T},
         dtype=dtype,
         contenders=[*base, *(contender(name, make) for name, make in CONTENDERS.items())],
-        inputs=functools.partial(_inputs, settings, config, B, T),
-        exact=functools.partial(_exact, settings),
+        inputs=functools.partial(step_inputs, settings, config, B, T),
+        exact=functools.partial(exact_step, settings),
         flops=training_flops_per_token(config, T) * B * T,
         tokens=B * T,
         end_to_end=True,
@@ -61,7 +61,7 @@ def _case(settings: Settings, config: GPT2Config, B: int, T: int, dtype: str) ->
     )
 
 
-def _inputs(settings: Settings, config: GPT2Config, B: int, T: int) -> Inputs:
+def step_inputs(settings: Settings, config: GPT2Config, B: int, T: int) -> Inputs:
     tokens = torch.randint(config.vocab_size, (B, T), generator=torch.Generator().manual_seed(1))
     return Inputs(tokens.to(settings.device), config)
 
@@ -75,12 +75,12 @@ def _build(settings: Settings, make: Make, dtype: str, inputs: Inputs) -> Call:
         with torch.autocast(settings.device, getattr(torch, dtype), enabled=dtype != "float32"):
             loss = backward(inputs.tokens)
         optimizer.step()
-        return [loss, *_some_gradients(model)]
+        return [loss, *some_gradients(model)]
 
     return call
 
 
-def _some_gradients(model: torch.nn.Module) -> list[Tensor]:
+def some_gradients(model: torch.nn.Module) -> list[Tensor]:
     """Of one parameter of each kind: an embedding, a linear layer in the middle, a norm at the end; as (in, out)."""
     named = dict(model.named_parameters())
     layers = 1 + max(int(name.split(".")[2]) for name in named if ".h." in name)
@@ -89,7 +89,7 @@ def _some_gradients(model: torch.nn.Module) -> list[Tensor]:
     return [linear.T if isinstance(model, GPT2) else linear, *rest]
 
 
-def _exact(settings: Settings, inputs: Inputs) -> list[Tensor]:
+def exact_step(settings: Settings, inputs: Inputs) -> list[Tensor]:
     """By transformers in float64, a sequence at a time."""
     model = transformers_twin(fresh(settings, inputs.config)).double().train()
     loss = 0.0
@@ -97,7 +97,7 @@ def _exact(settings: Settings, inputs: Inputs) -> list[Tensor]:
         part = model(row[None], labels=row[None]).loss / len(inputs.tokens)
         part.backward()
         loss += part.item()
-    return [torch.tensor(loss, dtype=torch.float64, device=settings.device), *_some_gradients(model)]
+    return [torch.tensor(loss, dtype=torch.float64, device=settings.device), *some_gradients(model)]
 
 
 def _ours(settings: Settings, config: GPT2Config) -> tuple[GPT2, Callable[[Tensor], Tensor]]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgpt2.config import GPT2Config
 
@@ -116,3 +119,36 @@ def measured_bandwidth(device: torch.device | str, repeats: int = 5) -> float:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
+
+
+def wall_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """Seconds of one call by the wall clock, the host's work included."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def gpu_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """A GPU's own time of one call with a cold cache; writing the cache full also gives the host its head start."""
+    total = 0.0
+    with torch.cuda.device(device):
+        for _ in range(min(repeats, 10)):
+            _flush_buffer(device).zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            total += start.elapsed_time(end) * 1e-3
+    return total / min(repeats, 10)
+
+
+@functools.cache
+def _flush_buffer(device: torch.device) -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)

@@ -6,16 +6,37 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import GPT2Config
+from fastgpt2_kernels import ops
 
 # Slots grow by whole blocks of tokens, so that a growing batch seldom copies its cache.
 BLOCK_TOKENS = 64
 
 
 class KVCache:
-    """Keys and values of every layer for `num_slots` sequences of different lengths.
+    """The keys and values of every layer, for several sequences of different lengths.
 
-    keys, values: (L, R, H, S, D) in the model's dtype or float32; lengths: tokens held by each of the R slots. A slot
-    is free to take another sequence once its length is set back to 0; what lies past a length is never read.
+    A slot holds one sequence. It is free for another one when its length is set back to 0. What lies past a slot's
+    length is never read.
+
+    Args:
+        config: the model's configuration.
+        num_slots: the number R of slots.
+        capacity: the tokens that each slot has room for at first, by default the model's context.
+        dtype: the model's dtype or float32.
+        device: where the cache is.
+
+    Attributes:
+        keys: (L, R, H, S, D).
+        values: (L, R, H, S, D).
+        lengths: the number of tokens that each slot holds.
+
+    Raises:
+        ValueError: There is no slot, or the capacity exceeds the model's context.
+
+    Example:
+        >>> cache = KVCache(GPT2Config(hidden_size=64, num_heads=4, num_layers=2), num_slots=3)
+        >>> cache.lengths
+        [0, 0, 0]
     """
 
     def __init__(
@@ -35,8 +56,7 @@ class KVCache:
         self.config = config
         self.lengths = [0] * num_slots
         shape = (config.num_layers, num_slots, config.num_heads, self._round(capacity), config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = (ops.use_large_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(2))
 
     @staticmethod
     def best_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -56,7 +76,11 @@ class KVCache:
         return min(self.config.context_length, -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in every slot, keeping what is held. ValueError past the model's context."""
+        """Make room for more tokens in every slot, and keep what is held.
+
+        Raises:
+            ValueError: `tokens` exceeds the model's context.
+        """
         if tokens > self.config.context_length:
             raise ValueError(f"KVCache: {tokens} tokens do not fit in the context of {self.config.context_length}")
         if tokens > self.capacity:
@@ -65,7 +89,7 @@ class KVCache:
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         # All there was room for, not up to `lengths`: decoding on a GPU counts on the device, ahead of the host.
-        new = old.new_empty((*old.shape[:3], capacity, old.shape[4]))
+        new = ops.use_large_pages(old.new_empty((*old.shape[:3], capacity, old.shape[4])))
         new[:, :, :, : old.shape[3]] = old
         return new
 

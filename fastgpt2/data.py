@@ -1,4 +1,4 @@
-"""Text files to token shards, and shards to batches that depend on (seed, step) alone.
+"""Texts to token shards, and shards to batches that depend on (seed, step) alone.
 
 A data folder holds `train.bin` and `val.bin`, bare little-endian uint16 tokens (uint32 for vocabularies past 65536) as
 nanoGPT writes them, and beside our own a `meta.json`.
@@ -7,10 +7,12 @@ nanoGPT writes them, and beside our own a `meta.json`.
 from __future__ import annotations
 
 import codecs
+import glob
 import hashlib
 import json
 import math
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +25,17 @@ import torch
 from torch import Tensor
 
 from fastgpt2.files import atomic_file, remove_leftovers
+from fastgpt2.input_files import (
+    DOCUMENTS,
+    HUB,
+    TABLE_SUFFIXES,
+    Columns,
+    EntryError,
+    Source,
+    find_sources,
+    read_entries,
+    split_suffix,
+)
 from fastgpt2.messages import first_line, shown
 from fastgpt2.tokenizer import Tokenizer
 
@@ -43,6 +56,12 @@ class Segment:
     path: Path
     start: int
     end: int
+
+    count = 1  # documents in it
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """The one document, in pieces."""
+        yield self.pieces()
 
     def pieces(self) -> Iterator[str]:
         """The text in pieces of about `PIECE_BYTES`, cut after a line's end where there is one."""
@@ -75,33 +94,104 @@ def _cut(block: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The documents of a corpus, split: `skipped` files of a directory were binary, empty or not UTF-8."""
+class Rows:
+    """The rows of one side of a table's split, each a document: those whose hash is at most `most`, or above it."""
 
-    train: list[Segment]
-    val: list[Segment]
+    source: Source
+    column: str
+    seed: int
+    most: int
+    is_val: bool
+    count: int
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """Each document, in one piece."""
+        for index, text in _texts(self.source, self.column):
+            if text and (_row_hash(self.seed, self.source, index) <= self.most) == self.is_val:
+                yield iter((text,))
+
+    def pieces(self) -> Iterator[str]:
+        for document in self.documents():
+            yield from document
+
+
+def _texts(source: Source, column: str) -> Iterator[tuple[int, str]]:
+    """(index, text) of every row of a table; the first that has none raises."""
+    for entry in read_entries([source], Columns(column)):
+        if isinstance(entry, EntryError):
+            raise entry
+        if not isinstance(entry.content, str):
+            raise ValueError(f'{entry.where}: "{column}" must be a string; got token ids')
+        yield entry.index, entry.content
+
+
+def _row_hash(seed: int, source: Source, index: int) -> int:
+    code = hashlib.blake2b(f"{seed}:{Path(source.name).name}:{index}".encode(), digest_size=8)
+    return int.from_bytes(code.digest(), "big")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of a corpus, split: `skipped` files of a directory, or rows of a table, had no text."""
+
+    train: list[Segment | Rows]
+    val: list[Segment | Rows]
     skipped: int
 
     def __len__(self) -> int:
-        return len(self.train) + len(self.val)
+        return sum(part.count for part in (*self.train, *self.val))
+
+    @property
+    def num_val(self) -> int:
+        return sum(part.count for part in self.val)
 
 
 def find_documents(
-    sources: Sequence[str | PathLike[str]], *, suffixes: Sequence[str] = (), val_fraction: float = 0.05, seed: int = 0
+    sources: Sequence[str | PathLike[str]],
+    *,
+    suffixes: Sequence[str] = (),
+    column: str | None = None,
+    val_fraction: float = 0.05,
+    seed: int = 0,
 ) -> Corpus:
-    """List text files and split them by document: `sources` are files, directories or `stdlib`.
+    """List documents and split them: `sources` are files, patterns, directories, `stdlib` or `hf://` data sets.
 
-    Files of a directory are filtered by `suffixes` (all files without); binary, empty and undecodable ones are skipped
-    and counted, while a file named itself must be readable. About `val_fraction` of the documents, at least one, are
-    for validation, chosen by a hash of (seed, name): the choice does not depend on where the corpus lies. A corpus of
-    one file is split at a line: its end is for validation.
+    A text file is one document. In .jsonl, .csv, .parquet and .fasta files, plain or compressed as `input_files` says,
+    each row is one: the text in its `column` ("text" by default). Files of a directory are filtered by `suffixes` (all
+    files without); binary, empty and undecodable ones, and tables without that column, are skipped and counted, while
+    a file named itself must be readable. About `val_fraction` of the documents, at least one, are for validation,
+    chosen by a hash of (seed, name and row): the choice does not depend on where the corpus lies. A corpus of one text
+    file is split at a line: its end is for validation.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"find_documents: val_fraction must be in [0, 1); got {val_fraction}")
     named: dict[Path, str] = {}
+    tables: dict[str, Source] = {}
     skipped = 0
-    for source in sources:
+    train: list[Segment | Rows] = []
+    val: list[Segment | Rows] = []
+
+    def add_table(source: Source) -> None:
+        nonlocal skipped
+        if source.name not in tables:
+            sides, num_empty = _split_table(source, column or DOCUMENTS.text, val_fraction, seed)
+            tables[source.name] = source
+            skipped += num_empty
+            train.append(sides[0])
+            val.append(sides[1])
+
+    for source in _expanded(sources):
+        if str(source).startswith(HUB) or (_is_table(source) and Path(source).is_file()):
+            for table in find_sources([str(source)], "a file to train on"):
+                add_table(table)
+            continue
         for path, name in _list_files(source, suffixes):
+            if _is_table(path):
+                try:
+                    add_table(*find_sources([str(path)]))
+                except (ValueError, OSError):
+                    skipped += 1
+                continue
             try:
                 problem = _why_not_text(path)
             except OSError as error:
@@ -112,17 +202,60 @@ def find_documents(
                 raise ValueError(f"{path}: must be UTF-8 text; it {problem}")
             else:
                 skipped += 1
-    if not named:
+    train, val = ([side for side in sides if side.count] for sides in (train, val))
+    if column is not None and not tables:
+        raise ValueError(f"find_documents: column={column!r} is for {', '.join(TABLE_SUFFIXES)} and {HUB}; got none")
+    if not named and not train:
         kinds = f" ending in {', '.join(suffixes)}" if suffixes else ""
         raise ValueError(f"no text files{kinds} in {', '.join(map(str, sources))} ({skipped} skipped)")
     documents = [Segment(path, 0, path.stat().st_size) for path in named]
-    if len(documents) == 1:
-        train, val = _split_file(documents[0], val_fraction)
-        return Corpus([train], [val] if val.end > val.start else [], skipped)
-    count = max(1, round(len(documents) * val_fraction)) if val_fraction else 0
+    if len(documents) == 1 and not tables:
+        head, tail = _split_file(documents[0], val_fraction)
+        return Corpus([head], [tail] if tail.end > tail.start else [], skipped)
+    count = min(len(documents) - 1, max(1, round(len(documents) * val_fraction))) if val_fraction and documents else 0
     ranked = sorted(documents, key=lambda d: hashlib.sha256(f"{seed}:{named[d.path]}".encode()).digest())
     chosen = {document.path for document in ranked[:count]}
-    return Corpus([d for d in documents if d.path not in chosen], [d for d in documents if d.path in chosen], skipped)
+    train = [*(d for d in documents if d.path not in chosen), *train]
+    return Corpus(train, [*(d for d in documents if d.path in chosen), *val], skipped)
+
+
+def _expanded(sources: Sequence[str | PathLike[str]]) -> Iterator[str | PathLike[str]]:
+    """The sources, with the files that match it in place of a pattern."""
+    for source in sources:
+        name = str(source)
+        if re.search(r"[*?\[]", name) and not name.startswith(HUB) and not Path(name).exists():
+            paths = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+            if not paths:
+                raise FileNotFoundError(f"{name}: no file matches this pattern")
+            yield from paths
+        else:
+            yield source
+
+
+def _is_table(path: str | PathLike[str]) -> bool:
+    return split_suffix(str(path))[0] in TABLE_SUFFIXES
+
+
+def _split_table(source: Source, column: str, val_fraction: float, seed: int) -> tuple[tuple[Rows, Rows], int]:
+    """((training rows, validation rows), number of empty rows), having read all of them once."""
+    hashes = []
+    num_empty = 0
+    for index, text in _texts(source, column):
+        if text:
+            hashes.append(_row_hash(seed, source, index))
+        else:
+            num_empty += 1
+    if not hashes:
+        raise ValueError(f"{source.name}: must have a row with text; it has none")
+    most = -1
+    if val_fraction and len(hashes) > 1:
+        hashes.sort()
+        most = hashes[min(len(hashes) - 1, max(1, round(len(hashes) * val_fraction))) - 1]
+    num_val = sum(code <= most for code in hashes)
+    return (
+        Rows(source, column, seed, most, False, len(hashes) - num_val),
+        Rows(source, column, seed, most, True, num_val),
+    ), num_empty
 
 
 def _list_files(source: str | PathLike[str], suffixes: Sequence[str]) -> Iterator[tuple[Path, str]]:
@@ -209,12 +342,13 @@ def write_shards(
     counts = {}
     for split, segments in (("train", corpus.train), ("val", corpus.val)):
         with atomic_file(folder / f"{split}.bin") as file:
-            num_tokens = 0
-            for ids in _encode(segments, tokenizer):
+            num_tokens = num_bytes = 0
+            for ids, size in _encode(segments, tokenizer):
                 file.write(np.asarray(ids, dtype=dtype).tobytes())
                 num_tokens += len(ids)
+                num_bytes += size
         counts[f"{split}_tokens"] = num_tokens
-        counts[f"{split}_bytes"] = sum(s.end - s.start for s in segments)
+        counts[f"{split}_bytes"] = num_bytes
     meta = ShardMeta(
         dtype=dtype.name,
         vocab_size=tokenizer.vocab_size,
@@ -228,23 +362,24 @@ def write_shards(
     return meta
 
 
-def _encode(segments: Iterable[Segment], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids of the segments' pieces, encoded a batch at a time."""
+def _encode(segments: Iterable[Segment | Rows], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
+    """(token ids, bytes of text) of the documents' pieces, encoded a batch at a time."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for batch in _batches(_marked_pieces(segments)):
-        for ids, (_, is_end) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch, strict=True):
-            yield ids + separator if is_end else ids
+        for ids, (text, is_end) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch, strict=True):
+            yield ids + separator if is_end else ids, len(text.encode())
 
 
-def _marked_pieces(segments: Iterable[Segment]) -> Iterator[tuple[str, bool]]:
+def _marked_pieces(segments: Iterable[Segment | Rows]) -> Iterator[tuple[str, bool]]:
     """(piece, whether it ends its document)."""
     for segment in segments:
-        last = ""
-        for piece in segment.pieces():
-            if last:
-                yield last, False
-            last = piece
-        yield last, True
+        for document in segment.documents():
+            last = ""
+            for piece in document:
+                if last:
+                    yield last, False
+                last = piece
+            yield last, True
 
 
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

@@ -1,8 +1,8 @@
 """Decoding with the rows' state in one place, where a step finds all it needs: on a GPU, or on a CPU.
 
 On a GPU a step is 5 L + 3 kernel launches in a CUDA graph, and the host never waits for the step it has just started.
-On a CPU a step is one call of the native backend. Rows end inside the step (stop tokens, limits, a full context). The
-host learns of it when it reads that step's tokens; on a GPU the next step runs meanwhile.
+On a CPU a step, or some until a row ends, is one call of the native backend. Rows end inside the step (stop tokens,
+limits, a full context). The host learns of it when it reads that step's tokens; on a GPU the next step runs meanwhile.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
-from fastgpt2.layers import Block, LayerNorm, Linear
+from fastgpt2.layers import MLP, Attention, Block, LayerNorm, Linear, Transformer
 from fastgpt2.model import GPT2Base
 from fastgpt2.weights_mark import WeightsMark
 from fastgpt2_kernels import ops
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # False in a build of PyTorch for CPUs. A kernel sanitizer's "cuda" device is then a stand-in without graphs and events.
 _HAS_GPU_RUNTIME = bool(torch.version.cuda or torch.version.hip)
+# What a step computes; other modules in their places (adapters, quantized layers) compute something else.
+_MODULES = {Attention, Block, LayerNorm, Linear, MLP, Transformer, nn.Embedding, nn.ModuleList}
 _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "native": (torch.float32, torch.bfloat16),
@@ -56,6 +58,9 @@ def why_not_decode(model: GPT2Base) -> str | None:
         return f"it takes head sizes up to {ops.MAX_HEAD_SIZE}; the model's is {config.head_dim}"
     if config.activation_function != "linear" and config.activation_function not in ops.TRITON_ACTIVATIONS:
         return f"the activation {config.activation_function!r} has no kernel"
+    replaced = [name for name, module in model.named_modules() if type(module) not in _MODULES | {type(model)}]
+    if replaced:
+        return f"a module of the model was replaced (an adapter?): {replaced[0]}"
     parameters = list(model.parameters())
     if any(p.device != device or p.dtype != model.dtype for p in parameters):
         return "the model's parameters are not all on one device and of one dtype"
@@ -77,17 +82,25 @@ class NewRow(NamedTuple):
 
 
 class Results(NamedTuple):
-    """A step's tokens and natural-log probabilities, by slot, while they are copied to the host."""
+    """Tokens and natural-log probabilities of some steps, by step and slot, while they are copied to the host."""
 
     tokens: Tensor
     logprobs: Tensor
     ready: torch.cuda.Event | None
 
+    @property
+    def num_steps(self) -> int:
+        return len(self.tokens)
+
     def read(self) -> tuple[list[int], list[float]]:
-        """Wait until that step is done; steps after it may still run."""
+        """Those of the last step, by slot. Waits until it is done; steps after it may still run."""
+        return self.read_all()[-1]
+
+    def read_all(self) -> list[tuple[list[int], list[float]]]:
+        """Those of every step."""
         if self.ready is not None:
             self.ready.synchronize()
-        return self.tokens.tolist(), self.logprobs.tolist()
+        return list(zip(self.tokens.tolist(), self.logprobs.tolist(), strict=True))
 
 
 class DecodeSession:
@@ -246,18 +259,42 @@ class DecodeSession:
         state.produced[slots] = 1
         return self._results()
 
-    def step(self, slots: Sequence[int]) -> Results:
-        """Start a step that makes a token for each of `slots`. Rows that have ended are left as they are."""
+    def step(self, slots: Sequence[int], most: int = 1) -> Results:
+        """Start a step that makes a token for each of `slots`. Rows that have ended are left as they are.
+
+        most: on a CPU up to so many steps follow each other without the host, until a row has ended.
+        """
         if not 0 < len(slots) <= self.num_slots or len(set(slots)) != len(slots):
             raise ValueError(f"DecodeSession: a step takes 1 .. {self.num_slots} different slots; got {list(slots)}")
         self._find_cache()
         bucket = self._bucket(len(slots))
         rows = self._device_rows(bucket, slots)
+        if isinstance(self._step, ops.NativeStep):
+            done = self._step.run(rows, most)
+            return Results(self._step.tokens[:done].clone(), self._step.logprobs[:done].clone(), None)
         if self.use_graphs:
             self._replay(bucket, rows)
         else:
             self._run(rows)
         return self._results()
+
+    def step_logits(self, num_rows: int) -> Tensor:
+        """The logits (R, V) float32 of the last step, in the order of its slots; the next step overwrites them.
+
+        They are those of its slots only if all of them went on.
+        """
+        if isinstance(self._step, ops.NativeStep):
+            return self._step.step_logits(num_rows)
+        return self._kernels.buffers.logits[:num_rows]
+
+    def replace_tokens(self, slots: Sequence[int], tokens: Tensor) -> None:
+        """Put other tokens (R,) in place of those that `begin` or the last step chose for the slots.
+
+        ValueError for a session with a repetition penalty, which has marked its own choice already.
+        """
+        if self.seen is not None:
+            raise ValueError("DecodeSession: with a repetition penalty tokens cannot be replaced; make it without one")
+        self.slots.tokens[list(slots)] = tokens.to(self.slots.tokens)
 
     def _find_cache(self) -> None:
         cache = (self.cache.keys.data_ptr(), self.cache.capacity)
@@ -266,10 +303,7 @@ class DecodeSession:
             self._cached = cache
 
     def _run(self, rows: Tensor) -> None:
-        if isinstance(self._step, ops.NativeStep):
-            self._step.run(rows)
-        else:
-            self._kernels.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
+        self._kernels.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
 
     def _device_rows(self, bucket: int, slots: Sequence[int]) -> Tensor:
         """The slots of a bucket's rows, in the tensor that its graph reads."""
@@ -284,7 +318,7 @@ class DecodeSession:
         return tensor
 
     def _results(self) -> Results:
-        tokens, logprobs = self.slots.tokens, self.slots.logprobs
+        tokens, logprobs = self.slots.tokens[None], self.slots.logprobs[None]
         if not self._is_asynchronous:
             return Results(tokens.clone(), logprobs.clone(), None)
         with torch.cuda.device(self._gpu):
@@ -408,7 +442,10 @@ def release_session(model: GPT2Base, session: DecodeSession) -> None:
 
 
 def drop_sessions(model: GPT2Base) -> None:
-    """Free what is kept for the model's next run: its session, and its packed weights."""
+    """Free what generation keeps for the model's next run: packed weights, a cache, CUDA graphs.
+
+    The next run reads the weights anew, so it also follows a change that was not noticed (see `WeightsMark`).
+    """
     _KEPT.pop(model, None)
     _PACKED.pop(model, None)
 
@@ -485,17 +522,18 @@ def slot_sampling(
 ) -> ops.SlotSampling:
     """`config` for every slot. A filter that is off is None, so that the kernel has no code for it."""
 
-    def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((num_slots,), value, dtype=dtype, device=device)
+    def full(name: str, value: float) -> Tensor:
+        dtype = torch.int32 if name == "top_k" else torch.float32
+        return torch.full((num_slots,), ops.in_range(name, value), dtype=dtype, device=device)
 
-    penalty = None if seen is None else full(config.repetition_penalty)
+    penalty = None if seen is None else full("repetition_penalty", config.repetition_penalty)
     if config.is_greedy:
         return ops.SlotSampling(penalty=penalty, seen=seen)
     return ops.SlotSampling(
-        temperature=full(config.temperature),
-        top_k=None if config.top_k is None else full(config.top_k, torch.int32),
-        top_p=None if config.top_p is None or config.top_p >= 1.0 else full(config.top_p),
-        min_p=full(config.min_p) if config.min_p else None,
+        temperature=full("temperature", config.temperature),
+        top_k=None if config.top_k is None else full("top_k", config.top_k),
+        top_p=None if config.top_p is None or config.top_p >= 1.0 else full("top_p", config.top_p),
+        min_p=full("min_p", config.min_p) if config.min_p else None,
         penalty=penalty,
         seen=seen,
     )

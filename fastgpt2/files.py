@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -44,36 +45,64 @@ def atomic_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
 def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
     """`with staged_folder(path) as stage:` writes files into `stage`; at the end of the block they move into `path`.
 
-    They move when all of them are on disk. A process killed within leaves a folder that `remove_leftovers` clears away.
+    They move when all of them are on disk. A process killed within leaves a folder, which the next `staged_folder` at
+    `path` clears away: a stage is locked while somebody writes into it.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: a checkpoint is a folder, and this is a file; name another")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned_stages(folder)
     stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=folder))
     try:
-        yield stage
-        files = sorted(stage.iterdir())
-        for file in files:
-            _sync(file)
-        for file in files:
-            os.replace(file, folder / file.name)
-        _sync(folder)
+        with locked_folder(stage):
+            yield stage
+            files = sorted(stage.iterdir())
+            for file in files:
+                _sync(file)
+            for file in files:
+                os.replace(file, folder / file.name)
+            _sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def lock(file: int, path: str | PathLike[str]) -> None:
-    """Lock an open file or folder until it is closed; BlockingIOError, calling it `path`, where another process has."""
+def create_file(path: Path, content: bytes) -> bool:
+    """Make a file with this content at once; False where there is one of that name already, which stays."""
+    # Processes of several machines may do this at once, and two of them may have one number.
+    temporary = path.with_name(f"{_temporary(path).name}{secrets.randbelow(10**12):012}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+    return True
+
+
+def lock(file: int, path: str | PathLike[str], *, wait: bool = False) -> None:
+    """Lock an open file or folder until it is closed.
+
+    Where another process has locked it, BlockingIOError, calling it `path`; or wait for that process.
+    """
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise BlockingIOError(f"{path}: another process is writing to it; wait for it or name another") from None
 
@@ -103,9 +132,9 @@ def check_archive(path: str | PathLike[str]) -> None:
     A file with compressed records is refused too. `torch.save` writes none: memory maps of them hold garbage, and a
     small file could inflate to any size. Files of PyTorch before 1.6 are no archives and have no checksums.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
@@ -117,7 +146,9 @@ def check_archive(path: str | PathLike[str]) -> None:
                     with archive.open(record) as file:
                         while file.read(1 << 20):
                             pass
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file itself cannot be opened; without a name it is a place that the bytes name
         raise ValueError(f"{path}: is damaged ({first_line(error)}); fetch or write it anew") from error
 
 
@@ -141,6 +172,20 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
             path.unlink()
         elif name is None and path.name.startswith(_STAGE_PREFIX):
             shutil.rmtree(path)
+
+
+def _remove_abandoned_stages(folder: Path) -> None:
+    """Remove the stages in a folder that nobody holds a lock on: their processes were killed."""
+    if os.name == "nt":
+        return  # nobody can lock a folder there
+    for stage in folder.glob(f"{_STAGE_PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is locked, has just gone, or its file system has no locks
+            descriptor = os.open(stage, os.O_RDONLY)
+            try:
+                lock(descriptor, stage)
+                shutil.rmtree(stage)
+            finally:
+                os.close(descriptor)
 
 
 def _temporary(path: Path) -> Path:

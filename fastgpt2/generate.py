@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence, Sized
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastgpt2.config import SamplingConfig
+from fastgpt2.constraints import LogitsProcessor
 from fastgpt2.messages import shown
 from fastgpt2.model import GPT2Base
 from fastgpt2.scheduler import Request, Sample, Scheduler, TokenEvent
@@ -25,22 +27,26 @@ __all__ = [
     "TokenEvent",
     "generate",
     "generate_iter",
+    "lists_options",
     "prompt_token_ids",
     "stream",
 ]
 
 Prompts = Iterable[str] | Iterable[Sequence[int]] | Tensor
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class GenerateOptions(TypedDict, total=False):
     """The keyword arguments of `generate`, `generate_iter` and `stream`; see `generate_iter`."""
 
+    attention_mask: Tensor | None
     num_samples: int
     batch_size: int
     sample_ids: Iterable[int] | None
     skip: Container[tuple[int, int]]
     pack_weights: bool
     weight_dtype: torch.dtype | str | None
+    logits_processor: LogitsProcessor | None
     sampling: SamplingConfig | None
     # the fields of SamplingConfig, in place of `sampling`
     max_new_tokens: int
@@ -52,6 +58,11 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     stop_strings: Sequence[str]
     seed: int
+    min_new_tokens: int
+    no_repeat_ngram_size: int
+    suppress_tokens: Sequence[int]
+    bad_words_ids: Sequence[Sequence[int]]
+    sequence_bias: Mapping[tuple[int, ...], float] | Sequence[tuple[Sequence[int], float]]
 
 
 def generate(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateOptions]) -> list[Sample]:
@@ -63,11 +74,18 @@ def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateO
     """Continue every prompt; yields each sample when it ends.
 
     A sample's tokens depend on (seed, prompt id, sample index) alone. The prompt id is the prompt's index, or what
-    `sample_ids` says.
+    `sample_ids` says. Where a decoding step serves the model (`fastgpt2.decode.why_not_decode`), tokens and
+    log-probabilities are the same bit for bit whatever rows are beside it, on one machine with one number of threads.
+    PyTorch's own operators round a row by how many rows there are: log-probabilities may then differ in their last
+    bits, and a token where two nearly tie.
+
+    The model's mode is neither used nor touched: dropout is off. The weights have to stay as they are during a run.
 
     Args:
         prompts: texts (the model needs a tokenizer), sequences of token ids, or a (B, T) tensor; of any lengths. An
             iterable is read as room becomes free.
+        attention_mask: (B, T), 0 where a tensor of prompts is padding, 1 where it is not. Padding is left out, wherever
+            it lies. A tensor that seems padded (with the model's `pad_token_id`) needs one.
         num_samples: continuations of each prompt; 1 by default.
         batch_size: rows decoded together; 32 by default.
         sample_ids: an int >= 0 for each prompt, in place of its index.
@@ -75,10 +93,14 @@ def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateO
         pack_weights: on a CPU, lay the weights out for speed, which takes their memory once more; on by default.
         weight_dtype: "int8" holds the linear layers' weights in 8 bits, with a scale for every output: faster, and a
             little less exact. None keeps the model's dtype.
+        logits_processor: changes the logits of a row before its next token is chosen: (ids so far (1, T), logits
+            (1, V)) -> logits (1, V). It sees them after biases and bans, before repetition penalty and temperature.
         sampling: a `SamplingConfig`; or its fields, the seed among them, by keyword.
 
     Raises:
         ValueError: a prompt is empty or does not fit the context; samples yielded before stay good.
+        RuntimeError: logits are not finite; or the weights were changed in place during the run, as PyTorch's count of
+            changes tells (what is written through `.data` is not counted, and what comes of it is not defined).
     """
     return (event.finished for event in _run(model, prompts, **options) if event.finished is not None)
 
@@ -95,10 +117,12 @@ def _run(
     model: GPT2Base,
     prompts: Prompts,
     *,
+    attention_mask: Tensor | None = None,
     num_samples: int = 1,
     batch_size: int = 32,
     sample_ids: Iterable[int] | None = None,
     skip: Container[tuple[int, int]] = (),
+    logits_processor: LogitsProcessor | None = None,
     sampling: SamplingConfig | None = None,
     pack_weights: bool = True,
     weight_dtype: torch.dtype | str | None = None,
@@ -109,9 +133,10 @@ def _run(
         raise TypeError(
             f"generate: give sampling or its fields, not both; got sampling and {', '.join(sorted(fields))}"
         )
-    unknown = sorted(set(fields) - set(SamplingConfig.__dataclass_fields__))
+    fields_of_sampling = set(SamplingConfig.__dataclass_fields__)
+    unknown = sorted(set(fields) - fields_of_sampling)
     if unknown:
-        known = "num_samples, batch_size, sample_ids, skip, sampling, pack_weights, weight_dtype"
+        known = ", ".join(name for name in GenerateOptions.__annotations__ if name not in fields_of_sampling)
         raise TypeError(
             f"generate: unknown argument {', '.join(unknown)}; there are {known} and the fields of SamplingConfig"
         )
@@ -122,15 +147,56 @@ def _run(
             raise ValueError(f"generate: {name} must be an int >= 1; got {value!r}")
     if sampling.stop_strings and model.tokenizer is None:
         raise ValueError("generate: stop_strings need a tokenizer; set model.tokenizer or use stop_token_ids")
+    if logits_processor is not None and not callable(logits_processor):
+        raise TypeError(f"generate: logits_processor must be callable; got {type(logits_processor).__name__}")
     if isinstance(prompts, str):
         prompts = [prompts]
+    if isinstance(prompts, Tensor) or attention_mask is not None:
+        prompts = _without_padding(model, prompts, attention_mask)
     if isinstance(prompts, Sized):
         batch_size = max(1, min(batch_size, len(prompts) * num_samples))
     if weight_dtype not in (None, "int8", torch.int8):
         raise ValueError(f"generate: weight_dtype must be None or 'int8'; got {weight_dtype!r}")
     int8 = None if weight_dtype is None else torch.int8
     source = _read_prompts(model, prompts, num_samples, sample_ids, skip)
-    return Scheduler(model, source, sampling, batch_size, pack_weights, int8, want_text).run()
+    return Scheduler(model, source, sampling, batch_size, pack_weights, int8, logits_processor, want_text).run()
+
+
+def _without_padding(model: GPT2Base, prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
+    """The rows of a tensor of prompts; ValueError where there may be padding that no mask tells of."""
+    if not isinstance(prompts, Tensor):
+        raise ValueError(
+            f"generate: attention_mask goes with a tensor of prompts; got {type(prompts).__name__}, which needs none"
+        )
+    if prompts.dim() != 2 or prompts.is_floating_point():
+        raise ValueError(
+            f"generate: a tensor of prompts must be (B, T) integers; got {prompts.dtype} {tuple(prompts.shape)}"
+        )
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.shape != prompts.shape:
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"generate: attention_mask must be a tensor {tuple(prompts.shape)}, as prompts; got {got}")
+        if (bad := mask[(mask != 0) & (mask != 1)]).numel():
+            raise ValueError(f"generate: attention_mask must hold 0 at padding and 1 at tokens; got {bad[0].item()}")
+        return [ids[kept].tolist() for ids, kept in zip(prompts.cpu(), mask.cpu().bool(), strict=True)]
+    pad = model.config.pad_token_id
+    if pad is not None and prompts.numel() and _seems_padded(model, prompts.cpu() == pad):
+        raise ValueError(
+            f"generate: rows of the tensor of prompts begin or end with the pad token {pad}; give attention_mask (0 at "
+            "padding, 1 at tokens), or lists without padding"
+        )
+    return prompts.tolist()
+
+
+def _seems_padded(model: GPT2Base, is_pad: Tensor) -> bool:
+    """Whether rows (B, T) begin or end with padding; one pad token in every row may be there to begin or end a text."""
+    config = model.config
+    marks_ends = config.pad_token_id in (config.bos_token_id, *config.eos_token_ids)
+    for side in (is_pad, is_pad.flip(1)):
+        runs = side.long().cumprod(1).sum(1)
+        if int(runs.max()) > int(marks_ends) or int(runs.max()) != int(runs.min()):
+            return True
+    return False
 
 
 def _read_prompts(
@@ -141,12 +207,6 @@ def _read_prompts(
     skip: Container[tuple[int, int]],
 ) -> Iterator[Request]:
     """Every prompt that has samples to generate, checked."""
-    if isinstance(prompts, Tensor):
-        if prompts.dim() != 2 or prompts.is_floating_point():
-            raise ValueError(
-                f"generate: a tensor of prompts must be (B, T) integers; got {prompts.dtype} {tuple(prompts.shape)}"
-            )
-        prompts = prompts.tolist()
     identities = iter(sample_ids) if sample_ids is not None else None
     for index, prompt in enumerate(prompts):
         identity = index if identities is None else next(identities, None)
@@ -198,3 +258,29 @@ def _token_id(token: object, name: str) -> int:
         return operator.index(token)  # type: ignore[arg-type]  # a TypeError says what is none
     except TypeError:
         raise TypeError(f"generate: token ids must be integers; {name} holds {shown(token)}") from None
+
+
+# -- signatures --------------------------------------------------------------------------------------------------------
+
+
+def lists_options(function: _Function) -> _Function:
+    """Name the `GenerateOptions` one by one, with their defaults, in the signature of a function that takes them."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(_run).parameters.items()}
+    defaults |= {name: field.default for name, field in SamplingConfig.__dataclass_fields__.items()}
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults[name],
+            annotation=getattr(annotation, "__forward_arg__", annotation),
+        )
+        for name, annotation in GenerateOptions.__annotations__.items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return function
+
+
+for _function in (generate, generate_iter, stream):
+    lists_options(_function)

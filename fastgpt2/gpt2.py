@@ -11,10 +11,21 @@ import torch
 from fastgpt2.decode import drop_sessions
 from fastgpt2.formats.huggingface import save_pretrained
 from fastgpt2.formats.load import load_model
-from fastgpt2.generate import GenerateOptions, Prompts, Sample, TokenEvent, generate, generate_iter, stream
+from fastgpt2.formats.transformers import from_transformers, to_transformers
+from fastgpt2.generate import (
+    GenerateOptions,
+    Prompts,
+    Sample,
+    TokenEvent,
+    generate,
+    generate_iter,
+    lists_options,
+    stream,
+)
 from fastgpt2.model import GPT2Base
 
 if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
     from typing_extensions import Self, Unpack
 
 
@@ -66,23 +77,45 @@ class GPT2(GPT2Base):
             config_changes=config_changes,
         )
 
-    def unpack(self) -> None:
-        """Free what generation keeps for its next run: packed weights, a cache, CUDA graphs. `train()` does so too."""
-        super().unpack()
-        drop_sessions(self)
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode. Training mode frees what generation keeps for its next run: see `decode.drop_sessions`."""
+        if mode:
+            drop_sessions(self)
+        return super().train(mode)
+
+    @classmethod
+    def from_transformers(cls, hf_model: GPT2LMHeadModel, *, backend: str = "auto") -> Self:
+        """A model on the weights of transformers' `GPT2LMHeadModel`: no copy.
+
+        It has that model's dtype, device and mode, and freezes what is frozen there. The two share their storage (our
+        linear weights are transposed views of the Conv1D ones): whatever changes a weight in place, as an optimizer
+        does, changes it in both. Gradients and hooks are not shared.
+
+        Raises:
+            TypeError: the model is another one.
+            ValueError: its configuration or weights (adapters, quantized layers) are not plain GPT-2.
+        """
+        return from_transformers(cls, hf_model, backend=backend)
+
+    def to_transformers(self) -> GPT2LMHeadModel:
+        """transformers' GPT2LMHeadModel on the weights of this model, in the same mode; they share their storage."""
+        return to_transformers(self)
 
     def save_pretrained(self, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers loads; see `fastgpt2.checkpoint.save_pretrained`."""
         save_pretrained(self, path, dtype=dtype)
 
+    @lists_options
     def generate(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> list[Sample]:
         """Continue prompts of any lengths; see `fastgpt2.generate.generate`."""
         return generate(self, prompts, **options)
 
+    @lists_options
     def generate_iter(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[Sample]:
         """Yield finished samples as they end; see `fastgpt2.generate.generate_iter`."""
         return generate_iter(self, prompts, **options)
 
+    @lists_options
     def stream(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[TokenEvent]:
         """Yield every token as it is chosen; see `fastgpt2.generate.stream`."""
         return stream(self, prompts, **options)

@@ -18,16 +18,19 @@ from fastgpt2.operators import Attend, Operators
 _DEFAULT_OPERATORS = Operators()
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """activation(x weight^T + bias): x (..., in), weight (out, in) -> (..., out)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__()
-        self.weight: nn.Parameter = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+    def reset_parameters(self) -> None:
+        """Nothing: `init_weights` of the model draws every number."""
 
     def forward(self, x: Tensor, operators: Operators = _DEFAULT_OPERATORS, *, activation: str = "linear") -> Tensor:
         return operators.linear(x, self.weight, self.bias, activation=activation)
+
+
+def apply_linear(layer: nn.Module, x: Tensor, operators: Operators) -> Tensor:
+    """The layer's output; one that was put in a `Linear`'s place (an adapter) knows of no operators."""
+    return layer(x, operators) if isinstance(layer, Linear) else layer(x)
 
 
 class LayerNorm(nn.Module):
@@ -78,8 +81,11 @@ class MLP(nn.Module):
         self.activation_name = "linear" if learned else config.activation_function
 
     def forward(self, x: Tensor, operators: Operators) -> Tensor:
-        x = self.c_fc(x, operators, activation=self.activation_name)
-        return self.c_proj(x if self.act is None else self.act(x), operators)
+        if isinstance(self.c_fc, Linear):
+            x = self.c_fc(x, operators, activation=self.activation_name)
+        else:
+            x = operators.activation(self.c_fc(x), self.activation_name)
+        return apply_linear(self.c_proj, x if self.act is None else self.act(x), operators)
 
 
 class Block(nn.Module):
@@ -96,13 +102,11 @@ class Block(nn.Module):
         self.residual_dropout = config.residual_dropout
 
     def forward(self, x: Tensor, attend: Attend, operators: Operators) -> Tensor:
-        qkv = self.attn.c_attn(self.ln_1(x, operators), operators)
-        y = self.attn.c_proj(attend(qkv, self.layer, self.scale), operators)
-        y, x = self.ln_2(self._drop(y), operators, residual=x)  # x has become the sum
-        return x + self._drop(self.mlp(y, operators))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.residual_dropout) if self.training and self.residual_dropout else x
+        qkv = apply_linear(self.attn.c_attn, self.ln_1(x, operators), operators)
+        y = apply_linear(self.attn.c_proj, attend(qkv, self.layer, self.scale), operators)
+        y = operators.dropout(y, self.residual_dropout, self.training)
+        y, x = self.ln_2(y, operators, residual=x)  # x has become the sum
+        return x + operators.dropout(self.mlp(y, operators), self.residual_dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -121,7 +125,7 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend, operators: Operators) -> Tensor:
         """Hidden states (..., C) of token ids (...); training, prefill and decoding all run this."""
         x = self.wte(input_ids) + self.wpe(position_ids)
-        x = F.dropout(x, self.embedding_dropout, self.training)
+        x = operators.dropout(x, self.embedding_dropout, self.training)
         for block in self.h:
             x = block(x, attend, operators)
         return self.ln_f(x, operators)

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from fastgpt2.model import GPT2Base
-from fastgpt2.operators import operator_backend
-from fastgpt2_kernels import ops
 
 IGNORE_INDEX = -100
 
@@ -39,6 +37,8 @@ def calculate_loss(
     The softmax is float32 whatever the model's dtype.
 
     Args:
+        model: a `GPT2`, or what wraps one and calls it: DistributedDataParallel and FSDP synchronise the gradients, and
+            what `torch.compile` made runs compiled.
         target_tensor: `target_tensor[b, t]` is the token that should follow `input_tensor[b, : t + 1]`; the targets are
             shifted already (`shift_targets` makes them).
         ignore_index: targets equal to it count for nothing. The default of -100 ignores no token. With 0, as
@@ -46,21 +46,16 @@ def calculate_loss(
         options: go to `fastgpt2.kernels.linear_cross_entropy` (reduction, label_smoothing, z_loss,
             num_items_in_batch ...).
     """
-    core = _core(model)
+    if not any(isinstance(module, GPT2Base) for module in model.modules()):
+        raise TypeError(
+            f"calculate_loss: model must be a fastgpt2.GPT2, or a wrapper of one; got {type(model).__name__}"
+        )
     if target_tensor.shape != input_tensor.shape:
         raise ValueError(
             f"calculate_loss: target_tensor must have the shape {tuple(input_tensor.shape)} of input_tensor; "
             f"got {tuple(target_tensor.shape)}"
         )
-    hidden_BTC = core.hidden_states(input_tensor)
-    return ops.linear_cross_entropy(
-        hidden_BTC,
-        core.lm_head.weight,
-        target_tensor,
-        ignore_index=ignore_index,
-        backend=operator_backend(core.backend),
-        **options,
-    )
+    return model(input_tensor, targets=target_tensor, ignore_index=ignore_index, **options)
 
 
 def train_step(
@@ -78,6 +73,7 @@ def train_step(
     The targets are the input shifted by one; the last position has none.
 
     Args:
+        model: as in `calculate_loss`.
         optimizer: None leaves the gradients in `.grad`, added to what is there (accumulation).
         pad_token_id: targets equal to it are ignored.
         num_items_in_batch: the number of targets that count in all the batches that are accumulated. Each loss is then
@@ -98,11 +94,3 @@ def train_step(
     if optimizer is not None:
         optimizer.step()
     return loss.detach()
-
-
-def _core(model: torch.nn.Module) -> GPT2Base:
-    """The model inside a `torch.compile` wrapper."""
-    core = getattr(model, "_orig_mod", model)
-    if not isinstance(core, GPT2Base):
-        raise TypeError(f"calculate_loss: model must be a fastgpt2.GPT2; got {type(model).__name__}")
-    return core

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 
-def listed(items: list[str]) -> str:
+def listed(items: list[str], limit: int = 6) -> str:
     """The first items with commas between, and how many more there are."""
-    shown = ", ".join(items[:6]) or "none"
-    return f"{shown} and {len(items) - 6} more" if len(items) > 6 else shown
+    shown = ", ".join(items[:limit]) or "none"
+    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
 
 
 def counted(number: int, noun: str) -> str:
@@ -24,5 +24,6 @@ def shown(value: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, as part of a sentence of ours."""
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".:; ")
+    """What another library's error says, as part of a sentence of ours: its first line, cut where it is long."""
+    text = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".:; ")
+    return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"

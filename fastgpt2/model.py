@@ -10,14 +10,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import GPT2Config
-from fastgpt2.layers import Linear, Transformer
-from fastgpt2.operators import CachedAttention, CausalAttention, Operators
-from fastgpt2.packed_weights import PackedOperators
+from fastgpt2.layers import Linear, Transformer, apply_linear
+from fastgpt2.operators import CachedAttention, CausalAttention, Operators, operator_backend
 from fastgpt2.tokenizer import Tokenizer
 from fastgpt2_kernels import ops
 
@@ -54,7 +52,6 @@ class GPT2Base(nn.Module):
         self.config = config
         self.backend = backend
         self.tokenizer: Tokenizer | None = None  # for text in and out; nothing here uses it
-        self._packed: PackedOperators | None = None
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -101,29 +98,6 @@ class GPT2Base(nn.Module):
         """Parameters, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def pack(self) -> bool:
-        """Lay the linear layers' weights out for generation on a CPU; False where this machine or dtype has no layout.
-
-        The copy is kept beside the weights (as much memory again) until `train()` or `unpack()`. Packing again packs
-        what has changed since.
-        """
-        weights = [module.weight for module in self.modules() if isinstance(module, Linear)]
-        self._packed = PackedOperators.pack(weights, self.backend, self._packed)
-        return self._packed is not None
-
-    def unpack(self) -> None:
-        """Drop what `pack` made."""
-        self._packed = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A packed weight can be neither pickled nor deep-copied; a copy is packed anew when that is wanted.
-        return {**self.__dict__, "_packed": None}
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            self.unpack()
-        return super().train(mode)
-
     # -- forward ------------------------------------------------------------------------------------------------
 
     def forward(
@@ -133,27 +107,40 @@ class GPT2Base(nn.Module):
         cache: KVCache | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
+        **loss_options: Any,
     ) -> Tensor:
-        """Logits (B, T, V) of token ids (B, T), int64 or int32.
+        """Logits (B, T, V) of token ids (B, T), int64 or int32; with `targets` the loss, and no logits.
 
         Args:
             cache: the ids are new tokens of its B slots, which may hold rows of different lengths; they are appended
                 to it. Evaluation only.
             position_ids: (B, T), in place of 0 .. T-1.
             cu_seqlens: see `hidden_states`.
+            targets: (B, T), the token that should follow each position. `calculate_loss` gives them so that wrappers
+                (DistributedDataParallel, FSDP, torch.compile) see the loss as part of the forward pass.
+            loss_options: with `targets`, options of `fastgpt2.kernels.linear_cross_entropy`.
         """
+        if targets is None and loss_options:
+            raise TypeError(f"GPT2: unknown argument {', '.join(loss_options)}; options of the loss need targets")
         if cache is None:
-            return self.lm_head(self.hidden_states(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens))
-        if position_ids is not None or cu_seqlens is not None:
-            raise ValueError("GPT2: a cache knows its positions; position_ids and cu_seqlens cannot be given with it")
+            hidden = self.hidden_states(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
+            return self.logits(hidden) if targets is None else self._loss(hidden, targets, loss_options)
+        if position_ids is not None or cu_seqlens is not None or targets is not None:
+            raise ValueError(
+                "GPT2: a cache knows its positions, and there is no loss with it; position_ids, cu_seqlens and targets "
+                "cannot be given with it"
+            )
+        if self.training:
+            raise ValueError("GPT2: a cache is for evaluation; call model.eval() first")
         self._check_ids(input_ids)
         B, T = input_ids.shape
         if cache.num_slots != B:
             raise ValueError(f"GPT2: input_ids has {B} rows and the cache {cache.num_slots} slots; they must agree")
         if T == 0:
-            return self.lm_head(input_ids.new_zeros((B, 0, self.config.hidden_size), dtype=self.dtype))
+            return self.logits(input_ids.new_zeros((B, 0, self.config.hidden_size), dtype=self.dtype))
         plan = ops.plan_rows(range(B), [T] * B, cache.lengths, self.device)
-        return self.lm_head(self.extend(input_ids.reshape(-1), plan, cache)).view(B, T, -1)
+        return self.logits(self.extend(input_ids.reshape(-1), plan, cache)).view(B, T, -1)
 
     def hidden_states(
         self, input_ids: Tensor, *, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -185,14 +172,13 @@ class GPT2Base(nn.Module):
         return self.transformer(input_ids, position_ids, attend, Operators(self.backend))
 
     @torch.no_grad()
-    def extend(self, token_ids: Tensor, plan: ops.RowPlan, cache: KVCache, *, packed: bool = False) -> Tensor:
+    def extend(self, token_ids: Tensor, plan: ops.RowPlan, cache: KVCache) -> Tensor:
         """Append new tokens to rows of `cache`; prefill and decoding are both this.
 
-        Rows of any lengths and numbers of new tokens go together without padding. Not for training mode.
+        Rows of any lengths and numbers of new tokens go together without padding. Dropout is off in every mode.
 
         Args:
             token_ids: (N,) the new tokens, laid row after row as `plan` says.
-            packed: use the weights that `pack` laid out.
 
         Returns:
             Hidden states (N, C), what `logits` turns into logits.
@@ -200,30 +186,32 @@ class GPT2Base(nn.Module):
         Raises:
             ValueError: a row would not fit in the context; the cache is then as it was.
         """
-        if self.training:
-            raise ValueError("GPT2: a cache is for evaluation; call model.eval() first")
         self._check_range(token_ids, self.config.vocab_size, "token ids", "the vocabulary")
         needed = max((past + count for _, count, past in plan.rows), default=0)
         if needed > self.config.context_length:
             raise ValueError(f"GPT2: {needed} tokens do not fit in the context of {self.config.context_length}")
         cache.reserve(needed)
 
-        operators, attend = self._operators(packed), CachedAttention(cache, plan, self.backend)
-        num_tokens, positions = token_ids.shape[0], plan.positions
-        if num_tokens < operators.min_rows:
-            padding = (0, operators.min_rows - num_tokens)
-            token_ids, positions = F.pad(token_ids, padding), F.pad(positions, padding)
-        hidden = self.transformer(token_ids, positions, attend, operators)[:num_tokens]
+        attend = CachedAttention(cache, plan, self.backend)
+        operators = Operators(self.backend, may_drop=False)
+        hidden = self.transformer(token_ids, plan.positions, attend, operators)
         for slot, count, past in plan.rows:
             cache.lengths[slot] = past + count
         return hidden
 
-    def logits(self, hidden: Tensor, *, packed: bool = False) -> Tensor:
-        """The head: hidden states (..., C) -> logits (..., V). `packed` as in `extend`, for hidden states (N, C)."""
-        return self.lm_head(hidden, self._operators(packed))
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: hidden states (..., C) -> logits (..., V)."""
+        return apply_linear(self.lm_head, hidden, Operators(self.backend))
 
-    def _operators(self, packed: bool) -> Operators:
-        return self._packed if packed and self._packed is not None else Operators(self.backend)
+    def _loss(self, hidden: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
+        if not isinstance(self.lm_head, Linear):
+            raise ValueError(
+                "GPT2: the loss is computed from the head's weight, and the head was replaced by a "
+                f"{type(self.lm_head).__name__}; leave lm_head out of what adapters are put on"
+            )
+        return ops.linear_cross_entropy(
+            hidden, self.lm_head.weight, targets, backend=operator_backend(self.backend), **options
+        )
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:

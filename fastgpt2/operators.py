@@ -1,8 +1,7 @@
 """The operators that a run through the blocks uses, chosen once before the first block.
 
 Training, evaluation, prefill and decoding run the same blocks. They differ in how attention finds its keys and values
-(`CausalAttention`, `CachedAttention`) and in what multiplies by the weights (`Operators`, and its subclass in
-packed_weights.py).
+(`CausalAttention`, `CachedAttention`).
 """
 
 from __future__ import annotations
@@ -26,20 +25,25 @@ def operator_backend(backend: str) -> str:
 
 
 class Operators:
-    """Linear layers and layer norms on one backend.
+    """Linear layers, layer norms and residual dropout on one backend.
 
-    min_rows: the fewest rows that it runs fast; a caller with fewer adds rows of its own and drops their results.
+    may_drop: False turns dropout off, whatever mode the modules are in.
     """
 
-    min_rows = 1
-
-    def __init__(self, backend: str = "auto") -> None:
+    def __init__(self, backend: str = "auto", *, may_drop: bool = True) -> None:
         self.backend = operator_backend(backend)
+        self.may_drop = may_drop
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str = "linear") -> Tensor:
         # backend="triton" is an error where there is no such kernel; a model then computes this part with PyTorch.
         backend = self.backend if activation in ops.TRITON_ACTIVATIONS else "auto"
         return ops.linear(x, weight, bias, activation=activation, backend=backend)
+
+    def dropout(self, x: Tensor, p: float, training: bool) -> Tensor:
+        return F.dropout(x, p) if p and training and self.may_drop else x
+
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        return ops.activation(x, name)
 
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
@@ -77,16 +81,15 @@ class CausalAttention:
 class CachedAttention:
     """Attention of new tokens (N,) to what a cache holds of their rows; their keys and values are appended to it.
 
-    plan: which of the tokens belongs to which row. Tokens past the plan's are padding: they get zeros.
+    plan: which of the tokens belongs to which row.
     """
 
     def __init__(self, cache: KVCache, plan: ops.RowPlan, backend: str) -> None:
         self.cache, self.plan, self.backend = cache, plan, operator_backend(backend)
-        self.num_tokens = sum(count for _, count, _ in plan.rows)
 
     def __call__(self, qkv: Tensor, layer: int, scale: float) -> Tensor:
-        attended = ops.cached_attention(
-            qkv[: self.num_tokens],
+        return ops.cached_attention(
+            qkv,
             self.cache.keys[layer],
             self.cache.values[layer],
             self.plan,
@@ -94,5 +97,3 @@ class CachedAttention:
             upcast=self.cache.config.reorder_and_upcast_attn,
             backend=self.backend,
         )
-        padding = len(qkv) - self.num_tokens
-        return F.pad(attended, (0, 0, 0, padding)) if padding else attended

@@ -17,22 +17,27 @@ from torch import Tensor
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
+from fastgpt2.constraints import Constraints, LogitsProcessor
 from fastgpt2.decode import (
     DecodeSession,
     NewRow,
     Results,
     acquire_session,
     decode_backend,
+    drop_sessions,
     release_session,
     why_not_decode,
 )
 from fastgpt2.model import GPT2Base
-from fastgpt2.sampling import sample, uniforms
+from fastgpt2.operators import operator_backend
 from fastgpt2.text_stream import TextStream
+from fastgpt2.weights_mark import ChangeCounts
 from fastgpt2_kernels import ops
 
 # Prompt tokens prefilled in one forward: enough for efficient matrix products, little enough for their activations.
 PREFILL_TOKENS = 4096
+# Steps that a CPU takes in one call, if no row ends meanwhile.
+MOST_STEPS = 16
 
 
 @dataclass
@@ -109,19 +114,23 @@ class Scheduler:
         batch_size: int,
         pack_weights: bool,
         weight_dtype: torch.dtype | None,
+        processor: LogitsProcessor | None,
         want_text: bool,
     ) -> None:
         self.model, self.source, self.sampling = model, source, sampling
-        self.pack_weights = pack_weights
         self.want_text = want_text or bool(sampling.stop_strings)
         stop = sampling.stop_token_ids
         self.stop_ids = frozenset(model.config.eos_token_ids if stop is None else stop)
         self.session = None
+        self.weights = ChangeCounts(model)
         reason = why_not_decode(model)
         if reason is None and decode_backend(model) == "native" and not pack_weights:
             reason = "it packs the weights, and pack_weights is False"
+        self.constraints = Constraints(sampling, processor, self.stop_ids, model.config.vocab_size, model.device)
         if reason is None:
-            self.session = acquire_session(model, batch_size, sampling, sorted(self.stop_ids), weight_dtype)
+            # With constraints the session's own choice is replaced.
+            chooses = sampling if self.constraints.is_empty else SamplingConfig(temperature=0)
+            self.session = acquire_session(model, batch_size, chooses, sorted(self.stop_ids), weight_dtype)
             self.cache = self.session.cache
         elif weight_dtype is not None:
             raise ValueError(f"generate: weight_dtype={str(weight_dtype)!r} needs a decoding step: {reason}")
@@ -131,23 +140,25 @@ class Scheduler:
         self.free = list(reversed(range(batch_size)))
         self.rows: list[_Row] = []
         self.on_device: tuple[list[_Row], Results] | None = None  # the step that runs now
-        # Which tokens each slot's sequence holds, for the repetition penalty; a session keeps its own.
-        penalized = sampling.repetition_penalty != 1.0 and self.session is None
+        # Which tokens each slot's sequence holds, for the repetition penalty; a session that chooses keeps its own.
+        penalized = sampling.repetition_penalty != 1.0 and not self._session_chooses
         self.seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool) if penalized else None
         if self.seen is not None:
             self.seen = self.seen.to(model.device)
 
+    @property
+    def _session_chooses(self) -> bool:
+        """Whether tokens are chosen inside the session's step."""
+        return self.session is not None and self.constraints.is_empty
+
     def run(self) -> Iterator[TokenEvent]:
-        """Generate all samples; yields every token as it is chosen."""
-        training = self.model.training
-        self.model.eval()
-        self.packed = self.pack_weights and self.session is None and self.model.pack()
+        """Generate all samples; yields every token as it is chosen. The model's mode is neither used nor touched."""
         try:
             while True:
                 # Prompts whose samples all end on their first token free their slots at once, so fill until full.
                 while started := self._start_rows():
                     yield from self._choose(started, [row.prompt.logits for row in started])
-                if self.session is not None:
+                if self.session is not None and self._session_chooses:
                     if not (yield from self._step_ahead(self.session)):
                         return
                     continue
@@ -156,24 +167,31 @@ class Scheduler:
                 rows = self.rows
                 yield from self._choose(rows, self._decode(rows))
         finally:
-            self.model.train(training)
-            if self.session is not None and not training:  # a training model's weights will have changed
-                release_session(self.model, self.session)
+            if self.session is not None:
+                if self.model.training:  # its weights will have changed by the next run
+                    drop_sessions(self.model)
+                else:
+                    release_session(self.model, self.session)
 
     def _step_ahead(self, session: DecodeSession) -> Generator[TokenEvent, None, bool]:
         """Start a step, and read the one before it while this one runs on a GPU. Returns whether there is more."""
         rows = [row for row in self.rows if row.asked < self._limit(row)]
-        for row in rows:
-            row.asked += 1
-        asked = (rows, session.step([row.slot for row in rows])) if rows else None
+        asked = None
+        if rows:
+            self._check_weights()
+            # Nobody looks at the tokens one by one.
+            results = session.step([row.slot for row in rows], most=1 if self.want_text else MOST_STEPS)
+            asked = rows, results
+            for row in rows:
+                row.asked += results.num_steps
         ready, self.on_device = (self.on_device, asked) if session.is_asynchronous else (asked, None)
         if ready is not None:
             rows, results = ready
             still_here = {id(row) for row in self.rows}
-            tokens, logprobs = results.read()
-            chosen = [(row, tokens[row.slot], logprobs[row.slot]) for row in rows if id(row) in still_here]
             successors: list[_Row] = []
-            yield from self._accept_all(chosen, successors)
+            for tokens, logprobs in results.read_all():
+                chosen = [(row, tokens[row.slot], logprobs[row.slot]) for row in rows if id(row) in still_here]
+                yield from self._accept_all(chosen, successors)
             yield from self._choose(successors, [row.prompt.logits for row in successors])
         return ready is not None or asked is not None
 
@@ -226,6 +244,7 @@ class Scheduler:
 
     def _prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> Tensor:
         """Logits (R, V) of the first new token of each prompt."""
+        self._check_weights()
         counts = [len(ids) for ids in prompts]
         # Room for the longest row to its end: growing step by step would copy the cache each time.
         self.cache.reserve(min(max(counts) + self.sampling.max_new_tokens, self.model.config.context_length))
@@ -233,21 +252,29 @@ class Scheduler:
             return self.session.prefill(slots, prompts)
         plan = ops.plan_rows(slots, counts, [0] * len(slots), self.model.device)
         token_ids = torch.tensor([token for ids in prompts for token in ids], device=self.model.device)
-        hidden = self.model.extend(token_ids, plan, self.cache, packed=self.packed)
+        hidden = self.model.extend(token_ids, plan, self.cache)
         last = torch.tensor(counts, device=hidden.device).cumsum(0) - 1
         return self._head(hidden[last])
 
     def _decode(self, rows: list[_Row]) -> Tensor:
         """Append each row's latest token; logits (R, V) of the next."""
+        self._check_weights()
         slots = [row.slot for row in rows]
+        if self.session is not None:
+            self.session.step(slots)
+            return self.session.step_logits(len(slots))
         lengths = [self.cache.lengths[slot] for slot in slots]
         plan = ops.plan_rows(slots, [1] * len(rows), lengths, self.model.device)
         token_ids = torch.tensor([row.sample.token_ids[-1] for row in rows], device=self.model.device)
-        return self._head(self.model.extend(token_ids, plan, self.cache, packed=self.packed))
+        return self._head(self.model.extend(token_ids, plan, self.cache))
+
+    def _check_weights(self) -> None:
+        if not self.weights.still_hold():
+            raise RuntimeError("generate: the model's weights changed during the run; begin another run with them")
 
     @torch.no_grad()
     def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden, packed=self.packed).float()
+        return self.model.logits(hidden).float()
 
     # -- tokens -------------------------------------------------------------------------------------------------
 
@@ -268,7 +295,7 @@ class Scheduler:
             if math.isnan(logprob):
                 raise RuntimeError(
                     f"generate: the model's logits for prompt {row.prompt.index} after {len(row.sample.token_ids)} "
-                    "tokens are NaN or infinite; check the weights, or use a wider dtype"
+                    "tokens are NaN, infinite or all banned; check the weights, or use a wider dtype"
                 )
         gone: set[int] = set()
         events = []
@@ -286,24 +313,40 @@ class Scheduler:
     @torch.no_grad()
     def _sample(self, rows: list[_Row], logits: Tensor) -> tuple[list[int], list[float]]:
         """The rows' next tokens and their log-probabilities, NaN where the logits are not finite."""
-        if self.session is not None:
-            return self._begin_on_device(self.session, rows, logits)
-        lse = logits.logsumexp(-1)
-        if not bool(torch.isfinite(lse).all()):
-            return [0] * len(rows), lse.where(torch.isfinite(lse), math.nan).tolist()
-        uniform = None
-        if not self.sampling.is_greedy:
-            uniform = uniforms(
-                self.sampling.seed,
-                [row.prompt.identity for row in rows],
-                [row.sample.sample_index for row in rows],
-                [len(row.sample.token_ids) for row in rows],
-            )
+        if self.session is not None and not rows[0].sample.token_ids:  # all are new, or none
+            results = self._begin_on_device(self.session, rows, logits)
+            if self._session_chooses:
+                return results
+        config = self.sampling
         slots = torch.tensor([row.slot for row in rows], device=logits.device)
-        ids = sample(logits, self.sampling, uniform, None if self.seen is None else self.seen[slots])
+        samples = [row.sample for row in rows]
+        keys = ops.row_keys(
+            config.seed, [row.prompt.identity for row in rows], [sample.sample_index for sample in samples]
+        )
+        positions = torch.tensor([len(sample.token_ids) for sample in samples], dtype=torch.int32)
+        changed = logits
+        if not self.constraints.is_empty:
+            held = [[*sample.prompt_ids, *sample.token_ids] for sample in samples]
+            changed = self.constraints.apply(logits, held, positions.tolist())
+        ids, logprobs = ops.sample(
+            changed,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            seen=None if self.seen is None else self.seen[slots],
+            keys=keys.to(logits.device),
+            positions=positions.to(logits.device),
+            backend=operator_backend(self.model.backend),
+        )
         if self.seen is not None:
             self.seen[slots, ids] = True
-        logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - lse
+        if changed is not logits:  # log-probabilities are the model's own, but where nothing was left to choose from
+            own = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+            logprobs = own.where(logprobs.isfinite(), math.nan)
+        if self.session is not None:
+            self.session.replace_tokens(slots.tolist(), ids)
         return ids.tolist(), logprobs.tolist()
 
     def _begin_on_device(

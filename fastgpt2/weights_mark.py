@@ -26,6 +26,20 @@ class WeightsMark:
         return self._identity == _identity(model) and torch.equal(self._samples, _samples(model))
 
 
+class ChangeCounts:
+    """PyTorch's counts of in-place changes of a model's parameters; cheap enough to look at before every step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if not p.is_inference()]
+        self._counts = self._now()
+
+    def still_hold(self) -> bool:
+        return self._counts == self._now()
+
+    def _now(self) -> list[int]:
+        return [p._version for p in self._parameters]
+
+
 def _identity(model: nn.Module) -> list[tuple[object, ...]]:
     # Inference tensors have no count: what changes them is noticed by the samples alone.
     return [

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import GPT2, GPT2Config
-from fastgpt2_kernels import ops
+from fastgpt2.selfcheck.models import draw_parameters
+from fastgpt2_kernels.checking.budget import error_budget, largest_error, rms_error
 
 TINY = GPT2Config(
     vocab_size=61,
@@ -22,23 +23,10 @@ TINY = GPT2Config(
 )
 
 
-# The dtypes whose weights this machine can lay out for generation on a CPU; which they should be is tested in test_ops.
-PACKED_DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if ops.can_pack(torch.empty(1, 1, dtype=dtype))]
-
-
-def redraw(model: torch.nn.Module, seed: int, std: float = 0.3) -> None:
-    """Random values for every parameter, so that no bias is 0 and no LayerNorm weight is 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * std + (1.0 if parameter.dim() == 1 else 0.0))
-
-
 def random_model(seed: int, **changes: object) -> GPT2:
     """A tiny model in eval mode, all its parameters random."""
     model = GPT2(TINY.replace(**changes))
-    redraw(model, seed)
+    draw_parameters(model, seed)
     return model.eval()
 
 
@@ -76,18 +64,16 @@ def assert_rms_within_budget(
 
 def _largest(got: Tensor, exact: Tensor, what: str) -> float:
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-    return (got.double() - exact).abs().max().item() if exact.numel() else 0.0
+    return largest_error(got, exact)
 
 
 def _rms(got: Tensor, exact: Tensor, what: str) -> float:
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-    return (got.double() - exact).square().mean().sqrt().item() if exact.numel() else 0.0
+    return rms_error(got, exact)
 
 
 def _hold(error: float, plain_error: float, exact: Tensor, dtype: torch.dtype, what: str, terms: float = 0.0) -> None:
-    scale = exact.abs().max().item() if exact.numel() else 0.0
-    scale = max(scale, terms if scale < terms / 10 else 0.0)
-    limit = 2 * (plain_error + torch.finfo(dtype).eps * scale)
+    limit = error_budget(plain_error, exact, dtype, terms)
     assert error <= limit, f"{what}: error {error:.3e} over the budget {limit:.3e} (plain PyTorch: {plain_error:.3e})"
 
 

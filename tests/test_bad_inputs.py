@@ -284,7 +284,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "unknown option": (
         lambda: MODEL.generate([[1]], beams=4),
         TypeError,
-        "unknown argument beams; there are num_samples",
+        "unknown argument beams; there are attention_mask",
     ),
     "stop without a tokenizer": (
         lambda: MODEL.generate([[1]], stop_strings=["x"]),
@@ -374,8 +374,11 @@ def test_spoilt_checkpoints(spoil, tmp_path):
             for device in ("cuda:99", "xla", "meta", "cpu:3", "gpu", "cuda:x", "hpu", "")
         ),
         (["train", "--data", "stdlib", "--out", "x", "--device", "xla"], "device must be one that this machine has"),
-        (["generate", "--prompts", "/dev/zero"], "/dev/zero: a file of prompts must end in .txt, .jsonl, .fasta; got"),
-        (["generate", "--prompts", "zero.txt"], "zero.txt: must hold at most 1,000 bytes of prompts; it has more"),
+        (
+            ["generate", "--prompts", "/dev/zero"],
+            "/dev/zero: a file of prompts must end in .txt, .jsonl, .csv, .parquet, .fasta, .fa, or be hf://",
+        ),
+        (["generate", "--prompts", "zero.txt"], "zero.txt: must be an ordinary file; it is not"),
         (["generate", "--prompts", "-"], "standard input is closed; give the prompt as an argument or --prompts FILE"),
         (["generate", "-"], "standard input is closed; give the prompt as an argument or --prompts FILE"),
         (["generate", "x", "--model", "file.bin"], "file.bin: not a readable file of tensors"),
@@ -384,7 +387,7 @@ def test_spoilt_checkpoints(spoil, tmp_path):
         (["train", "--data", "stdlib", "--out", "x", "--hidden-size", str(2**70)], "hidden_size must be at most"),
         (["train", "--data", "stdlib", "--out", "x", "--vocab-size", str(10**10)], "vocab_size must be at least 257"),
         (["write"], "invalid choice: 'write'"),
-        ([], "required: {generate,train,info,convert}; see fastgpt2 --help"),
+        ([], "required: {generate,score,select,train,check,info,convert}; see fastgpt2 --help"),
     ],
 )
 def test_the_command_line_says_it_in_one_line_and_exits_with_2(arguments, sentence, capsys, tmp_path, monkeypatch):

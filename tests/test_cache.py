@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastgpt2 import GPT2, KVCache
 from fastgpt2_kernels import ops
+from fastgpt2_kernels.native import LARGE_PAGE, use_large_pages
 
 SIZES = {"vocab_size": 61, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "context_length": 200}
+
+
+def vm_flags(address: int) -> str:
+    """What Linux says of the mapping that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line
+    return ""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists() or not Path("/proc/self/smaps").exists(),
+    reason="needs Linux's large pages",
+)
+def test_large_pages_are_asked_for():
+    tensor = torch.empty(3 * LARGE_PAGE, dtype=torch.uint8)
+    assert use_large_pages(tensor) is tensor
+    assert " hg" in vm_flags(-(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE)
+
+
+def test_memory_without_a_whole_large_page_stays_as_it_is():
+    for tensor in (torch.arange(5), torch.empty(0), torch.empty(7, device="meta")):
+        assert use_large_pages(tensor) is tensor
+    assert torch.equal(use_large_pages(torch.arange(5)), torch.arange(5))
 
 
 @pytest.fixture

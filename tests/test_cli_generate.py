@@ -15,7 +15,7 @@ import pytest
 from fastgpt2 import GPT2
 from fastgpt2.cli.main import main
 from fastgpt2.generate import generate
-from fastgpt2.sample_files import unescape
+from fastgpt2.record_files import unescape
 from fastgpt2.tokenizer import Tokenizer
 
 PROMPTS = ["def add", "return a +", "", "x", "b):\n    return"]
@@ -222,9 +222,9 @@ def test_without_tokenizer_ids_in_ids_out(command, tiny_checkpoint, tmp_path, ca
     [
         (["def", "--prompts", "p.txt"], "generate: give a prompt or --prompts FILE, not both"),
         (["--prompts", "{tmp}/no.txt"], "No such file or directory: '{tmp}/no.txt'"),
-        (["--prompts", "{tmp}/p.csv"], "{tmp}/p.csv: a file of prompts must end in .txt, .jsonl, .fasta; got '.csv'"),
+        (["--prompts", "{tmp}/p.csv"], '{tmp}/p.csv: must have a column "prompt"; it has def: name one with --column'),
         (["--prompts", "{tmp}/empty.txt"], "{tmp}/empty.txt: there are no prompts in it; give at least one"),
-        (["--out", "{tmp}/o.csv"], "{tmp}/o.csv: an output must end in .jsonl, .fasta, .txt; got '.csv'"),
+        (["--out", "{tmp}/o.tsv"], "{tmp}/o.tsv: an output must end in .jsonl, .fasta, .txt; got '.tsv'"),
         (["--out", "{tmp}/no/o.txt"], "{tmp}/no/o.txt: is in the folder {tmp}/no, which does not exist"),
         (["--out", "{tmp}/o.txt", "--logprobs"], "token ids and log-probabilities need a .jsonl output; got '.txt'"),
         (["--out", "{tmp}/o.txt", "--resume", "--overwrite"], "give one of them"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import random
+import re
 import stat
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -263,6 +268,19 @@ def test_atomic_files_are_on_disk_before_they_take_their_name(tmp_path: Path, mo
     assert events == ["2 bytes", "4 bytes", "a named", "b named", "folder"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="nobody can lock a folder on Windows")
+def test_the_stage_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+    killed = tmp_path / ".saving-killed"
+    killed.mkdir()
+    (killed / "model.safetensors").write_bytes(b"half")
+    with staged_folder(tmp_path) as living:
+        (living / "a").write_bytes(b"1")
+        with staged_folder(tmp_path) as stage:
+            (stage / "b").write_bytes(b"2")
+        assert (living / "a").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_meta_is_written_last(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_text("abc\n" * 9, encoding="utf-8")
     corpus = find_documents([tmp_path / "a.txt"])
@@ -276,3 +294,109 @@ def test_meta_is_written_last(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_shards(corpus, TOKENIZER, tmp_path / "out", {"n": 2})
     assert data.read_meta(tmp_path / "out") is None
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+TEXTS = ["x = 1\n", "", 'é, "quoted"', "y\r\nz", "日🙂", "w"]
+
+
+def write_table(folder: Path, suffix: str, texts: list[str]) -> Path:
+    """A table with a row for each text, in a column called "code" (FASTA has no columns)."""
+    path = folder / f"rows{suffix}"
+    rows = [{"id": str(i), "code": text} for i, text in enumerate(texts)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if suffix == ".jsonl":
+        path.write_bytes(lines)
+    elif suffix == ".jsonl.gz":
+        path.write_bytes(gzip.compress(lines))
+    elif suffix == ".jsonl.zst":
+        with pyarrow.output_stream(str(path), compression="zstd") as file:
+            file.write(lines)
+    elif suffix == ".csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "code"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".parquet"])
+def test_every_row_of_a_table_is_a_document(suffix: str, tmp_path: Path, seed: int) -> None:
+    path = write_table(tmp_path, suffix, TEXTS)
+    corpus = find_documents([path], column="code", val_fraction=0.4, seed=seed)
+    assert (len(corpus), corpus.num_val, corpus.skipped) == (5, 2, 1)
+    meta = write_shards(corpus, TOKENIZER, tmp_path / "out", {})
+    shards = TokenData.open(tmp_path / "out")
+    assert shards.val is not None
+    documents = []
+    for shard, size in ((shards.train, meta.train_bytes), (shards.val, meta.val_bytes)):
+        parts = decode(shard).split(END_OF_TEXT)
+        assert parts.pop() == ""
+        assert sum(len(part.encode()) for part in parts) == size
+        documents += parts
+    assert len(parts) == 2
+    assert Counter(documents) == Counter(text for text in TEXTS if text)
+    assert find_documents([path], column="code", val_fraction=0.4, seed=seed) == corpus
+    # A pattern, beside a text file, in a folder.
+    (tmp_path / "one.txt").write_text("a text\n", encoding="utf-8")
+    several = find_documents(
+        [str(tmp_path / "rows.*"), tmp_path / "one.txt"], column="code", val_fraction=0.4, seed=seed
+    )
+    assert (len(several), several.num_val) == (6, 2)
+    assert len(find_documents([tmp_path], suffixes=[".txt", suffix], column="code")) == 6
+
+
+def test_one_row_is_no_validation(tmp_path: Path) -> None:
+    corpus = find_documents([write_table(tmp_path, ".jsonl", ["a"])], column="code")
+    assert (len(corpus), corpus.num_val) == (1, 0)
+
+
+def test_fasta_is_a_table_of_sequences(tmp_path: Path) -> None:
+    (tmp_path / "s.fasta").write_text(">a\nMK\nV\n>b\nLA\n", encoding="utf-8")
+    corpus = find_documents([tmp_path / "s.fasta"], val_fraction=0)
+    assert [piece for rows in corpus.train for piece in rows.pieces()] == ["MKV", "LA"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", '{"txt": "a"}\n', 't.jsonl line 1: must be an object with "text"; it has "txt": name'),
+        ("t.jsonl", '{"text": "a"}\n{"text": 5}\n', 't.jsonl line 2: "text" must be a string; got int'),
+        ("t.jsonl", '{"text": "a"}\n{"text": [5]}\n', 't.jsonl line 2: "text" must be a string; got token ids'),
+        ("t.jsonl", "plain text\n", "t.jsonl line 1: must be JSON; Expecting value at column 1"),
+        ("t.jsonl", "", "t.jsonl: must have a row with text; it has none"),
+        ("t.csv", "a,b\n1,2\n", 't.csv: must have a column "text"; it has a, b: name one with --column'),
+        ("t.csv", "text\na\nb,c\n", "t.csv line 3: must have 1 fields, as the header has; it has 2"),
+        ("t.csv", "", "t.csv: must have a row with text; it has none"),
+        ("t.parquet", "PAR1 and no more", "t.parquet: must be a whole Parquet file; it is not"),
+        ("t.jsonl.gz", "no gzip", "t.jsonl.gz: must be a whole .gz file (Not a gzipped file"),
+        ("t.jsonl.zst", "no zstd", "t.jsonl.zst: must be a whole .zst file ("),
+    ],
+)  # fmt: skip
+def test_bad_tables(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        find_documents([tmp_path / name])
+    assert "\n" not in str(caught.value)
+    # In a folder it is one of the files that are passed over.
+    (tmp_path / "good.txt").write_text("text\n", encoding="utf-8")
+    assert find_documents([tmp_path], val_fraction=0).skipped == 1
+
+
+def test_a_torn_table_is_no_shorter_one(tmp_path: Path) -> None:
+    for suffix in (".jsonl.gz", ".jsonl.zst", ".parquet"):
+        path = write_table(tmp_path, suffix, [f"text {i} {'x' * i}" for i in range(2000)])
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(ValueError, match=r"rows.*: must be a whole "):
+            find_documents([path], column="code")
+
+
+def test_a_column_without_a_table(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"column='code' is for \.jsonl, \.csv, \.parquet"):
+        find_documents([tmp_path / "a.txt"], column="code")
+    with pytest.raises(FileNotFoundError, match=r"\*.csv: no file matches this pattern"):
+        find_documents([str(tmp_path / "*.csv")])

@@ -131,7 +131,7 @@ def test_refused(seed: int) -> None:
     model, ids = random_model(seed), random_ids(seed, 2, 8)
     with pytest.raises(ValueError, match=r"target_tensor must have the shape \(2, 8\) of input_tensor; got \(2, 7\)"):
         calculate_loss(model, ids, ids[:, :7])
-    with pytest.raises(TypeError, match=r"model must be a fastgpt2\.GPT2; got Linear"):
+    with pytest.raises(TypeError, match=r"model must be a fastgpt2\.GPT2, or a wrapper of one; got Linear"):
         calculate_loss(torch.nn.Linear(2, 2), ids, ids)
     with pytest.raises(ValueError, match="got 61 in row 0"):
         calculate_loss(model, ids, torch.full_like(ids, 61))

@@ -1,10 +1,8 @@
-"""GPT2: building, initialisation, dropout, packed weights, torch.compile, the introductory loop, what is refused."""
+"""GPT2: building, initialisation, dropout, torch.compile, the introductory loop, what is refused."""
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2 import GPT2, GPT2Config, KVCache, calculate_loss
+from fastgpt2 import GPT2, GPT2Config, KVCache
 from fastgpt2_kernels import ops
-from tests.helpers import PACKED_DTYPES, TINY, assert_within_budget, random_ids, random_model
+from tests.helpers import TINY, assert_close, random_ids, random_model
 
 # -- building ----------------------------------------------------------------------------------------------------------
 
@@ -108,93 +106,6 @@ def test_dropout_rates(seed: int) -> None:
     out = ops.causal_attention(q.expand_as(v), k.expand_as(v), v, dropout_p=p)[:, 0, 0, 0]
     assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
     assert abs((out == 0).double().mean().item() - p) < 6 * math.sqrt(p * (1 - p) / 20000)
-
-
-# -- packed weights ----------------------------------------------------------------------------------------------------
-
-
-def packed_logits(model: GPT2, ids: Tensor, *, packed: bool = True) -> Tensor:
-    """Logits of one row of ids (T,), through a cache and the packed weights."""
-    cache = KVCache(model.config, 1, dtype=KVCache.best_dtype(model.dtype, model.device))
-    plan = ops.plan_rows([0], [len(ids)], [0])
-    return model.logits(model.extend(ids, plan, cache, packed=packed), packed=packed)
-
-
-@pytest.fixture(params=PACKED_DTYPES, ids=str)
-def packable(request: pytest.FixtureRequest, seed: int) -> GPT2:
-    model = random_model(seed, hidden_size=64).to(request.param)
-    assert model.pack()
-    return model
-
-
-def test_packed_weights_give_the_same_logits(packable: GPT2, seed: int) -> None:
-    ids = random_ids(seed, 20)
-    with torch.no_grad():
-        plain = packable(ids[None])[0]
-        exact = copy.deepcopy(packable).double()(ids[None])[0]
-        assert_within_budget(packed_logits(packable, ids), plain, exact)
-
-
-def test_packed_rows_do_not_depend_on_their_neighbours(packable: GPT2, seed: int) -> None:
-    rows = random_ids(seed, 5, 9)
-
-    def run(chosen: Tensor) -> Tensor:
-        R = len(chosen)
-        cache = KVCache(packable.config, R, dtype=KVCache.best_dtype(packable.dtype, packable.device))
-        outs = []
-        for start, end in ((0, 6), (6, 7), (7, 9)):
-            plan = ops.plan_rows(range(R), [end - start] * R, cache.lengths)
-            hidden = packable.extend(chosen[:, start:end].reshape(-1), plan, cache, packed=True)
-            outs.append(packable.logits(hidden, packed=True).view(R, end - start, -1))
-        return torch.cat(outs, dim=1)
-
-    with torch.no_grad():
-        together = run(rows)
-        for i in range(5):
-            assert torch.equal(run(rows[i : i + 1])[0], together[i]), f"row {i}"
-
-
-def optimizer_step(model: GPT2) -> None:
-    ids = random_ids(1, 2, 8)
-    model.train()
-    calculate_loss(model, ids, ids).backward()
-    torch.optim.SGD(model.parameters(), lr=1.0).step()
-    model.eval()
-
-
-def through_data(model: GPT2) -> None:
-    model.transformer.h[1].mlp.c_fc.weight.data.copy_(torch.randn_like(model.transformer.h[1].mlp.c_fc.weight))
-
-
-def load_state_dict(model: GPT2) -> None:
-    model.load_state_dict(random_model(5, hidden_size=64).to(model.dtype).state_dict())
-
-
-@pytest.mark.parametrize("change", [optimizer_step, through_data, load_state_dict])
-def test_packing_again_packs_what_changed(packable: GPT2, seed: int, change: Callable[[GPT2], None]) -> None:
-    ids = random_ids(seed, 9)
-    before = packed_logits(packable, ids)
-    change(packable)
-    packable.pack()
-    after = packed_logits(packable, ids)
-    packable.unpack()
-    packable.pack()
-    assert torch.equal(after, packed_logits(packable, ids))
-    assert not torch.equal(after, before)
-
-
-def test_copies_and_pickles_of_packed_models(packable: GPT2, seed: int) -> None:
-    ids = random_ids(seed, 1, 9)
-    for other in (copy.deepcopy(packable), pickle.loads(pickle.dumps(packable))):
-        assert torch.equal(other(ids), packable(ids))
-        assert other.pack()
-        assert torch.equal(packed_logits(other, ids[0]), packed_logits(packable, ids[0]))
-
-
-def test_training_mode_drops_the_packed_weights(packable: GPT2) -> None:
-    assert packable._packed is not None
-    packable.train()
-    assert packable._packed is None
 
 
 # -- torch.compile -----------------------------------------------------------------------------------------------------
@@ -292,3 +203,24 @@ def test_a_full_cache_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
 def test_no_tokens(shape: tuple[int, int]) -> None:
     assert MODEL(torch.zeros(shape, dtype=torch.int64)).shape == (*shape, 61)
+
+
+def test_attention_with_dropout_keeps_no_scores_for_backward(seed: int) -> None:
+    """On a CPU they are computed again, the same weights dropped: the gradients are those of PyTorch's operator."""
+    B, H, T, D = 2, 3, 40, 4
+    q, k, v = (torch.randn(B, H, T, D, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    saved: list[int] = []
+    results = []
+    for attend in (
+        lambda: ops.causal_attention(q, k, v, dropout_p=0.3, backend="torch"),
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.3),
+    ):
+        torch.manual_seed(seed)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            out = attend()
+        torch.rand(7)  # other numbers are drawn before backward
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        largest = max(saved, default=0)
+        assert (largest >= B * H * T * T) == (len(results) == 2)
+    for got, exact in zip(*results, strict=True):
+        assert_close(got.detach(), exact)

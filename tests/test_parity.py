@@ -14,8 +14,9 @@ from torch import Tensor
 from fastgpt2 import GPT2, GPT2Config, KVCache, calculate_loss
 from fastgpt2.checkpoint import load_hf_views
 from fastgpt2.config import LEARNED_ACTIVATIONS
+from fastgpt2.selfcheck.models import draw_parameters
 from fastgpt2_kernels import ops
-from tests.helpers import TINY, assert_close, assert_rms_within_budget, assert_within_budget, random_ids, redraw
+from tests.helpers import TINY, assert_close, assert_rms_within_budget, assert_within_budget, random_ids
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,7 +49,7 @@ def theirs_of(config: GPT2Config, seed: int) -> torch.nn.Module:
     """transformers' model with random parameters, in float32, in eval mode."""
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config.to_hf(), attn_implementation="eager"))
     model = model.to(torch.float32)  # its xIELU is built in bfloat16
-    redraw(model, seed, std=0.15)
+    draw_parameters(model, seed, std=0.15)
     return model.eval()
 
 

@@ -9,8 +9,9 @@ import random
 import pytest
 
 from fastgpt2.generate import Sample
-from fastgpt2.prompt_files import Prompt
-from fastgpt2.sample_files import Fasta, JsonLines, SampleFile, SampleRecord, Text, sample_format, unescape
+from fastgpt2.input_files import Entry
+from fastgpt2.record_files import RecordFile, unescape
+from fastgpt2.sample_files import Fasta, JsonLines, SampleRecord, Text, sample_format
 
 FORMATS = {".jsonl": JsonLines(token_ids=True, logprobs=True), ".fasta": Fasta(), ".txt": Text()}
 SETTINGS = {"seed": 1, "top_p": 0.9, "stop_token_ids": (1, 2), "prompts": "ab12"}
@@ -25,7 +26,7 @@ def random_row(rng: random.Random, prompt_index: int, sample_index: int) -> Samp
     sample.finish_reason = "length"
     text = "".join(rng.choice(ALPHABET) for _ in range(rng.choice((0, 1, 20, 59, 60, 61, 130))))
     identifier = rng.choice((None, "sp|P12345|X Y", "é\t1"))
-    return SampleRecord(Prompt(prompt_index, (1,), "here", identifier), sample, text)
+    return SampleRecord(Entry(prompt_index, (1,), "here", identifier), sample, text)
 
 
 def random_rows(rng: random.Random, count: int = 8) -> list[SampleRecord]:
@@ -90,7 +91,7 @@ def test_fasta_rows_are_sequences(seed):
 
 def test_infinite_perplexity_is_none():
     sample = Sample(0, 0, (1,), [1], [-1e4], "stop")
-    row = SampleRecord(Prompt(0, "a", "here"), sample, "b")
+    row = SampleRecord(Entry(0, "a", "here"), sample, "b")
     assert json.loads(JsonLines().encode(row))["perplexity"] is None
 
 
@@ -102,13 +103,13 @@ def test_resume_truncates_the_torn_record_and_goes_on(suffix, tmp_path, seed):
     rng = random.Random(seed)
     records, rows = FORMATS[suffix], random_rows(rng)
     path = tmp_path / f"out{suffix}"
-    with SampleFile(path, records, SETTINGS) as output:
+    with RecordFile(path, records, SETTINGS) as output:
         for row in rows:
             output.write(row)
     data = path.read_bytes()
     for cut in rng.sample(range(len(data)), 12):
         path.write_bytes(data[:cut])
-        with SampleFile(path, records, SETTINGS, resume=True) as output:
+        with RecordFile(path, records, SETTINGS, resume=True) as output:
             assert data.startswith(path.read_bytes())
             for row in rows:
                 if key(row) not in output.done:
@@ -120,38 +121,38 @@ def test_existing_output_is_refused_and_untouched(tmp_path, seed):
     path = tmp_path / "out.txt"
     path.write_text("precious\n", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"exists; continue it with --resume or replace it with --overwrite"):
-        SampleFile(path, Text(), SETTINGS)
+        RecordFile(path, Text(), SETTINGS)
     with pytest.raises(ValueError, match=r"cannot be resumed, out\.txt\.run\.json with its settings is not beside it"):
-        SampleFile(path, Text(), SETTINGS, resume=True)
+        RecordFile(path, Text(), SETTINGS, resume=True)
     assert path.read_text(encoding="utf-8") == "precious\n"
-    with SampleFile(path, Text(), SETTINGS, overwrite=True) as output:
+    with RecordFile(path, Text(), SETTINGS, overwrite=True) as output:
         output.write(random_row(random.Random(seed), 0, 0))
     assert path.read_text(encoding="utf-8").startswith("0\t0\t")
 
 
 def test_resume_as_another_run_is_refused(tmp_path, seed):
     path = tmp_path / "out.jsonl"
-    with SampleFile(path, JsonLines(), SETTINGS) as output:
+    with RecordFile(path, JsonLines(), SETTINGS) as output:
         output.write(random_row(random.Random(seed), 0, 0))
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"made by another run \(seed was 1 and is 2, top_p was 0\.9 and is None\)"):
-        SampleFile(path, JsonLines(), {**SETTINGS, "seed": 2, "top_p": None}, resume=True)
+        RecordFile(path, JsonLines(), {**SETTINGS, "seed": 2, "top_p": None}, resume=True)
     (tmp_path / "out.jsonl.run.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match=r"is not a run's settings"):
-        SampleFile(path, JsonLines(), SETTINGS, resume=True)
+        RecordFile(path, JsonLines(), SETTINGS, resume=True)
     assert path.read_bytes() == before
 
 
 def test_settings_that_a_killed_run_was_writing_are_cleared_away(tmp_path):
     for name in (".out.txt.run.json.tmp12", ".other.txt.run.json.tmp12"):
         (tmp_path / name).write_text("{", encoding="utf-8")
-    with SampleFile(tmp_path / "out.txt", Text(), SETTINGS):
+    with RecordFile(tmp_path / "out.txt", Text(), SETTINGS):
         pass
     assert {path.name for path in tmp_path.glob(".*")} == {".other.txt.run.json.tmp12"}
 
 
 def test_resume_of_nothing_begins(tmp_path):
-    with SampleFile(tmp_path / "out.txt", Text(), SETTINGS, resume=True) as output:
+    with RecordFile(tmp_path / "out.txt", Text(), SETTINGS, resume=True) as output:
         assert not output.done
 
 
@@ -167,40 +168,40 @@ def test_resume_of_nothing_begins(tmp_path):
 )  # fmt: skip
 def test_foreign_rows_are_not_touched(suffix, content, line, tmp_path):
     path = tmp_path / f"out{suffix}"
-    SampleFile(path, FORMATS[suffix], SETTINGS).close()
+    RecordFile(path, FORMATS[suffix], SETTINGS).close()
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"line {line} is not .*; it cannot be resumed"):
-        SampleFile(path, FORMATS[suffix], SETTINGS, resume=True)
+        RecordFile(path, FORMATS[suffix], SETTINGS, resume=True)
     assert path.read_text(encoding="utf-8") == content
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_samples_that_are_not_wanted_are_not_counted(suffix, tmp_path, seed):
     path = tmp_path / f"out{suffix}"
-    with SampleFile(path, FORMATS[suffix], SETTINGS) as output:
+    with RecordFile(path, FORMATS[suffix], SETTINGS) as output:
         output.write(random_row(random.Random(seed), 1, 1))
         output.write(random_row(random.Random(seed), 5, 7))
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"holds sample 7 of prompt 5, not of this run; it cannot be resumed"):
-        SampleFile(path, FORMATS[suffix], SETTINGS, resume=True, wanted=lambda key: key[1] < 7)
+        RecordFile(path, FORMATS[suffix], SETTINGS, resume=True, wanted=lambda key: key[1] < 7)
     assert path.read_bytes() == before
 
 
 def test_second_writer_is_refused(tmp_path, seed):
     path = tmp_path / "out.txt"
-    with SampleFile(path, Text(), SETTINGS) as output:
+    with RecordFile(path, Text(), SETTINGS) as output:
         output.write(random_row(random.Random(seed), 0, 0))
         before = path.read_bytes()
         for how in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(BlockingIOError, match="another process is writing to it"):
-                SampleFile(path, Text(), SETTINGS, **how)
+                RecordFile(path, Text(), SETTINGS, **how)
         assert path.read_bytes() == before
 
 
 def test_full_disk_leaves_whole_records(tmp_path, seed, monkeypatch):
     rows = random_rows(random.Random(seed))
     path = tmp_path / "out.txt"
-    output = SampleFile(path, Text(), SETTINGS)
+    output = RecordFile(path, Text(), SETTINGS)
     output.write(rows[0])
     before = path.read_bytes()
     raw = output._file
@@ -221,7 +222,7 @@ def test_full_disk_leaves_whole_records(tmp_path, seed, monkeypatch):
             return getattr(raw, name)
 
     monkeypatch.setattr(output, "_file", Full())
-    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); its samples are whole"):
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); its records are whole"):
         output.write(rows[1])
     output.close()
     assert path.read_bytes() == before
@@ -233,8 +234,8 @@ def test_output_names(tmp_path):
     with pytest.raises(ValueError, match=r"need a \.jsonl output"):
         sample_format(tmp_path / "out.txt", logprobs=True)
     with pytest.raises(ValueError, match=r"is a folder"):
-        SampleFile(tmp_path, Text(), SETTINGS)
+        RecordFile(tmp_path, Text(), SETTINGS)
     with pytest.raises(ValueError, match=r"which does not exist"):
-        SampleFile(tmp_path / "no" / "out.txt", Text(), SETTINGS)
+        RecordFile(tmp_path / "no" / "out.txt", Text(), SETTINGS)
     with pytest.raises(ValueError, match=r"give one of them"):
-        SampleFile(tmp_path / "out.txt", Text(), SETTINGS, resume=True, overwrite=True)
+        RecordFile(tmp_path / "out.txt", Text(), SETTINGS, resume=True, overwrite=True)

@@ -235,6 +235,27 @@ def test_the_latest_checkpoints_and_the_best_are_kept(data: TokenData, tmp_path:
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_resumed_run_that_lost_its_best_checkpoint_says_so(
+    how: str, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: (1 + self.step / 100, 10))  # the first one is the best
+    trainer = Trainer(make_model(), data, make_config(steps=30, eval_interval=5, checkpoint_interval=5), tmp_path)
+    for report in trainer.run():
+        if report.step == 15:
+            trainer.stop()
+    best = tmp_path / "checkpoints" / "best.pt"
+    whole = best.read_bytes()
+    best.unlink()
+    if how == "damaged":
+        best.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"best\.pt: is missing or damaged"):
+        resumed = Trainer.resume(tmp_path, data)
+    evaluated = [report.step for report in resumed.run() if isinstance(report, EvalReport)]
+    assert read_checkpoint(best)["step"] == evaluated[0] > 15
+    assert best.with_name("best.pt.damaged").exists() == (how == "damaged")
+
+
 def test_the_last_weights_can_be_the_finished_model(data: TokenData, tmp_path: Path) -> None:
     trainer = Trainer(make_model(), data, make_config(lr=0.3, export="last"), tmp_path)
     list(trainer.run())
@@ -576,7 +597,24 @@ def test_one_is_one(text: Path, tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().err
     assert "1 document (" in printed
     assert " 1 process\n" in printed
-    assert "0 files skipped" in printed
+    assert ", 0 skipped\n" in printed
+
+
+def test_rows_of_a_table_are_trained_on(tmp_path: Path, capsys) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    path.write_text("".join(f'{{"code": "x = {i} and more", "id": {i}}}\n' for i in range(40)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r'rows\.jsonl line 1: must be an object with "text"; it has "code", "id"'):
+        run_command(out, "--data", path, "--vocab-size", 257, "--steps", 1)
+    assert not out.exists()
+    assert run_command(out, "--data", path, "--column", "code", "--vocab-size", 257, "--steps", 1) == 0
+    assert "40 documents (2 for validation), 0 skipped" in capsys.readouterr().err
+    tokenizer = Tokenizer.from_folder(out / "data")
+    assert tokenizer is not None
+    text = tokenizer.decode(TokenData.open(out / "data").train.tokens.tolist())
+    assert text.startswith("x = 0 and more<|endoftext|>x = ") or text.startswith("x = 1 and more")
+    assert run_command(out, "--resume", "--steps", 2) == 0
+    with pytest.raises(ValueError, match="resume: column must stay 'code' as the run began; got 'text'"):
+        run_command(out, "--resume", "--column", "text")
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(text: Path, tmp_path: Path) -> None:

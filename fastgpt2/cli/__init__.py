@@ -1,4 +1,4 @@
-"""The command line: `fastgpt2 generate | train | info | convert`. The only part of the package that prints."""
+"""The command line: `fastgpt2 generate | train | check | info | convert`. The only part of the package that prints."""
 
 from fastgpt2.cli.main import main
 

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from fastgpt2.checkpoint import EMBEDDED, load_pretrained
+from fastgpt2.checkpoint import EMBEDDED
+from fastgpt2.cli import options
 from fastgpt2.config import SamplingConfig
 from fastgpt2.devices import find_device
 from fastgpt2.generate import generate_iter, prompt_token_ids, stream
 from fastgpt2.gpt2 import GPT2
+from fastgpt2.input_files import PROMPTS, Entry, EntryError, Source, digest, find_sources, read_entries
 from fastgpt2.messages import counted, shown
-from fastgpt2.prompt_files import Prompt, PromptError, check_prompt_suffix, digest, read_prompts
-from fastgpt2.sample_files import SampleFile, SampleRecord, check_writable, sample_format
+from fastgpt2.record_files import RecordFile, check_writable
+from fastgpt2.sample_files import CONTINUATION, WHOLE, SampleRecord, sample_format
+from fastgpt2.scoring import score
 from fastgpt2.tokenizer import Tokenizer
 
 HELP = "continue prompts with a model"
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The embedded model knows Python; without a prompt it shows that.
 DEFAULT_PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a file'
 
@@ -44,29 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to continue")
     what.add_argument("prompt", nargs="?", help="the text to continue; - reads it from standard input")
     what.add_argument(
-        "--prompts", metavar="FILE", help="prompts: .txt (one a line), .jsonl or .fasta; - is .txt on stdin"
+        "--prompts",
+        metavar="FILE",
+        help="prompts: .txt (one a line), .jsonl, .csv, .parquet, .fasta, a pattern, hf://NAME; - is .txt on stdin",
+    )
+    what.add_argument(
+        "--column", metavar="NAME", help='the column of prompts, text or token ids (default: "prompt", "prompt_ids")'
     )
     what.add_argument(
         "--skip-bad", action="store_true", help="report prompts that cannot be used and go on without them"
     )
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        default=EMBEDDED,
-        metavar="NAME_OR_PATH",
-        help="a folder, a checkpoint or a hub name (default: %(default)s)",
-    )
-    model.add_argument("--dtype", choices=DTYPES, help="precision (default: the checkpoint's)")
-    model.add_argument(
+    options.add_model_arguments(parser).add_argument(
         "--weights",
         choices=("int8",),
         dest="weight_dtype",
         help="hold the linear layers' weights in 8 bits: faster, and a little less exact",
-    )
-    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    model.add_argument(
-        "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="kernels to use"
     )
 
     sampling = parser.add_argument_group("sampling")
@@ -78,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that hold the probability P")
     add("--min-p", type=float, metavar="P", help="leave out tokens less likely than P times the likeliest one")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens seen become less likely")
+    add("--min-new-tokens", type=int, default=0, metavar="N", help="no end-of-text before N tokens (default: 0)")
+    add("--no-repeat-ngram-size", type=int, default=0, metavar="N", help="no sequence of N tokens appears twice")
+    add(
+        "--suppress-token-id", action="append", type=int, default=[], dest="suppress_tokens", metavar="ID",
+        help="never choose this token; repeatable",
+    )  # fmt: skip
     add(
         "--stop",
         action="append",
@@ -93,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="the same seed gives the same samples (default: 0)")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FILE", help=".jsonl, .fasta or .txt; rows are written as samples finish")
+    output.add_argument("--out", metavar="FILE", help=".jsonl, .fasta or .txt; records are written as samples finish")
     output.add_argument("--resume", action="store_true", help="keep what --out holds and generate what is missing")
     output.add_argument("--overwrite", action="store_true", help="replace --out")
     output.add_argument(
@@ -102,11 +100,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--with-prompt", action="store_true", help="the text begins with its prompt")
     output.add_argument("--token-ids", action="store_true", help="rows of a .jsonl hold the new tokens' ids")
     output.add_argument("--logprobs", action="store_true", help="rows of a .jsonl hold each token's log-probability")
+    output.add_argument(
+        "--score",
+        choices=(CONTINUATION, WHOLE),
+        default=CONTINUATION,
+        help="what the perplexity covers: the new tokens, or those of the prompt too (default: %(default)s)",
+    )
+    options.add_shard_argument(output)
+    options.add_selection_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     sampling = SamplingConfig(
-        **{name: getattr(args, name) for name in SamplingConfig.__dataclass_fields__}  # every field is an option
+        **{name: getattr(args, name) for name in SamplingConfig.__dataclass_fields__ if hasattr(args, name)}
     )
     for name, most in (("num_samples", _MOST_SAMPLES), ("batch_size", None)):
         option, value = f"--{name.replace('_', '-')}", getattr(args, name)
@@ -115,42 +121,51 @@ def run(args: argparse.Namespace) -> int:
         if most is not None and value > most:
             raise ValueError(f"generate: {option} must be at most {most:,}; got {shown(value)}")
     find_device(args.device)  # before prompts are read and a model is looked for
+    shard = options.find_shard(args)
     out = Path(args.out) if args.out is not None else None
+    records = None
     if out is not None:
-        format = sample_format(out, token_ids=args.token_ids, logprobs=args.logprobs)
-        check_writable(out, resume=args.resume, overwrite=args.overwrite)
+        records = options.records_path(args, out)
+        format = sample_format(records, token_ids=args.token_ids, logprobs=args.logprobs)
+        check_writable(records, resume=args.resume, overwrite=args.overwrite, shard=shard)
     else:
-        for name in ("resume", "overwrite", "token_ids", "logprobs"):
-            if getattr(args, name):
-                raise ValueError(f"generate: --{name.replace('_', '-')} goes with --out FILE; give one")
-    prompts, prompts_digest = _prompts(args)
-    model = _load(args)
+        options.check_needs_no_output(args, shard, ("resume", "overwrite", "token_ids", "logprobs"))
+        if args.score != CONTINUATION:
+            raise ValueError("generate: --score goes with --out FILE; give one")
+    prompts, prompts_digest = _prompts(args, records)
+    model = options.load(args)
     usable = _checked(model, prompts, args.skip_bad)
-    if out is None:
+    if records is None:
         return _show(model, usable, sampling, args)
-    if model.tokenizer is None and out.suffix != ".jsonl":
-        raise ValueError(f"{out}: holds text, and the model {args.model} has no tokenizer; use a .jsonl output")
+    if model.tokenizer is None and records.suffix != ".jsonl":
+        raise ValueError(f"{records}: holds text, and the model {args.model} has no tokenizer; use a .jsonl output")
+    special = options.special_tokens(model)
     settings = {
-        "weights": _weights_digest(model),
+        "weights": options.weights_digest(model),
         "tokenizer": model.tokenizer.digest() if model.tokenizer is not None else None,
+        "special_tokens": special,
         "prompts": prompts_digest,
+        "column": args.column,
         "num_samples": args.num_samples,
         **asdict(sampling),
-        "weight_dtype": args.weight_dtype,
-        "with_prompt": args.with_prompt,
-        "token_ids": args.token_ids,
-        "logprobs": args.logprobs,
+        **{name: getattr(args, name) for name in ("weight_dtype", "with_prompt", "token_ids", "logprobs", "score")},
     }
     indices = {item.prompt.index for item in usable}
-    with SampleFile(
-        out,
+    with RecordFile(
+        records,
         format,
         settings,
         resume=args.resume,
         overwrite=args.overwrite,
         wanted=lambda key: key[0] in indices and 0 <= key[1] < args.num_samples,
+        shard=shard,
     ) as output:
-        return _write(model, usable, sampling, args, output)
+        _write(model, [item for item in usable if shard.has(item.prompt.index)], sampling, args, output)
+        if not output.finish(lambda keys: len(keys) == len(usable) * args.num_samples):
+            options.say_unfinished(records, shard)
+        elif records != out and out is not None:
+            options.write_selection(args, records, out, special)
+    return 0
 
 
 # -- prompts ------------------------------------------------------------------------------------------------------
@@ -160,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
 class _Usable:
     """A prompt with its token ids."""
 
-    prompt: Prompt
+    prompt: Entry
     ids: tuple[int, ...]
 
     def text(self, tokenizer: Tokenizer) -> str:
@@ -168,56 +183,44 @@ class _Usable:
         return content if isinstance(content, str) else tokenizer.decode(content)
 
 
-def _prompts(args: argparse.Namespace) -> tuple[list[Prompt | PromptError], str]:
+def _prompts(args: argparse.Namespace, out: Path | None) -> tuple[list[Entry | EntryError], str]:
     """The prompts that were asked for, and a hash of their contents."""
     if args.prompt is not None and args.prompts is not None:
         raise ValueError("generate: give a prompt or --prompts FILE, not both")
+    if args.prompts is None and args.column is not None:
+        raise ValueError("generate: --column goes with --prompts FILE; give one")
     if args.prompts is not None:
-        if args.prompts == "-":
-            data, name, suffix = _read_stdin(), "standard input", ".txt"
-        else:
-            path = Path(args.prompts)
-            name, suffix = str(path), path.suffix
-            check_prompt_suffix(name, suffix)
-            with open(path, "rb") as file:
-                data = _read(file, name)
-            if args.out is not None and Path(args.out).exists() and path.samefile(args.out):
-                raise ValueError(f"{path}: holds the prompts and cannot be the output; choose another --out")
-        prompts = list(read_prompts(data, name, suffix))
+        sources = [_stdin()] if args.prompts == "-" else find_sources([args.prompts], "a file of prompts")
+        for source in sources:
+            if out is not None and out.exists() and Path(source.name).exists() and out.samefile(source.name):
+                raise ValueError(f"{source.name}: holds the prompts and cannot be the output; choose another --out")
+        columns = PROMPTS.named(args.column)
+        prompts = list(read_entries(sources, columns, most_bytes=_MOST_PROMPT_BYTES))
         if not prompts:
-            raise ValueError(f"{name}: there are no prompts in it; give at least one")
-        return prompts, digest(data)
+            raise ValueError(f"{sources[0].name}: there are no prompts in it; give at least one")
+        return prompts, digest(sources)
     if args.prompt == "-":
-        data, name = _read_stdin(), "standard input"
-    elif args.prompt is not None:
-        data, name = os.fsencode(args.prompt), "the prompt"
+        source = _stdin()
     else:
-        data, name = (DEFAULT_PROMPT if args.model == EMBEDDED else "").encode(), "the prompt"
+        text = args.prompt if args.prompt is not None else DEFAULT_PROMPT if args.model == EMBEDDED else ""
+        source = Source("the prompt", ".txt", data=os.fsencode(text))
+    data = source.data or b""
     try:
-        return [Prompt(0, data.decode("utf-8"), name)], digest(data)
+        return [Entry(0, data.decode("utf-8"), source.name)], digest([source])
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} must be UTF-8 text; byte {error.start + 1} is not") from None
+        raise ValueError(f"{source.name} must be UTF-8 text; byte {error.start + 1} is not") from None
 
 
-def _read_stdin() -> bytes:
-    if sys.stdin is None:  # what Python makes of a closed one
-        raise ValueError("generate: standard input is closed; give the prompt as an argument or --prompts FILE")
-    return _read(sys.stdin.buffer, "standard input")
+def _stdin() -> Source:
+    return options.stdin_source(_MOST_PROMPT_BYTES, "give the prompt as an argument or --prompts FILE")
 
 
-def _read(file: BinaryIO, name: str) -> bytes:
-    data = file.read(_MOST_PROMPT_BYTES + 1)
-    if len(data) > _MOST_PROMPT_BYTES:
-        raise ValueError(f"{name}: must hold at most {_MOST_PROMPT_BYTES:,} bytes of prompts; it has more: split it")
-    return data
-
-
-def _checked(model: GPT2, prompts: Sequence[Prompt | PromptError], skip_bad: bool) -> list[_Usable]:
+def _checked(model: GPT2, prompts: Sequence[Entry | EntryError], skip_bad: bool) -> list[_Usable]:
     """Every prompt's token ids. The first bad prompt ends the run before it has begun, or is reported and left out."""
     usable = []
     for prompt in prompts:
         try:
-            if isinstance(prompt, PromptError):
+            if isinstance(prompt, EntryError):
                 raise prompt
             usable.append(_Usable(prompt, prompt_token_ids(model, prompt.content, prompt.where)))
         except ValueError as error:
@@ -227,21 +230,6 @@ def _checked(model: GPT2, prompts: Sequence[Prompt | PromptError], skip_bad: boo
     if not usable:
         raise ValueError("generate: none of the prompts can be used; there is nothing to do")
     return usable
-
-
-def _load(args: argparse.Namespace) -> GPT2:
-    dtype = DTYPES[args.dtype] if args.dtype is not None else None
-    return load_pretrained(args.model, dtype=dtype, device=find_device(args.device), backend=args.backend)
-
-
-def _weights_digest(model: GPT2) -> str:
-    """A hash of a model's configuration and weights, the same on every device."""
-    code = zlib.crc32(json.dumps(model.config.to_hf(), sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        code = zlib.crc32(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode(), code)
-        weights = parameter.detach().cpu().contiguous().view(torch.uint8)
-        code = zlib.crc32(weights.numpy().data, code)
-    return f"{code:08x}"
 
 
 # -- on the screen ------------------------------------------------------------------------------------------------
@@ -276,18 +264,23 @@ def _show(model: GPT2, usable: list[_Usable], sampling: SamplingConfig, args: ar
 
 
 def _write(
-    model: GPT2, usable: list[_Usable], sampling: SamplingConfig, args: argparse.Namespace, output: SampleFile
-) -> int:
-    options = _options(usable, sampling, args)
-    total = len(usable) * args.num_samples
-    if output.done:
-        print(f"fastgpt2: {output.path} holds {len(output.done)} of {total} samples", file=sys.stderr)
+    model: GPT2,
+    usable: list[_Usable],
+    sampling: SamplingConfig,
+    args: argparse.Namespace,
+    output: RecordFile[SampleRecord],
+) -> None:
+    keys = {(item.prompt.index, sample) for item in usable for sample in range(args.num_samples)}
+    total, there = len(keys), len(keys & output.done)
+    if there:
+        print(f"fastgpt2: {output.path} holds {there} of {total} samples", file=sys.stderr)
     started = time.perf_counter()
     num_samples = num_tokens = 0
     # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=total, initial=len(output.done), unit="sample", disable=None, dynamic_ncols=True) as bar:
+    with tqdm(total=total, initial=there, unit="sample", disable=None, dynamic_ncols=True) as bar:
         try:
-            for record in _records(model, usable, options | {"skip": output.done}, with_prompt=args.with_prompt):
+            chosen = _options(usable, sampling, args) | {"skip": output.done}
+            for record in _records(model, usable, chosen, with_prompt=args.with_prompt, whole=args.score == WHOLE):
                 output.write(record)
                 num_samples += 1
                 num_tokens += len(record.sample.token_ids)
@@ -296,7 +289,6 @@ def _write(
         finally:
             bar.close()
             _summarize(num_samples, num_tokens, time.perf_counter() - started)
-    return 0
 
 
 def _options(usable: list[_Usable], sampling: SamplingConfig, args: argparse.Namespace) -> dict[str, Any]:
@@ -305,20 +297,28 @@ def _options(usable: list[_Usable], sampling: SamplingConfig, args: argparse.Nam
         "sampling": sampling,
         "weight_dtype": args.weight_dtype,
         "num_samples": args.num_samples,
-        "batch_size": min(args.batch_size, len(usable) * args.num_samples),
+        "batch_size": max(1, min(args.batch_size, len(usable) * args.num_samples)),
         "sample_ids": [item.prompt.index for item in usable],
     }
 
 
 def _records(
-    model: GPT2, usable: list[_Usable], options: dict[str, Any], *, with_prompt: bool
+    model: GPT2, usable: list[_Usable], options: dict[str, Any], *, with_prompt: bool, whole: bool = False
 ) -> Iterator[SampleRecord]:
+    prompt_logprobs: dict[int, list[float]] = {}
     for sample in generate_iter(model, (item.ids for item in usable), **options):
         item = usable[sample.prompt_index]
         text = sample.text
         if with_prompt and text is not None and model.tokenizer is not None:
             text = item.text(model.tokenizer) + text
-        yield SampleRecord(item.prompt, sample, text)
+        before = None
+        if whole:
+            # Each prompt for itself: its numbers are then the same whatever prompts a process has beside it.
+            if item.prompt.index not in prompt_logprobs:
+                is_scored = len(item.ids) > 1
+                prompt_logprobs[item.prompt.index] = score(model, [item.ids])[0].logprobs if is_scored else []
+            before = prompt_logprobs[item.prompt.index]
+        yield SampleRecord(item.prompt, sample, text, before)
 
 
 def _summarize(num_samples: int, num_tokens: int, seconds: float) -> None:

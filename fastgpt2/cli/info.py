@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-import importlib.util
 import json
-import platform
 from typing import Any
 
 import torch
 
-import fastgpt2
+from fastgpt2 import machine
 from fastgpt2.checkpoint import EMBEDDED, read_config
 from fastgpt2.config import GPT2Config
 from fastgpt2.gpt2 import GPT2
@@ -31,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     info = {
-        "versions": _versions(),
-        "device": _device(),
+        "versions": machine.versions(),
+        "device": machine.describe(),
         "operators": _operators("cuda" if torch.cuda.is_available() else "cpu"),
         "model": {"name": args.model, **_model(read_config(args.model, revision=args.revision))},
     }
@@ -45,43 +42,6 @@ def run(args: argparse.Namespace) -> int:
         for name, value in section.items():
             print(f"  {name:<{width}}  {_text(value)}")
     return 0
-
-
-def _versions() -> dict[str, str]:
-    optional = ("triton", "transformers", "tokenizers", "safetensors", "huggingface_hub")
-    return {
-        "fastgpt2": fastgpt2.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: _installed(name) for name in optional},
-    }
-
-
-def _installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        # PyTorch builds its own Triton under other names (triton-rocm, pytorch-triton).
-        return "installed" if importlib.util.find_spec(name) else "not installed"
-
-
-def _device() -> dict[str, Any]:
-    device: dict[str, Any] = {"platform": platform.platform()}
-    if torch.cuda.is_available():
-        device["gpu"] = torch.cuda.get_device_name()
-        device["gpu_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
-    else:
-        device["gpu"] = None
-    device["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    device["cpu_threads"] = torch.get_num_threads()
-    device["cpu_native"] = ops.why_not_native("decode_step", "cpu") or f"{ops.native_isa()} instructions"
-    # What `GPT2.pack` does for generation on this CPU.
-    device["cpu_packs_weights"] = [
-        str(dtype).removeprefix("torch.")
-        for dtype in (torch.float32, torch.bfloat16)
-        if ops.can_pack(torch.empty(0, dtype=dtype))
-    ]
-    return device
 
 
 def _operators(device: str) -> dict[str, dict[str, Any]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 # Each command is a module of this package with `HELP`, `add_arguments(parser)` and `run(args) -> int`.
-COMMANDS = ("generate", "train", "info", "convert")
+COMMANDS = ("generate", "score", "select", "train", "check", "info", "convert")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,22 +37,54 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0, 2 for an error, 130 after Ctrl-C)."""
     debug = False
-    try:
-        args = build_parser().parse_args(argv)  # loads the commands' modules
-        debug = args.debug
-        return args.run(args)
-    except KeyboardInterrupt:
+    with _noticed_interrupts() as interrupts:
+        try:
+            args = build_parser().parse_args(argv)  # loads the commands' modules
+            debug = args.debug
+            return args.run(args)
+        except Exception as error:
+            # PyTorch and safetensors turn a Ctrl-C within their C++ into other errors.
+            if not interrupts:
+                return _failed(error, debug)
+        except KeyboardInterrupt:
+            pass
         print("fastgpt2: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+
+
+@contextlib.contextmanager
+def _noticed_interrupts() -> Iterator[list[int]]:
+    """A list that a Ctrl-C within the block is added to, beside its KeyboardInterrupt."""
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_ours:
+        signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield interrupts
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    """Say what went wrong; the exit status. What is no error of input or machine is raised."""
+    if isinstance(error, BrokenPipeError):
         # The reader of our output has left (`fastgpt2 generate | head`): nothing to say, and nobody to say it to.
         sys.stderr.close()
         return 0
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        if debug:
-            raise
-        print(f"fastgpt2: {_sentence(error)}", file=sys.stderr)
-        return 2
+    expected = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
+    if debug or not isinstance(error, expected):
+        raise error
+    print(f"fastgpt2: {_sentence(error)}", file=sys.stderr)
+    return 2
 
 
 def _sentence(error: Exception) -> str:

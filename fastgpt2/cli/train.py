@@ -43,6 +43,7 @@ _DROPOUTS = ("residual_dropout", "embedding_dropout", "attention_dropout")
 _RUN_DEFAULTS: dict[str, Any] = {
     "data": None,
     "suffix": [],
+    "column": None,
     "val_fraction": 0.05,
     "tokenizer": None,
     "vocab_size": None,
@@ -61,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=unset,
         metavar="PATH",
-        help="text files, directories, 'stdlib' (Python's own sources), or one folder with train.bin and val.bin",
+        help="text files, .jsonl, .csv, .parquet or .fasta with a document a row, patterns, directories, hf://NAME, "
+        "'stdlib' (Python's own sources), or one folder with train.bin and val.bin",
+    )
+    files.add_argument(
+        "--column", default=unset, metavar="NAME", help='the column of .jsonl, .csv, .parquet, hf:// (default: "text")'
     )
     files.add_argument(
         "--suffix", nargs="+", default=unset, help="of a directory take only files whose names end so, e.g. .py"
@@ -114,9 +119,9 @@ def run(args: argparse.Namespace) -> int:
         resumes = bool(train.checkpoint_paths(args.out))
         if resumes and not args.resume:
             raise ValueError(f"train: {args.out} holds a run; continue it with --resume or choose another --out")
-        kept = _kept_options(args.out) if args.resume else {}
+        kept = _kept_options(args.out) if args.resume else None
         with processes.first_goes_first():  # which looks through the texts
-            plan = None if resumes else _planned(args, {**kept, **given}, processes)
+            plan = None if resumes else _planned(args, {**(kept or {}), **given}, processes)
         # Nothing is written before the arguments are known to be good, and then by one run at a time.
         with locked_folder(args.out) if processes.is_first else contextlib.nullcontext():
             trainer = _resumed(args, given, kept, processes) if plan is None else _begun(args, plan, processes)
@@ -125,11 +130,11 @@ def run(args: argparse.Namespace) -> int:
         processes.close()
 
 
-def _kept_options(out: str) -> dict[str, Any]:
-    """What the run in `out` was asked for when it began."""
+def _kept_options(out: str) -> dict[str, Any] | None:
+    """What the run in `out` was asked for when it began; None where the file that says it is missing."""
     path = Path(out, "run.json")
     if not path.exists():
-        return {}
+        return None
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(options, dict) or options.keys() - _KEPT:
@@ -139,6 +144,12 @@ def _kept_options(out: str) -> dict[str, Any]:
             f"{path}: must be JSON ({first_line(error)}); remove it and give the run's options again"
         ) from error
     return options
+
+
+def _keep_options(out: str, options: dict[str, Any]) -> None:
+    kept = {name: value for name, value in options.items() if name in _KEPT}
+    with atomic_file(Path(out, "run.json")) as file:
+        file.write(json.dumps(kept, indent=2).encode())
 
 
 def _train_fields(options: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +224,7 @@ def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train
     plan.request = {
         "sources": wanted["data"],
         "suffixes": wanted["suffix"],
+        "column": wanted["column"],
         "val_fraction": wanted["val_fraction"],
         "seed": config.seed,
         "vocab_size": vocab_size,
@@ -221,7 +233,11 @@ def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train
     meta = data.read_meta(Path(args.out, "data"))
     if processes.is_first and not (args.resume and meta and meta.request == plan.request):
         plan.corpus = data.find_documents(
-            wanted["data"], suffixes=wanted["suffix"], val_fraction=wanted["val_fraction"], seed=config.seed
+            wanted["data"],
+            suffixes=wanted["suffix"],
+            column=wanted["column"],
+            val_fraction=wanted["val_fraction"],
+            seed=config.seed,
         )
     return plan
 
@@ -229,9 +245,7 @@ def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train
 def _begun(args: argparse.Namespace, plan: _Plan, processes: train.Processes) -> train.Trainer:
     with processes.first_goes_first():
         if processes.is_first:
-            kept = {name: value for name, value in plan.options.items() if name in _KEPT}
-            with atomic_file(Path(args.out, "run.json")) as file:
-                file.write(json.dumps(kept, indent=2).encode())
+            _keep_options(args.out, plan.options)
         tokens, tokenizer = _prepared(Path(args.out, "data"), plan)
     torch.manual_seed(plan.config.seed)
     model = plan.initial or GPT2(_model_config(plan.wanted, plan.sizes, tokenizer), backend=args.backend)
@@ -244,10 +258,7 @@ def _prepared(folder: Path, plan: _Plan) -> tuple[data.TokenData, Tokenizer | No
         return plan.tokens, plan.tokenizer
     tokenizer = plan.tokenizer
     if (corpus := plan.corpus) is not None:
-        _say(
-            f"{counted(len(corpus), 'document')} ({len(corpus.val)} for validation), "
-            f"{counted(corpus.skipped, 'file')} skipped"
-        )
+        _say(f"{counted(len(corpus), 'document')} ({corpus.num_val} for validation), {corpus.skipped:,} skipped")
         if tokenizer is None:
             pieces = (piece for segment in corpus.train for piece in segment.pieces())
             tokenizer = Tokenizer.train(pieces, plan.request["vocab_size"])
@@ -289,9 +300,9 @@ def _model_config(wanted: dict[str, Any], sizes: dict[str, Any], tokenizer: Toke
 
 
 def _resumed(
-    args: argparse.Namespace, given: dict[str, Any], kept: dict[str, Any], processes: train.Processes
+    args: argparse.Namespace, given: dict[str, Any], kept: dict[str, Any] | None, processes: train.Processes
 ) -> train.Trainer:
-    was = {name: kept.get(name, default) for name, default in _RUN_DEFAULTS.items()}
+    was = {name: (given if kept is None else kept).get(name, default) for name, default in _RUN_DEFAULTS.items()}
     for name in given.keys() & was.keys():
         if given[name] != was[name]:
             raise ValueError(f"resume: {name} must stay {was[name]!r} as the run began; got {given[name]!r}")
@@ -303,6 +314,8 @@ def _resumed(
         before = getattr(trainer.model.config, name)
         if value != before:
             raise ValueError(f"resume: {name} must stay {before!r} as the run began; got {value!r}")
+    if kept is None and processes.is_first:
+        _keep_options(args.out, given)  # the file was lost; what was trained on is checked by the checkpoint
     _say(f"continuing from step {trainer.step} of {trainer.config.steps}", processes.is_first)
     return trainer
 

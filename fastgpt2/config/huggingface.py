@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastgpt2.config.checks import require
+from fastgpt2.messages import shown
 
 # What transformers assumes where a config.json is silent, and what OpenAI's vocabulary uses.
 OPENAI_IDS: dict[str, Any] = {"bos_token_id": 50256, "eos_token_id": 50256}
@@ -126,12 +127,12 @@ def fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: the file asks for what would change the maths and is not here.
     """
     model_type = hf.get("model_type", "gpt2")
-    require(model_type == "gpt2", f"config.json: model_type must be 'gpt2'; got {model_type!r}")
+    require(model_type == "gpt2", f"config.json: model_type must be 'gpt2'; got {shown(model_type)}")
     for name, harmless in _HF_REFUSED.items():
         value = hf.get(name, harmless)
         require(
             value == harmless or not value,
-            f"config.json: {name}={value!r} is not supported (it would change what the model computes); "
+            f"config.json: {name}={shown(value)} is not supported (it would change what the model computes); "
             "load this checkpoint with transformers",
         )
     unknown = sorted(set(hf) - set(_HF_FIELDS) - set(_HF_ALIASES) - set(_HF_REFUSED) - _HF_HARMLESS)

@@ -24,10 +24,38 @@ MAX_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Shape and maths of a GPT-2. Defaults are GPT-2 small (Radford et al. 2019).
+    """The sizes and the maths of a GPT-2. The defaults are GPT-2 small (Radford et al. 2019).
 
-    `feedforward_dim=None` means 4 x `hidden_size`. The flags from `scale_attn_weights` on have the names and the
-    meaning they have in transformers' GPT2Config.
+    The fields from `activation_function` on mean what they mean in transformers' `GPT2Config`, where the dropouts are
+    called `resid_pdrop`, `embd_pdrop` and `attn_pdrop`.
+
+    Args:
+        vocab_size: the number V of tokens.
+        context_length: the most tokens of a sequence.
+        hidden_size: the width C.
+        num_layers: the number L of blocks.
+        num_heads: the number H of attention heads; `hidden_size` must be a multiple of it.
+        feedforward_dim: the width of the MLP, or None for 4 x `hidden_size`.
+        activation_function: one of transformers' names.
+        residual_dropout: the probability with which an output of attention or MLP is dropped in training.
+        embedding_dropout: the same for the embeddings.
+        attention_dropout: the same for attention weights.
+        layer_norm_epsilon: what LayerNorm adds to the variance.
+        initializer_range: the standard deviation of new weights.
+        scale_attn_weights: whether scores are divided by the root of the head size.
+        scale_attn_by_inverse_layer_idx: whether scores of layer i (from 0) are also divided by i + 1.
+        reorder_and_upcast_attn: whether scores and softmax of half precision are computed in float32.
+        tie_word_embeddings: whether the head shares the weight of the token embeddings.
+        bos_token_id: the token that stands for an empty prompt, or None.
+        eos_token_id: the token, or tokens, that end a sample; None if there is none.
+        pad_token_id: the padding token, or None.
+
+    Raises:
+        ValueError: A value is out of its range, or `hidden_size` is no multiple of `num_heads`.
+
+    Example:
+        >>> GPT2Config(hidden_size=64, num_heads=4).head_dim
+        16
     """
 
     vocab_size: int = 50257
@@ -71,18 +99,18 @@ class GPT2Config:
             value = getattr(self, name)
             require(
                 isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1,
-                f"GPT2Config: {name} must be in [0, 1); got {value!r}",
+                f"GPT2Config: {name} must be in [0, 1); got {shown(value)}",
             )
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
             require(
                 isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0,
-                f"GPT2Config: {name} must be a positive number; got {value!r}",
+                f"GPT2Config: {name} must be a positive number; got {shown(value)}",
             )
         require(
             self.activation_function in ACTIVATIONS or self.activation_function in LEARNED_ACTIVATIONS,
             f"GPT2Config: activation_function must be one of {sorted((*ACTIVATIONS, *LEARNED_ACTIVATIONS))}; "
-            f"got {self.activation_function!r}",
+            f"got {shown(self.activation_function)}",
         )
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
@@ -116,7 +144,7 @@ class GPT2Config:
     def preset(cls, name: str, **changes: Any) -> GPT2Config:
         """A published model's configuration by its name, e.g. "gpt2-medium"; `changes` override its fields."""
         if name not in PRESETS:
-            raise ValueError(f"GPT2Config: no preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"GPT2Config: no preset {shown(name)}; there are {', '.join(PRESETS)}")
         return cls(**{**OPENAI_IDS, **PRESETS[name], **changes})
 
     # -- Hugging Face -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgpt2.config.checks import is_int, is_number, require
+from fastgpt2.messages import shown
 
 
 def _help(default: Any, text: str, **more: Any) -> Any:
@@ -67,21 +68,23 @@ class TrainConfig:
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
-            require(is_int(value) and value >= least, f"TrainConfig: {name} must be an int >= {least}; got {value!r}")
+            require(
+                is_int(value) and value >= least, f"TrainConfig: {name} must be an int >= {least}; got {shown(value)}"
+            )
         for name in ("lr", "minutes", "min_lr", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             optional, positive = name in ("minutes", "min_lr"), name in ("lr", "minutes")
             require(
                 (value is None and optional)
                 or (is_number(value) and 0 <= value < float("inf") and (value > 0 or not positive)),
-                f"TrainConfig: {name} must be a finite number {'> 0' if positive else '>= 0'}; got {value!r}",
+                f"TrainConfig: {name} must be a finite number {'> 0' if positive else '>= 0'}; got {shown(value)}",
             )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            require(is_number(value) and 0 <= value < 1, f"TrainConfig: {name} must be in [0, 1); got {value!r}")
+            require(is_number(value) and 0 <= value < 1, f"TrainConfig: {name} must be in [0, 1); got {shown(value)}")
         for name, choices in (("dtype", TRAIN_DTYPES), ("export", ("best", "last"))):
             value = getattr(self, name)
-            require(value in choices, f"TrainConfig: {name} must be one of {', '.join(choices)}; got {value!r}")
+            require(value in choices, f"TrainConfig: {name} must be one of {', '.join(choices)}; got {shown(value)}")
         require(self.seed < 2**63, f"TrainConfig: seed must be below 2**63; got {self.seed}")
 
     def replace(self, **changes: Any) -> TrainConfig:

@@ -45,9 +45,9 @@ def torch_load(path: Path) -> dict[str, Any]:
     try:
         # Files of PyTorch before 1.6 are no zip archives, and only those can be mapped.
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except Exception as error:  # what an unpickler stumbles over, and so what it raises, is up to the file's bytes
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file itself cannot be opened; without a name it is a place that the bytes name
         raise ValueError(f"{path}: not a readable file of tensors ({first_line(error)}); is it whole?") from error
     if not isinstance(contents, dict) or not all(isinstance(key, str) for key in contents):
         raise ValueError(f"{path}: must hold a dictionary of tensors; got {type(contents).__name__}")

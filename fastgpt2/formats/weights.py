@@ -72,7 +72,7 @@ def check_keys(
         if name in shapes and shapes[name] != shape and not (name in cut and _is_cut(shape, shapes[name]))
     ]
     if wrong:
-        problems.append(f"other shapes: {listed(wrong)}")
+        problems.append(f"other shapes: {listed(wrong, limit=2)}")
     if problems:
         raise ValueError(f"{source}: the weights do not fit the configuration; {'; '.join(problems)}")
 

@@ -1,1 +1,1 @@
-"""Edges to other libraries, each imported only when it is used."""
+"""Other libraries: what they call in place of their own."""

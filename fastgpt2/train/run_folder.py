@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import zipfile
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -36,9 +38,9 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # what an unpickler stumbles over, and so what it raises, is up to the file's bytes
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file itself cannot be opened; without a name it is a place that the bytes name
         raise ValueError(f"{path}: not a readable checkpoint; remove it to continue from the one before") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path}: not a checkpoint of format {_FORMAT}; train again with this version")
@@ -86,6 +88,17 @@ class RunFolder:
             old.unlink()
         return path
 
+    def has_best(self) -> bool:
+        """Whether best.pt is there, and whole; a damaged one is set aside as best.pt.damaged."""
+        if not self.best.exists():
+            return False
+        with contextlib.suppress(ValueError):
+            check_archive(self.best)
+            if zipfile.is_zipfile(self.best):
+                return True
+        os.replace(self.best, self.best.with_name("best.pt.damaged"))
+        return False
+
     def link_best(self, checkpoint: Path) -> None:
         """Make best.pt the same file as a checkpoint."""
         link_file(checkpoint, self.best)
@@ -101,8 +114,16 @@ def _metrics_until(path: Path, step: int) -> bytes:
     if not path.exists():
         return b""
     kept = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        if json.loads(line)["step"] > step:
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            at = json.loads(line)["step"]
+            if not isinstance(at, int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(
+                f"{path}: line {number} is not a line that a training run wrote; mend the file or move it away to go on"
+            ) from None
+        if at > step:
             break
         kept.append(line + b"\n")
     return b"".join(kept)

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from os import PathLike
@@ -413,6 +414,13 @@ class Trainer:
             trainer._restore(state)
         if state.get("is_best") and processes.is_first:
             trainer._folder.link_best(paths[-1])  # the run may have been killed after the checkpoint, before the link
+        elif processes.is_first and math.isfinite(trainer.best_loss) and not trainer._folder.has_best():
+            trainer.best_loss = math.inf
+            warnings.warn(
+                f"{trainer._folder.best}: is missing or damaged; the finished model will be the best of the "
+                "evaluations from here on, or the last weights where there is none",
+                stacklevel=2,
+            )
         return trainer
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -71,6 +71,7 @@ _TABLE = {
     },
     "sample": {
         "triton": "triton.sampling:sample",
+        "native": "native.decode:sample_rows",
         "torch": "torch.sampling:sample",
     },
 }
@@ -182,7 +183,7 @@ def choose_backend(
         operator: A name of the table.
         device: The tensors' device.
         backend: What the caller asked for, a name of `BACKENDS`.
-        limit: Says, if it is called, why these tensors are none for the Triton kernel, or None if they are.
+        limit: Says, if it is called, why these tensors are none for a kernel of ours, or None if they are.
 
     Raises:
         ValueError: The backend that was asked for cannot be used, or no backend has the operator on this device.
@@ -197,8 +198,8 @@ def choose_backend(
         reason = why_not_native(operator, device)
     else:
         reason = why_not_triton(operator, device)
-        if reason is None and limit is not None:
-            reason = limit()
+    if reason is None and limit is not None and wanted != "torch":
+        reason = limit()
     if reason is None:
         return wanted
     if backend != "auto" or "torch" not in _TABLE[operator]:

@@ -141,6 +141,11 @@ def gumbel(keys: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     groups = torch.arange(-(-vocab_size // 4), device=keys.device).expand(len(keys), -1)
     counts = (positions.long() & _WORD)[:, None].expand_as(groups)
     words = torch.stack(philox(groups, counts, groups * 0, groups * 0, k0, k1), -1).flatten(-2)[:, :vocab_size]
+    return gumbel_of_words(words)
+
+
+def gumbel_of_words(words: Tensor) -> Tensor:
+    """-log(-log u) in float64 of words, int64 numbers of 32 bits, with 1 - u = (word + 1/2) / 2^32."""
     is_low = words < 2**31
     v = (words.where(is_low, _WORD - words).double() + 0.5) * 2.0**-32  # the smaller of u and 1 - u
     return -torch.log(torch.where(is_low, -torch.log1p(-v), -torch.log(v)))

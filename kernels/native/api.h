@@ -46,7 +46,7 @@ struct PackArgs {
   const void* source;  // (n, k) of the same type
   void* packed;
   int32_t* sums;
-  int64_t n, k, type, source_stride, huge_bytes, threads;
+  int64_t n, k, type, source_stride, threads;
 };
 
 // What becomes of a product's sums. out null: the results are the operand of the next product.
@@ -153,7 +153,11 @@ struct ForwardArgs {
   int32_t* active;        // (R,)
   char* scratch;
   int64_t logits_stride, threads, scratch_bytes;
-  double* times;          // (8,) seconds of the phases, or null
+  double* times;          // (8,) seconds of the phases, waiting for other threads the last; or null
+  // Of steps: how many at most, while no row ends; how many have run; whether another is to follow.
+  int64_t steps, steps_done, more;
+  int32_t* step_tokens;   // (steps, slots), what each of them chose
+  float* step_logprobs;
 };
 
 struct Kernels {

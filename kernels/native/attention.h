@@ -157,9 +157,7 @@ enum { OUTER_STEPS = 64 };  // are summed from zero before they are added to the
 template <int ROWS>
 static void outer(const float* a, int64_t row_stride, int64_t step_stride, const float* panel, int64_t steps, float* out) {
   for (int64_t block = 0; block < steps; block += OUTER_STEPS) {
-    vf acc[ROWS][NV];
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < NV; ++v) acc[r][v] = vf{};
+    vf acc[ROWS][NV] = {};
     const int64_t last = least(steps, block + OUTER_STEPS);
     for (int64_t i = block; i < last; ++i, panel += NR, a += step_stride) {
       vf b[NV];

@@ -3,9 +3,6 @@
 #include "attention.h"
 #include "linear.h"
 #include "sampling.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -16,6 +13,9 @@ Operands prepare(const Linear* to, const LayerNorm* norm, Source from, int64_t r
   const int64_t place = is_private ? us.thread * PRIVATE_ROWS : 0;
   Operands own = {shared.data + place * operand_stride(to->type, to->k), shared.scale + place};
   const Share mine = is_private ? Share{0, rows} : share(rows, us.thread, us.threads);
+  // Other threads have written them: all are asked for at once.
+  for (int64_t r = mine.first; r < mine.last; ++r)
+    for (int64_t k = 0; k < to->k; k += 16) __builtin_prefetch(row_of(from, r) + k, 0, 2);
   for (int64_t r = mine.first; r < mine.last; ++r) prepare_row(to, norm, from, r, own, (float*)scratch);
   if (!is_private) barrier(us);
   return own;
@@ -33,14 +33,6 @@ const char* layout(LayoutArgs* a) {
 }
 
 const char* pack(PackArgs* a) {
-#if defined(__linux__)
-  // Fewer entries of the page tables: the weights are read whole in every step. Only a hint, so a refusal is no error.
-  if (a->huge_bytes) {
-    const int64_t page = 2 << 20, first = round_up((int64_t)(uintptr_t)a->packed, page);
-    const int64_t last = ((int64_t)(uintptr_t)a->packed + a->huge_bytes) / page * page;
-    if (last > first) (void)madvise((void*)(uintptr_t)first, last - first, MADV_HUGEPAGE);
-  }
-#endif
   in_parallel(a->threads, [&](Team us) { pack_share(a, share(panels_of(a->n), us.thread, us.threads)); });
   return nullptr;
 }
@@ -55,11 +47,10 @@ const char* linear(LinearArgs* a) {
   return nullptr;
 }
 
-// One layer's attention, by all threads; they meet at the end.
+// What this thread takes of one layer's attention.
 void attend(const Attention* a, bool has_blocks, char* scratch, Team us) {
   if (a->cache->type == BF16) attend_tasks<uint16_t>(a, has_blocks, (float*)scratch, us);
   else attend_tasks<float>(a, has_blocks, (float*)scratch, us);
-  barrier(us);
 }
 
 const char* attention(AttentionArgs* a) {
@@ -80,33 +71,46 @@ const char* sample(SampleArgs* a) {
   return nullptr;
 }
 
-// The rows of a step from the slots' state: those that go on, one token each.
-void begin_step(ForwardArgs* a) {
+// What a slot's row is in the step to come: one that has run has appended a token and chosen another.
+struct Next { int32_t past, produced; bool goes_on; };
+Next next_of(const ForwardArgs* a, int32_t slot) {
   const Slots* state = &a->state;
+  const int32_t went_on = state->status[slot] == RUNNING;
+  const int32_t past = state->lengths[slot] + went_on, produced = state->produced[slot] + went_on;
+  bool goes_on = state->status[slot] != IDLE && produced < state->limits[slot] && past < a->context;
+  for (int64_t i = 0; i < a->num_stops; ++i) goes_on = goes_on && a->stop_ids[i] != state->tokens[slot];
+  return {past, produced, goes_on};
+}
+
+// The rows of a step: those that go on, one token each.
+void begin_step(ForwardArgs* a) {
   int64_t active = 0;
   for (int64_t r = 0; r < a->rows.num_rows; ++r) {
-    const int32_t slot = a->rows.slots[r], token = state->tokens[slot], status = state->status[slot];
-    const int32_t went_on = status == RUNNING;  // the step before has appended a token and chosen another
-    const int32_t past = state->lengths[slot] + went_on, produced = state->produced[slot] + went_on;
-    bool goes_on = status != IDLE && produced < state->limits[slot] && past < a->context;
-    for (int64_t i = 0; i < a->num_stops; ++i) goes_on = goes_on && a->stop_ids[i] != token;
-    state->lengths[slot] = past;
-    state->produced[slot] = produced;
-    state->status[slot] = goes_on ? RUNNING : IDLE;
-    if (!goes_on) continue;
+    const int32_t slot = a->rows.slots[r];
+    const Next next = next_of(a, slot);
+    a->state.lengths[slot] = next.past;
+    a->state.produced[slot] = next.produced;
+    a->state.status[slot] = next.goes_on ? RUNNING : IDLE;
+    if (!next.goes_on) continue;
     a->active[active] = slot;
     a->rows.starts[active] = (int32_t)active;
     a->rows.counts[active] = 1;
-    a->rows.pasts[active++] = past;
+    a->rows.pasts[active++] = next.past;
   }
   a->rows.slots = a->active;
   a->rows.num_rows = a->rows.num_tokens = active;
 }
 
-float embedded(const void* table, int64_t type, int64_t at) {
-  if (type == F32) return ((const float*)table)[at];
-  const uint32_t bits = (uint32_t)((const uint16_t*)table)[at] << 16;
-  return load_as<float>(&bits);
+// Notes what a step chose for the rows. Another one follows, if it was asked for, until a row has ended.
+void end_step(ForwardArgs* a) {
+  const int64_t at = a->steps_done++ * a->state.num_slots;
+  a->more = a->steps_done < a->steps;
+  for (int64_t r = 0; r < a->rows.num_rows; ++r) {
+    const int32_t slot = a->rows.slots[r];
+    a->step_tokens[at + slot] = a->state.tokens[slot];
+    a->step_logprobs[at + slot] = a->state.logprobs[slot];
+    a->more = a->more && next_of(a, slot).goes_on;
+  }
 }
 
 // A token that there is none of, or a position, makes its row NaN.
@@ -116,21 +120,24 @@ void embed(const ForwardArgs* a, int64_t r, Team us) {
     if (n % us.threads != us.thread) continue;
     const int64_t token = a->token_ids ? a->token_ids[n] : a->state.tokens[a->rows.slots[r]];
     const bool is_good = token >= 0 && token < a->vocab && position >= 0 && position < a->context;
-    float* x = a->x + n * a->width;
+    const auto number = [a](const void* table, int64_t at) {
+      const uint32_t bits = a->embedding_type == F32 ? ((const uint32_t*)table)[at] : (uint32_t)((const uint16_t*)table)[at] << 16;
+      return load_as<float>(&bits);
+    };
     for (int64_t c = 0; c < a->width; ++c)
-      x[c] = !is_good ? __builtin_nanf("")
-                      : embedded(a->wte, a->embedding_type, token * a->wte_stride + c) +
-                            embedded(a->wpe, a->embedding_type, position * a->wpe_stride + c);
+      a->x[n * a->width + c] = !is_good ? __builtin_nanf("") : number(a->wte, token * a->wte_stride + c) +
+                                                                   number(a->wpe, position * a->wpe_stride + c);
   }
 }
 
-// Phase i has ended: its time goes to times[i], by the first thread.
-INLINE void mark(const ForwardArgs* a, Team us, int i, double* since) {
+// A phase has ended: its time is added to ForwardArgs.times, by the first thread.
+enum Phase { EMBEDDING, OPERANDS, QKV, ATTENTION, LINEAR_LAYERS, HEAD, SAMPLING, WAITING };
+INLINE void mark(const ForwardArgs* a, Team us, Phase phase, double* since) {
   if (!a->times || us.thread != 0) return;
   timespec at;
   clock_gettime(CLOCK_MONOTONIC, &at);
   const double now = (double)at.tv_sec + 1e-9 * (double)at.tv_nsec;
-  if (*since > 0.0) a->times[i] += now - *since;
+  if (*since > 0.0) a->times[phase] += now - *since;
   *since = now;
 }
 
@@ -139,57 +146,40 @@ void forward_team(const ForwardArgs* a, int32_t* last_tokens, bool has_blocks, T
   char* scratch = a->scratch + a->scratch_bytes * us.thread;
   const Operands operand = {a->operand, a->operand_scale}, operand_2 = {a->operand_2, a->operand_scale};
   double since = 0.0;
-  mark(a, us, 0, &since);
+  const auto meet_after = [&](Phase phase) { mark(a, us, phase, &since), barrier(us), mark(a, us, WAITING, &since); };
+  mark(a, us, EMBEDDING, &since);
   for (int64_t r = 0; r < R; ++r) embed(a, r, us);
-  barrier(us);
-  mark(a, us, 0, &since);
+  meet_after(EMBEDDING);
+  // Where there is no source the operands are there already.
+  const auto product = [&](const Linear& linear, const LayerNorm* norm, Source from, int64_t rows, Operands own,
+                           const Epilogue& to, Phase phase) {
+    const Operands x = from.x ? prepare(&linear, norm, from, rows, own, scratch, us) : own;
+    mark(a, us, OPERANDS, &since);
+    linear_share(&linear, x, rows, &to, scratch, us);
+    meet_after(phase);
+  };
   for (int64_t i = 0; i < a->num_layers; ++i) {
     const Layer* layer = a->layers + i;
     const int64_t type = layer->qkv.type;
-    Operands x = prepare(&layer->qkv, &layer->ln_1, {a->x, C, nullptr}, N, operand, scratch, us);
+    float* plain = type == I8 ? a->hidden : nullptr;  // in int8 a row is quantized when all of it is there
     const Epilogue to_qkv = {LINEAR, nullptr, 0, a->qkv, 3 * C, nullptr, F32, 0};
-    mark(a, us, 1, &since);
-    linear_share(&layer->qkv, x, N, &to_qkv, scratch, us);
-    barrier(us);
-    mark(a, us, 2, &since);
-    // In int8 a row is quantized when all of it is there.
-    float* plain = type == I8 ? a->hidden : nullptr;
+    const Epilogue to_x = {LINEAR, a->x, C, a->x, C, nullptr, F32, 0};
+    const Epilogue to_hidden = {a->activation, nullptr, 0, plain, a->inner, operand_2.data, type, operand_stride(type, a->inner)};
     const Attention attention = {&a->cache, &a->rows, i, a->heads, C / a->heads, layer->attention_scale, a->qkv,
                                  3 * C, a->parts, plain, C, operand.data, type, operand_stride(type, C)};
+    product(layer->qkv, &layer->ln_1, {a->x, C, nullptr}, N, operand, to_qkv, QKV);
     attend(&attention, has_blocks, scratch, us);
-    mark(a, us, 3, &since);
-    x = operand;
-    if (plain) x = prepare(&layer->projection, nullptr, {plain, C, nullptr}, N, operand, scratch, us);
-    const Epilogue to_x = {LINEAR, a->x, C, a->x, C, nullptr, F32, 0};
-    mark(a, us, 1, &since);
-    linear_share(&layer->projection, x, N, &to_x, scratch, us);
-    barrier(us);
-    mark(a, us, 4, &since);
-    x = prepare(&layer->up, &layer->ln_2, {a->x, C, nullptr}, N, operand, scratch, us);
-    const Epilogue to_hidden = {a->activation, nullptr, 0, plain, a->inner, operand_2.data, type,
-                                operand_stride(type, a->inner)};
-    mark(a, us, 1, &since);
-    linear_share(&layer->up, x, N, &to_hidden, scratch, us);
-    barrier(us);
-    mark(a, us, 4, &since);
-    x = operand_2;
-    if (plain) x = prepare(&layer->down, nullptr, {plain, a->inner, nullptr}, N, operand_2, scratch, us);
-    mark(a, us, 1, &since);
-    linear_share(&layer->down, x, N, &to_x, scratch, us);
-    barrier(us);
-    mark(a, us, 4, &since);
+    meet_after(ATTENTION);
+    product(layer->projection, nullptr, {plain, C, nullptr}, N, operand, to_x, LINEAR_LAYERS);
+    product(layer->up, &layer->ln_2, {a->x, C, nullptr}, N, operand, to_hidden, LINEAR_LAYERS);
+    product(layer->down, nullptr, {plain, a->inner, nullptr}, N, operand_2, to_x, LINEAR_LAYERS);
   }
-  const Operands x = prepare(&a->head, &a->ln_f, {a->x, C, last_tokens}, R, operand, scratch, us);
   const Epilogue to_logits = {LINEAR, nullptr, 0, a->logits, a->logits_stride, nullptr, F32, 0};
-  mark(a, us, 1, &since);
-  linear_share(&a->head, x, R, &to_logits, scratch, us);
-  barrier(us);
-  mark(a, us, 5, &since);
+  product(a->head, &a->ln_f, {a->x, C, last_tokens}, R, operand, to_logits, HEAD);
   if (a->token_ids) return;
   const SampleArgs choice = {a->state, a->sampling, a->logits, a->rows.slots, nullptr, R, a->vocab, a->logits_stride, 0, 0};
   for (int64_t r; (r = take(us, R)) >= 0;) sample_row(&choice, r, (float*)scratch);
-  barrier(us);
-  mark(a, us, 6, &since);
+  meet_after(SAMPLING);
 }
 
 const char* forward(ForwardArgs* given) {
@@ -199,12 +189,14 @@ const char* forward(ForwardArgs* given) {
       if (a.rows.slots[r] < 0 || a.rows.slots[r] >= a.state.num_slots) return "a slot is out of range";
     begin_step(&a);
   }
-  if (a.rows.num_rows == 0) return nullptr;
-  const bool has_blocks = plan_tasks(&a.cache, &a.rows, a.heads);
-  // Only the last token of a row has logits.
-  int32_t* last_tokens = a.token_ids ? a.active : nullptr;
-  for (int64_t r = 0; last_tokens && r < a.rows.num_rows; ++r) last_tokens[r] = a.rows.starts[r] + a.rows.counts[r] - 1;
-  in_parallel(a.threads, [&](Team us) { forward_team(&a, last_tokens, has_blocks, us); });
+  if (a.rows.num_rows > 0) {
+    const bool has_blocks = plan_tasks(&a.cache, &a.rows, a.heads);
+    // Only the last token of a row has logits.
+    int32_t* last_tokens = a.token_ids ? a.active : nullptr;
+    for (int64_t r = 0; last_tokens && r < a.rows.num_rows; ++r) last_tokens[r] = a.rows.starts[r] + a.rows.counts[r] - 1;
+    in_parallel(a.threads, [&](Team us) { forward_team(&a, last_tokens, has_blocks, us); });
+  }
+  if (!a.token_ids) end_step(given);
   return nullptr;
 }
 

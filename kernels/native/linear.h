@@ -8,7 +8,7 @@
 #include "api.h"
 #include "team.h"
 
-enum { BLOCK_STEPS = 128, CHUNK_ROWS = MR * 8, PRIVATE_ROWS = MR, ROW_PADDING = 64, STEP_BYTES = NR * 4 };
+enum { BLOCK_STEPS = 128, CHUNK_ROWS = MR * 8, PRIVATE_ROWS = MR, FEW_ROWS = 5, ROW_PADDING = 64, STEP_BYTES = NR * 4 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 enum { BF16_OPERAND = 2, I8_OPERAND = 1, I8_OFFSET = 128 };  // int8 is unsigned
@@ -68,24 +68,22 @@ template <> struct Dot<I8> {
   }
 };
 
-// ROWS rows by one panel over `steps` steps, into or onto `sums` (ROWS, NR). Prefetches one line of every vector a step
-// of the next block, in the steps i with (i & every) == turn.
+// ROWS rows by one panel over `steps` steps, into or onto `sums` (ROWS, NR). Asks for a step of the next block where
+// (i & every) == turn. Few rows ask for nothing: there the processor sees by itself where the stream leads.
 template <int TYPE, int ROWS>
 static void tile(const char* x, int64_t x_stride, const char* w, int64_t steps, char* sums, bool is_first,
                  int64_t every, int64_t turn) {
   typedef typename Dot<TYPE>::Sum Sum;
-  const int64_t ahead = BLOCK_STEPS * STEP_BYTES;
-  Sum acc[ROWS][NV];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = Sum{};
+  const int64_t soon = 8 * STEP_BYTES, later = BLOCK_STEPS * STEP_BYTES;
+  Sum acc[ROWS][NV] = {};
   for (int64_t i = 0; i < steps; ++i) {
     vi b[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) b[v] = load_as<vi>(w + v * sizeof(vi));
-    if (every == 0)
-      for (int64_t line = 0; line < STEP_BYTES; line += 64) __builtin_prefetch(w + ahead + line, 0, 3);
-    else if ((i & every) == turn)
-      for (int64_t line = 0; line < STEP_BYTES; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
+    if (ROWS > FEW_ROWS)
+      for (int64_t line = 0; line < STEP_BYTES; line += 64) __builtin_prefetch(w + soon + line, 0, 3);
+    if ((i & every) == turn)
+      for (int64_t line = 0; line < STEP_BYTES; line += 64) __builtin_prefetch(w + later + line, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -142,17 +140,14 @@ static void make_operand(int64_t type, const float* values, int64_t k, char* row
   for (int64_t i = 0; i < padded; i += VL) {
     // Adding 1.5 2^23 rounds to the nearest integer, which is then in the lower bits.
     const vf v = i < k ? load_n(values + i, k - i) : (vf){};
-    const vi q = (vi)(fma(v, splat(nan == 0.0f ? inverse : 0.0f), splat(12582912.0f))) - 0x4B400000;
+    const vi q = nan == 0.0f ? (vi)fma(v, splat(inverse), splat(12582912.0f)) - 0x4B400000 : vi{};
     const int64_t n = least(VL, padded - i);
-    for (int64_t j = 0; j < n; ++j) {
-      const int32_t number = nan == 0.0f ? q[j] : 0;
-      if (I8_OPERAND == 1) {
-        ((uint8_t*)row)[i + j] = (uint8_t)(number + I8_OFFSET);
-      } else {
-        const int64_t place = j % 4 == 1 ? j + 1 : j % 4 == 2 ? j - 1 : j;
-        ((int16_t*)row)[i + place] = (int16_t)number;
-      }
+    if (I8_OPERAND == 1) {
+      const vb bytes = __builtin_convertvector(q + splat_i(I8_OFFSET), vb);
+      memcpy(row + i, &bytes, n);
+      continue;
     }
+    for (int64_t j = 0; j < n; ++j) ((int16_t*)row)[i + (j % 4 == 1 ? j + 1 : j % 4 == 2 ? j - 1 : j)] = (int16_t)q[j];
   }
 }
 
@@ -179,11 +174,11 @@ static void layer_norm_row(const LayerNorm* norm, const float* x, int64_t width,
 // Operands of the rows of x, LayerNorm first where norm is not null. `rows` picks rows of x, null: all in order.
 struct Operands { char* data; float* scale; };
 struct Source { const float* x; int64_t stride; const int32_t* rows; };
+INLINE const float* row_of(Source from, int64_t r) { return from.x + (from.rows ? from.rows[r] : r) * from.stride; }
 
 INLINE void prepare_row(const Linear* to, const LayerNorm* norm, Source from, int64_t r, Operands operands, float* line) {
-  const float* x = from.x + (from.rows ? from.rows[r] : r) * from.stride;
-  if (norm) layer_norm_row(norm, x, to->k, line);
-  else memcpy(line, x, to->k * sizeof(float));
+  if (norm) layer_norm_row(norm, row_of(from, r), to->k, line);
+  else memcpy(line, row_of(from, r), to->k * sizeof(float));
   make_operand(to->type, line, to->k, operands.data + r * operand_stride(to->type, to->k), operands.scale + r);
 }
 
@@ -220,7 +215,10 @@ static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilo
     const char* weight = (const char*)linear->weight + panel * steps * STEP_BYTES;
     for (int64_t chunk = 0; chunk < rows; chunk += CHUNK_ROWS) {
       const int64_t last = least(rows, chunk + CHUNK_ROWS), tiles = (last - chunk + MR - 1) / MR;
-      // The next block is fetched meanwhile; several tiles share it among them.
+      if (to->out && rows > MR)  // what is written to is fetched meanwhile
+        for (int64_t i = 0; i < (last - chunk) * NV; ++i)
+          __builtin_prefetch(to->out + (chunk + i / NV) * to->out_stride + panel * NR + i % NV * VL, 1, 2);
+      // The next block too; several tiles share it among them.
       const int64_t every = tiles >= 8 ? 7 : tiles >= 4 ? 3 : tiles >= 2 ? 1 : 0;
       for (int64_t block = 0; block < steps; block += BLOCK_STEPS) {
         const char* w = weight + block * STEP_BYTES;
@@ -228,7 +226,7 @@ static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilo
         for (int64_t row = chunk; row < last; row += MR, ++turn)
           tile_of<TYPE>(least(MR, last - row), x.data + row * stride + block * Dot<TYPE>::X_BYTES, stride, w,
                         least(BLOCK_STEPS, steps - block), sums + (row - chunk) * NR * 4, block == 0, every,
-                        chunk == 0 ? turn : -1);
+                        chunk == 0 && rows > FEW_ROWS ? turn : -1);
       }
       finish<TYPE>(linear, to, sums, chunk, last - chunk, panel, x.scale);
     }

@@ -47,7 +47,8 @@ PyObject* isas(PyObject*, PyObject*) {
   return list;
 }
 
-// call(isa, operation, address, bytes): the arguments' struct lies at `address`. Other Python threads run meanwhile.
+// call(isa, operation, address, bytes): the arguments' struct lies at `address`. Other Python threads run meanwhile, and
+// an interrupt ends a run of steps between two of them.
 PyObject* call(PyObject*, PyObject* args) {
   const char* isa;
   long long operation, address, bytes;
@@ -60,10 +61,13 @@ PyObject* call(PyObject*, PyObject* args) {
     return PyErr_Format(PyExc_RuntimeError, "operation %lld does not take %lld bytes of arguments: the extension and its "
                                             "Python side are of different versions; install fastgpt2 again", operation, bytes);
   const char* error;
-  Py_BEGIN_ALLOW_THREADS
-  error = table->call(operation, (void*)(intptr_t)address);
-  Py_END_ALLOW_THREADS
-  if (error) return PyErr_Format(PyExc_ValueError, "%s", error);
+  do {
+    if (PyErr_CheckSignals() < 0) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    error = table->call(operation, (void*)(intptr_t)address);
+    Py_END_ALLOW_THREADS
+    if (error) return PyErr_Format(PyExc_ValueError, "%s", error);
+  } while (operation == OP_FORWARD && ((ForwardArgs*)(intptr_t)address)->more);
   Py_RETURN_NONE;
 }
 

@@ -26,6 +26,7 @@ typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef uint16_t vh __attribute__((vector_size(VL * 2)));  // bfloat16
+typedef uint8_t vb __attribute__((vector_size(VL)));
 typedef uint64_t vu64 __attribute__((vector_size(VL * 4)));
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

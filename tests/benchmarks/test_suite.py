@@ -11,7 +11,8 @@ import signal
 import pytest
 import torch
 
-from benchmarks import MODULES, __main__, compile_report, report, tune, workers
+from benchmarks import MODULES, __main__, compile_report, report, step_profile, tune, workers
+from benchmarks.generate import TOY
 from benchmarks.harness import (
     Case,
     Contender,
@@ -23,6 +24,9 @@ from benchmarks.harness import (
     resident_peak,
     run_case,
 )
+from fastgpt2 import GPT2
+from fastgpt2_kernels import ops
+from fastgpt2_kernels.native.decode import PHASES
 
 CPU = torch.device("cpu")
 
@@ -450,3 +454,12 @@ def test_bars_show_a_shared_base_once(tmp_path, monkeypatch):
     rows = [measured(name, tokens_per_second=n) for name, n in (("base", 5.0), ("ours", 3.0), ("base", 4.0))]
     plots.draw(rows, tmp_path)
     assert drawn == [["3", "5"]]
+
+
+def test_the_profile_of_a_step():
+    if (reason := ops.why_not_native("decode_step", torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    found = step_profile.profile(GPT2(TOY).eval(), 2, "float32", prompt=3, new=20, turns=1)
+    assert [*found] == [*PHASES, "host"]
+    assert all(found[name] > 0 for name in ("embedding", "qkv", "attention", "other linear layers", "head", "sampling"))
+    assert min(found.values()) >= 0

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.helpers import random_ids, redraw
+from fastgpt2.selfcheck.models import draw_parameters
+from tests.helpers import random_ids
 
 
 class NanoBlock(torch.nn.Module):
@@ -63,7 +64,7 @@ def nano_checkpoint(path: Path, seed: int, *, bias: bool = True, prefix: str = "
     sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": vocab_size}
     args = {**sizes, "bias": bias, "dropout": 0.1}
     nano = NanoGPT(args)
-    redraw(nano, seed)
+    draw_parameters(nano, seed)
     optimizer = torch.optim.AdamW(nano.parameters())
     nano(random_ids(seed, 2, 5)).square().mean().backward()
     optimizer.step()

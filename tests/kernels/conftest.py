@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from fastgpt2_kernels.checking.poison import Poison, canaries, nan_memory
 from fastgpt2_kernels.triton import launch
 from tests.kernels import interpreting
-from tests.kernels.poison import Poison
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,10 +58,8 @@ def interpreter(triton_device: str) -> str:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """What is allocated is NaN until it is written."""
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(was)
+    with nan_memory():
+        yield
 
 
 @pytest.fixture
@@ -81,5 +79,6 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
-    return Poison(monkeypatch)
+def poison() -> Iterator[Poison]:
+    with canaries() as poison:
+        yield poison

@@ -68,7 +68,7 @@ def begun(model: GPT2, prompts: list[list[int]], slots: list[int] | None = None,
 
 
 def logits_of(session: DecodeSession, rows: int) -> torch.Tensor:
-    return session._step.buffers.logits[:rows].cpu()
+    return session.step_logits(rows).cpu()
 
 
 def test_greedy_tokens_are_the_reference_paths(device):
@@ -81,6 +81,28 @@ def test_greedy_tokens_are_the_reference_paths(device):
     assert all(len(s.token_ids) == 64 and len(set(s.token_ids)) > 10 for s in got)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(torch.tensor(g.logprobs), torch.tensor(w.logprobs), rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_chosen_outside_the_step_are_the_reference_paths(device):
+    """A ban, a penalty and a processor of the user's: logits come out of a step, and a token goes in."""
+    ours, plain = pair(device, context_length=40, **TINIEST)
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8]]
+
+    def shifted(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits + ids.sum() % 3 * (torch.arange(logits.shape[1], device=logits.device) % 3)
+
+    options = {"max_new_tokens": 24, "temperature": 0, "stop_token_ids": ()}
+    options |= {"no_repeat_ngram_size": 1, "repetition_penalty": 1.3, "logits_processor": shifted}
+    got, want = ours.generate(prompts, **options), plain.generate(prompts, **options)
+    assert [s.token_ids for s in got] == [s.token_ids for s in want]
+    assert all(len({*s.prompt_ids, *s.token_ids}) == 24 + len(s.prompt_ids) for s in got)
+
+
+def test_tokens_that_a_penalty_has_marked_cannot_be_replaced(device):
+    ours, _ = pair(device, context_length=24, **TINIEST)
+    session, _ = begun(ours, [[1, 2]], sampling=SamplingConfig(temperature=0, repetition_penalty=2.0))
+    with pytest.raises(ValueError, match="with a repetition penalty tokens cannot be replaced"):
+        session.replace_tokens([0], torch.tensor([3]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
+from fastgpt2_kernels.checking.poison import CANARY, Poison
 from tests.helpers import assert_within_budget
 from tests.kernels.faults import load
-from tests.kernels.poison import CANARY, Poison
 from tests.kernels.traffic import Traffic
 
 # Triton's interpreter computes NaN and inf in lanes that are masked away.
@@ -138,7 +138,7 @@ def test_random_cases(triton_device: str, seed: int, part: int, poison: Poison) 
     rng = random.Random(seed)
     for _ in range(50):
         compare(*random_case(rng, triton_device))
-        poison.check()
+        assert poison.is_intact()
 
 
 def draw(C: int, *lead: int, device: str, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Inputs:
@@ -169,7 +169,7 @@ def test_long_rows(triton_device: str, seed: int, C: int, residual: bool, poison
         del inputs["residual"]
     douts = [torch.randn(3, C, device=triton_device) for _ in range(1 + residual)]
     compare(inputs, douts, list(inputs), 1e-5, f"C {C}")
-    poison.check()
+    assert poison.is_intact()
 
 
 @pytest.mark.parametrize("C", [1, 5, 300, 17000])
@@ -445,7 +445,7 @@ def check(kernel: ModuleType, device: str, poison: Poison, cases: tuple[tuple[in
             assert ((a.double() - b).abs().amax(-1) < 0.02 * b.abs().amax(-1)).all()
         if C == 130:
             torch.testing.assert_close(got[0].double(), exact[0], rtol=2e-5, atol=2e-5)
-        poison.check()
+        assert poison.is_intact()
 
 
 def test_interpreted_as_it_is(tmp_path: Path, interpreter: str, poison: Poison) -> None:

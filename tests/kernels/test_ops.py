@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.backends import implementation
-from tests.helpers import PACKED_DTYPES, assert_close, assert_rms_within_budget, assert_within_budget
+from tests.helpers import assert_close, assert_rms_within_budget, assert_within_budget
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
@@ -107,49 +107,20 @@ def test_the_oracle_is_pytorchs(seed: int) -> None:
 # -- linear ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_can_be_packed() -> None:
-    """float32 wherever PyTorch has oneDNN, bfloat16 where the processor multiplies it, nothing else."""
-    assert (torch.float32 in PACKED_DTYPES) == torch.backends.mkldnn.is_available()
-    has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert (torch.bfloat16 in PACKED_DTYPES) == has_bfloat16
-    for dtype in (torch.float16, torch.float64):
-        assert ops.pack_linear(torch.empty(4, 4, dtype=dtype)) is None
-
-
-@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", [*ops.ACTIVATIONS, "residual"])
-def test_packed_linear(seed: int, dtype: torch.dtype, activation: str) -> None:
-    # A width of whole SIMD vectors: PyTorch computes what is left over with other functions.
+def test_linear(seed: int, dtype: torch.dtype, activation: str) -> None:
+    """Against float64: a bias, every activation, a residual."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((32, 40), (32,)))
-    packed = ops.pack_linear(weight)
-    x = torch.randn(9, 40, generator=generator).to(dtype)
-    residual = torch.randn(9, 32, generator=generator).to(dtype) if activation == "residual" else None
-    options: dict[str, Any] = {"residual": residual} if residual is not None else {"activation": activation}
-
-    def run(rows: slice, **more: Any) -> Tensor:
-        part = {"residual": residual[rows]} if residual is not None else options
-        return ops.linear(x[rows], weight, bias, **part, **more)
-
-    exact = F.linear(x.double(), weight.double(), bias.double())
-    exact = exact + residual.double() if residual is not None else ops.ACTIVATIONS[activation](exact)
-    every = slice(None)
-    assert_rms_within_budget(run(every, packed=packed), [run(every)], exact, activation)
-    rows = torch.cat([run(slice(i, i + 1), packed=packed) for i in range(9)])
-    assert torch.equal(rows, run(every, packed=packed)), "a row depends on the rows beside it"
-
-
-def test_fingerprint_sees_every_change(seed: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        before = ops.fingerprint(weight)
-        assert ops.fingerprint(weight) == before
-        for i, j in ((0, 0), (2, 3), (4, 6)):
-            old = weight[i, j].item()
-            weight.data[i, j] = old + 1
-            assert ops.fingerprint(weight) != before
-            weight.data[i, j] = old
-        assert ops.fingerprint(weight) == before
+    x, residual = (torch.randn(9, n, generator=generator).to(dtype) for n in (40, 32))
+    options: dict[str, Any] = {"residual": residual} if activation == "residual" else {"activation": activation}
+    exact, plain = (F.linear(*(t.to(to) for t in (x, weight, bias))) for to in (torch.float64, dtype))
+    if activation == "residual":
+        exact, plain = exact + residual.double(), plain + residual
+    else:
+        exact, plain = (ops.ACTIVATIONS[activation](t) for t in (exact, plain))
+    assert_rms_within_budget(ops.linear(x, weight, bias, **options), [plain], exact, activation)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -275,18 +246,3 @@ print(torch.equal(f(x), ops.causal_attention_packed(x, 2, backend="triton")))"""
 def test_an_explicit_triton_says_why_it_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"linear: backend='triton' cannot be used: linear has no Triton kernel"):
         ops.linear(X, X, backend="triton")
-
-
-@pytest.mark.parametrize("dtype", PACKED_DTYPES)
-@pytest.mark.parametrize(("width_in", "width_out"), [(768, 2304), (3072, 768), (1600, 4800)])
-def test_a_packed_row_is_the_same_to_the_bit_among_any_number_of_rows(dtype, width_in, width_out, seed):
-    """At GPT-2's own widths: oneDNN splits long sums of a single row, which is why single rows are filled up."""
-    torch.manual_seed(seed)
-    weight = torch.randn(width_out, width_in).to(dtype)
-    packed = ops.pack_linear(weight)
-    x, residual = torch.randn(64, width_in).to(dtype), torch.randn(64, width_out).to(dtype)
-    whole = ops.linear(x, weight, packed=packed)
-    added = ops.linear(x, weight, packed=packed, residual=residual)
-    for rows in (1, 2, 3, 5, 6, 7, 8, 17, 33):
-        assert torch.equal(ops.linear(x[:rows], weight, packed=packed), whole[:rows])
-        assert torch.equal(ops.linear(x[:rows], weight, packed=packed, residual=residual[:rows]), added[:rows])

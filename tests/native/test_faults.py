@@ -102,14 +102,14 @@ MISTAKES = {
     "attention that does not wait": (
         "step",
         "kernels.cpp",
-        "    barrier(us);\n    mark(a, us, 2, &since);",
-        "    mark(a, us, 2, &since);",
+        "    meet_after(phase);",
+        "    phase == QKV ? mark(a, us, phase, &since) : meet_after(phase);",
     ),
     "a projection that does not wait": (
         "step",
         "kernels.cpp",
-        "  else attend_tasks<float>(a, has_blocks, (float*)scratch, us);\n  barrier(us);",
-        "  else attend_tasks<float>(a, has_blocks, (float*)scratch, us);",
+        "    meet_after(ATTENTION);",
+        "    mark(a, us, ATTENTION, &since);",
     ),
     "a share whose last panel nobody takes": (
         "linear",
@@ -126,8 +126,20 @@ MISTAKES = {
     "no second residual": (
         "step",
         "kernels.cpp",
-        "linear_share(&layer->down, x, N, &to_x,",
-        "linear_share(&layer->down, x, N, &to_qkv,",
+        "N, operand_2, to_x,",
+        "N, operand_2, to_qkv,",
+    ),
+    "steps that do not end with a row": (
+        "step",
+        "kernels.cpp",
+        "a->more && next_of(a, slot).goes_on;",
+        "a->more;",
+    ),
+    "steps that note their tokens in one place": (
+        "step",
+        "kernels.cpp",
+        "a->steps_done++ * a->state.num_slots;",
+        "a->steps_done++ * 0;",
     ),
     "a token past the context": (
         "step",

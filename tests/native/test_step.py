@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import signal
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 from fastgpt2 import GPT2
 from fastgpt2.decode import step_weights
 from fastgpt2_kernels import native, ops
-from fastgpt2_kernels.native.decode import DecodeStep, why_not_step
+from fastgpt2_kernels.native.decode import MAX_STEPS, DecodeStep, why_not_step
 from tests.helpers import TINY, assert_rms_within_budget, assert_within_budget, random_ids, random_model
 
 pytestmark = pytest.mark.usefixtures("needs_native")
@@ -102,6 +104,80 @@ def check_rows(seed: int, kind: str, activation: str = "gelu_new") -> None:
         got = step.step_logits(len(slots)).clone()
         assert step.slots.lengths[rows.long()].tolist() == [len(ids) - 1 for ids in sequences]
     assert step.slots.status[rows.long()].tolist() == [ops.RUNNING] * 4
+
+
+def check_several_steps_in_a_call(seed: int) -> None:
+    """As many calls of one step: tokens, state, and no step after the one in which a row ends."""
+    rng = random.Random(seed)
+    model = random_model(seed)
+    prompts = [random_ids(seed + i, rng.randint(1, 6)) for i in range(3)]
+    slots, limits = rng.sample(range(4), 3), [40, 40, rng.randint(5, 12)]
+    several, single = make_step(model, 4), make_step(model, 4)
+    for step in (several, single):
+        begin(step, slots, prompts)
+        step.slots.limits[slots] = torch.tensor(limits, dtype=torch.int32)
+    rows, done = torch.tensor(slots, dtype=torch.int32), 0
+    while done < limits[2] - 1:
+        most = rng.choice([1, 3, 100])
+        count = several.run(rows, most)
+        assert count == min(most, limits[2] - 1 - done)
+        done += count
+        for i in range(count):
+            assert single.run(rows) == 1
+            assert several.tokens[i, slots].tolist() == single.slots.tokens[slots].tolist()
+            assert several.logprobs[i, slots].tolist() == single.slots.logprobs[slots].tolist()
+    # The others go on; the one that has ended is asked for in vain, once.
+    assert several.run(rows, 5) == single.run(rows) == 1
+    assert all(torch.equal(a, b) for a, b in zip(several.slots, single.slots, strict=True))
+    assert several.slots.status[slots].tolist() == [ops.RUNNING, ops.RUNNING, ops.IDLE]
+    room = TINY.context_length - max(map(len, prompts[:2]))
+    assert several.run(rows[:2], 100) == min(MAX_STEPS, room - done - 1)
+
+
+def test_several_steps_in_a_call(seed, threads):
+    check_several_steps_in_a_call(seed)
+
+
+def test_an_interrupt_ends_the_steps_of_a_call(seed):
+    """A signal that comes while they run; another try where it came when all of them had."""
+    step = make_step(random_model(seed, hidden_size=128, context_length=40, vocab_size=4096), 1)
+    row = torch.zeros(1, dtype=torch.int32)
+    begin(step, [0], [random_ids(seed, 2)])
+    step.run(row)
+    args = step._step[2]
+
+    def refuse(*_: object) -> None:
+        raise InterruptedError
+
+    def interrupt() -> None:
+        while args.steps_done == 0:
+            pass
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    def run() -> None:
+        args.steps_done = 0
+        sender = threading.Thread(target=interrupt)
+        sender.start()
+        try:
+            step.run(row, MAX_STEPS)
+        finally:
+            sender.join()
+
+    before = signal.signal(signal.SIGUSR1, refuse)
+    try:
+        for _ in range(200):
+            begin(step, [0], [random_ids(seed, 2)])
+            with pytest.raises(InterruptedError):
+                run()
+            if args.steps_done < MAX_STEPS:
+                break
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    done = int(args.steps_done)
+    assert 0 < done < MAX_STEPS
+    # What was cut short goes on.
+    assert step.run(row, MAX_STEPS) == MAX_STEPS
+    assert step.slots.lengths.tolist() == [2 + done + MAX_STEPS - 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import mmap
 import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ISA_VARIABLE = "FASTGPT2_NATIVE_ISA"
 MAX_HEAD_SIZE = 256
+LARGE_PAGE = 2 << 20
 # The values of the C++ enum; ops.TRITON_ACTIVATIONS maps the names of configurations to them.
 ACTIVATIONS = (
     "linear", "gelu_tanh", "silu", "quick_gelu", "gelu", "gelu_10", "laplace", "sigmoid", "tanh", "mish", "relu",
@@ -74,6 +77,25 @@ def call(operation: int, arguments: ctypes.Structure) -> None:
     """Run an operation of the extension on its arguments' struct, without Python's lock."""
     extension, _ = _extension()
     extension.call(isa(), operation, ctypes.addressof(arguments), ctypes.sizeof(arguments))
+
+
+def use_large_pages(tensor: Tensor) -> Tensor:
+    """The tensor, with the system asked for large pages under it: fewer entries of the page tables to walk.
+
+    Only a hint, for memory that nothing was written to yet. On a GPU, and where there is no such hint, nothing happens.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None and tensor.device.type == "cpu":
+        first = -(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+        size = (tensor.data_ptr() + tensor.nbytes) // LARGE_PAGE * LARGE_PAGE - first
+        if size > 0:
+            _process().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
+    return tensor
+
+
+@functools.cache
+def _process() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def num_threads() -> int:

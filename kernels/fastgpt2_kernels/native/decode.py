@@ -23,9 +23,12 @@ from fastgpt2_kernels.types import LayerNormWeights, LinearWeights, SlotSampling
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _CACHE_DTYPES = (torch.float32, torch.bfloat16)
-_HUGE_PAGE = 2 << 20
+# What the times of a step are of; `waiting` is for other threads.
+PHASES = ("embedding", "norms and operands", "qkv", "attention", "other linear layers", "head", "sampling", "waiting")
 # A prefill runs through the layers with at most so many tokens at a time, unless one row has more.
 PREFILL_TOKENS = 1024
+# The most steps of one call: what they choose is read in one go.
+MAX_STEPS = 16
 
 
 class Layout(NamedTuple):
@@ -121,9 +124,8 @@ def pack_linear(linear: LinearWeights, into: Tensor | None = None) -> PackedLine
     weight = weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous()
     sums = torch.zeros(width, dtype=torch.int32) if weight.dtype == torch.int8 else None
     type_ = _TYPES[weight.dtype]
-    huge = packed.numel() if into is None else 0
     args = structs.PackArgs(
-        _address(weight), _address(packed), _address(sums), n, k, type_, weight.stride(0), huge, native.num_threads()
+        _address(weight), _address(packed), _address(sums), n, k, type_, weight.stride(0), native.num_threads()
     )
     native.call(structs.PACK, args)
     return PackedLinear(packed, padded(bias), padded(scale), sums, n, k, type_)
@@ -333,6 +335,29 @@ def sample(logits: Tensor, slots: Tensor, state: SlotState, sampling: SlotSampli
     native.call(structs.SAMPLE, args)
 
 
+def sample_rows(
+    logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, settings: dict[str, Tensor | None],
+    seen: Tensor | None, mark_seen: bool,
+) -> None:  # fmt: skip
+    """What `ops.sample` calls: a token for every row of logits (R, V), into ids and logprobs (S,) at `slots`."""
+    R = logits.shape[0]
+    at = torch.arange(R) if slots is None else slots.long()
+    rows = {name: None if t is None else t[at].contiguous() for name, t in settings.items()}
+    keys, positions, penalty = rows.pop("keys"), rows.pop("positions"), rows.pop("penalty")
+    state = SlotState.idle(R, logits.device)
+    if keys is not None and positions is not None:
+        state = state._replace(keys=keys.long(), produced=positions)
+    # A copy of the rows of `seen`, for the extension marks what it chooses.
+    penalized = None if penalty is None or seen is None else seen[at].bool()
+    sampling = SlotSampling(**rows, penalty=penalty, seen=penalized)
+    wide = logits.detach().float()
+    wide = wide if wide.stride(1) == 1 else wide.contiguous()
+    sample(wide, torch.arange(R, dtype=torch.int32), state, sampling)
+    ids[at], logprobs[at] = state.tokens.to(ids.dtype), state.logprobs
+    if mark_seen and seen is not None:
+        seen[at, state.tokens.long()] |= ~state.logprobs.isnan()
+
+
 # -- the step -----------------------------------------------------------------------------------------------------
 
 
@@ -364,11 +389,9 @@ def pack_weights(weights: StepWeights) -> PackedWeights:
 
     linears = [m for layer in weights.layers for m in (layer.qkv, layer.projection, layer.up, layer.down)]
     linears.append(weights.head)
-    # One piece, at the start of a large page: fewer entries of the page tables to walk.
-    total = sum(map(size, linears))
-    memory = torch.empty(total + 2 * _HUGE_PAGE, dtype=torch.uint8)
-    offset = -memory.data_ptr() % _HUGE_PAGE
-    native.call(structs.PACK, structs.PackArgs(packed=memory.data_ptr(), huge_bytes=memory.numel(), threads=1))
+    # One piece, at the start of a large page.
+    memory = torch.empty(sum(map(size, linears)) + 2 * native.LARGE_PAGE, dtype=torch.uint8)
+    offset = -native.use_large_pages(memory).data_ptr() % native.LARGE_PAGE
     packed = []
     for linear in linears:
         n, k = linear.weight.shape
@@ -462,7 +485,10 @@ class DecodeStep:
         self.keys = self.values = torch.empty(0)
         self._step: tuple[_Buffers, RowTensors, structs.ForwardArgs] | None = None
         self._prefill: _Buffers | None = None
-        self.times: Tensor | None = None  # (8,) float64: seconds of the phases are added, for a profile
+        self.times: Tensor | None = None  # (8,) float64: seconds of PHASES are added, for a profile
+        # What the steps of a call chose, by step and slot.
+        self.tokens = torch.zeros(MAX_STEPS, len(slots.tokens), dtype=torch.int32)
+        self.logprobs = torch.zeros(MAX_STEPS, len(slots.tokens))
 
     @property
     def layout(self) -> Layout:
@@ -480,8 +506,12 @@ class DecodeStep:
         self.keys, self.values, self._cache = keys, values, cache
         self._step = self._prefill = None
 
-    def run(self, slots: Tensor) -> None:
-        """A token for each of the slots (R,) int32, no two the same. A row that has ended stands still."""
+    def run(self, slots: Tensor, steps: int = 1) -> int:
+        """A token for each of the slots (R,) int32, no two the same. A row that has ended stands still.
+
+        Up to `steps` times, and MAX_STEPS, until one of the rows has ended; how many. They are in `tokens` and
+        `logprobs`. A signal is attended to between two of them.
+        """
         R = slots.shape[0]
         if slots.dim() != 1 or slots.dtype != torch.int32 or not slots.is_contiguous() or self.max_rows < R:
             raise ValueError(
@@ -496,7 +526,9 @@ class DecodeStep:
         args = self._step[2]
         args.rows.slots, args.rows.num_rows = slots.data_ptr(), R
         args.times = _address(self.times)
+        args.steps, args.steps_done = min(steps, MAX_STEPS), 0
         native.call(structs.FORWARD, args)
+        return int(args.steps_done)
 
     def step_logits(self, num_rows: int) -> Tensor:
         """Logits (R, V) of the last `run` for those of its rows that went on, in their order; `run` overwrites them."""
@@ -586,5 +618,6 @@ class DecodeStep:
             operand_2=_address(buffers.operand_2), operand_scale=_address(buffers.operand_scale),
             parts=_address(buffers.parts), logits=_address(buffers.logits), active=_address(buffers.active),
             scratch=_address(buffers.scratch), logits_stride=buffers.logits.stride(0), threads=buffers.threads,
-            scratch_bytes=self.layout.scratch_bytes,
+            scratch_bytes=self.layout.scratch_bytes, step_tokens=_address(self.tokens),
+            step_logprobs=_address(self.logprobs),
         )  # fmt: skip

@@ -38,7 +38,7 @@ class Layer(ctypes.Structure):
 class PackArgs(ctypes.Structure):
     _fields_ = [
         ("source", _pointer), ("packed", _pointer), ("sums", _pointer), ("n", _int), ("k", _int), ("type", _int),
-        ("source_stride", _int), ("huge_bytes", _int), ("threads", _int),
+        ("source_stride", _int), ("threads", _int),
     ]  # fmt: skip
 
 
@@ -114,5 +114,6 @@ class ForwardArgs(ctypes.Structure):
         ("rows", Rows), ("token_ids", _pointer), ("x", _pointer), ("qkv", _pointer), ("hidden", _pointer),
         ("operand", _pointer), ("operand_2", _pointer), ("operand_scale", _pointer), ("parts", _pointer),
         ("logits", _pointer), ("active", _pointer), ("scratch", _pointer), ("logits_stride", _int), ("threads", _int),
-        ("scratch_bytes", _int), ("times", _pointer),
+        ("scratch_bytes", _int), ("times", _pointer), ("steps", _int), ("steps_done", _int), ("more", _int),
+        ("step_tokens", _pointer), ("step_logprobs", _pointer),
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from fastgpt2_kernels.backends import BACKENDS, OPERATORS, backends_of, check_backend, why_not_native, why_not_triton
 from fastgpt2_kernels.native import isa as native_isa
+from fastgpt2_kernels.native import use_large_pages
 from fastgpt2_kernels.native.decode import DecodeStep as NativeStep
 from fastgpt2_kernels.native.decode import PackedWeights
 from fastgpt2_kernels.ops.attention import (
@@ -26,10 +27,9 @@ from fastgpt2_kernels.ops.attention import (
 from fastgpt2_kernels.ops.decode import decode_step, linear_decode, pack_step_weights, quantize_rows
 from fastgpt2_kernels.ops.layers import activation, bias_activation, layer_norm, linear
 from fastgpt2_kernels.ops.loss import CrossEntropyStats, TargetCheck, cross_entropy, linear_cross_entropy
-from fastgpt2_kernels.ops.sampling import row_keys, sample
+from fastgpt2_kernels.ops.sampling import in_range, row_keys, sample
 from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.reference import ACTIVATIONS
-from fastgpt2_kernels.torch.layers import MIN_PACKED_ROWS, PackedLinear, can_pack, fingerprint, pack_linear
 from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
 from fastgpt2_kernels.types import (
     FRESH,
@@ -51,7 +51,6 @@ __all__ = [
     "FRESH",
     "IDLE",
     "MAX_HEAD_SIZE",
-    "MIN_PACKED_ROWS",
     "OPERATORS",
     "RUNNING",
     "TRITON_ACTIVATIONS",
@@ -61,7 +60,6 @@ __all__ = [
     "LayerWeights",
     "LinearWeights",
     "NativeStep",
-    "PackedLinear",
     "PackedWeights",
     "RowPlan",
     "SlotSampling",
@@ -72,27 +70,26 @@ __all__ = [
     "backends_of",
     "bias_activation",
     "cached_attention",
-    "can_pack",
     "causal_attention",
     "causal_attention_packed",
     "check_backend",
     "cross_entropy",
     "decode_attention",
     "decode_step",
-    "fingerprint",
+    "in_range",
     "is_float32_exact",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "linear_decode",
     "native_isa",
-    "pack_linear",
     "pack_step_weights",
     "plan_documents",
     "plan_rows",
     "quantize_rows",
     "row_keys",
     "sample",
+    "use_large_pages",
     "why_not_native",
     "why_not_triton",
 ]

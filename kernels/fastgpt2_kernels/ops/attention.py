@@ -25,10 +25,15 @@ MAX_DECODE_TOKENS = 8  # new tokens of a row that go through decode_attention
 
 
 def plan_documents(cu_seqlens: Tensor, num_tokens: int) -> Documents:
-    """`Documents` of T = num_tokens tokens, document i being tokens cu_seqlens[i] .. cu_seqlens[i + 1].
+    """Plan documents that lie end to end in one row, for `causal_attention_packed`.
 
-    cu_seqlens (documents + 1,) int32 or int64 rises from 0; tokens past its end belong to no document: their outputs
-    are 0. ValueError for a shape or dtype that does not fit, and on the CPU for values that do not.
+    Args:
+        cu_seqlens: (documents + 1,) int32 or int64. Document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
+            The numbers rise from 0. Tokens past the last number belong to no document: their outputs are 0.
+        num_tokens: the number T of tokens in the row.
+
+    Raises:
+        ValueError: The shape or dtype does not fit. On a CPU also: the numbers do not rise from 0 to at most T.
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -87,19 +92,41 @@ def causal_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal softmax(scale q k^T) v: q (B, H, T, D), k and v (B, H, S, D) with S >= T -> (B, H, T, D).
+    """Causal attention: softmax(scale q k^T) v.
 
-    Query t sees keys 0 .. S - T + t: the last query sees every key (new tokens after a cache). `scale` defaults to
-    1/sqrt(D). `lengths` (B,) int32 or int64, for T = S: rows from lengths[b] on are padding, never read and 0 in the
-    result and the gradients. `dropout_p` drops attention weights, by PyTorch's generator or, with `dropout_seed` (2,)
-    int64 (seed, offset), by Philox as `reference.dropout_keep` says, the same on every backend.
-    `upcast=True` computes scores and softmax of half precision in float32 (transformers' `reorder_and_upcast_attn`),
-    as the Triton backend always does. float32 is multiplied exactly unless `torch.set_float32_matmul_precision` allows
-    tf32. Under autocast float32 inputs become the autocast dtype.
+    Query t sees the keys 0 to S - T + t. So the last query sees every key, which is what new tokens after a cache need.
 
-    Returns the output and, with `return_lse=True`, the log-sum-exp (B, H, T) in float32, not differentiable. The
-    Triton backend takes float32, bfloat16, float16, D up to 256, any strides but the last, and has no second
-    derivatives (Dao 2023). Raises ValueError for shapes, dtypes or devices that do not go together.
+    Args:
+        q: (B, H, T, D), float32, bfloat16, float16 or float64.
+        k: (B, H, S, D) with S >= T, in q's dtype.
+        v: (B, H, S, D), in q's dtype.
+        scale: what the scores are multiplied by, 1 / sqrt(D) by default.
+        lengths: (B,) int32 or int64, only for T = S. Tokens of row b from lengths[b] on are padding: they are never
+            read, and their outputs and gradients are 0.
+        dropout_p: the probability with which an attention weight is dropped.
+        dropout_seed: (2,) int64, a seed and an offset. With it the mask comes from Philox and is the same on every
+            backend (`reference.dropout_keep`). Without it PyTorch's generator draws.
+        upcast: compute scores and softmax of half precision in float32, as transformers' `reorder_and_upcast_attn`
+            does. The Triton backend always does.
+        return_lse: also return the log-sum-exp of the scores.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The output (B, H, T, D). With `return_lse=True` also the log-sum-exp (B, H, T) in float32, which has no
+        gradient.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not go together, or the backend cannot be used.
+
+    Notes:
+        The Triton backend (FlashAttention-2, Dao 2023) takes D up to 256 and any strides but the last one's. It has no
+        second derivatives. float32 is multiplied exactly, unless `torch.set_float32_matmul_precision` allows tf32.
+        Under autocast float32 inputs become the autocast dtype.
+
+    Example:
+        >>> q = k = v = torch.randn(1, 2, 5, 16)
+        >>> causal_attention(q, k, v).shape
+        torch.Size([1, 2, 5, 16])
     """
     name = "causal_attention"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -165,11 +192,26 @@ def causal_attention_packed(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal self-attention on the packed projection: qkv (B, T, 3C), queries then keys then values -> (B, T, C).
+    """Causal self-attention on the packed projection, read where it lies.
 
-    The Triton backend reads qkv where it lies and writes one packed gradient. `cu_seqlens` (documents + 1,), or what
-    `plan_documents` made of it: the T tokens of the one row (B = 1) are documents laid end to end, and none sees
-    another; the PyTorch backend reads it on the host. Otherwise as `causal_attention`.
+    Args:
+        qkv: (B, T, 3C): queries, then keys, then values, as GPT-2's `c_attn` makes them.
+        num_heads: the number H of heads; C must be a multiple of it.
+        cu_seqlens: (documents + 1,), or what `plan_documents` made of it. The T tokens of the one row (B = 1) are then
+            documents laid end to end, and no document sees another. The PyTorch backend reads it on the host.
+        scale, lengths, dropout_p, dropout_seed, upcast, return_lse, backend: as in `causal_attention`.
+
+    Returns:
+        The output (B, T, C). With `return_lse=True` also the log-sum-exp (B, H, T). The Triton backend writes the
+        gradient of qkv as one packed tensor.
+
+    Raises:
+        ValueError: Arguments do not go together, or the backend cannot be used.
+
+    Example:
+        >>> qkv = torch.randn(2, 16, 3 * 64)
+        >>> causal_attention_packed(qkv, num_heads=4, lengths=torch.tensor([16, 9])).shape
+        torch.Size([2, 16, 64])
     """
     name = "causal_attention_packed"
     if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
@@ -255,9 +297,16 @@ def _check_dropout(operator: str, dropout_p: float, seed: Tensor | None, device:
 def plan_rows(
     slots: Sequence[int], counts: Sequence[int], lengths: Sequence[int], device: torch.device | str = "cpu"
 ) -> RowPlan:
-    """The plan of one step for `cached_attention`: row i adds `counts[i]` tokens to cache slot `slots[i]`.
+    """Plan one step of `cached_attention`. Make it once a step and pass it to every layer.
 
-    `lengths[i]` tokens are in that slot already. Made once a step and passed to every layer.
+    Args:
+        slots: the cache slot of each row; no slot twice.
+        counts: how many new tokens each row adds, at least 1.
+        lengths: how many tokens each row's slot holds already.
+        device: where the caches are.
+
+    Raises:
+        ValueError: A row adds no token, or a slot is in two rows.
     """
     rows = tuple(zip(slots, counts, lengths, strict=True))
     if any(count < 1 or past < 0 for _, count, past in rows):
@@ -319,13 +368,26 @@ def cached_attention(
     upcast: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Append new tokens to a KV cache and attend: qkv (N, 3C) of N tokens, row after row of `plan` -> (N, C).
+    """Append new tokens to a KV cache, and attend to what it then holds.
 
-    k_cache, v_cache (R, H, S, D), in qkv's dtype or float32, written in place at the plan's slots and positions. Each
-    new token sees its slot's earlier tokens and itself, nothing else. Not differentiable (the caches are overwritten).
-    On Triton, neighbouring rows without earlier tokens (prefill) are one launch, as documents of one packed row; rows
-    of up to 8 new tokens after earlier ones go through `decode_attention` together, longer ones one by one.
-    Raises ValueError when the cache is too short or the shapes do not go together.
+    Each new token sees the earlier tokens of its slot and itself. There are no gradients: the caches are overwritten.
+
+    Args:
+        qkv: (N, 3C): the packed projection of N new tokens, row after row of `plan`.
+        k_cache: (slots, H, S, D), in qkv's dtype or float32. The new keys are written into it.
+        v_cache: the same for the values.
+        plan: what `plan_rows` made.
+        scale, upcast, backend: as in `causal_attention`.
+
+    Returns:
+        The outputs (N, C).
+
+    Raises:
+        ValueError: The cache is too short, or the shapes do not go together.
+
+    Notes:
+        On Triton, neighbouring rows without earlier tokens (prefill) are one launch, as documents of one packed row.
+        Rows of up to 8 new tokens after earlier ones go through `decode_attention` together, longer ones one by one.
     """
     name = "cached_attention"
     R, H, S, D = _check_cache(name, qkv, k_cache, v_cache)

@@ -20,5 +20,5 @@ def describe(tensor: Tensor) -> str:
 
 
 def only_float32(dtype: torch.dtype) -> str | None:
-    """Why tensors of `dtype` are none for a Triton kernel that computes in float32."""
+    """Why tensors of `dtype` are none for a kernel that computes in float32."""
     return "it computes in float32; got float64" if dtype == torch.float64 else None

@@ -24,9 +24,17 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (out, in) in 8 bits: int8 (out, in) and scale (out,) float32, weight ~ int8 * scale, rounded to nearest.
+    """Round a weight to 8 bits, with a scale for each output: weight is about int8 * scale.
 
-    A row's largest magnitude becomes 127; a row of zeros has the scale 1.
+    Args:
+        weight: (out, in), floating-point.
+
+    Returns:
+        int8 (out, in) and the scale (out,) in float32. A row's largest magnitude becomes 127; a row of zeros has the
+        scale 1.
+
+    Raises:
+        ValueError: The weight is no floating-point matrix.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"quantize_rows: weight must be a float tensor (out, in); got {describe(weight)}")
@@ -48,13 +56,28 @@ def linear_decode(
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """activation(LN(x) weight^T + bias) + residual for a few rows: x (R, K), weight (N, K) -> (R, N).
+    """A linear layer for a few rows: activation(LN(x) weight^T + bias) + residual.
 
-    Made for reading the weight once, at 1 to about 64 rows; a row's result is the same to the bit whatever rows are
-    beside it. weight: float32, bfloat16, float16, or int8 with `weight_scale` (N,) float32 (`quantize_rows`). x, bias
-    (N,), residual (R, N) and the LayerNorm may be of any of the float dtypes; products are of the weight's (for int8
-    the bias's, the LayerNorm's or x's), sums and statistics float32. out_dtype defaults to the residual's, else to the
-    products'. activation: a name of `ACTIVATIONS`. No gradients. ValueError for what does not go together.
+    It is made to read the weight once, for 1 to about 64 rows. A row's result is the same to the bit whatever rows are
+    beside it. There are no gradients.
+
+    Args:
+        x: (R, K), float32, bfloat16 or float16.
+        weight: (N, K), of a floating-point dtype, or int8 with `weight_scale`.
+        bias: (N,), or None.
+        weight_scale: (N,) float32, for an int8 weight; see `quantize_rows`.
+        layer_norm: the LayerNorm that x goes through first, or None.
+        activation: a key of `ACTIVATIONS`.
+        residual: (R, N), or None.
+        out_dtype: the result's dtype: by default the residual's, else that of the products.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The result (R, N). Products are in the weight's dtype (for int8 in the bias's, the LayerNorm's or x's); sums and
+        statistics are float32.
+
+    Raises:
+        ValueError: Arguments do not go together, or the backend cannot be used.
     """
     name = "linear_decode"
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:

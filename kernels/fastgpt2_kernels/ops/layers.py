@@ -13,7 +13,6 @@ from torch import Tensor
 from fastgpt2_kernels.backends import choose_backend, implementation
 from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 from fastgpt2_kernels.reference import ACTIVATIONS
-from fastgpt2_kernels.torch.layers import PackedLinear
 from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
 
 
@@ -32,15 +31,33 @@ def layer_norm(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor | None = None, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm with bias over the last dimension of x (..., C); weight, bias (C,) (Ba et al. 2016) -> y (..., C).
+    """LayerNorm with bias over the last dimension (Ba et al. 2016), with the residual sum before it where there is one.
 
-    float32, bfloat16 or float16, weight and bias too, which may differ from x; statistics are float32 (float64 for
-    float64, on PyTorch's operators). With `residual`, of x's shape, returns (y, s): s = x + residual in the wider of
-    their two dtypes, y its LayerNorm, in that dtype. All are differentiable, once; the gradients that meet in s are
-    added where they are computed, and what is frozen costs nothing.
+    Statistics are float32 (float64 for float64 inputs, on PyTorch's operators). Everything is differentiable once. The
+    two gradients that meet in the sum are added where they are computed, and what is frozen costs nothing.
 
-    Rows of x (B, T, C), of residual and of their gradients may lie at any strides if the last dimension's is 1;
-    otherwise the Triton backend makes a contiguous copy first. ValueError for arguments that do not fit.
+    Args:
+        x: (..., C), float32, bfloat16, float16 or float64.
+        weight: (C,). Its dtype may differ from x's, and so may bias's and residual's.
+        bias: (C,).
+        eps: what is added to the variance.
+        residual: in x's shape, or None.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        y (..., C). With `residual` a pair (y, s): s = x + residual in the wider of their two dtypes, and y its
+        LayerNorm in that dtype.
+
+    Raises:
+        ValueError: Arguments do not go together, or the backend cannot be used.
+
+    Notes:
+        Rows of (B, T, C) may lie at any strides if the last dimension's is 1. Otherwise the Triton backend first makes
+        a contiguous copy.
+
+    Example:
+        >>> x, residual = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+        >>> y, s = layer_norm(x, torch.ones(8), torch.zeros(8), 1e-5, residual=residual)
     """
     C = x.shape[-1] if x.dim() else 0
     if C == 0 or weight.shape != (C,) or bias.shape != (C,):
@@ -60,19 +77,48 @@ def layer_norm(
 
 
 def activation(x: Tensor, name: str, *, backend: str = "auto") -> Tensor:
-    """The activation `name` (a key of `ACTIVATIONS`, transformers' names) of x, elementwise."""
+    """An activation of x, elementwise.
+
+    Args:
+        x: any shape.
+        name: a key of `ACTIVATIONS`; the names are transformers'.
+        backend: "auto" or "torch".
+
+    Returns:
+        The activation, in x's shape and dtype.
+
+    Raises:
+        ValueError: There is no activation of that name.
+    """
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: name must be one of {sorted(ACTIVATIONS)}; got {name!r}")
     return implementation("activation", choose_backend("activation", x.device, backend))(x, name)
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str = "auto") -> Tensor:
-    """activation(x + bias) in one pass: x (..., C), bias (C,) or None, `name` a key of `ACTIVATIONS` -> (..., C).
+    """activation(x + bias) in one pass.
 
-    float32, bfloat16 or float16, bias too, which may differ from x; computed in float32 and rounded once to x's dtype
-    (by PyTorch's operators: the sum is rounded too). Differentiable once, in x and bias; a frozen one costs nothing.
-    x that is no view of rows with a last stride of 1 is copied by the Triton backend. A name that is not in
-    `TRITON_ACTIVATIONS` runs on PyTorch's operators. ValueError for arguments that do not fit.
+    It is computed in float32 and rounded once to x's dtype; PyTorch's operators also round the sum. It is
+    differentiable once, in x and bias; a frozen one costs nothing.
+
+    Args:
+        x: (..., C), float32, bfloat16, float16 or float64.
+        bias: (C,), or None. Its dtype may differ from x's.
+        name: a key of `ACTIVATIONS`. One without a Triton kernel runs on PyTorch's operators.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The activation (..., C), in x's dtype.
+
+    Raises:
+        ValueError: Arguments do not go together, or the backend cannot be used.
+
+    Notes:
+        The Triton backend copies an x that is no view of rows with a last stride of 1.
+
+    Example:
+        >>> bias_activation(torch.randn(4, 8), torch.zeros(8), "gelu_new").shape
+        torch.Size([4, 8])
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"bias_activation: name must be one of {sorted(ACTIVATIONS)}; got {name!r}")
@@ -100,24 +146,20 @@ def linear(
     *,
     activation: str = "linear",
     residual: Tensor | None = None,
-    packed: PackedLinear | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """activation(x weight^T + bias) or x weight^T + bias + residual: x (..., in), weight (out, in) -> (..., out).
 
-    `packed` is `pack_linear(weight)`, used instead of `weight` when it is given, for x (N, in): the same product, 2 to
-    4 times as fast for a few rows on a CPU, without gradients. Fewer than `MIN_PACKED_ROWS` rows are filled up.
     The product is PyTorch's on every backend; with an activation, `backend` is that of the `bias_activation` after it.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be one of {sorted(ACTIVATIONS)}; got {activation!r}")
     if activation != "linear" and residual is not None:
         raise ValueError("linear: takes an activation or a residual, not both")
-    fuses = activation != "linear" and packed is None
-    chosen = choose_backend("bias_activation" if fuses else "linear", x.device, backend)
+    chosen = choose_backend("linear" if activation == "linear" else "bias_activation", x.device, backend)
     if chosen == "triton":
         return bias_activation(F.linear(x, weight), bias, activation, backend=backend)
-    return implementation("linear", chosen)(x, weight, bias, activation, residual, packed)
+    return implementation("linear", chosen)(x, weight, bias, activation, residual)
 
 
 def _check_floats(operator: str, tensors: dict[str, Tensor]) -> None:

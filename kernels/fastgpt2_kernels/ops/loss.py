@@ -19,16 +19,23 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class TargetCheck:
-    """Collects, on the device, whether a target was neither ignored nor in the vocabulary; looks only when it is asked.
+    """Looks for targets that are neither ignored nor in the vocabulary, without waiting for the device.
 
     Pass one as `check_targets` to any number of calls, and call `raise_if_bad` where waiting for the device is fine.
+
+    Args:
+        device: where the targets are.
     """
 
     def __init__(self, device: torch.device | str) -> None:
         self.flag = torch.zeros((), dtype=torch.int32, device=device)
 
     def raise_if_bad(self) -> None:
-        """ValueError if a target was bad since the last look. Waits for the device."""
+        """Wait for the device, and raise if a target was bad since the last call.
+
+        Raises:
+            ValueError: A target was neither `ignore_index` nor in the vocabulary.
+        """
         if int(self.flag):
             self.flag.zero_()
             raise ValueError("cross_entropy: a target was neither ignore_index nor in [0, V); its row's loss is NaN")
@@ -39,10 +46,15 @@ class TargetCheck:
 
 
 class CrossEntropyStats(NamedTuple):
-    """Of every row, in the shape of targets, without gradients, zeros where the target is ignored.
+    """What `cross_entropy` knows about every row, in the shape of the targets.
 
-    lse: log sum exp of the logits. logprob: natural-log probability of the target. entropy: of the softmax, in nats.
-    correct: whether no logit is above the target's.
+    There are no gradients, and rows whose target is ignored hold 0.
+
+    Attributes:
+        lse: the log of the sum of exp(logits).
+        logprob: the natural-log probability of the target.
+        entropy: the entropy of the softmax, in nats.
+        correct: whether no logit is above the target's.
     """
 
     lse: Tensor
@@ -68,20 +80,38 @@ def cross_entropy(
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-    """Softmax cross-entropy of logits (N, V) or (B, T, V) against integer targets (N,) or (B, T), in float32.
+    """Softmax cross-entropy of logits, in float32. It means what `F.cross_entropy` means, with the additions below.
 
-    As `F.cross_entropy`, and: `z_loss` adds z_loss * lse^2 to every counted row (Chowdhery et al. 2022). `shift=True`
-    takes a row's target from one position on, without a copy; the last position of each row of B counts for nothing.
-    `empty="zero"` makes a mean over no rows 0 instead of NaN. With `class_weight` (V,) a mean divides by the sum of the
-    counted targets' weights. A target that is neither `ignore_index` nor in [0, V) is never used as an index: its row's
-    loss and gradient are NaN; `check_targets=True` raises ValueError instead, which waits for the device, and a
-    `TargetCheck` waits where you choose. (None, the default, is True on a CPU, where nothing is waited for.)
+    Args:
+        logits: (N, V) or (B, T, V), floating-point.
+        targets: (N,) or (B, T), int64 or int32.
+        ignore_index: rows with this target do not count.
+        reduction: "mean" over the rows that count, "sum", or "none" (one loss for each row).
+        label_smoothing: in [0, 1), as in PyTorch.
+        z_loss: adds z_loss * lse^2 to every counted row (PaLM, Chowdhery et al. 2022).
+        class_weight: (V,). A mean then divides by the sum of the counted targets' weights.
+        shift: take each row's target from one position further on, without a copy. The last position of each row of B
+            does not count. Needs (B, T, V).
+        empty: what a mean over no rows is: "nan" (as in PyTorch) or "zero".
+        check_targets: what to do with a target that is neither `ignore_index` nor in [0, V). It is never used as an
+            index. False: its row's loss and gradient are NaN. True: raise, which waits for the device. A `TargetCheck`:
+            raise where you ask it to. None, the default, is True on a CPU and False on a GPU.
+        fuse_backward: compute the gradient in the forward launch, for when backward is sure to follow. Not with "none".
+            A second backward then raises. PyTorch's operators make no use of it.
+        inplace_backward: let backward write the gradient over the logits. A second backward then raises. PyTorch's
+            operators make no use of it.
+        return_stats: also return `CrossEntropyStats`.
+        backend: "auto", "triton" or "torch".
 
-    For the Triton backend: `fuse_backward=True` computes the gradient in the forward's launch, for when backward is
-    sure to follow (not with reduction "none"); `inplace_backward=True` lets backward write the gradient over the
-    logits. After either, a second backward raises. PyTorch's operators make no use of the two.
+    Returns:
+        The loss, float32. With `return_stats=True` a pair of the loss and `CrossEntropyStats`.
 
-    Returns the loss, with `return_stats=True` also `CrossEntropyStats`. ValueError for arguments that do not fit.
+    Raises:
+        ValueError: Arguments do not go together, a target is bad (see `check_targets`), or the backend cannot be used.
+
+    Example:
+        >>> logits, targets = torch.randn(4, 10, requires_grad=True), torch.tensor([1, 2, -100, 3])
+        >>> cross_entropy(logits, targets).backward()
     """
     name = "cross_entropy"
     if logits.dim() not in (2, 3) or not logits.is_floating_point():
@@ -184,22 +214,43 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`cross_entropy(logit_scale * (x @ weight.T + bias), targets)` without ever holding the (N, V) logits.
+    """The cross-entropy of a linear layer's logits, which are never all stored.
 
-    x (N, C) or (B, T, C), weight (V, C), bias (V,), targets (N,) or (B, T) integers; rows whose target is
-    `ignore_index` count for nothing. The softmax and the loss are float32 (float64 for float64 inputs). reduction
-    "mean" over counted rows, "sum", or "none" (shape of targets). `num_items_in_batch` makes a mean divide by it
-    instead, an int or a tensor of one element: the counted targets of all the batches whose gradients are added up
-    (as transformers does). label_smoothing, z_loss, class_weight, empty and check_targets are those of
-    `cross_entropy`; with `shift=True`, too, x is not copied. Under autocast the matrix products run in its dtype.
+    The loss is `cross_entropy(logit_scale * (x @ weight.T + bias), targets)`. It is differentiable once, in x, weight
+    and bias; a frozen one costs nothing.
 
-    Differentiable once, in x, weight and bias; frozen ones cost nothing. The gradients are computed along with the loss
-    and given away by the first backward; a second one raises. With reduction "none", and with
-    `accumulate_into_grad=True`, backward computes the logits again instead; the latter then adds the gradient of
-    weight, a leaf, to a float32 `weight.grad` that is there already, and needs no other (V, C) buffer.
+    Args:
+        x: (N, C) or (B, T, C), the hidden states.
+        weight: (V, C), the head's weight.
+        targets: (N,) or (B, T), int64 or int32.
+        bias: (V,), or None.
+        ignore_index: rows with this target do not count.
+        reduction: "mean" over the rows that count, "sum", or "none".
+        num_items_in_batch: what a mean divides by in place of its own count: an int, or a tensor of one element. Give
+            the number of counted targets in all the batches whose gradients are added up, as transformers does.
+        label_smoothing, z_loss, class_weight, shift, empty, check_targets: as in `cross_entropy`.
+        logit_scale: what the logits are multiplied by.
+        accumulate_into_grad: backward adds the weight's gradient to a float32 `weight.grad` that is there already, and
+            needs no other (V, C) buffer. The weight must be a leaf. Backward computes the logits again.
+        chunk_rows: how many rows of logits exist at a time. The default on a GPU is a sixteenth of the rows, from 256
+            to 2048; on a CPU about 32 MB of float32, from 128 to 512 rows.
+        backend: "auto", "triton" or "torch".
 
-    At most `chunk_rows` rows of logits exist at a time: by default on a GPU a sixteenth of the rows, within
-    256 .. 2048; on a CPU about 32 MB of float32, within 128 .. 512. ValueError for arguments that do not fit.
+    Returns:
+        The loss, float32 (float64 for float64 inputs); for "none" in the shape of targets.
+
+    Raises:
+        ValueError: Arguments do not go together, or a target is bad (see `check_targets` of `cross_entropy`).
+        RuntimeError: A second backward, where the gradients were computed along with the loss (all but "none" and
+            `accumulate_into_grad`).
+
+    Notes:
+        The gradients are computed along with the loss and handed out by the first backward. Under autocast the matrix
+        products run in its dtype.
+
+    Example:
+        >>> x, weight = torch.randn(6, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+        >>> linear_cross_entropy(x, weight, torch.randint(100, (6,))).backward()
     """
     name = "linear_cross_entropy"
     if x.dim() not in (2, 3) or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
@@ -217,7 +268,7 @@ def linear_cross_entropy(
     if shift and x.dim() != 3:
         raise ValueError(f"{name}: shift=True needs to know the rows: x (B, T, C); got {tuple(x.shape)}")
     _check_loss_options(name, weight.shape[0], reduction, label_smoothing, z_loss, class_weight, empty)
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:  # isfinite cannot be traced with dynamic sizes
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{name}: chunk_rows must be >= 1; got {chunk_rows}")

@@ -23,6 +23,15 @@ _SETTINGS: dict[str, tuple[torch.dtype, str, Callable]] = {
     "min_p": (torch.float32, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
     "repetition_penalty": (torch.float32, "finite and > 0", lambda x: (x > 0) & (x < math.inf)),
 }
+# What tensors of settings can hold. Temperatures go up to what the kernels compute with.
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+_RANGES = {
+    "temperature": (0.0, 1e30),
+    "top_k": (1, 2**31 - 1),
+    "top_p": (_SMALLEST, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (_SMALLEST, _LARGEST),
+}
 
 
 def sample(
@@ -58,10 +67,16 @@ def sample(
     or +inf, or of -inf only, gives id 0 and NaN. `out` is (ids (S,) int64 or int32, log-probabilities (S,) float32), to
     be written at `slots` and returned: with it and nothing but tensors, the Triton backend allocates nothing.
 
+    Every setting that is accepted has a defined result, the same on every backend. A temperature above 1e30 is 1e30,
+    one that float32 holds as 0 is greedy; however small top_p is, the largest logit stays. Where the penalty makes the
+    largest logit infinite, the first of the largest is chosen.
+
     ValueError for arguments that do not fit. Values of tensors are looked at on a CPU only.
     """
     if logits.dim() != 2 or not logits.is_floating_point() or not 0 < logits.shape[1] < _LIMIT:
         raise ValueError(f"{_NAME}: logits must be floating-point (R, V), 0 < V < 2^21; got {describe(logits)}")
+    if backend == "auto" and logits.device.type == "cpu" and torch.compiler.is_compiling():
+        backend = "torch"  # the compiler does not see into the native backend
     chosen = choose_backend(_NAME, logits.device, backend, lambda: only_float32(logits.dtype))
     R = len(logits)
     numbers: dict[str, float | Tensor | None] = {
@@ -116,7 +131,13 @@ def _setting(name: str, value: float | Tensor | None, logits: Tensor, num_slots:
     off = {"temperature": value == 0, "top_k": value >= logits.shape[1], "top_p": value == 1, "min_p": value == 0}
     if off.get(name, value == 1):
         return None
-    return torch.full((num_slots,), value, dtype=dtype, device=logits.device)
+    return torch.full((num_slots,), in_range(name, value), dtype=dtype, device=logits.device)
+
+
+def in_range(name: str, value: float) -> float:
+    """A setting of sampling as a tensor of `sample` can hold it: the nearest number in its range."""
+    low, high = _RANGES[name]
+    return min(max(value, low), high)
 
 
 def _check_state(given: dict[str, Tensor], slots: Tensor | None, logits: Tensor, num_slots: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt2_kernels import reference
 from fastgpt2_kernels.types import AttentionOptions, Documents
@@ -51,10 +53,15 @@ def causal_attention(
         return reference.causal_attention(q, k, v, scale=scale, keep=keep, dropout_p=dropout_p, upcast=upcast)
     if upcast:
         return _upcast_attention(q, k, v, scale=scale, dropout_p=dropout_p)
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout_p)
     if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale, dropout_p=dropout_p)
-    mask = None if T == 1 else reference.causal_mask(T, S, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout_p)
+        attend = functools.partial(attend, is_causal=True)
+    elif T > 1:
+        attend = functools.partial(attend, attn_mask=reference.causal_mask(T, S, q.device))
+    if dropout_p and q.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # PyTorch has no fused kernel with dropout for a CPU, and would keep several (B, H, T, S) tensors for backward.
+        return checkpoint(attend, q, k, v, use_reentrant=False)
+    return attend(q, k, v)
 
 
 def attention_lse(q: Tensor, k: Tensor, options: AttentionOptions, *, lengths: Tensor | None = None) -> Tensor:

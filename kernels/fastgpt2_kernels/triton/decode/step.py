@@ -159,6 +159,10 @@ class DecodeStep:
         self._linear(x, weights.head, logits, layer_norm=weights.ln_f, use_pdl=use_pdl)
         self.choose(logits, slots)
 
+    def step_logits(self, num_rows: int) -> Tensor:
+        """The logits (R, V) float32 of the latest step, until the next one."""
+        return self.buffers.logits[:num_rows]
+
     def choose(self, logits: Tensor, slots: Tensor) -> None:
         """The next token of each of the slots (R,) int32 from logits (R, V) float32, into the slots' state."""
         choice, state = self.sampling, self.slots

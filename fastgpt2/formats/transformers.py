@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from fastgpt2.config import GPT2Config
 from fastgpt2.formats.huggingface import hf_state_dict, load_hf_views
-from fastgpt2.gpt2 import GPT2
+from fastgpt2.model import GPT2Base
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
+Model = TypeVar("Model", bound=GPT2Base)
 
-def accelerate(hf_model: GPT2LMHeadModel, *, backend: str = "auto") -> GPT2:
-    """Our GPT2 on the weights of a `GPT2LMHeadModel`, in its dtype, device, mode and with its frozen parameters.
 
-    The two share their storage (our linear weights are transposed views of the Conv1D ones): whatever changes a
-    weight in place, as an optimizer does, changes it in both. Gradients and hooks are not shared. TypeError for another
-    model, ValueError for a configuration or weights (adapters, quantized layers) that are not plain GPT-2.
-    """
+def from_transformers(cls: type[Model], hf_model: GPT2LMHeadModel, *, backend: str = "auto") -> Model:
+    """A `cls` on the weights of a `GPT2LMHeadModel`; see `GPT2.from_transformers`."""
     from transformers import GPT2LMHeadModel
 
     if not isinstance(hf_model, GPT2LMHeadModel):
-        raise TypeError(f"accelerate: the model must be transformers' GPT2LMHeadModel; got {type(hf_model).__name__}")
+        raise TypeError(
+            f"from_transformers: the model must be transformers' GPT2LMHeadModel; got {type(hf_model).__name__}"
+        )
     tied = hf_model.lm_head.weight.data_ptr() == hf_model.transformer.wte.weight.data_ptr()
     config = GPT2Config.from_hf({**hf_model.config.to_dict(), "tie_word_embeddings": tied})
     with torch.device("meta"):
-        model = GPT2(config, backend=backend)
+        model = cls(config, backend=backend)
     load_hf_views(model, hf_model.state_dict())
     frozen = {name for name, parameter in hf_model.named_parameters() if not parameter.requires_grad}
     for name, parameter in model.named_parameters():
@@ -36,8 +35,8 @@ def accelerate(hf_model: GPT2LMHeadModel, *, backend: str = "auto") -> GPT2:
     return model.train(hf_model.training)
 
 
-def to_transformers(model: GPT2) -> GPT2LMHeadModel:
-    """transformers' GPT2LMHeadModel on the weights of ours, in the same mode; the two share their storage."""
+def to_transformers(model: GPT2Base) -> GPT2LMHeadModel:
+    """transformers' GPT2LMHeadModel on the weights of ours; see `GPT2.to_transformers`."""
     import transformers
 
     config = transformers.GPT2Config(**model.config.to_hf())

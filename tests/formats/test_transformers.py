@@ -1,4 +1,4 @@
-"""`accelerate` and `to_transformers`: the same numbers from the same memory."""
+"""`from_transformers` and `to_transformers`: the same numbers from the same memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 import fastgpt2
 from fastgpt2 import GPT2
 from fastgpt2.checkpoint import load_pretrained
-from fastgpt2.integrations.transformers import to_transformers
-from fastgpt2.kernels import plan_rows
-from tests.helpers import TINY, assert_close, random_ids, random_model, redraw
+from fastgpt2.selfcheck.models import draw_parameters
+from tests.helpers import TINY, assert_close, random_ids, random_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,15 +20,15 @@ transformers = pytest.importorskip("transformers")
 def hf_model(seed: int, **changes: object) -> transformers.GPT2LMHeadModel:
     config = transformers.GPT2Config(**TINY.replace(**changes).to_hf(), attn_implementation="eager")
     model = transformers.GPT2LMHeadModel(config)
-    redraw(model, seed)
+    draw_parameters(model, seed)
     return model.eval()
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("activation", ["gelu_new", "prelu", "xielu"])
-def test_accelerate_shares_the_storage(seed: int, tied: bool, activation: str) -> None:
+def test_from_transformers_shares_the_storage(seed: int, tied: bool, activation: str) -> None:
     theirs = hf_model(seed, tie_word_embeddings=tied, activation_function=activation).double()
-    ours = fastgpt2.accelerate(theirs)
+    ours = GPT2.from_transformers(theirs)
     pointers = {t.data_ptr() for t in theirs.state_dict().values()}
     assert {t.data_ptr() for t in ours.state_dict().values()} == pointers
     ids = random_ids(seed, 2, 11)
@@ -40,10 +39,10 @@ def test_accelerate_shares_the_storage(seed: int, tied: bool, activation: str) -
     assert_close(ours(ids), theirs(ids).logits, "logits after changes on both sides")
 
 
-def test_accelerated_models_train(seed: int) -> None:
+def test_shared_models_train(seed: int) -> None:
     theirs = hf_model(seed).double().train()
     theirs.transformer.wpe.weight.requires_grad_(False)
-    ours = fastgpt2.accelerate(theirs)
+    ours = GPT2.from_transformers(theirs)
     assert ours.training
     ids = random_ids(seed, 2, 11)
     # Not their own loss: it rounds float64 logits to float32.
@@ -61,9 +60,9 @@ def test_accelerated_models_train(seed: int) -> None:
     assert_close(ours.eval()(ids), theirs.eval()(ids).logits, "after a step")
 
 
-def test_accelerated_models_pack_generate_and_save(tmp_path: Path, seed: int) -> None:
+def test_shared_models_generate_and_save(tmp_path: Path, seed: int) -> None:
     theirs = hf_model(seed)
-    ours = fastgpt2.accelerate(theirs)
+    ours = GPT2.from_transformers(theirs)
     ours.save_pretrained(tmp_path)
     loaded = load_pretrained(tmp_path)  # contiguous weights
     for name, tensor in loaded.state_dict().items():
@@ -71,21 +70,13 @@ def test_accelerated_models_pack_generate_and_save(tmp_path: Path, seed: int) ->
     prompts = [random_ids(seed + i, 1, n)[0].tolist() for i, n in enumerate((1, 5, 9))]
     samples, expected = (m.generate(prompts, max_new_tokens=8, temperature=0) for m in (ours, loaded))
     assert [s.token_ids for s in samples] == [s.token_ids for s in expected]
-    if ours.pack():
-        ids = random_ids(seed, 1, 4)[0]
-        plan = plan_rows([0], [4], [0])
-        caches = [fastgpt2.KVCache(ours.config, 1) for _ in range(2)]
-        packed, plain = (
-            m.extend(ids, plan, c, packed=p) for m, c, p in zip((ours, loaded), caches, (True, False), strict=True)
-        )
-        torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("activation", ["gelu_new", "prelu", "xielu"])
 def test_to_transformers(seed: int, tied: bool, activation: str) -> None:
     ours = random_model(seed, tie_word_embeddings=tied, activation_function=activation).double()
-    theirs = to_transformers(ours)
+    theirs = ours.to_transformers()
     ids = random_ids(seed, 2, 11)
     assert_close(theirs(ids).logits, ours(ids), "logits")
     assert {t.data_ptr() for t in theirs.state_dict().values()} == {t.data_ptr() for t in ours.state_dict().values()}
@@ -95,15 +86,15 @@ def test_to_transformers(seed: int, tied: bool, activation: str) -> None:
 
 def test_what_is_no_plain_gpt2_is_refused(seed: int) -> None:
     with pytest.raises(TypeError, match=r"GPT2LMHeadModel; got GPT2$"):
-        fastgpt2.accelerate(GPT2(TINY))
+        GPT2.from_transformers(GPT2(TINY))
     theirs = hf_model(seed)
     adapted = copy.deepcopy(theirs)
     adapted.transformer.h[0].attn.c_attn.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"unexpected keys: transformer\.h\.0\.attn\.c_attn\.extra\.weight"):
-        fastgpt2.accelerate(adapted)
+        GPT2.from_transformers(adapted)
     theirs.config.add_cross_attention = True
     with pytest.raises(ValueError, match="add_cross_attention"):
-        fastgpt2.accelerate(theirs)
+        GPT2.from_transformers(theirs)
 
 
 def test_unknown_names_of_the_package_are_attribute_errors() -> None:

@@ -1,0 +1,194 @@
+"""Options that commands share: the model, the processes of a run, what of its records is kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from fastgpt2.checkpoint import EMBEDDED, load_pretrained
+from fastgpt2.devices import find_device
+from fastgpt2.gpt2 import GPT2
+from fastgpt2.input_files import Source
+from fastgpt2.messages import counted
+from fastgpt2.record_files import Shard, settings_path
+from fastgpt2.selection import BY, Selected, Selection, check_output, select
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# -- the model ----------------------------------------------------------------------------------------------------
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default=EMBEDDED,
+        metavar="NAME_OR_PATH",
+        help="a folder, a checkpoint or a hub name (default: %(default)s)",
+    )
+    model.add_argument("--dtype", choices=DTYPES, help="precision (default: the checkpoint's)")
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    model.add_argument(
+        "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="kernels to use"
+    )
+    return model
+
+
+def load(args: argparse.Namespace) -> GPT2:
+    dtype = DTYPES[args.dtype] if args.dtype is not None else None
+    device = find_device(args.device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # a process a GPU
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    return load_pretrained(args.model, dtype=dtype, device=device, backend=args.backend)
+
+
+def weights_digest(model: GPT2) -> str:
+    """A hash of a model's configuration and weights, the same on every device."""
+    code = zlib.crc32(json.dumps(model.config.to_hf(), sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        code = zlib.crc32(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode(), code)
+        weights = parameter.detach().cpu().contiguous().view(torch.uint8)
+        code = zlib.crc32(weights.numpy().data, code)
+    return f"{code:08x}"
+
+
+def special_tokens(model: GPT2) -> list[str]:
+    """The spellings of a tokenizer's special tokens."""
+    if model.tokenizer is None:
+        return []
+    added = model.tokenizer.backend.get_added_tokens_decoder().values()
+    return sorted(token.content for token in added if token.special)
+
+
+# -- processes ----------------------------------------------------------------------------------------------------
+
+
+def add_shard_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="do the share I (from 0) of N; whoever ends last puts the output together (default: torchrun's processes)",
+    )
+
+
+def find_shard(args: argparse.Namespace) -> Shard:
+    """The share that --shard asks for, or that torchrun gave to this process."""
+    if args.shard is not None:
+        return Shard.parse(args.shard)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return Shard.parse(f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}")
+    return Shard()
+
+
+def say_unfinished(out: Path, shard: Shard) -> None:
+    print(
+        f"fastgpt2: share {shard.index} of {shard.count} is done; {out} is put together when the others are",
+        file=sys.stderr,
+    )
+
+
+# -- standard input -----------------------------------------------------------------------------------------------
+
+
+def stdin_source(most_bytes: int, instead: str) -> Source:
+    """Standard input as a `.txt`, read whole."""
+    if sys.stdin is None:  # what Python makes of a closed one
+        raise ValueError(f"standard input is closed; {instead}")
+    return Source("standard input", ".txt", data=read_at_most(sys.stdin.buffer, "standard input", most_bytes))
+
+
+def read_at_most(file: BinaryIO, name: str, most_bytes: int) -> bytes:
+    data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"{name}: must hold at most {most_bytes:,} bytes; it has more: split it")
+    return data
+
+
+# -- what is kept -------------------------------------------------------------------------------------------------
+
+
+def add_selection_arguments(parser: argparse.ArgumentParser, *, needs_spellings: bool = False) -> None:
+    selection = parser.add_argument_group("selection")
+    add = selection.add_argument
+    add("--keep-best", metavar="N|P%", help="keep so many records, or so large a part, best first")
+    add("--by", choices=BY, help="what makes a record better: less perplexity or more log-probability (perplexity)")
+    add("--drop-truncated", action="store_true", help="leave out samples that ended at the length limit")
+    add("--dedupe", action="store_true", help="of equal texts keep the first")
+    add("--min-length", type=int, metavar="N", help="least characters of a text, of a sequence in .fasta")
+    add("--max-length", type=int, metavar="N", help="most characters of a text, of a sequence in .fasta")
+    add("--strip-special", action="store_true", help="take special tokens' spellings out of the texts")
+    if needs_spellings:
+        add("--special", action="append", metavar="TEXT", help="such a spelling; repeatable (default: the tokenizer's)")
+
+
+def check_needs_no_output(args: argparse.Namespace, shard: Shard, names: tuple[str, ...]) -> None:
+    """Refuse, where there is no --out, what only an output has: the options `names`, a selection, several processes."""
+    for name in (*names, "shard", *_SELECTION):
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"{args.command}: --{name.replace('_', '-')} goes with --out FILE; give one")
+    if shard.count > 1:
+        raise ValueError(f"{args.command}: several processes need --out FILE; give one")
+
+
+_SELECTION = ("keep_best", "by", "drop_truncated", "min_length", "max_length", "dedupe", "strip_special")
+
+
+def find_selection(args: argparse.Namespace, special: list[str]) -> Selection:
+    if args.by is not None and args.keep_best is None:
+        raise ValueError(f"{args.command}: --by goes with --keep-best; give both")
+    return Selection(
+        special=tuple(special) if args.strip_special else (),
+        drop_truncated=args.drop_truncated,
+        min_length=args.min_length,
+        max_length=args.max_length,
+        dedupe=args.dedupe,
+        keep_best=args.keep_best,
+        by=args.by or "perplexity",
+    )
+
+
+def records_path(args: argparse.Namespace, out: Path) -> Path:
+    """Where a run's records go: to the output itself, or beside it where it is to hold a selection of them."""
+    find_selection(args, [])  # raises before any work
+    selects = any(getattr(args, name) not in (None, False) for name in _SELECTION)
+    if not selects and out.suffix not in (".csv", ".parquet"):
+        return out
+    check_output(out)
+    if out.is_dir() or (out.exists() and not (args.resume or args.overwrite)):
+        raise FileExistsError(f"{out}: exists; continue it with --resume or replace it with --overwrite")
+    return out.with_name(f"{out.stem}.all.jsonl")
+
+
+def write_selection(args: argparse.Namespace, records: Path, out: Path, special: list[str]) -> None:
+    selected = select(records, out, find_selection(args, special))
+    say_selected(selected, records, out)
+
+
+def say_selected(selected: Selected, records: Path, out: Path) -> None:
+    why = (("truncated", selected.truncated), ("of another length", selected.length), ("double", selected.double))
+    left_out = [f"{number:,} {name}" for name, number in why if number]
+    print(
+        f"fastgpt2: {out} has {selected.kept:,} of the {counted(selected.read, 'record')} in {records}"
+        + (f" ({', '.join(left_out)})" if left_out else ""),
+        file=sys.stderr,
+    )
+
+
+def known_spellings(records: Path) -> list[str]:
+    """The special tokens' spellings that a run noted beside its records."""
+    try:
+        settings = json.loads(settings_path(records).read_text(encoding="utf-8"))
+        return list(settings["special_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"select: {settings_path(records)}, which would name the special tokens, cannot be read; "
+            "name them with --special TEXT"
+        ) from None

@@ -1,0 +1,285 @@
+"""Score given sequences: log-probability and perplexity of each, from files to a file."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fastgpt2.cli import options
+from fastgpt2.devices import find_device
+from fastgpt2.gpt2 import GPT2
+from fastgpt2.input_files import (
+    SEQUENCES,
+    Columns,
+    Content,
+    Entry,
+    EntryError,
+    Source,
+    digest,
+    find_sources,
+    read_entries,
+)
+from fastgpt2.messages import counted
+from fastgpt2.record_files import Key, RecordFile, Shard, check_writable
+from fastgpt2.sample_files import CONTINUATION, WHOLE
+from fastgpt2.score_files import ScoreLines, ScoreRecord, score_format
+from fastgpt2.scoring import BATCH_TOKENS, Score, score_all, unscored
+
+HELP = "log-probability and perplexity of given sequences"
+
+# Sequences that are packed together whatever was asked for beside them. Neighbours in a batch may turn the last bit of
+# a result, and a resumed run, or one of several processes, is to write the same ones.
+GROUP = 256
+_MOST_STDIN_BYTES = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to score")
+    what.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help=".txt (one a line), .jsonl, .csv, .parquet or .fasta, patterns, hf://NAME; - is .txt on stdin",
+    )
+    what.add_argument(
+        "--column", metavar="NAME", help='the column of texts or token ids (default: "text", "token_ids")'
+    )
+    what.add_argument("--prompt-column", metavar="NAME", help='the column of prompts, if any (default: "prompt")')
+    what.add_argument("--prompt", metavar="TEXT", help="what stands before every sequence")
+    what.add_argument("--append", metavar="TEXT", help="what stands after every sequence")
+    what.add_argument("--wrap", type=int, metavar="N", help="break every text into lines of N characters")
+    what.add_argument("--after-prompt", action="store_true", help="score the tokens after the prompt only")
+    what.add_argument(
+        "--skip-bad", action="store_true", help="report sequences that cannot be scored and go on without them"
+    )
+    options.add_model_arguments(parser)
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", help=".jsonl, .fasta or .txt (default: the screen)")
+    output.add_argument("--resume", action="store_true", help="keep what --out holds and score what is missing")
+    output.add_argument("--overwrite", action="store_true", help="replace --out")
+    output.add_argument(
+        "--batch-tokens", type=int, default=BATCH_TOKENS, metavar="N", help="of one forward (default: %(default)s)"
+    )
+    output.add_argument("--token-ids", action="store_true", help="rows of a .jsonl hold the scored tokens' ids")
+    output.add_argument("--logprobs", action="store_true", help="rows of a .jsonl hold each token's log-probability")
+    options.add_shard_argument(output)
+    options.add_selection_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("batch_tokens", "wrap"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"score: --{name.replace('_', '-')} must be at least 1; got {value}")
+    find_device(args.device)
+    shard = options.find_shard(args)
+    out = Path(args.out) if args.out is not None else None
+    records = None
+    if out is not None:
+        records = options.records_path(args, out)
+        format = score_format(records, token_ids=args.token_ids, logprobs=args.logprobs)
+        check_writable(records, resume=args.resume, overwrite=args.overwrite, shard=shard)
+    else:
+        options.check_needs_no_output(args, shard, ("resume", "overwrite"))
+    sources = _sources(args, {path for path in (out, records) if path is not None})
+    reader = _Reader(args, sources)
+    next(reader.entries(), None)  # what is wrong with the first file is said before a model is loaded
+    model = options.load(args)
+    reader.model = model
+    if records is None:
+        return _show(model, reader, args)
+    if model.tokenizer is None and records.suffix != ".jsonl":
+        raise ValueError(f"{records}: holds text, and the model {args.model} has no tokenizer; use a .jsonl output")
+    special = options.special_tokens(model)
+    settings = {
+        "weights": options.weights_digest(model),
+        "tokenizer": model.tokenizer.digest() if model.tokenizer is not None else None,
+        "special_tokens": special,
+        "sequences": digest(sources),
+        "columns": reader.columns.all,
+        **{name: getattr(args, name) for name in _SETTINGS},
+    }
+    with RecordFile(
+        records, format, settings, resume=args.resume, overwrite=args.overwrite, shard=shard,
+        wanted=lambda key: key[1] == 0,
+    ) as output:  # fmt: skip
+        _write(model, reader, args, output, shard)
+        if not output.finish(reader.is_complete if shard.count > 1 else lambda keys: True):
+            options.say_unfinished(records, shard)
+        elif records != out and out is not None:
+            options.write_selection(args, records, out, special)
+    return 0
+
+
+# What the records depend on, beside the model and the sequences.
+_SETTINGS = ("prompt", "append", "wrap", "after_prompt", "batch_tokens", "token_ids", "logprobs")
+
+
+def _sources(args: argparse.Namespace, outputs: set[Path]) -> list[Source]:
+    sources: list[Source] = []
+    for name in args.files:
+        if name == "-":
+            sources.append(options.stdin_source(_MOST_STDIN_BYTES, "name files to score"))
+        else:
+            sources.extend(find_sources([name], "a file of sequences"))
+    for source in sources:
+        for output in outputs:
+            if source.data is None and output.exists() and Path(source.name).exists() and output.samefile(source.name):
+                raise ValueError(f"{source.name}: holds the sequences and cannot be the output; choose another --out")
+    return sources
+
+
+@dataclass
+class _Item:
+    """An entry and its tokens, to be scored."""
+
+    entry: Entry
+    score: Score
+    text: str | None
+
+
+class _Reader:
+    """The sequences that were asked for, as often as they are read."""
+
+    model: GPT2
+
+    def __init__(self, args: argparse.Namespace, sources: list[Source]) -> None:
+        self.args, self.sources = args, sources
+        self.columns: Columns = SEQUENCES.named(args.column, args.prompt_column)
+
+    def entries(self) -> Iterator[Entry | EntryError]:
+        return read_entries(self.sources, self.columns, with_fields=True)
+
+    def groups(self) -> Iterator[tuple[int, list[Entry | EntryError]]]:
+        """(number of the group, entries) of every `GROUP` of them in a row."""
+        for number, group in itertools.groupby(self.entries(), key=lambda entry: entry.index // GROUP):
+            yield number, list(group)
+
+    def item(self, entry: Entry | EntryError) -> _Item:
+        """An entry's tokens. ValueError where it cannot be scored."""
+        if isinstance(entry, EntryError):
+            raise entry
+        prefix: Content | None = entry.prefix
+        if self.args.prompt is not None:
+            if prefix is not None:
+                raise ValueError(f"{entry.where}: has a prompt of its own; leave out --prompt")
+            prefix = self.args.prompt
+        if prefix is None and self.args.after_prompt:
+            raise ValueError(f'{entry.where}: has no prompt to score after; give --prompt or a column "prompt"')
+        content = entry.content
+        if isinstance(content, str):
+            if self.args.wrap is not None:
+                step = self.args.wrap
+                content = "\n".join(content[start : start + step] for start in range(0, len(content), step))
+            content += self.args.append or ""
+        elif self.args.append is not None or self.args.wrap is not None:
+            raise ValueError(f"{entry.where}: holds token ids; --append and --wrap are for text")
+        score = unscored(
+            self.model, entry.index, content, prefix or "", entry.where, after_prefix=self.args.after_prompt
+        )
+        text = entry.content if isinstance(entry.content, str) else None
+        if text is None and self.model.tokenizer is not None:
+            text = self.model.tokenizer.decode(list(entry.content))  # type: ignore[arg-type]
+        return _Item(entry, score, text)
+
+    def record(self, item: _Item, score: Score) -> ScoreRecord:
+        left_out = {self.columns.text, self.columns.ids, "id"}
+        fields = {name: value for name, value in item.entry.fields.items() if name not in left_out}
+        scored = CONTINUATION if self.args.after_prompt else WHOLE
+        return ScoreRecord(score, item.entry.id, item.text, scored, fields)
+
+    def is_complete(self, keys: set[Key]) -> bool:
+        """Whether every sequence that can be scored is among the keys."""
+        for entry in self.entries():
+            if (entry.index, 0) in keys:
+                continue
+            try:
+                self.item(entry)
+            except ValueError:
+                continue
+            return False
+        return True
+
+
+class _Tally:
+    """What was scored so far."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.sequences = self.tokens = 0
+        self.logprob = 0.0
+
+    def add(self, score: Score) -> None:
+        self.sequences += 1
+        self.tokens += len(score.logprobs)
+        self.logprob += score.logprob
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / max(1e-9, time.perf_counter() - self.started)
+
+    def say(self) -> None:
+        mean = self.logprob / self.tokens if self.tokens else math.nan
+        perplexity = f", perplexity {math.exp(-mean):.4f}" if abs(mean) < 700 else ""
+        print(
+            f"fastgpt2: {counted(self.sequences, 'sequence')}, {counted(self.tokens, 'token')} in "
+            f"{time.perf_counter() - self.started:.1f} s: {self.rate:.0f} tokens/s{perplexity}",
+            file=sys.stderr,
+        )
+
+
+def _scored(
+    model: GPT2, reader: _Reader, args: argparse.Namespace, shard: Shard, is_done: Callable[[int], bool]
+) -> Iterator[tuple[ScoreRecord, Score]]:
+    """The records of this process's share that are not there yet."""
+    for number, group in reader.groups():
+        if not shard.has(number) or all(is_done(entry.index) for entry in group):
+            continue
+        items = {}
+        for entry in group:
+            try:
+                items[entry.index] = reader.item(entry)
+            except ValueError as error:
+                if not args.skip_bad:
+                    raise
+                print(f"fastgpt2: skipped: {error}", file=sys.stderr)
+        for score in score_all(model, (item.score for item in items.values()), args.batch_tokens):
+            if not is_done(score.index):
+                yield reader.record(items[score.index], score), score
+
+
+def _write(
+    model: GPT2, reader: _Reader, args: argparse.Namespace, output: RecordFile[ScoreRecord], shard: Shard
+) -> None:
+    if output.done:
+        print(f"fastgpt2: {output.path} holds {len(output.done):,} scores", file=sys.stderr)
+    tally = _Tally()
+    with tqdm(initial=len(output.done), unit="sequence", disable=None, dynamic_ncols=True) as bar:
+        try:
+            for record, score in _scored(model, reader, args, shard, lambda index: (index, 0) in output.done):
+                output.write(record)
+                tally.add(score)
+                bar.update()
+                bar.set_postfix_str(f"{tally.rate:.0f} tokens/s", refresh=False)
+        finally:
+            bar.close()
+            if tally.sequences or sys.exc_info()[0] is None:
+                tally.say()
+
+
+def _show(model: GPT2, reader: _Reader, args: argparse.Namespace) -> int:
+    format, tally = ScoreLines(token_ids=args.token_ids, logprobs=args.logprobs), _Tally()
+    for record, score in _scored(model, reader, args, Shard(), lambda index: False):
+        tally.add(score)
+        print(format.encode(record), end="", flush=True)
+    tally.say()
+    return 0

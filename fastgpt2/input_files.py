@@ -1,0 +1,448 @@
+"""Texts in files, for prompts, for sequences to score and for training: one reader of every format.
+
+`.txt` has a text a line. A line of `.jsonl` is an object; `.csv` has a header; `.parquet` and data sets of a hub
+(`hf://owner/name` or `hf://owner/name:split`) have columns. Of a `.fasta` entry the header's first word is the id.
+`.gz` and `.zst` may follow all suffixes but `.parquet`. `.parquet`, `.zst` and `hf://` need the extra `fastgpt2[data]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from fastgpt2.messages import first_line, listed
+
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".fasta", ".fa")
+# Rows in these have columns; whoever trains takes a `.txt` whole instead.
+TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet", ".fasta", ".fa")
+COMPRESSIONS = (".gz", ".zst")
+HUB = "hf://"
+
+_MOST_LINE_BYTES = 1 << 28
+_HASH_BYTES = 1 << 20
+
+Content = str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold what.
+
+    text: the text, or where `ids` is None token ids as well. ids: token ids in place of it. prefix, prefix_ids: what
+    stands before it, if anything does.
+    """
+
+    text: str
+    ids: str | None = None
+    prefix: str | None = None
+    prefix_ids: str | None = None
+
+    def named(self, text: str | None, prefix: str | None = None) -> Columns:
+        """These, but with the columns that a user names."""
+        columns = self if text is None else Columns(text, None, self.prefix, self.prefix_ids)
+        return columns if prefix is None else Columns(columns.text, columns.ids, prefix, None)
+
+    @property
+    def all(self) -> list[str]:
+        return [name for name in (self.text, self.ids, self.prefix, self.prefix_ids, "id") if name is not None]
+
+
+PROMPTS = Columns("prompt", "prompt_ids")
+SEQUENCES = Columns("text", "token_ids", "prompt", "prompt_ids")
+DOCUMENTS = Columns("text")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A text, or its token ids: `index` counts the input's entries from 0, `where` names file and line in errors.
+
+    prefix: what stands before it. fields: everything in its row of a table.
+    """
+
+    index: int
+    content: Content
+    where: str
+    id: str | None = None
+    prefix: Content | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EntryError(ValueError):
+    """An entry that cannot be used; it keeps its index, so that leaving it out moves no other."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or data set of a hub. `suffix` is its format's, `compression` the one after it."""
+
+    name: str
+    suffix: str
+    compression: str = ""
+    data: bytes | None = None  # what standard input held
+
+    def open(self) -> BinaryIO:
+        """The bytes as they lie there."""
+        return io.BytesIO(self.data) if self.data is not None else open(self.name, "rb")
+
+
+def find_sources(names: Iterable[str], what: str = "an input") -> list[Source]:
+    """The sources that paths, patterns such as `data/*.jsonl.gz` and names of data sets stand for.
+
+    Raises:
+        ValueError: a name's suffix is none that can be read, or no file matches a pattern.
+        OSError: there is no such file.
+    """
+    sources = []
+    for name in names:
+        if name.startswith(HUB):
+            sources.append(Source(name, HUB))
+            continue
+        paths = [name]
+        if re.search(r"[*?\[]", name) and not Path(name).exists():
+            paths = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+            if not paths:
+                raise FileNotFoundError(f"{name}: no file matches this pattern")
+        for path in paths:
+            suffix, compression = split_suffix(path)
+            if suffix not in SUFFIXES:
+                raise ValueError(
+                    f"{path}: {what} must end in {', '.join(SUFFIXES)}, or be {HUB}OWNER/NAME; got {suffix!r}"
+                )
+            if compression and suffix == ".parquet":
+                raise ValueError(f"{path}: a .parquet file is compressed within; it must end in .parquet")
+            if Path(path).is_dir():
+                raise IsADirectoryError(f"{path}: is a folder; name its files, as {path}/*{suffix}")
+            if Path(path).exists() and not Path(path).is_file():
+                raise ValueError(f"{path}: must be an ordinary file; it is not")
+            with open(path, "rb"):  # says it now where it cannot be read
+                sources.append(Source(path, suffix, compression))
+    return sources
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """(the suffix of the format, that of the compression or "") of a file's name."""
+    path = Path(name)
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    return (Path(path.stem).suffix if compression else path.suffix), compression
+
+
+def digest(sources: Sequence[Source]) -> str:
+    """A hash of what the sources hold, by which a resumed run knows them again."""
+    code = hashlib.sha256()
+    for source in sources:
+        if source.suffix == HUB:
+            data = _load_dataset(source.name)
+            code.update(f"{len(data)} {data._fingerprint}".encode())
+            continue
+        size = 0
+        with source.open() as file:
+            while block := file.read(_HASH_BYTES):
+                code.update(block)
+                size += len(block)
+        code.update(f"{size} {source.suffix} {source.compression}".encode())
+    return code.hexdigest()[:16]
+
+
+def read_entries(
+    sources: Sequence[Source], columns: Columns, *, most_bytes: int | None = None, with_fields: bool = False
+) -> Iterator[Entry | EntryError]:
+    """The entries of the sources, one after the other; nothing but the piece at hand is in memory.
+
+    Bad entries are yielded as errors, for the caller to raise or to skip; they are counted too.
+
+    Args:
+        most_bytes: that all of them may hold together.
+        with_fields: give every entry its whole row.
+
+    Raises:
+        ValueError: a file as a whole cannot be used: it has no such column, is cut off, or has more than `most_bytes`.
+        ImportError: the extra is missing.
+    """
+    index, size = 0, 0
+    for source in sources:
+        for where, row, num_bytes in _READERS[source.suffix](source, columns, with_fields):
+            size += num_bytes
+            if most_bytes is not None and size > most_bytes:
+                raise ValueError(f"{source.name}: must hold at most {most_bytes:,} bytes; it has more: split it")
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                content, identifier, prefix = _parse(row, columns)
+            except ValueError as error:
+                yield EntryError(index, f"{where}: {error}")
+            else:
+                yield Entry(index, content, where, identifier, prefix, row if with_fields else {})
+            index += 1
+
+
+# -- formats ------------------------------------------------------------------------------------------------------
+
+# (where it is, its row as a mapping or why it is none, about how many bytes it has)
+_Row = tuple[str, "Mapping[str, Any] | ValueError", int]
+
+
+def _read_text(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
+    for number, line in _lines(source):
+        yield f"{source.name} line {number}", _caught(_text_row, line, columns), len(line)
+
+
+def _text_row(line: bytes, columns: Columns) -> Mapping[str, Any]:
+    return {columns.text: _decode(line.removesuffix(b"\r"))}
+
+
+def _read_json_lines(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
+    for number, line in _lines(source):
+        if line.strip():
+            yield f"{source.name} line {number}", _caught(_json_row, line, columns), len(line)
+
+
+def _json_row(line: bytes, columns: Columns) -> Mapping[str, Any]:
+    text = _decode(line)
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"must be JSON; {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("must be a flat JSON object; it is nested too deeply") from None
+    except ValueError:  # Python reads no int of thousands of digits
+        raise ValueError("must be JSON; it has an integer of thousands of digits") from None
+    either = f'must be an object with either "{columns.text}" or "{columns.ids}"'
+    if not isinstance(row, dict):
+        raise ValueError(either if columns.ids else f'must be an object with "{columns.text}"')
+    # JSON can spell half a surrogate pair, which no UTF-8 file can hold.
+    if "\\u" in text and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise ValueError("must be Unicode text; it has an unpaired surrogate")
+    return row
+
+
+def _read_fasta(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
+    for number, entry in _fasta_entries(_lines(source)):
+        yield f"{source.name} line {number}", _caught(_fasta_row, entry, columns), len(entry)
+
+
+def _fasta_row(entry: bytes, columns: Columns) -> Mapping[str, Any]:
+    header, *lines = _decode(entry).split("\n")
+    if not header.startswith(">"):
+        raise ValueError('must begin with a header line, ">" and a name')
+    identifier = next(iter(header[1:].split()), None)
+    return {"id": identifier, columns.text: "".join("".join(lines).split())}
+
+
+def _fasta_entries(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Each entry's lines with the line number of its header; lines before the first header are an entry too."""
+    start, entry = 0, list[bytes]()
+    for number, line in lines:
+        if line.startswith(b">") and entry:
+            yield start, b"\n".join(entry)
+            entry = []
+        if entry or line.strip():
+            start = start if entry else number
+            entry.append(line)
+    if entry:
+        yield start, b"\n".join(entry)
+
+
+def _read_csv(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), _MOST_LINE_BYTES))
+    with _decompressed(source) as file:
+        rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+        try:
+            header = next(rows, [])
+            if not header:
+                return
+            _check_columns(source.name, header, columns)
+            if len(set(header)) < len(header):
+                raise ValueError(f"{source.name}: its columns must have different names; got {listed(header)}")
+            for row in rows:
+                if not row:
+                    continue
+                where = f"{source.name} line {rows.line_num}"
+                if len(row) != len(header):
+                    wrong = ValueError(f"must have {len(header)} fields, as the header has; it has {len(row)}")
+                    yield where, wrong, 0
+                else:
+                    yield where, dict(zip(header, row, strict=True)), sum(map(len, row))
+        except csv.Error as error:
+            raise ValueError(f"{source.name} line {rows.line_num}: must be CSV ({first_line(error)})") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{source.name}: must be UTF-8 text; it is not, past line {rows.line_num}") from None
+
+
+def _read_parquet(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise _needs_extra(source.name, ".parquet needs pyarrow") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(source.name) as file:
+            names = file.schema_arrow.names
+            _check_columns(source.name, names, columns)
+            wanted = None if with_fields else [name for name in columns.all if name in names]
+            for batch in file.iter_batches(batch_size=1024, columns=wanted):
+                each = batch.nbytes // max(1, batch.num_rows)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{source.name} row {number}", row, each
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{source.name}: must be a whole Parquet file; it is not ({first_line(error)})") from None
+
+
+def _read_dataset(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
+    data = _load_dataset(source.name)
+    _check_columns(source.name, data.column_names, columns)
+    if not with_fields:
+        data = data.select_columns([name for name in columns.all if name in data.column_names])
+    for number, row in enumerate(data, start=1):
+        yield f"{source.name} row {number}", row, 0
+
+
+def _load_dataset(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise _needs_extra(name, "data sets of a hub need the library datasets") from None
+    path, _, split = name.removeprefix(HUB).partition(":")
+    try:
+        return datasets.load_dataset(path, split=split or "train")
+    except (OSError, ValueError, RuntimeError) as error:  # of the hub, of the name, of the network
+        raise ValueError(f"{name}: cannot be loaded ({first_line(error)})") from error
+
+
+_READERS: dict[str, Callable[[Source, Columns, bool], Iterator[_Row]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".fasta": _read_fasta,
+    ".fa": _read_fasta,
+    HUB: _read_dataset,
+}
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+def _parse(row: Mapping[str, Any], columns: Columns) -> tuple[Content, str | None, Content | None]:
+    """(content, id, prefix) of a row; ValueError where it holds others than it should."""
+    content = _content(row, columns.text, columns.ids)
+    if content is None:
+        either = f'"{columns.text}" or "{columns.ids}"' if columns.ids else f'"{columns.text}"'
+        there = ", ".join(f'"{name}"' for name in row) or "nothing"
+        raise ValueError(
+            f"must be an object with {'either ' if columns.ids else ''}{either}; it has {there}: "
+            "name another column with --column"
+        )
+    identifier = row.get("id")
+    if identifier is not None and (isinstance(identifier, bool) or not isinstance(identifier, (str, int))):
+        raise ValueError(f'"id" must be a string or an integer; got {type(identifier).__name__}')
+    prefix = None
+    if columns.prefix is not None:
+        if columns.prefix_ids is None and columns.prefix not in row:
+            raise ValueError(f'must have "{columns.prefix}", which --prompt-column names')
+        if not (row.get(columns.prefix) is None and row.get(columns.prefix_ids or "") is None):
+            prefix = _content(row, columns.prefix, columns.prefix_ids)
+    return content, None if identifier is None else str(identifier), prefix
+
+
+def _content(row: Mapping[str, Any], text: str, ids: str | None) -> Content | None:
+    """The text or token ids of a row; None where it has neither."""
+    if ids is not None and text in row and row.get(ids) is not None:
+        if row[text] is not None:
+            raise ValueError(f'must be an object with either "{text}" or "{ids}"')
+        return _token_ids(row[ids], ids)
+    if text in row:
+        if isinstance(row[text], str):
+            return cast(str, row[text])
+        if ids is None and isinstance(row[text], list):
+            return _token_ids(row[text], text)
+        raise ValueError(f'"{text}" must be a string; got {type(row[text]).__name__}')
+    return _token_ids(row[ids], ids) if ids is not None and ids in row else None
+
+
+def _token_ids(ids: object, name: str) -> tuple[int, ...]:
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ValueError(f'"{name}" must be a list of integers')
+    return tuple(ids)
+
+
+def _check_columns(name: str, there: Sequence[str], columns: Columns) -> None:
+    if columns.text not in there and (columns.ids is None or columns.ids not in there):
+        raise ValueError(
+            f'{name}: must have a column "{columns.text}"; it has {listed(list(there))}: name one with --column'
+        )
+    if columns.prefix is not None and columns.prefix_ids is None and columns.prefix not in there:
+        raise ValueError(f'{name}: must have a column "{columns.prefix}", which --prompt-column names')
+
+
+# -- bytes --------------------------------------------------------------------------------------------------------
+
+
+def _caught(make: Callable[[bytes, Columns], Mapping[str, Any]], data: bytes, columns: Columns) -> Any:
+    """The row, or the ValueError that says why it is none."""
+    try:
+        return make(data, columns)
+    except ValueError as error:
+        return error
+
+
+def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
+    """(number, line without its newline); a byte-order mark at the beginning is left out."""
+    with _decompressed(source) as file:
+        number = 0
+        while line := file.readline(_MOST_LINE_BYTES + 1):
+            number += 1
+            if len(line) > _MOST_LINE_BYTES:
+                raise ValueError(f"{source.name} line {number}: must have at most {_MOST_LINE_BYTES:,} bytes")
+            yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).removesuffix(b"\n")
+
+
+@contextlib.contextmanager
+def _decompressed(source: Source) -> Iterator[BinaryIO]:
+    try:
+        with source.open() as file:
+            if source.compression == ".gz":
+                with gzip.open(file) as plain:
+                    yield cast(BinaryIO, plain)
+            elif source.compression == ".zst":
+                try:
+                    import pyarrow
+                except ImportError:
+                    raise _needs_extra(source.name, ".zst needs pyarrow") from None
+                with pyarrow.CompressedInputStream(file, "zstd") as plain:
+                    yield cast(BinaryIO, io.BufferedReader(plain))
+            else:
+                yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{source.name}: must be a whole {source.compression} file ({first_line(error)})") from None
+    except OSError as error:
+        if source.compression != ".zst" or error.errno is not None:
+            raise
+        raise ValueError(f"{source.name}: must be a whole .zst file ({first_line(error)})") from None
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"must be UTF-8 text; byte {error.start + 1} of the line is not") from None
+
+
+def _needs_extra(name: str, why: str) -> ImportError:
+    return ImportError(f'{name}: {why}; install it with: pip install "fastgpt2[data]"')

@@ -1,0 +1,360 @@
+"""Files of records that several processes can write together, and that go on where they were interrupted.
+
+Each record is written in one piece when it is finished. So an interrupted run leaves whole records and at most a torn
+one at the end of a file. A process alone writes to the output itself. Several, each with its `Shard` of the work, write
+to `OUTPUT.part-0`, `OUTPUT.part-1` and so on; who finishes last puts all records into the output. A finished output is
+in the order of its records' keys, whatever the order they were finished in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar
+
+from fastgpt2.files import atomic_file, create_file, lock, remove_leftovers
+from fastgpt2.messages import shown
+
+FASTA_WIDTH = 60
+
+Key = tuple[int, int]  # (prompt index, sample index) of a sample, (index, 0) of a scored sequence
+R = TypeVar("R")
+
+# What `str.splitlines` and other readers break lines at beside \n and \r: escaped, so that a record is one line to all.
+LINE_BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
+
+_TEXT_ESCAPES = {**LINE_BREAKS, **str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})}
+
+
+class RecordFormat(ABC, Generic[R]):
+    """How records are written and read back. `scan` yields (offset past the record, key) for every whole record."""
+
+    @abstractmethod
+    def encode(self, record: R) -> str: ...
+
+    @abstractmethod
+    def scan(self, file: BinaryIO) -> Iterator[tuple[int, Key]]: ...
+
+    @abstractmethod
+    def describe(self, key: Key) -> str:
+        """What errors call the record of that key."""
+
+
+class Lines(RecordFormat[R]):
+    """A record is a line; one without its newline is torn."""
+
+    what: str  # a record is
+
+    def scan(self, file: BinaryIO) -> Iterator[tuple[int, Key]]:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                yield offset, self.key(line)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(f"line {number} is not {self.what} that this program wrote") from None
+
+    @abstractmethod
+    def key(self, line: bytes) -> Key:
+        """The key of a whole line; ValueError, KeyError or TypeError for a line of another kind."""
+
+
+def escape(text: str) -> str:
+    r"""A text without line breaks, tabs and lone backslashes: \n, \r, \t, \\ and \u stand for them."""
+    return text.translate(_TEXT_ESCAPES)
+
+
+def unescape(text: str) -> str:
+    r"""The text that a `.txt` record's third column stands for."""
+    plain = {"n": "\n", "r": "\r", "t": "\t"}
+
+    def character(match: re.Match[str]) -> str:
+        return chr(int(match[1], 16)) if match[1] else plain.get(match[2], match[2])
+
+    return re.sub(r"\\(?:u([0-9a-f]{4})|(.))", character, text)
+
+
+class FastaRecords(RecordFormat[R]):
+    """A record is a header and its sequence in lines of `FASTA_WIDTH`.
+
+    The sequence's length in the header tells a whole record from a torn one.
+    """
+
+    header: re.Pattern[bytes]  # its groups: the key, one number or two, and the length
+
+    def scan(self, file: BinaryIO) -> Iterator[tuple[int, Key]]:
+        offset, number = 0, 0
+        while line := file.readline():
+            number += 1
+            header = self.header.match(line)
+            if not line.endswith(b"\n"):
+                return
+            if header is None:
+                raise ValueError(f"line {number} is not a header that this program wrote")
+            *key, missing = map(int, header.groups())
+            size = len(line)
+            while missing > 0:
+                line = file.readline()
+                number += 1
+                if not line.endswith(b"\n"):
+                    return
+                if line.startswith(b">") or len(line) - 1 != min(missing, FASTA_WIDTH):
+                    raise ValueError(f"line {number} is not the sequence that its header announces")
+                missing -= len(line) - 1
+                size += len(line)
+            offset += size
+            yield offset, (key[0], key[1] if len(key) > 1 else 0)
+
+
+def fasta_entry(name: str, fields: Mapping[str, object], sequence: str) -> str:
+    """A header of the name and the fields, and the sequence below it."""
+    name = re.sub(r"\s", "_", name)
+    header = " ".join([f">{name}", *(f"{key}={value}" for key, value in fields.items())])
+    lines = (sequence[start : start + FASTA_WIDTH] for start in range(0, len(sequence), FASTA_WIDTH))
+    return "\n".join((header, *lines)) + "\n"
+
+
+def letters(text: str) -> str:
+    """A text's letters, `*` and `-`: without tokens spelled `<so>`, white space and the rest."""
+    return re.sub(r"<[^<>]*>|[^A-Za-z*-]", "", text)
+
+
+def decimals(number: float | None) -> str:
+    return "nan" if number is None else f"{number:.4f}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A process's part of the work: of every `count` pieces the one at `index`."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """`2/4` is the third of four. ValueError for anything else."""
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ValueError(f"a shard must be I/N with 0 <= I < N, as 0/4 .. 3/4; got {shown(text)}")
+        return cls(int(match[1]), int(match[2]))
+
+    def has(self, piece: int) -> bool:
+        return piece % self.count == self.index
+
+
+class RecordFile(Generic[R]):
+    """An output that is being written: no second process can write to it, and records are appended whole.
+
+    `settings` are what the records depend on. They are kept beside the output, in `<name>.run.json`, and a run is
+    resumed, or joined by a process with another shard, only with the settings it began with. `done` holds the keys of
+    the records that are there already, whoever wrote them. An output with records that are not `wanted` is not resumed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: RecordFormat[R],
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        wanted: Callable[[Key], bool] = lambda key: True,
+        shard: Shard = Shard(),
+    ) -> None:
+        self.path, self.format, self.shard, self._wanted = path, format, shard, wanted
+        self.done: set[Key] = set()
+        check_writable(path, resume=resume, overwrite=overwrite, shard=shard)
+        self._own = path if shard.count == 1 else _part(path, shard.index)
+        self._file = open(self._own, "ab", buffering=0)  # noqa: SIM115 (open for the life of this object)
+        try:
+            lock(self._file.fileno(), self._own)
+            for name in (path.name, self._settings_path.name):
+                if shard.count == 1:  # others may be writing theirs
+                    remove_leftovers(path.parent, name)
+            there = [file for file in (path, *_parts(path)) if file.exists() and file.stat().st_size]
+            if shard.count > 1:
+                self._join(settings)
+            elif resume and there:
+                self._check_settings(settings)
+            else:
+                # Emptied before the settings are written: whatever is there was made with the settings beside it.
+                self._file.truncate(0)
+                for part in _parts(path):
+                    part.unlink()
+                with atomic_file(self._settings_path) as file:
+                    file.write(_encoded(settings))
+            self._size = self._read_done(self._own)
+            self._file.truncate(self._size)
+            for other in (path, *_parts(path)):
+                if other != self._own:
+                    self._read_done(other)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, record: R) -> None:
+        """Append one record in one write. OSError, with the file as it was before, when there is no room for it."""
+        encoded = self.format.encode(record).encode("utf-8")
+        try:
+            written = 0
+            while written < len(encoded):
+                written += self._file.write(encoded[written:]) or 0
+        except OSError as error:
+            self._file.truncate(self._size)
+            raise OSError(
+                f"{self._own}: cannot be written ({error.strerror}); its records are whole, --resume goes on from there"
+            ) from error
+        self._size += len(encoded)
+
+    def finish(self, is_complete: Callable[[set[Key]], bool] = lambda keys: True) -> bool:
+        """Put all processes' records into the output, in the order of their keys; False while others are at work.
+
+        Args:
+            is_complete: whether these keys are all that the run is to have.
+        """
+        held = contextlib.nullcontext() if self._own == self.path else _locked(self.path)
+        with held:
+            files = [file for file in (self.path, *_parts(self.path)) if file.exists()]
+            records = {}  # of one that a killed merge left twice, either is as good
+            last: Key | None = None
+            in_order = True
+            for number, path in enumerate(files):
+                with open(path, "rb") as file:
+                    start = 0
+                    for end, key in self.format.scan(file):
+                        in_order = in_order and (last is None or last < key)
+                        records[key] = number, start, end
+                        last, start = key, end
+            if not is_complete(set(records)):
+                return False
+            if len(files) > 1 or not in_order:
+                self._merge(files, [records[key] for key in sorted(records)])
+        return True
+
+    def _merge(self, files: list[Path], records: list[tuple[int, int, int]]) -> None:
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(open(path, "rb")) for path in files]
+            try:
+                with atomic_file(self.path) as output:
+                    for number, start, end in records:
+                        opened[number].seek(start)
+                        output.write(opened[number].read(end - start))
+            except OSError as error:
+                raise OSError(
+                    f"{self.path}: cannot be put in order ({error.strerror}); all of its records are there, --resume "
+                    "tries again"
+                ) from error
+        for path in files:
+            if path != self.path:
+                path.unlink()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> RecordFile[R]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def _settings_path(self) -> Path:
+        return settings_path(self.path)
+
+    def _join(self, settings: Mapping[str, Any]) -> None:
+        """Begin the run, or join it where another process has begun it."""
+        if not create_file(self._settings_path, _encoded(settings)):
+            self._check_settings(settings)
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads(self._settings_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.path}: cannot be resumed, {self._settings_path.name} with its settings is not beside it; "
+                "choose another output"
+            ) from None
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(f"{self._settings_path}: is not a run's settings; choose another output")
+        now = json.loads(json.dumps(dict(settings)))
+        differ = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        if differ:
+            changes = ", ".join(f"{n} was {shown(before.get(n))} and is {shown(now.get(n))}" for n in differ)
+            raise ValueError(f"{self.path}: was made by another run ({changes}); resume it as it was begun")
+
+    def _read_done(self, path: Path) -> int:
+        """Note the whole records of a file; returns the offset past the last one."""
+        end = 0
+        try:
+            with open(path, "rb") as file:
+                for end, key in self.format.scan(file):  # noqa: B007 (its last value is the result)
+                    if not self._wanted(key):
+                        raise ValueError(f"it holds {self.format.describe(key)}, not of this run")
+                    self.done.add(key)
+        except FileNotFoundError:  # there is none, or it was merged just now
+            return 0
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; it cannot be resumed") from None
+        return end
+
+
+def settings_path(path: Path) -> Path:
+    """The file beside an output that holds the settings of its run."""
+    return path.with_name(path.name + ".run.json")
+
+
+def check_writable(path: Path, *, resume: bool, overwrite: bool, shard: Shard = Shard()) -> None:
+    """Refuse, before any work, an output that could not be opened or that holds something."""
+    if resume and overwrite:
+        raise ValueError("--resume keeps what the output holds and --overwrite drops it; give one of them")
+    if overwrite and shard.count > 1:
+        raise ValueError(f"--overwrite could drop what another process has written; remove {path} and leave it out")
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"is in the folder {path.parent}, which does not exist"
+        raise ValueError(f"{path}: {what}; name a file in a folder that exists")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: must be an ordinary file; it is not")
+    own = [_part(path, shard.index)] if shard.count > 1 else _parts(path)
+    for file in (path, *own):
+        if file.exists() and file.stat().st_size and not (resume or overwrite):
+            raise FileExistsError(f"{file}: exists; continue it with --resume or replace it with --overwrite")
+
+
+def _part(path: Path, index: int) -> Path:
+    return path.with_name(f"{path.name}.part-{index}")
+
+
+def _parts(path: Path) -> list[Path]:
+    """The parts that processes have begun, in order."""
+    name = re.compile(re.escape(path.name) + r"\.part-(\d+)")
+    found = [(int(match[1]), file) for file in path.parent.iterdir() if (match := name.fullmatch(file.name))]
+    return [file for _, file in sorted(found)]
+
+
+def _encoded(settings: Mapping[str, Any]) -> bytes:
+    return (json.dumps(dict(settings), indent=2) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the output, waiting for whoever has it; it is made where it is not there."""
+    while True:
+        with open(path, "ab") as file:
+            lock(file.fileno(), path, wait=True)
+            try:
+                is_same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                is_same = False
+            if is_same:  # and not what another process has replaced while this one waited
+                yield
+                return

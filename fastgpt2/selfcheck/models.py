@@ -1,0 +1,247 @@
+"""The model as a whole: training, decoding beside the forward pass, rows beside each other, graphs, transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt2.cache import KVCache
+from fastgpt2.config import GPT2Config, SamplingConfig
+from fastgpt2.decode import DecodeSession, NewRow, why_not_decode
+from fastgpt2.formats.transformers import to_transformers
+from fastgpt2.gpt2 import GPT2
+from fastgpt2.selfcheck.operators import compare
+from fastgpt2.selfcheck.report import Finding
+from fastgpt2_kernels import ops
+
+_CONFIG = GPT2Config(
+    vocab_size=61, context_length=32, hidden_size=32, num_layers=2, num_heads=2, tie_word_embeddings=False,
+    residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+
+
+class _Work(NamedTuple):
+    """The prompts that are decoded together, and how many tokens each gets."""
+
+    prompts: Sequence[Sequence[int]]
+    steps: int
+
+
+_WORK = _Work(([5, 6, 7], [9] * 11, [2], [40, 41, 42, 43, 44]), 6)
+_LITTLE = _Work(_WORK.prompts[:2], 2)  # for Triton's interpreter
+
+
+def _work(model: GPT2) -> _Work:
+    return _LITTLE if model.device.type == "cpu" and model.backend == "triton" else _WORK
+
+
+def draw_parameters(model: torch.nn.Module, seed: int, std: float = 0.3) -> None:
+    """Random values for every parameter, so that no bias is 0 and no LayerNorm weight is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * std + (1.0 if parameter.dim() == 1 else 0.0))
+
+
+def check_models(device: torch.device) -> Iterator[Finding]:
+    """A finding for everything that whole models are checked for."""
+    backend = "triton" if ops.why_not_triton("decode_step", device) is None else "torch"
+    if backend == "triton":
+        yield _training(device)
+    for decoder in ("triton", "native"):
+        model = _model(device, torch.float32, decoder)
+        if (reason := why_not_decode(model)) is not None:
+            yield Finding("decoding", decoder, "skipped", None, reason)
+            continue
+        dtypes = [torch.float32]
+        if device.type == "cuda" or decoder == "native":
+            dtypes.append(torch.bfloat16)
+        for dtype in dtypes:
+            yield _decoding(device, dtype, decoder)
+            yield _alone(device, dtype, decoder)
+        if decoder == "triton":
+            yield from _graphs(device)
+    yield _beside_transformers(device)
+
+
+def _model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0) -> GPT2:
+    """A tiny model, random, whose tokens change from step to step."""
+    model = GPT2(_CONFIG, backend=backend).eval()
+    draw_parameters(model, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.sub_(1.0)
+            elif name.endswith(("wte.weight", "wpe.weight")):
+                parameter.mul_(4.0)
+    return model.to(device, dtype)
+
+
+def _exact(device: torch.device, rounded: torch.dtype, seed: int = 0) -> GPT2:
+    return _model(device, rounded, "torch", seed).double()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _training(device: torch.device) -> Finding:
+    """The loss and every gradient of a training step."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(_CONFIG.vocab_size, (2, 17), generator=generator).to(device)
+
+    def results(model: GPT2) -> list[Tensor]:
+        hidden = model.hidden_states(tokens[:, :-1])
+        loss = ops.linear_cross_entropy(
+            hidden, model.lm_head.weight, tokens[:, 1:], backend="auto" if model.backend == "torch" else model.backend
+        )
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    got, plain = (results(_model(device, torch.float32, backend)) for backend in ("triton", "torch"))
+    share, wrong = compare(got, [plain], results(_exact(device, torch.float32)), torch.float32, is_rms=True)
+    title = "loss and gradients of a model, float32"
+    return Finding("training", "triton", "failed" if wrong else "ok", share, f"{title}: {wrong}" if wrong else title)
+
+
+# -- decoding -------------------------------------------------------------------------------------------------------
+
+
+class _Decoded(NamedTuple):
+    """Of every row its new tokens and their log-probabilities, float32."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+
+
+def _decode(
+    model: GPT2, groups: Sequence[Sequence[int]], *, use_graphs: bool = True, use_pdl: bool | None = False
+) -> _Decoded:
+    """Greedy decoding of the prompts; each of `groups` names the rows that take their steps together."""
+    rows, work = [row for group in groups for row in group], _work(model)
+    dtype = model.dtype if model.device.type == "cuda" else torch.float32
+    cache = KVCache(model.config, len(work.prompts), dtype=dtype, device=model.device)
+    greedy = SamplingConfig(temperature=0)
+    session = DecodeSession(model, cache, greedy, use_graphs=use_graphs, use_pdl=use_pdl)
+    out = _Decoded([[] for _ in work.prompts], [[] for _ in work.prompts])
+    for row in rows:  # a prefill each, so that it cannot depend on the groups
+        logits = session.prefill([row], [work.prompts[row]])
+        _note(out, [row], session.begin([NewRow(row, work.prompts[row], (row, 1), 1000)], logits).read())
+    for _ in range(work.steps):
+        for group in groups:
+            _note(out, group, session.step(group).read())
+    return out
+
+
+def _note(out: _Decoded, rows: Sequence[int], results: tuple[list[int], list[float]]) -> None:
+    for row in rows:
+        out.tokens[row].append(results[0][row])
+        out.logprobs[row].append(results[1][row])
+
+
+@torch.no_grad()
+def _decoding(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
+    """Decoding gives what one forward pass over the same tokens gives: the chosen tokens' log-probabilities."""
+    model = _model(device, dtype, backend)
+    prompts, steps = _work(model)
+    title = f"{steps} steps beside one forward pass, {_name(dtype)}"
+    got = _decode(model, [range(len(prompts))])
+    plain, exact = _model(device, dtype, "torch"), _exact(device, dtype)
+
+    def forward(model: GPT2, row: int) -> Tensor:
+        ids = torch.tensor([[*prompts[row], *got.tokens[row]]], device=device)
+        logits = model(ids[:, :-1])[0, len(prompts[row]) - 1 :]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return wide.log_softmax(-1).gather(1, ids[0, len(prompts[row]) :, None])[:, 0]
+
+    each = range(len(prompts))
+    mine = torch.tensor(got.logprobs, device=device).flatten()
+    share, wrong = compare(
+        [mine], [[torch.cat([forward(plain, r) for r in each])]], [torch.cat([forward(exact, r) for r in each])], dtype
+    )
+    return Finding(
+        "prefill = decode", backend, "failed" if wrong else "ok", share, f"{title}: {wrong}" if wrong else title
+    )
+
+
+def _equal(name: str, backend: str, title: str, a: _Decoded, b: _Decoded) -> Finding:
+    """A finding that two runs gave the same bits."""
+    for row, pair in enumerate(zip(a.tokens, a.logprobs, b.tokens, b.logprobs, strict=True)):
+        if pair[:2] != pair[2:]:
+            return Finding(name, backend, "failed", None, f"{title}: row {row} has other tokens or log-probabilities")
+    return Finding(name, backend, "ok", None, title)
+
+
+@torch.no_grad()
+def _alone(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
+    model = _model(device, dtype, backend)
+    rows = range(len(_work(model).prompts))
+    together, alone = _decode(model, [rows]), _decode(model, [[row] for row in rows])
+    return _equal("row alone = in batch", backend, f"to the bit, {_name(dtype)}", together, alone)
+
+
+@torch.no_grad()
+def _graphs(device: torch.device) -> Iterator[Finding]:
+    """A step from a CUDA graph, and with programmatic dependent launch, is the step launched kernel by kernel."""
+    names = ("CUDA graph = launches", "PDL = no PDL")
+    if device.type != "cuda" or not (torch.version.cuda or torch.version.hip):
+        yield from (Finding(name, "triton", "skipped", None, "needs a GPU") for name in names)
+        return
+    model = _model(device, torch.bfloat16, "triton")
+    rows = range(len(_work(model).prompts))
+    launched = _decode(model, [rows], use_graphs=False)
+    yield _equal(names[0], "triton", "to the bit, bfloat16", launched, _decode(model, [rows]))
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+        yield Finding(names[1], "triton", "skipped", None, "needs compute capability 9.0")
+        return
+    yield _equal(names[1], "triton", "to the bit, bfloat16", launched, _decode(model, [rows], use_pdl=True))
+
+
+# -- transformers ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _beside_transformers(device: torch.device) -> Finding:
+    """Greedy tokens of `generate` on the backend that "auto" takes here."""
+    name, backend = "greedy = transformers", "auto"
+    if importlib.util.find_spec("transformers") is None:
+        return Finding(name, backend, "skipped", None, "the package transformers is not installed")
+    backend = _auto(device)
+    prompt, steps = _WORK.prompts[0], 12 if backend == "auto" else _LITTLE.steps
+    seed = _clear_seed(prompt, steps)
+    model = _model(device, torch.float32, backend, seed)
+    ours = model.generate([prompt], max_new_tokens=steps, temperature=0, stop_token_ids=())[0].token_ids
+    ids = torch.tensor([prompt], device=device)
+    options: Any = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    peer: Any = to_transformers(model)
+    theirs = peer.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    want = theirs[0, len(prompt) :].tolist()
+    detail = f"{steps} tokens, float32"
+    if list(ours) != want:
+        return Finding(name, backend, "failed", None, f"{detail}: {list(ours)}; transformers: {want}")
+    return Finding(name, backend, "ok", None, detail)
+
+
+def _auto(device: torch.device) -> str:
+    """ "auto", but where Triton's interpreter is on what it is on for."""
+    is_interpreted = device.type == "cpu" and ops.why_not_triton("decode_step", device) is None
+    return "triton" if is_interpreted else "auto"
+
+
+def _clear_seed(prompt: Sequence[int], steps: int) -> int:
+    """A model whose greedy tokens no rounding can turn: in float64 each is ahead of the next by far."""
+    for seed in itertools.count(1):
+        model, ids = _exact(torch.device("cpu"), torch.float32, seed), list(prompt)
+        gaps = []
+        for _ in range(steps):
+            best = model(torch.tensor([ids]))[0, -1].topk(2)
+            gaps.append((best.values[0] - best.values[1]).item())
+            ids.append(int(best.indices[0]))
+        if min(gaps) > 1e-2:
+            return seed
+    raise ValueError("no seed is left")

@@ -1,0 +1,115 @@
+"""Every operator and its gradients, on every backend that is there, against float64 by the 2x rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgpt2.selfcheck.report import Finding
+from fastgpt2_kernels import ops
+from fastgpt2_kernels.checking.budget import error_budget, largest_error, rms_error
+from fastgpt2_kernels.checking.cases import CASES, FUSED, PLAIN, Case, Inputs
+from fastgpt2_kernels.checking.poison import canaries, nan_memory
+
+SEED = 20
+
+
+def check_operators(device: torch.device, operators: Sequence[str] = ops.OPERATORS) -> Iterator[Finding]:
+    """A finding for every backend of every one of the operators."""
+    for operator in operators:
+        for backend in ops.backends_of(operator):
+            reason = why_not(operator, backend, device)
+            yield _check(operator, backend, device) if reason is None else _skipped(operator, backend, reason)
+
+
+def why_not(operator: str, backend: str, device: torch.device) -> str | None:
+    """Why `operator` cannot run on `backend` here, in one sentence; None if it can."""
+    reasons = {"triton": ops.why_not_triton, "native": ops.why_not_native}
+    return reasons[backend](operator, device) if backend in reasons else None
+
+
+def _skipped(name: str, backend: str, reason: str) -> Finding:
+    return Finding(name, backend, "skipped", None, reason)
+
+
+def dtypes_of(backend: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """The dtypes that a backend is checked in."""
+    if device.type == "cuda":
+        return torch.float32, torch.bfloat16, torch.float16
+    if backend == "triton":  # Triton's interpreter multiplies bfloat16 wrong
+        return torch.float32, torch.float16
+    return torch.float32, torch.bfloat16
+
+
+def _check(operator: str, backend: str, device: torch.device) -> Finding:
+    """The case that comes closest to its budget, or what is wrong with the first that is beyond it."""
+    worst, where, count = 0.0, "", 0
+    for case in (case for case in CASES if case.operator == operator):
+        for dtype in case.dtypes or dtypes_of(backend, device):
+            place = f"{case.title}, {str(dtype).removeprefix('torch.')}"
+            try:
+                share, wrong = run_case(case, backend, device, dtype)
+            except (
+                ArithmeticError,
+                LookupError,
+                TypeError,
+                ValueError,
+                AttributeError,
+                OSError,
+                RuntimeError,
+            ) as error:
+                return Finding(operator, backend, "failed", None, f"{place}: {_line(error)}")
+            if wrong is not None:
+                return Finding(operator, backend, "failed", share, f"{place}: {wrong}")
+            count += 1
+            if share >= worst:
+                worst, where = share, place
+    return Finding(operator, backend, "ok", worst, f"{count} cases; nearest to its budget: {where}")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def run_case(
+    case: Case, backend: str, device: torch.device, dtype: torch.dtype, seed: int = SEED
+) -> tuple[float, str | None]:
+    """The largest error as a share of its budget, and what is wrong, or None."""
+    inputs = Inputs(seed, device, dtype)
+    with nan_memory(), canaries() as poison:
+        got = [result.detach().clone() for result in case.run(inputs, backend)]
+        if not poison.is_intact():
+            return math.inf, "wrote beside its results"
+    if not inputs.are_untouched():
+        return math.inf, "wrote beside its inputs"
+    plain = [case.run(Inputs(seed, device, dtype), way) for way in ((PLAIN, FUSED) if case.has_fused else (PLAIN,))]
+    exact = case.run(Inputs(seed, device, torch.float64, rounded=dtype), PLAIN)
+    return compare(got, plain, exact, dtype)
+
+
+def compare(
+    got: Sequence[Tensor],
+    plain: Sequence[Sequence[Tensor]],
+    exact: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    is_rms: bool = False,
+) -> tuple[float, str | None]:
+    """The largest error of any result as a share of its budget, and what is wrong, or None.
+
+    Of several plain expressions, which add up in other orders, the worst counts. is_rms: the root mean square of each
+    result's errors counts, for what has gone through many roundings.
+    """
+    worst, error_of = 0.0, rms_error if is_rms else largest_error
+    for index, (mine, right, *theirs) in enumerate(zip(got, exact, *plain, strict=True)):
+        error = error_of(mine, right)
+        budget = error_budget(max(error_of(their, right) for their in theirs), right, dtype)
+        share = 0.0 if error == 0 else error / budget if budget else math.inf
+        if not error <= budget:
+            what = "is NaN" if math.isnan(error) else f"is off by {error:.3g}, the budget is {budget:.3g}"
+            return share, f"result {index} {what}"
+        worst = max(worst, share)
+    return worst, None

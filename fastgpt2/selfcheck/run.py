@@ -1,0 +1,69 @@
+"""The self-check as a whole."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastgpt2 import machine
+from fastgpt2.devices import find_device
+from fastgpt2.selfcheck.models import check_models
+from fastgpt2.selfcheck.operators import check_operators
+from fastgpt2.selfcheck.report import Finding, Report, Timing
+from fastgpt2.selfcheck.speed import measured_limits, time_operators
+
+
+def check(
+    device: str = "auto", *, speed: bool = True, progress: Callable[[Finding | Timing], None] | None = None
+) -> Report:
+    """Check every operator, decoding and the model on this machine, then time the kernels.
+
+    Operators and their gradients are held to float64, on every backend that is there, over a fixed set of random cases
+    within poisoned memory. Triton's kernels run on a GPU, and on a CPU where TRITON_INTERPRET=1 is set.
+
+    Args:
+        device: Where: "auto" is a GPU where there is one.
+        speed: Whether to time the kernels too.
+        progress: Called with every finding and timing as it is made.
+
+    Returns:
+        The findings; `ok` says whether nothing failed.
+
+    Raises:
+        ValueError: This machine has no such device.
+
+    Example:
+        >>> fastgpt2.check(speed=False).ok
+        True
+    """
+    start, where = time.perf_counter(), find_device(device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    report = Report(machine.versions(), machine.describe(where if where.type == "cuda" else None))
+    tell = progress or (lambda _: None)
+    with _interpreter_without_warnings():
+        for findings in (check_operators(where), check_models(where)):
+            for finding in findings:
+                report.findings.append(finding)
+                tell(finding)
+    if speed:
+        report.limits = measured_limits(where)
+        for timing in time_operators(where, report.limits):
+            report.timings.append(timing)
+            tell(timing)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+@contextmanager
+def _interpreter_without_warnings() -> Iterator[None]:
+    """NumPy's warnings of lanes that are masked, where Triton's interpreter is on."""
+    with warnings.catch_warnings():
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            warnings.simplefilter("ignore", RuntimeWarning)
+        yield

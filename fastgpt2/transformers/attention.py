@@ -1,0 +1,177 @@
+"""`attn_implementation="fastgpt2"`: causal attention for every model of transformers that takes attention by name.
+
+transformers asks two functions. The mask function is called once a forward pass and says what the attention functions
+of all layers get as their mask:
+
+- None: plain causal attention;
+- `Padding`: causal attention among the tokens that a 2-D padding mask keeps; where padding follows a token, only within
+  `padding_ignored`, for transformers' generation reads what stands in a last position that is padding;
+- a 4-D mask, as transformers makes it for PyTorch's own operator, for everything else (a cache with padding, packed
+  sequences, windows, masks of the user's own, a trace of `torch.compile`).
+
+The attention function takes the first two to `fastgpt2.kernels` and the last to PyTorch's operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from fastgpt2_kernels import ops
+
+NAME = "fastgpt2"
+# What changes the maths of attention and is not here: refused, not ignored.
+_REFUSED = {
+    "softcap": "a soft cap of the scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a bias of the scores by position",
+    "cache": "a paged cache",
+}
+
+
+_IS_IGNORED = ContextVar("padding_is_ignored", default=False)
+
+
+@contextlib.contextmanager
+def padding_ignored(ignored: bool = True) -> Iterator[None]:
+    """Forward passes in which nobody reads hidden states at padding."""
+    token = _IS_IGNORED.set(ignored)
+    try:
+        yield
+    finally:
+        _IS_IGNORED.reset(token)
+
+
+class Padding:
+    """Which of B x T tokens a padding mask keeps: they are documents laid end to end, one a row.
+
+    The outputs at padding positions are 0. Hidden states there mean nothing, as with flash attention.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = mask.shape
+        self.index = mask.flatten().nonzero().squeeze(-1)  # (N,) of B * T
+        ends = mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        cu_seqlens = torch.cat((ends.new_zeros(1), ends))
+        self.documents = ops.plan_documents(cu_seqlens, len(self.index))
+
+    def attend(self, qkv: Tensor, num_heads: int, **options: Any) -> Tensor:
+        """Attention on the packed projection: qkv (B, T, 3C) -> (B, T, C)."""
+        B, T = self.shape
+        width = qkv.shape[-1] // 3
+        index = self.index.to(qkv.device)
+        documents = ops.Documents(*(t.to(qkv.device) for t in self.documents))
+        kept = qkv.reshape(B * T, -1).index_select(0, index)[None]
+        out = ops.causal_attention_packed(kept, num_heads, cu_seqlens=documents, **options)[0]
+        return out.new_zeros(B * T, width).index_copy(0, index, out).view(B, T, width)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **options: Any,
+) -> Tensor | Padding | None:
+    """The mask of a forward pass; arguments as transformers' mask functions take them."""
+    is_padded_causal = (
+        mask_function is causal_mask_function
+        and allow_is_causal_skip
+        and attention_mask is not None
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and isinstance(q_offset, int)
+        and (q_offset, kv_offset) == (0, 0)
+        and q_length == kv_length
+        and attention_mask.shape == (batch_size, q_length)
+    )
+    if is_padded_causal and attention_mask is not None:
+        if attention_mask.all():
+            return None
+        kept = attention_mask.bool()
+        if _IS_IGNORED.get() or not (kept[:, :-1] & ~kept[:, 1:]).any():
+            return Padding(kept)
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **options,
+    )
+
+
+def causal_mask_4d(mask: Tensor) -> Tensor:
+    """What a 2-D padding mask (B, T) means to PyTorch's operator: (B, 1, T, T), True where a query sees a key."""
+    B, T = mask.shape
+    seen = sdpa_mask(B, T, T, attention_mask=mask.bool(), allow_is_causal_skip=False, device=mask.device)
+    return seen.expand(B, 1, T, T)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Padding | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of query (B, H, T, D) to key and value (B, H or fewer, S, D) -> (B, T, H, D), and no weights.
+
+    ValueError for what would change the result and is not here (soft caps, attention sinks ...).
+    """
+    for name, what in _REFUSED.items():
+        if options.get(name) is not None:
+            raise ValueError(
+                f'attn_implementation="{NAME}" has no {name} ({what}), which {type(module).__name__} asks for; '
+                'choose "eager"'
+            )
+    T, S = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_ours = (
+        causal
+        and (attention_mask is None or isinstance(attention_mask, Padding))
+        and T == S
+        and query.shape[-1] == value.shape[-1]
+        and (scaling is None or scaling > 0)
+    )
+    if not is_ours:
+        if isinstance(attention_mask, Padding):
+            raise ValueError(
+                f'attn_implementation="{NAME}": {type(module).__name__} attends with a causal mask of '
+                f'{attention_mask.shape[1]} tokens in another way than causally among them; choose "sdpa"'
+            )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if isinstance(attention_mask, Padding):
+        qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (query, key, value)], -1)
+        heads = query.shape[1]
+        out = attention_mask.attend(qkv, heads, scale=scaling, dropout_p=dropout)
+        return out.view(*out.shape[:2], heads, -1), None
+    out = ops.causal_attention(query, key, value, scale=scaling, dropout_p=dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Make the name "fastgpt2" known to transformers."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)

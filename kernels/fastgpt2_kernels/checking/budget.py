@@ -1,0 +1,36 @@
+"""The 2x rule: a result's error against float64 is at most 2 x (the plain expression's + eps x the largest number)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def error_budget(plain_error: float, exact: Tensor, dtype: torch.dtype, terms: float = 0.0) -> float:
+    """The largest error that is right where the plain PyTorch expression in `dtype` is off by `plain_error`.
+
+    Args:
+        plain_error: The plain expression's error.
+        exact: The result in float64.
+        dtype: The dtype under test: its eps counts.
+        terms: The size of what `exact` is a sum of; it counts where nine tenths of it cancel.
+    """
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    scale = max(scale, terms if scale < terms / 10 else 0.0)
+    return 2 * (plain_error + torch.finfo(dtype).eps * scale)
+
+
+def largest_error(got: Tensor, exact: Tensor) -> float:
+    """max|got - exact|, NaN where one of them is. ValueError where their shapes differ."""
+    return _difference(got, exact).abs().max().item() if exact.numel() else 0.0
+
+
+def rms_error(got: Tensor, exact: Tensor) -> float:
+    """The root mean square of got - exact, which many roundings make far steadier than the largest."""
+    return _difference(got, exact).square().mean().sqrt().item() if exact.numel() else 0.0
+
+
+def _difference(got: Tensor, exact: Tensor) -> Tensor:
+    if got.shape != exact.shape:
+        raise ValueError(f"a result of shape {tuple(got.shape)} where {tuple(exact.shape)} was due")
+    return got.detach().double() - exact

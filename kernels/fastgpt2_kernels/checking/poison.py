@@ -1,0 +1,89 @@
+"""Memory that shows what a kernel left unwritten, what it read beside its inputs, and what it wrote there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CANARY = -7.5
+MARGIN = 512  # elements on either side: room for a row too many
+
+
+class Poison:
+    """While it is in force, `Tensor.new_empty` gives NaN between canaries; `is_intact` says whether those are alive.
+
+    Integers are poisoned too, with canaries of -7 and -1 where nothing was written.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+        self.new_empty = torch.Tensor.new_empty
+
+    def make(self, like: Tensor, shape: Sequence[int] | int, **options: Any) -> Tensor:
+        if isinstance(shape, int):  # Triton's interpreter, for itself
+            return self.new_empty(like, shape, **options)
+        numel = torch.Size(shape).numel()
+        is_float = options.get("dtype", like.dtype).is_floating_point
+        buffer = self.new_empty(like, (numel + 2 * MARGIN,), **options)
+        buffer.fill_(CANARY if is_float else int(CANARY))
+        buffer[MARGIN : MARGIN + numel] = torch.nan if is_float else -1
+        self.buffers.append(buffer)
+        return buffer[MARGIN : MARGIN + numel].view(shape)
+
+    def is_intact(self) -> bool:
+        """Whether nothing was written beside what was asked for since the last look."""
+        buffers = self.buffers.copy()
+        self.buffers.clear()
+        canaries = (CANARY if buffer.is_floating_point() else int(CANARY) for buffer in buffers)
+        return all(
+            bool((buffer[:MARGIN] == canary).all() and (buffer[-MARGIN:] == canary).all())
+            for buffer, canary in zip(buffers, canaries, strict=True)
+        )
+
+
+@contextmanager
+def canaries() -> Iterator[Poison]:
+    """While it is open, what Python allocates by `new_empty` is NaN between canaries."""
+    poison, new_empty = Poison(), torch.Tensor.new_empty
+
+    def make(like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return poison.make(like, *args, **kwargs)
+
+    torch.Tensor.new_empty = make  # type: ignore[assignment, method-assign]
+    try:
+        yield poison
+    finally:
+        torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
+
+
+@contextmanager
+def nan_memory() -> Iterator[None]:
+    """While it is open, what is allocated is NaN until it is written (PyTorch fills it where it is deterministic)."""
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic", category=UserWarning)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+
+
+def within_poison(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of `values` that lies between two margins of NaN (-7 for integers), and the whole buffer."""
+    canary = torch.nan if values.is_floating_point() else int(CANARY)
+    buffer = values.new_full((values.numel() + 2 * MARGIN,), canary)
+    inside = buffer[MARGIN : MARGIN + values.numel()].view(values.shape)
+    inside.copy_(values)
+    return inside, buffer
+
+
+def is_untouched(buffer: Tensor) -> bool:
+    """Whether the margins of what `within_poison` made are as they were."""
+    edges = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])
+    return bool((edges.isnan() if buffer.is_floating_point() else edges == int(CANARY)).all())

@@ -1,0 +1,114 @@
+"""SIGKILL, SIGTERM, SIGINT and SIGHUP at random moments: no traceback, and the command run again ends as ever."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+
+SERVER = multiprocessing.get_context("forkserver")
+TIMES = 50
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
+TRAIN = "--vocab-size 260 --layers 1 --hidden-size 16 --heads 2 --context 8 --batch-size 2 --dtype fp32 --steps 40"
+TRAIN += " --checkpoint-interval 3 --eval-interval 5 --eval-tokens 64 --resume"
+
+
+def command_line(arguments: list[str], said: str) -> None:
+    """What the console script does, in a process of its own; stderr goes to the file `said`."""
+    import torch
+
+    from fastgpt2.cli.main import main
+
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    errors = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # signals are sent from here on
+    os.dup2(errors, 2)
+    try:
+        status = main(arguments)
+    except KeyboardInterrupt:  # it came before or after what `main` does
+        os.write(2, b"fastgpt2: interrupted\n")
+        status = 130
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Command:
+    """A command line that writes to a place, and what it has written there."""
+
+    def __init__(self, name: str, folder: Path, checkpoint: Path) -> None:
+        self.name, self.folder, self.checkpoint = name, folder, checkpoint
+        text = folder / "text.txt"
+        text.write_text("".join(f"x{i} = {i * i}\n" for i in range(300)), encoding="utf-8")
+        prompts = folder / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt_ids": [i, 5, 6]}) + "\n" for i in range(30)), encoding="utf-8")
+        self.arguments = {
+            "generate": f"generate --model {checkpoint} --prompts {prompts} --num-samples 3 --resume --out",
+            "train": f"train --data {text} {TRAIN} --out",
+            "convert": f"convert {checkpoint} --to nanogpt --force",
+        }[name].split()
+
+    def start(self, out: Path) -> Any:
+        target = out.with_suffix(".jsonl") if self.name == "generate" else out
+        process = SERVER.Process(target=command_line, args=([*self.arguments, str(target)], str(self.said(out))))
+        process.start()
+        return process
+
+    def said(self, out: Path) -> Path:
+        return out.with_suffix(".stderr")
+
+    def outcome(self, out: Path) -> object:
+        assert not list(self.folder.rglob(".*")), "left over"
+        if self.name == "generate":
+            return sorted(out.with_suffix(".jsonl").read_bytes().splitlines())
+        return (out / ("model.safetensors" if self.name == "train" else "ckpt.pt")).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["generate", "train", "convert"])
+@pytest.mark.parametrize("signal_name", SIGNALS)
+def test_signals_at_random_moments(name: str, signal_name: str, tiny_checkpoint: Path, tmp_path: Path, seed) -> None:
+    modules = ["fastgpt2.cli.generate", "fastgpt2.cli.train", "fastgpt2.cli.convert", "tokenizers", "torch._dynamo"]
+    SERVER.set_forkserver_preload(modules)
+    check(Command(name, tmp_path, tiny_checkpoint), getattr(signal, signal_name), TIMES, random.Random(seed))
+
+
+def check(command: Command, number: int, times: int, rng: random.Random) -> None:
+    whole = command.folder / "whole"
+    for _ in range(2):  # the first one warms the caches of the file system
+        begun = time.perf_counter()
+        process = command.start(whole)
+        process.join()
+        duration_s = time.perf_counter() - begun
+        assert process.exitcode == 0, command.said(whole).read_text(encoding="utf-8")
+    expected = command.outcome(whole)
+    sent = run = 0
+    while sent < times:
+        out = command.folder / f"run{run}"
+        run += 1
+        process = command.start(out)
+        while not command.said(out).exists():
+            time.sleep(0.001)
+        process.join(rng.uniform(0, 1.0) * duration_s)
+        if process.exitcode is None:
+            os.kill(process.pid, number)
+            sent += 1
+        process.join(30)
+        said = command.said(out).read_text(encoding="utf-8")
+        assert process.exitcode in (0, -number, 128 + number), said
+        assert "Traceback" not in said
+        if process.exitcode == 130:
+            assert said.splitlines()[-1].startswith(("fastgpt2: interrupted", "stopped at step")), said
+        process = command.start(out)
+        process.join()
+        assert process.exitcode == 0, command.said(out).read_text(encoding="utf-8")
+        assert command.outcome(out) == expected

@@ -1,0 +1,93 @@
+"""The snippets of the README and of docs/ run as they stand, the examples too, and the tests that docs/ names exist."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+SNIPPETS = [
+    (f"{page.relative_to(ROOT).as_posix()}:{number}", text)
+    for page in PAGES
+    for number, text in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# What an example is called with and reads from stdin, so that it is quick; without, it does more of the same.
+ARGUMENTS = {"generate_batch": ["--num-samples", "2", "--max-new-tokens", "4"], "train_from_scratch": ["--steps", "2"]}
+ARGUMENTS |= {
+    "stream_chat": ["--max-new-tokens", "4"],
+    "finetune_hf_trainer": ["--steps", "2"],
+    "lora": ["--steps", "2"],
+}
+ARGUMENTS |= {"score_and_rank": ["--num-samples", "4", "--max-new-tokens", "4"]}
+STDIN = {"stream_chat": "class Queue:\n\n"}
+MAX_LINES = 60
+
+
+@pytest.mark.parametrize(("name", "snippet"), SNIPPETS, ids=[name for name, _ in SNIPPETS])
+def test_snippets_run(name: str, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, name, "exec"), {})
+
+
+def test_pages_have_snippets() -> None:
+    pages = {name.split(":")[0] for name, _ in SNIPPETS}
+    assert {"README.md", "docs/quickstart.md", "docs/training.md"} <= pages
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path), *ARGUMENTS.get(path.stem, [])])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(STDIN.get(path.stem, "")))
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_short_and_say_how_to_run_them(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < MAX_LINES
+    assert f"python examples/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_pages_name_exist(page: Path) -> None:
+    """Links to files of the repository, and tests named in code spans."""
+    text = page.read_text(encoding="utf-8")
+    named = {ROOT / test for test in re.findall(r"`(tests/[\w/]+\.py)`", text)}
+    named |= {page.parent / link for link in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]+)?\)", text)}
+    missing = sorted(str(path) for path in named if not path.exists())
+    assert not missing
+
+
+def test_every_promise_names_a_test() -> None:
+    promised = (ROOT / "docs/reliability.md").read_text(encoding="utf-8").split("## What is not promised")[0]
+    rows = [line for line in promised.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    assert len(rows) > 10
+    assert all("`tests/" in row.rsplit("|", 2)[1] for row in rows)
+
+
+DOCUMENTED = (
+    "fastgpt2.cache",
+    "fastgpt2.config.model",
+    "fastgpt2_kernels.ops.attention",
+    "fastgpt2_kernels.ops.layers",
+    "fastgpt2_kernels.ops.loss",
+)
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_examples_in_docstrings_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted
+    assert not result.failed

@@ -1,0 +1,103 @@
+"""`attn_implementation="fastgpt2"` by name: other causal models give what they give with their own attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastgpt2.transformers
+from tests.helpers import assert_close, draw_parameters, random_ids
+from tests.transformers.helpers import masks, transformers
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 40}  # fmt: skip
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {**SIZES, **GROUPED},
+    "Qwen2": {**SIZES, **GROUPED},
+    "Qwen3": {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 12},
+    "GPTNeoX": {**SIZES, "num_attention_heads": 4},
+    "Phi": {**SIZES, "num_attention_heads": 4},
+    "Gemma": {**SIZES, **GROUPED, "head_dim": 16},
+    # With windows, of which the third is shorter than the input and the second is not.
+    "Mistral": {**SIZES, **GROUPED, "sliding_window": None},
+    "Mistral wide": {**SIZES, **GROUPED, "sliding_window": 30},
+    "Mistral narrow": {**SIZES, **GROUPED, "sliding_window": 4},
+    "OPT": {**SIZES, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+}
+
+
+def model_of(name: str, seed: int, attention: str) -> Any:
+    kind = name.split()[0]
+    settings = getattr(transformers, f"{kind}Config")(**MODELS[name], attn_implementation=attention)
+    model = getattr(transformers, f"{kind}ForCausalLM")(settings)
+    draw_parameters(model, seed, 0.2)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_causal_models(seed: int, name: str) -> None:
+    # Not "eager", whose softmax rounds to float32.
+    exact, ours = model_of(name, seed, "sdpa"), model_of(name, seed, "fastgpt2")
+    assert ours.config._attn_implementation == "fastgpt2"
+    ids = random_ids(seed, 3, 11)
+    for kind, mask in {**masks(seed, 3, 11), "absent": None}.items():
+        kept = torch.ones(3, 11, dtype=torch.bool) if mask is None else mask.bool()
+        expected = exact(ids, attention_mask=mask).logits
+        for cached in (False, True):
+            got = ours(ids, attention_mask=mask, use_cache=cached).logits
+            assert_close(got[kept], expected[kept], kind)
+        for model, logits in ((ours, got), (exact, expected)):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(logits[kept], ids[kept]).backward()
+        for (parameter, a), b in zip(ours.named_parameters(), exact.parameters(), strict=True):
+            assert_close(a.grad, b.grad, f"{kind}: {parameter}", tolerance=1e-8)
+    for mask in (torch.ones_like(ids), masks(seed, 3, 11)["left"]):
+        options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(ours.generate(ids, **options), exact.generate(ids, **options))
+
+
+def test_bidirectional_attention_of_a_decoder(seed: int) -> None:
+    """What is not causal goes to PyTorch's operator."""
+    exact, ours = (model_of("Llama", seed, attention) for attention in ("sdpa", "fastgpt2"))
+    ids = random_ids(seed, 2, 7)
+    for model in (exact, ours):
+        model.config.is_causal = False
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+    for mask in (None, masks(seed, 2, 7)["right"]):
+        kept = ... if mask is None else mask.bool()
+        assert_close(ours(ids, attention_mask=mask).logits[kept], exact(ids, attention_mask=mask).logits[kept])
+
+
+def test_what_would_change_the_scores_is_refused(seed: int) -> None:
+    settings = transformers.Gemma2Config(**SIZES, **GROUPED, head_dim=8, attn_implementation="fastgpt2")
+    model = transformers.Gemma2ForCausalLM(settings).eval()
+    with pytest.raises(ValueError, match=r'has no softcap .*Gemma2Attention asks for; choose "eager"'):
+        model(random_ids(seed, 1, 5))
+
+
+def test_dropout_is_honoured(seed: int) -> None:
+    model = model_of("Llama", seed, "fastgpt2").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    ids = random_ids(seed, 2, 9)
+    for mask in (None, masks(seed, 2, 9)["right"]):
+        assert not torch.equal(*(model(ids, attention_mask=mask).logits for _ in range(2)))
+
+
+def test_encoder_decoder_with_a_gpt2_decoder(seed: int) -> None:
+    settings = {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 61, "n_positions": 20}
+    decoder = transformers.GPT2Config(
+        **settings, add_cross_attention=True, is_decoder=True, bos_token_id=1, eos_token_id=2
+    )
+    encoder = transformers.GPT2Config(**settings, bos_token_id=1, eos_token_id=2)
+    both = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    model = transformers.EncoderDecoderModel(both).double().eval()
+    draw_parameters(model, seed)
+    ids, other, mask = random_ids(seed, 2, 7), random_ids(seed + 1, 2, 5), masks(seed, 2, 7)["right"]
+    expected = model(input_ids=ids, attention_mask=mask, decoder_input_ids=other).logits
+    fastgpt2.accelerate(model)
+    assert_close(model(input_ids=ids, attention_mask=mask, decoder_input_ids=other).logits, expected)
