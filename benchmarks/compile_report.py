@@ -38,9 +38,14 @@ class Target(NamedTuple):
 
 TARGETS = {
     "sm_80": Target("NVIDIA A100", 512, 167_936, 1024, 64, 32),
+    "sm_86": Target("NVIDIA A40, RTX 30", 512, 102_400, 1024, 48, 16),
+    "sm_89": Target("NVIDIA L40, RTX 40", 512, 102_400, 1024, 48, 24),
     "sm_90": Target("NVIDIA H100, H200", 512, 233_472, 1024, 64, 32),
     "sm_100": Target("NVIDIA B200", 512, 233_472, 1024, 64, 32),
+    "sm_120": Target("NVIDIA RTX 50", 512, 102_400, 1024, 48, 24),
+    "gfx90a": Target("AMD MI200", 512, 65_536, 0, 32, 16),
     "gfx942": Target("AMD MI300X", 512, 65_536, 0, 32, 16),
+    "gfx950": Target("AMD MI350", 512, 163_840, 0, 32, 16),
 }
 
 

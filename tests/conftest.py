@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -22,15 +25,31 @@ def seed() -> int:
     return chosen
 
 
-@pytest.fixture(scope="session")
-def inductor() -> None:
-    """Skip where PyTorch's own compiler compiles nothing: without a C++ compiler, or with a space in a path to it."""
-    from torch._inductor.exc import InductorError
+@pytest.fixture(scope="session", autouse=True)
+def unsynced_files() -> Iterator[None]:
+    """Nothing here cuts the power: waiting for the disk would only make its speed part of the suite's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
-    except InductorError as error:
-        pytest.skip(f"torch.compile does not work on this machine: {str(error).splitlines()[0]}")
+
+@pytest.fixture(scope="session")
+def forkserver() -> Iterator[BaseContext]:
+    """Forks processes in which everything is imported already and nothing has run yet: one server for all tests, as
+    a process has no second one."""
+    import multiprocessing
+    from multiprocessing.forkserver import ensure_running
+
+    context = multiprocessing.get_context("forkserver")
+    # torch._dynamo: what AdamW's constructor imports, in seconds.
+    packages = ["fastgpt2.cli.main", "fastgpt2.cli.generate", "fastgpt2.cli.train", "fastgpt2.checkpoint"]
+    libraries = ["tokenizers", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"]
+    context.set_forkserver_preload(packages + libraries)
+    with pytest.MonkeyPatch.context() as patch:
+        # Older Pythons do not hand the server our sys.path, and it then silently imports nothing.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        ensure_running()
+        yield context
 
 
 @pytest.fixture(scope="session")

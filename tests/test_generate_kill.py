@@ -20,17 +20,6 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 NUM_PROMPTS, NUM_SAMPLES = 16, 3
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Forks processes in which everything is imported already and nothing has run yet."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastgpt2.cli.generate", "fastgpt2.cli.train", "fastgpt2.cli.main", "tokenizers"])
-    with pytest.MonkeyPatch.context() as patch:
-        # Older Pythons do not hand the server our sys.path, and it then silently imports nothing.
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        yield context
-
-
 def command_line(arguments: list[str]) -> None:
     """What the console script does, in a process of its own."""
     import torch
@@ -55,7 +44,9 @@ def wait_for(path: Path, size: int, process: multiprocessing.process.BaseProcess
 
 
 @pytest.mark.parametrize(("suffix", "kills"), [(".jsonl", 14), (".fasta", 4), (".txt", 4)])
-def test_killed_runs_resume_to_what_an_uninterrupted_run_makes(suffix, kills, server, tiny_checkpoint, tmp_path, seed):
+def test_killed_runs_resume_to_what_an_uninterrupted_run_makes(
+    suffix, kills, forkserver, tiny_checkpoint, tmp_path, seed
+):
     rng = random.Random(seed)
     prompts = tmp_path / "prompts.jsonl"
     # Lengths and samples of many sizes, so that rows finish at different times.
@@ -70,7 +61,7 @@ def test_killed_runs_resume_to_what_an_uninterrupted_run_makes(suffix, kills, se
     def start(out: Path):
         arguments = ["generate", "--model", tiny_checkpoint, "--prompts", prompts, "--out", out, "--resume"]
         arguments += ["--num-samples", NUM_SAMPLES, "--batch-size", rng.randint(1, 8), "--max-new-tokens", 32]
-        process = server.Process(target=command_line, args=([str(argument) for argument in arguments],))
+        process = forkserver.Process(target=command_line, args=([str(argument) for argument in arguments],))
         process.start()
         return process
 

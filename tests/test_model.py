@@ -124,14 +124,24 @@ def test_compile_takes_the_model_whole(seed: int, training: bool) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("inductor")
 @pytest.mark.filterwarnings("ignore")  # PyTorch's compiler deprecates its own internals
 def test_compiled_forward_equals_eager(seed: int) -> None:
+    """Skipped where that compiler compiles nothing: without a C++ compiler, or with a space in a path to it."""
+    from torch._inductor.exc import InductorError
+
     model = random_model(seed, num_layers=1)
     ids = random_ids(seed, 2, 9)
     compiled = torch.compile(model)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-4)
+        try:
+            logits = compiled(ids)
+        except InductorError:
+            try:
+                torch.compile(lambda x: x + 1)(torch.ones(2))
+            except InductorError as error:
+                pytest.skip(f"torch.compile does not work on this machine: {str(error).splitlines()[0]}")
+            raise
+        torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-4)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -25,12 +25,10 @@ CONFIG = {
     "dtype": "fp32", "lr": 1e-2,
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> None:
-    SERVER.set_forkserver_preload(["fastgpt2.train", "fastgpt2.checkpoint", "torch._dynamo"])
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.usefixtures("forkserver"),
+]
 
 
 @pytest.fixture

@@ -19,19 +19,15 @@ import torch
 from fastgpt2.cli import train as command
 from fastgpt2.train import checkpoint_paths, read_checkpoint
 
-# Children start from a server that has imported torch once and run nothing: a fork of it is clean, and quick.
 SERVER = multiprocessing.get_context("forkserver")
 KILLS = 24
 OPTIONS = "--vocab-size 260 --layers 1 --hidden-size 16 --heads 2 --context 8 --batch-size 2 --dtype fp32 --dropout 0.1"
 OPTIONS += " --steps 60 --log-interval 2 --checkpoint-interval 3 --eval-interval 5 --eval-tokens 64 --resume"
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and forks are POSIX's")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> None:
-    # torch._dynamo: what AdamW's constructor imports, in seconds.
-    SERVER.set_forkserver_preload(["fastgpt2.cli.train", "fastgpt2.checkpoint", "tokenizers", "torch._dynamo"])
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and forks are POSIX's"),
+    pytest.mark.usefixtures("forkserver"),
+]
 
 
 @pytest.fixture
@@ -43,6 +39,7 @@ def text(tmp_path: Path) -> Path:
 
 def run(text: Path, out: Path) -> None:
     torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # what a kill leaves does not depend on it, and most of a run's time does
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     args = parser.parse_args([*OPTIONS.split(), "--data", str(text), "--out", str(out)])

@@ -83,7 +83,7 @@ _PLACES = {
     for backend, function in row.items()
 }
 _MIN_CAPABILITY = (8, 0)
-_AMD_GPUS = ("gfx942",)
+_AMD_GPUS = ("gfx90a", "gfx942", "gfx950")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
 
 

@@ -219,7 +219,7 @@ def dies(parent, x):
 
 
 @pytest.fixture
-def no_workers():
+def no_workers(forkserver):
     workers.close()
     yield
     workers.close()

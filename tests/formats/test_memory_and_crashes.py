@@ -40,18 +40,22 @@ print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.
 """
 
 
+@pytest.fixture(scope="module")
+def large_model() -> GPT2:
+    """205 MB, half of it token embeddings."""
+    return GPT2(
+        TINY.replace(vocab_size=50257, hidden_size=512, num_layers=8, context_length=256, activation_function="gelu")
+    )
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
 @pytest.mark.parametrize("form", ["safetensors", "bin", "nanogpt"])
-def test_loading_holds_one_copy(tmp_path: Path, seed: int, form: str) -> None:
-    config = TINY.replace(
-        vocab_size=50257, hidden_size=512, num_layers=8, context_length=256, activation_function="gelu"
-    )
-    model = GPT2(config)  # 205 MB, half of it token embeddings
+def test_loading_holds_one_copy(tmp_path: Path, seed: int, large_model: GPT2, form: str) -> None:
     save_pretrained(random_model(seed), tmp_path / "tiny")
     if form == "nanogpt":
-        save_nanogpt(model, tmp_path / "big")
+        save_nanogpt(large_model, tmp_path / "big")
     else:
-        write_folder(tmp_path / "big", hf_state_dict(model), config, form=form)
+        write_folder(tmp_path / "big", hf_state_dict(large_model), large_model.config, form=form)
     process = run_python(LOAD_AND_MEASURE, tmp_path / "big", tmp_path / "tiny")
     peak, size = map(int, process.communicate(timeout=60)[0].split())
     assert process.returncode == 0

@@ -18,6 +18,8 @@ _DOCUMENTS = ("HAS_LENGTHS", "HAS_DOCS")
 def attention_cases(arch: str) -> Iterator[Case]:
     """Every row, and those of head 64 with documents too. Strides are multiples of 16, as heads of 16 n make them."""
     for kernel, kind, width in launch.attention_rows():
+        if kind == "tf32" and not launch.has_tf32(arch):
+            continue
         if kind == "half dropout":
             yield _case(arch, kernel, "half", width, ("HAS_DROPOUT",))
         else:

@@ -51,6 +51,15 @@ REPRESENTATIVE = re.compile(
     )
 )
 
+# Targets that are near to another: each kernel once, for one of them.
+FEWER = {
+    "sm_86": r"attention (forward|dq|dkdv) half head 64 \d+x\d+",
+    "sm_89": r"(linear_decode layer_norm bf16 768 to 2304, 1 rows,|sample fp32 block \d+ IS_GREEDY|decode_begin).*",
+    "sm_120": r"(cross_entropy fused bf16 block 8192|layer_norm (forward|backward) bf16 (768|20000)|scale_rows bf16.*)",
+    "gfx90a": r"(decode_attention cores 1 new bf16 head 64 HAS_STARTS HAS_SLOTS INDIRECT|decode_combine bf16.*)",
+    "gfx950": r"(bias_activation gelu_tanh (forward|backward) bf16 3072|partial_sums.*)",
+}
+
 
 @functools.cache
 def cases(target: str) -> list[Case]:
@@ -79,7 +88,7 @@ def main() -> None:
     jobs = []
     for target in targets:
         for index, case in enumerate(cases(target)):
-            if is_some and not REPRESENTATIVE.fullmatch(case.name):
+            if is_some and not re.fullmatch(FEWER.get(target, REPRESENTATIVE), case.name):
                 print(json.dumps(described(target, case)))
             else:
                 jobs.append((target, index))

@@ -14,13 +14,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from fastgpt2_kernels.triton import launch
 from tests.kernels.races import unordered
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    name: GPUTarget("hip", name, 64) if launch.is_amd(name) else GPUTarget("cuda", int(name[3:]), 32)
+    for name in launch.ARCHITECTURES
 }
 _LEVELS = ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)([^;]*);")

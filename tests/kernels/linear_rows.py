@@ -47,7 +47,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
     yield _begin_case()
     for prologue, product, R, N, K, changes in _STEP:
         yield _case(arch, prologue, product, R, N, K, changes)
-    if arch in ("sm_90", "sm_100"):
+    if (launch.ARCHITECTURES[arch].capability or (0, 0)) >= (9, 0):
         yield _case(arch, "combine", "bf16", 1, 768, 768, {"USE_PDL": True})
 
 

@@ -1,6 +1,7 @@
 """Launch rows compile for every target without a GPU: no spills, shared memory within limits, wide accesses.
 
-A row for each kernel and dtype by default, and every row of the tables with `--all-rows`.
+A row for each kernel and dtype by default, fewer for targets that are near to another, and every row of the tables with
+`--all-rows`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from fastgpt2_kernels.triton import launch
 from tests.kernels.races import REVIEWED
 
 ROOT = Path(__file__).parents[2]
-# Bytes of shared memory that one program may have.
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +49,50 @@ def rows(table: list[dict]) -> list[dict]:
 
 
 def test_every_row_is_there(table, rows, pytestconfig):
-    assert {row["target"] for row in rows} == set(SHARED_LIMIT)
+    assert {row["target"] for row in rows} == set(launch.ARCHITECTURES)
     assert rows == table or not pytestconfig.getoption("--all-rows")
     kinds = Counter(row["case"].split()[0] for row in table)
-    assert kinds["attention"] == 4 * (len(list(launch.attention_rows())) + 3)
-    assert kinds["cross_entropy"] >= 4 * 32
-    assert kinds["scale_rows"] == 4 * 2
-    assert kinds["sample"] == 4 * 11
-    assert kinds["decode_attention"] == 4 * 15
-    assert kinds["decode_combine"] == 4 * 2
-    assert kinds["decode_begin"] == 4
-    assert kinds["linear_decode"] == 4 * 17 + 2
-    assert kinds["layer_norm"] == 4 * 22
-    assert kinds["bias_activation"] == 4 * 8
-    assert kinds["partial_sums"] == 4
+    num_targets = len(launch.ARCHITECTURES)
+    num_tf32 = sum(kind == "tf32" for _, kind, _ in launch.attention_rows())
+    num_without_tf32 = sum(not launch.has_tf32(arch) for arch in launch.ARCHITECTURES)
+    num_attention = num_targets * (len(list(launch.attention_rows())) + 3)
+    assert kinds["attention"] == num_attention - num_without_tf32 * num_tf32
+    assert kinds["cross_entropy"] >= num_targets * 32
+    assert kinds["scale_rows"] == num_targets * 2
+    assert kinds["sample"] == num_targets * 11
+    assert kinds["decode_attention"] == num_targets * 15
+    assert kinds["decode_combine"] == num_targets * 2
+    assert kinds["decode_begin"] == num_targets
+    assert kinds["linear_decode"] == num_targets * 17 + 3  # with programmatic dependent launch
+    assert kinds["layer_norm"] == num_targets * 22
+    assert kinds["bias_activation"] == num_targets * 8
+    assert kinds["partial_sums"] == num_targets
 
 
 def test_a_row_stands_for_each_kernel_and_dtype(table, rows):
+    def is_near(row: dict) -> bool:
+        return launch.ARCHITECTURES[row["target"]].like is not None
+
     def kinds(of: list[dict]) -> set[tuple[str, ...]]:
-        return {(row["target"], row["kernel"], *row["dtypes"]) for row in of}
+        return {(row["target"], row["kernel"], *row["dtypes"]) for row in of if not is_near(row)}
+
+    def kernels(of: list[dict]) -> set[str]:
+        return {row["kernel"] for row in of if is_near(row)}
 
     assert kinds(rows) == kinds(table)
+    assert kernels(rows) == kernels(table)
 
 
 def test_no_spills(rows):
-    """None in a loop; none at all but in attention kernels of other architectures than Hopper, beside their loops."""
+    """None in a loop. Beside the loops attention's may spill, but not Hopper's forward; and on sm_120 those sampling
+    kernels that have every filter over a small vocabulary, 8 bytes."""
     for row in rows:
         assert row["loop_spills"] == 0, row
         may_spill = row["case"].startswith("attention") and (row["target"] != "sm_90" or "forward" not in row["case"])
-        assert row["spills"] == 0 or may_spill, row
+        is_small_sample = row["target"] == "sm_120" and row["case"].startswith(
+            ("sample fp32 block 1024", "sample fp32 block 256")
+        )
+        assert row["spills"] <= (8 if is_small_sample else 0) or may_spill, row
 
 
 def test_warps_do_not_race(rows):
@@ -92,7 +106,7 @@ def test_warps_do_not_race(rows):
 
 
 def test_shared_memory_fits(rows):
-    assert [row for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]] == []
+    assert [row for row in rows if row["shared"] > launch.ARCHITECTURES[row["target"]].shared] == []
 
 
 def test_rows_move_in_128_bits(rows):
@@ -104,7 +118,7 @@ def test_rows_move_in_128_bits(rows):
         assert row["wide_loads"] > 0 or row["case"].startswith("sample bf16"), row
         # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
         is_narrow = row["case"].startswith(("cross_entropy forward", "linear_decode", "sample", "partial_sums"))
-        narrow = is_narrow or (row["target"] == "gfx942" and "half" in row["case"])
+        narrow = is_narrow or (launch.is_amd(row["target"]) and "half" in row["case"])
         assert row["wide_stores"] > 0 or narrow, row
 
 
@@ -121,7 +135,7 @@ def test_decoding_reads_keys_and_values_in_128_bits(rows):
         if row["case"].startswith("decode_attention"):
             fields = row["case"].split()
             element_size, head_size = (4 if fields[4] == "fp32" else 2), int(fields[6])
-            threads = row["warps"] * (64 if row["target"] == "gfx942" else 32)
+            threads = row["warps"] * (64 if launch.is_amd(row["target"]) else 32)
             block_d = max(16, 1 << (head_size - 1).bit_length())
             tile = launch.decode_row(element_size, block_d).split_s * block_d * element_size
             assert row["wide_loads"] >= 2 * tile // (16 * threads), row
@@ -141,9 +155,10 @@ def test_linear_rows_add_up_in_one_order(rows):
 def test_three_programs_or_more_fit_a_multiprocessor(rows):
     """Of the largest blocks, plain, in bf16: 8 warps, 65536 registers; 4 unless fused, and on Ampere."""
     for row in rows:
-        if row["case"].endswith("bf16 block 8192") and row["target"].startswith("sm_"):
+        capability = launch.ARCHITECTURES[row["target"]].capability
+        if row["case"].endswith("bf16 block 8192") and capability is not None:
             programs = 65536 // (8 * 32 * (row["registers"] + 7 & ~7))
-            assert programs >= (4 if row["target"] == "sm_80" or "fused" not in row["case"] else 3), row
+            assert programs >= (4 if capability < (9, 0) or "fused" not in row["case"] else 3), row
 
 
 def test_the_compile_report_is_current(table, rows):

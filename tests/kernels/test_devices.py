@@ -22,20 +22,23 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
 from fastgpt2.decode import DecodeSession
 from fastgpt2_kernels import backends, ops
-from fastgpt2_kernels.triton import launch
+from fastgpt2_kernels.triton import devices, launch
 from tests.kernels.test_decode_session import pair
 from tests.kernels.test_proofs import CASES, KERNELS, KERNELS_ROOT, Inputs, decode_step
 
 errors = pytest.importorskip("triton.runtime.errors")
 
 
-def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str | None = None) -> None:
-    """A GPU of this capability, or AMD's of this name."""
+def fake_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str | None = None, shared: int = 232_448
+) -> None:
+    """A GPU of this capability and with as much shared memory a program, or AMD's of this name."""
     backends._why_not_gpu.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.version, "hip", "7.0" if amd else None)
-    properties = type("Properties", (), {"multi_processor_count": 4, "gcnArchName": f"{amd}:sramecc+:xnack-"})
+    named = {"gcnArchName": f"{amd}:sramecc+:xnack-", "shared_memory_per_block_optin": shared}
+    properties = type("Properties", (), {"multi_processor_count": 4, **named})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
 
 
@@ -226,7 +229,10 @@ def test_a_capture_that_fails_leaves_the_users_stream(driver: Driver, on_second_
         ((8, 0), None, None),
         ((12, 0), None, None),
         ((9, 4), "gfx942", None),
-        ((11, 0), "gfx1100", "needs one of the GPUs gfx942; this GPU is gfx1100"),
+        ((9, 0), "gfx90a", None),
+        ((9, 5), "gfx950", None),
+        ((11, 0), "gfx1100", "needs one of the GPUs gfx90a, gfx942, gfx950; this GPU is gfx1100"),
+        ((12, 0), "gfx1201", "needs one of the GPUs gfx90a, gfx942, gfx950; this GPU is gfx1201"),
     ],
     ids=str,
 )
@@ -245,6 +251,52 @@ def test_gpus_that_cannot(
         if has_triton and reason is not None:
             with pytest.raises(ValueError, match=f"{operator}: backend='triton' cannot be used: {reason}"):
                 backends.choose_backend(operator, device, "triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "arch"),
+    [
+        ((8, 0), 166_912, "sm_80"),
+        ((8, 6), 101_376, "sm_86"),
+        ((8, 7), 166_912, "sm_86"),
+        ((8, 9), 101_376, "sm_89"),
+        ((9, 0), 232_448, "sm_90"),
+        ((10, 0), 232_448, "sm_100"),
+        ((10, 3), 232_448, "sm_100"),
+        ((12, 0), 101_376, "sm_120"),
+        ((12, 1), 101_376, "sm_120"),
+        # Not known yet: the newest one before it whose rows fit.
+        ((9, 5), 166_912, "sm_89"),
+        ((10, 9), 101_376, "sm_89"),
+        ((13, 0), 232_448, "sm_120"),
+    ],
+    ids=str,
+)
+def test_a_gpu_takes_the_rows_of_the_nearest_one(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], shared: int, arch: str
+) -> None:
+    fake_gpu(monkeypatch, capability, shared=shared)
+    assert launch.architecture(torch.device("cuda:0")) == arch
+    assert launch.ARCHITECTURES[arch].shared <= shared
+
+
+@pytest.mark.parametrize(("amd", "precision"), [("gfx90a", "ieee"), ("gfx942", "tf32"), ("gfx950", "ieee")])
+def test_tf32_only_where_there_is_tf32(monkeypatch: pytest.MonkeyPatch, amd: str, precision: str) -> None:
+    fake_gpu(monkeypatch, (9, 0), amd)
+    device = torch.device("cuda:0")
+    assert launch.architecture(device) == amd
+    assert devices.float32_precision(device) == "ieee"
+    monkeypatch.setattr(devices, "is_float32_exact", lambda: False)
+    assert devices.float32_precision(device) == precision
+
+
+def test_an_architecture_takes_anothers_rows_but_for_its_own() -> None:
+    """sm_89 has none for itself, sm_120 has some: what neither has, sm_86 has, or sm_80."""
+    key = ("half", 128)
+    assert launch.attention_row("dq", "sm_89", *key) == launch.attention_row("dq", "sm_86", *key)
+    assert launch.attention_row("dq", "sm_86", *key) != launch.attention_row("dq", "sm_80", *key)
+    assert launch.attention_row("forward", "sm_120", *key) == launch.attention_row("forward", "sm_80", *key)
+    assert launch.attention_row("forward", "sm_120", "half", 64) != launch.attention_row("forward", "sm_89", "half", 64)
 
 
 def test_the_choice_compiles_whole() -> None:

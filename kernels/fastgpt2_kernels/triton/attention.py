@@ -36,10 +36,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
-from fastgpt2_kernels.triton.devices import launch_kernel
+from fastgpt2_kernels.triton.devices import float32_precision, launch_kernel
 from fastgpt2_kernels.types import AttentionOptions, Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -327,16 +326,14 @@ def _attention_fwd_kernel(q, k, v, o, stats, mask, H, T, S, threshold, scales, M
 
 
 @triton.jit
-def _dq_step(dq, q, do, m, inv_l, delta, heads, mask, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
-    """dq += dS K / scale over the keys s .. s + BLOCK_S. inv_l is 1 / l, or None where m has it."""
+def _dq_step(dq, q, do, m, delta, heads, mask, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
+    """dq += dS K / scale over the keys s .. s + BLOCK_S; where m has no l in it, l dS K / scale."""
     PRECISION: tl.constexpr = META.PRECISION
     offs_s = s + tl.arange(0, META.BLOCK_S)
     k = _load_keys(heads.k, walk, s, IS_CUT=IS_CUT, META=META)
     v = _load_keys(heads.v, walk, s, IS_CUT=IS_CUT, META=META)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(x * walk.scale_log2 - m[:, None])
-    if inv_l is not None:
-        p = p * inv_l[:, None]
     if IS_CUT:
         p = tl.where(_is_seen(walk, offs_s), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -356,7 +353,7 @@ def _attention_bwd_dq_kernel(inputs, o, do, dq, stats, mask, H, T, S, threshold,
     num_tiles = tl.cdiv(T, BLOCK_T)
     bh, rank = _place(num_tiles)
     t_start = (num_tiles - 1 - rank) * BLOCK_T
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    b, h = bh // H, bh % H
     offset = S - T
     t_limit, s_limit = _limits(mask, b, T, S)
     offs_t = t_start + tl.arange(0, BLOCK_T)
@@ -375,9 +372,6 @@ def _attention_bwd_dq_kernel(inputs, o, do, dq, stats, mask, H, T, S, threshold,
                 doc_start = tl.load(mask.doc_start_ptr + offs_t, mask=offs_t < t_limit, other=0)
             q = _load_tile(_head(inputs.q, b, h), t_start, t_limit, BLOCK=BLOCK_T, HAS_MASK=True, META=META)
             m = tl.load(stats.max_ptr + rows, mask=offs_t < t_limit, other=float("inf"))
-            inv_l = None
-            if stats.sum_ptr is not None:
-                inv_l = 1.0 / tl.load(stats.sum_ptr + rows, mask=offs_t < t_limit, other=1.0)
             scale_log2 = scales.scale * LOG2_E
             walk = _Walk(
                 b, h, bh, t_start, offs_t, s_limit, offset, doc_start, scale_log2, threshold, scales.keep_scale
@@ -386,10 +380,12 @@ def _attention_bwd_dq_kernel(inputs, o, do, dq, stats, mask, H, T, S, threshold,
                 t_start, t_end, offset, mask.doc_start_ptr, BLOCK_S=BLOCK_S
             )
             for s in range(whole_start, whole_end, BLOCK_S):
-                acc = _dq_step(acc, q, do_tile, m, inv_l, delta, heads, mask, walk, s, IS_CUT=False, META=META)
+                acc = _dq_step(acc, q, do_tile, m, delta, heads, mask, walk, s, IS_CUT=False, META=META)
             for i in range(num_cut):
                 s = tl.where(i < num_lead, cut_start + i * BLOCK_S, whole_end + (i - num_lead) * BLOCK_S)
-                acc = _dq_step(acc, q, do_tile, m, inv_l, delta, heads, mask, walk, s, IS_CUT=True, META=META)
+                acc = _dq_step(acc, q, do_tile, m, delta, heads, mask, walk, s, IS_CUT=True, META=META)
+        if stats.sum_ptr is not None:
+            acc *= (1.0 / tl.load(stats.sum_ptr + rows, mask=offs_t < t_limit, other=1.0))[:, None]
         _store_tile(_head(dq, b, h), acc * scales.scale, t_start, T, BLOCK=BLOCK_T, META=META)
 
 
@@ -438,7 +434,7 @@ def _attention_bwd_dkdv_kernel(inputs, do, dk, dv, stats, mask, H, T, S, thresho
     BLOCK_D: tl.constexpr = META.BLOCK_D
     bh, rank = _place(tl.cdiv(S, BLOCK_S))
     s_start = rank * BLOCK_S  # the first keys are seen by the most queries
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    b, h = bh // H, bh % H
     offset = S - T
     t_limit, s_limit = _limits(mask, b, T, S)
     dk_acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
@@ -616,7 +612,7 @@ def _block_d(head_size: int) -> int:
 
 def _precision(x: Tensor) -> str:
     """What products of float32 are rounded to, as PyTorch's own are."""
-    return "tf32" if x.dtype == torch.float32 and not is_float32_exact() else "ieee"
+    return float32_precision(x.device) if x.dtype == torch.float32 else "ieee"
 
 
 def _row(kernel: str, x: Tensor, block_d: int, masking: Masking) -> launch.AttentionRow:

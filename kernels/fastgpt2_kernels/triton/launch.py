@@ -12,6 +12,65 @@ import torch
 OPTIONS: dict[str, bool | int] = {"enable_fp_fusion": True}
 
 
+# -- GPUs ---------------------------------------------------------------------------------------------------------
+
+
+class Architecture(NamedTuple):
+    """A column of the tables. like: the architecture whose rows it takes where the tables have none for itself.
+
+    capability: of NVIDIA's GPUs, else None. shared: bytes of shared memory that one program may have.
+    """
+
+    capability: tuple[int, int] | None
+    shared: int
+    like: str | None = None
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture((8, 0), 166_912),  # A100
+    "sm_86": Architecture((8, 6), 101_376, "sm_80"),  # A40, RTX 30
+    "sm_89": Architecture((8, 9), 101_376, "sm_86"),  # L40, RTX 40
+    "sm_90": Architecture((9, 0), 232_448),  # H100, H200
+    "sm_100": Architecture((10, 0), 232_448),  # B200
+    "sm_120": Architecture((12, 0), 101_376, "sm_89"),  # RTX 50: the tensor cores are programmed as Ampere's are
+    "gfx90a": Architecture(None, 65_536, "gfx942"),  # MI200
+    "gfx942": Architecture(None, 65_536),  # MI300
+    "gfx950": Architecture(None, 163_840, "gfx942"),  # MI350
+}
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The column of the tables for a device: its own, or the nearest one known."""
+    if device.type != "cuda":
+        return "sm_80"  # the interpreter
+    properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+        return name if name in ARCHITECTURES else "gfx942"
+    capability = torch.cuda.get_device_capability(device)
+    return nearest_architecture(capability, properties.shared_memory_per_block_optin)
+
+
+def nearest_architecture(capability: tuple[int, int], shared: int) -> str:
+    """The newest one of NVIDIA's that is no newer than `capability` and whose rows fit into `shared` bytes."""
+    known = [(of.capability, name) for name, of in ARCHITECTURES.items() if of.capability and of.shared <= shared]
+    older = [found for found in known if found[0] <= capability]
+    return max(older, default=("", "sm_86"))[1]
+
+
+def has_tf32(arch: str) -> bool:
+    """Whether its matrix units multiply float32 rounded to tf32."""
+    return arch not in ("gfx90a", "gfx950")
+
+
+def is_amd(arch: str) -> bool:
+    return arch.startswith("gfx")
+
+
+# -- cross-entropy, sampling --------------------------------------------------------------------------------------
+
+
 class CrossEntropyRow(NamedTuple):
     """block_v: logits that a step of the main loop takes; mid_v: a step of the loop over what it leaves."""
 
@@ -40,7 +99,7 @@ def cross_entropy_row(
     if vocab_size >= 8192:
         registers = None
         if capability is not None and has_extras:
-            registers = 128 if element_size == 2 else 168 if capability < (10, 0) else None
+            registers = 128 if element_size == 2 else None if capability[0] == 10 else 168
         elif capability is not None and capability < (9, 0):
             registers = 64 if element_size == 2 else 80
         elif capability is not None and (element_size == 2 or capability >= (10, 0)):
@@ -70,7 +129,7 @@ def sampling_row(vocab_size: int, arch: str, *, has_filters: bool = False) -> Sa
         block_v, threads = 4096, 1024
     else:
         block_v, threads = (1024, 256) if vocab_size > 256 else (256, 64)
-    return SamplingRow(block_v, threads // (64 if arch == "gfx942" else 32))
+    return SamplingRow(block_v, threads // (64 if is_amd(arch) else 32))
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
@@ -116,9 +175,28 @@ _ATTENTION_ON: dict[tuple[str, str, int, str], AttentionRow] = {
     ("sm_80", "half", 128, "forward"): AttentionRow(128, 64, 8, 2),
     ("sm_80", "half", 256, "forward"): AttentionRow(64, 32, 8, 2),
     ("sm_80", "half dropout", 64, "dkdv"): AttentionRow(64, 32, 4, 2),
+    ("sm_80", "ieee", 32, "dq"): AttentionRow(32, 32, 4, 2),
     ("sm_80", "ieee", 64, "dkdv"): AttentionRow(32, 32, 8, 1),
     ("sm_80", "ieee", 128, "dkdv"): AttentionRow(16, 16, 8, 1),
+    ("sm_86", "half", 64, "forward"): AttentionRow(128, 32, 4, 2),
+    ("sm_86", "half", 128, "dq"): AttentionRow(32, 64, 4, 2),
+    ("sm_86", "tf32", 256, "dq"): AttentionRow(16, 16, 4, 1),
+    ("sm_86", "tf32", 256, "dkdv"): AttentionRow(16, 16, 4, 1),
+    ("sm_90", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 2),
+    ("sm_90", "half", 128, "forward"): AttentionRow(64, 64, 4, 2, True),
     ("sm_100", "half", 64, "dq"): AttentionRow(64, 64, 4, 2),
+    ("sm_100", "half", 128, "dq"): AttentionRow(64, 32, 4, 2),
+    ("sm_100", "tf32", 64, "dkdv"): AttentionRow(16, 64, 4, 2),
+    ("sm_100", "ieee", 32, "dq"): AttentionRow(32, 32, 4, 2),
+    ("sm_100", "ieee", 32, "dkdv"): AttentionRow(32, 32, 4, 2),
+    ("sm_120", "half", 64, "forward"): AttentionRow(64, 64, 4, 2),
+    ("sm_120", "half", 64, "dq"): AttentionRow(64, 64, 4, 2),
+    ("sm_120", "half dropout", 64, "forward"): AttentionRow(64, 32, 4, 2),
+    ("sm_120", "half dropout", 64, "dq"): AttentionRow(64, 32, 4, 2),
+    ("sm_120", "tf32", 64, "dkdv"): AttentionRow(16, 64, 4, 2),
+    ("sm_120", "ieee", 32, "forward"): AttentionRow(32, 32, 4, 2),
+    ("gfx942", "half", 128, "dkdv"): AttentionRow(32, 64, 4, 1),
+    ("gfx90a", "half", 256, "dq"): AttentionRow(32, 16, 4, 2),
     ("gfx942", "half", 64, "dq"): AttentionRow(64, 64, 4, 2),
     ("gfx942", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 1),
     ("gfx942", "half", 256, "dkdv"): AttentionRow(16, 32, 4, 1),
@@ -140,24 +218,19 @@ def attention_row(
     if kind == "half" and block_d <= 64 and (has_dropout or documents_as_dropout):
         kind = "half dropout"
     widest = next(width for known, width in _ATTENTION if known == kind and block_d <= width)
-    row = _ATTENTION_ON.get((arch, kind, widest, kernel)) or _ATTENTION[kind, widest][_KERNELS.index(kernel)]
+    of: str | None = arch
+    row = _ATTENTION[kind, widest][_KERNELS.index(kernel)]
+    while of is not None:
+        if (of, kind, widest, kernel) in _ATTENTION_ON:
+            row = _ATTENTION_ON[of, kind, widest, kernel]
+            break
+        of = ARCHITECTURES[of].like
     return row if arch in ("sm_90", "sm_100") else row._replace(use_tma=False)
 
 
 def attention_rows() -> Iterator[tuple[str, str, int]]:
     """(kernel, kind, widest padded head size) of every row."""
     yield from ((kernel, kind, width) for kind, width in _ATTENTION for kernel in _KERNELS)
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The column of the tables for a device: "sm_80", "sm_90", "sm_100" or "gfx942"; the nearest one known."""
-    if device.type != "cuda":
-        return "sm_80"  # the interpreter
-    if torch.version.hip:
-        return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
 # -- decoding -----------------------------------------------------------------------------------------------------
@@ -227,8 +300,8 @@ def linear_decode_row(
     share = 1 << (linear_decode_share(num_inputs) - 1).bit_length()
     is_few = num_rows <= 8
     if element_size == 4:  # outside the tensor cores, unrolled
-        return LinearDecodeRow(16 if arch == "gfx942" else 8, 16, min(share, 32))
-    if arch == "gfx942":
+        return LinearDecodeRow(16 if is_amd(arch) else 8, 16, min(share, 32))
+    if is_amd(arch):
         return LinearDecodeRow(16, 16, 128)
     if prologue == "layer_norm":
         # Below 128, how many neighbours along K a thread holds would depend on block_r.
@@ -236,6 +309,8 @@ def linear_decode_row(
         if is_few:
             # A vocabulary's many programs take turns on a multiprocessor; fewer outputs each would read x more often.
             return LinearDecodeRow(8, 32 if num_outputs >= 16384 and block_k <= 128 else 16, block_k)
+        if block_k > 128 and ARCHITECTURES[arch].shared < 131_072:
+            return LinearDecodeRow(8, 16, block_k)
         return LinearDecodeRow(16, 16 if arch != "sm_90" and block_k > 128 else 32, block_k)
     if prologue == "combine":
         return (
@@ -280,7 +355,7 @@ def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
     longer row are 4096 in the backward: 8192 spill (Ampere).
     """
     block = max(256, 1 << (width - 1).bit_length())
-    lanes = 64 if arch == "gfx942" else 32
+    lanes = 64 if is_amd(arch) else 32
     held, widest = (16, 16384) if kernel == "forward" else (8, 8192)
     num_warps = min(16, max(1, block // (held * lanes)))
     registers = 80 if arch == "sm_100" and kernel == "forward" and block <= 4096 else None

@@ -31,11 +31,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode.attention import Parts, Rows
-from fastgpt2_kernels.triton.devices import launch_kernel
+from fastgpt2_kernels.triton.devices import float32_precision, launch_kernel
 from fastgpt2_kernels.triton.layers.activation import _activation
 from fastgpt2_kernels.types import LayerNormWeights, product_dtype
 
@@ -278,7 +277,7 @@ def linear_decode_out(
         ACTIVATION=activation,
         USE_PDL=use_pdl,
         PRODUCT_TYPE=_DTYPES[product],
-        PRECISION="tf32" if product == torch.float32 and not is_float32_exact() else "ieee",
+        PRECISION=float32_precision(weight.device) if product == torch.float32 else "ieee",
         D=head_size,
         GRAIN=math.gcd(16, head_size),
         SPLIT_S=split_s,
