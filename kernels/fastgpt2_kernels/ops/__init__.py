@@ -10,7 +10,16 @@ Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = 
 
 from __future__ import annotations
 
-from fastgpt2_kernels.backends import BACKENDS, OPERATORS, backends_of, check_backend, why_not_native, why_not_triton
+from fastgpt2_kernels.backends import (
+    BACKENDS,
+    OPERATORS,
+    KernelFailedError,
+    backends_of,
+    check_backend,
+    note_failure,
+    why_not_native,
+    why_not_triton,
+)
 from fastgpt2_kernels.native import isa as native_isa
 from fastgpt2_kernels.native.decode import DecodeStep as NativeStep
 from fastgpt2_kernels.native.decode import PackedWeights
@@ -57,6 +66,7 @@ __all__ = [
     "TRITON_ACTIVATIONS",
     "CrossEntropyStats",
     "Documents",
+    "KernelFailedError",
     "LayerNormWeights",
     "LayerWeights",
     "LinearWeights",
@@ -86,6 +96,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_decode",
     "native_isa",
+    "note_failure",
     "pack_linear",
     "pack_step_weights",
     "plan_documents",
