@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 # Each command is a module of this package with `HELP`, `add_arguments(parser)` and `run(args) -> int`.
-COMMANDS = ("generate", "train", "check", "info", "convert")
+COMMANDS = ("generate", "train", "check", "warmup", "info", "convert")
 
 
 class _Parser(argparse.ArgumentParser):

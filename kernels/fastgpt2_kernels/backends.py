@@ -79,6 +79,7 @@ _TABLE = {
 OPERATORS = tuple(_TABLE)
 # (operator, device type, device index) -> why its kernel failed there: "auto" then takes PyTorch's operators.
 _FAILED: dict[tuple[str, str, int | None], str] = {}
+_takes_cpu_tensors = False
 _may_fall_back: ContextVar[bool] = ContextVar("may_fall_back", default=False)
 # (operator, backend) -> (module, name of the function)
 _PLACES = {
@@ -212,7 +213,8 @@ def why_not_native(operator: str, device: torch.device | str) -> str | None:
 
 
 def interpreter_is_on() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether kernels take tensors on the CPU: Triton's interpreter is on, or `triton.ahead` notes what is launched."""
+    return _takes_cpu_tensors or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_backend(backend: str) -> None:

@@ -23,6 +23,7 @@ from fastgpt2_kernels.backends import (
 from fastgpt2_kernels.native import isa as native_isa
 from fastgpt2_kernels.native.decode import DecodeStep as NativeStep
 from fastgpt2_kernels.native.decode import PackedWeights
+from fastgpt2_kernels.ops.ahead import compile_variants, find_variants, this_target
 from fastgpt2_kernels.ops.attention import (
     MAX_HEAD_SIZE,
     cached_attention,
@@ -86,9 +87,11 @@ __all__ = [
     "causal_attention",
     "causal_attention_packed",
     "check_backend",
+    "compile_variants",
     "cross_entropy",
     "decode_attention",
     "decode_step",
+    "find_variants",
     "fingerprint",
     "is_float32_exact",
     "layer_norm",
@@ -104,6 +107,7 @@ __all__ = [
     "quantize_rows",
     "row_keys",
     "sample",
+    "this_target",
     "why_not_native",
     "why_not_triton",
 ]

@@ -181,7 +181,7 @@ def _gradient_step(x_ptr, grad_ptr, w_ptr, offs, mask, target, factors, HAS_MASK
         tl.store(grad_ptr + offs, grad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V, settings, META: tl.constexpr):
     """One row: its loss and lse (IS_FORWARD), its gradient (HAS_GRAD), or both."""
     ALIGN: tl.constexpr = META.ALIGN
@@ -305,7 +305,7 @@ def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V
                 tl.store(g_ptr + i * MID_V + offs_mid, zeros, mask=i * MID_V + offs_mid < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _scale_rows_kernel(grad, factor_ptr, T, V, BLOCK_V: tl.constexpr):
     """grad *= factor, a scalar on the device; where it is 1, as after `loss.backward()`, the rest is left out."""
     factor = tl.load(factor_ptr).to(tl.float32)

@@ -193,7 +193,7 @@ def _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _bias_activation_fwd_kernel(x, bias_ptr, y_ptr, N, META: tl.constexpr):
     """One tile of y. Columns are the fast grid dimension: neighbours share rows, and no number of rows is too many."""
     C: tl.constexpr = META.C
@@ -210,7 +210,7 @@ def _bias_activation_fwd_kernel(x, bias_ptr, y_ptr, N, META: tl.constexpr):
     tl.store(y_ptr + out, _activation(z, NAME).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: tl.constexpr):
     """A block of columns of every num_programs(1)-th tile of rows: dx, and their share of dbias."""
     C: tl.constexpr = META.C

@@ -80,7 +80,7 @@ def _load_sum(x_row, residual_row, s_row, offs, mask):
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stats, N, T, eps, META: tl.constexpr):
     """Every num_programs-th row, each in registers; weight and bias are loaded once. residual and s_ptr may be None."""
     C: tl.constexpr = META.C
@@ -107,7 +107,7 @@ def _layer_norm_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stat
         tl.store(stats.rstd_ptr + n, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_wide_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stats, N, T, eps, META: tl.constexpr):
     """One row, read three times in blocks: mean, variance, result. The second and third find it in the L2 cache."""
     C: tl.constexpr = META.C
@@ -149,7 +149,7 @@ def _layer_norm_wide_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr,
     tl.store(stats.rstd_ptr + n, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_ptr, N, T, META: tl.constexpr):
     """Every num_programs-th row: ds, and their share of dweight and dbias."""
     C: tl.constexpr = META.C
@@ -186,7 +186,7 @@ def _layer_norm_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_
         tl.store(partial + META.NEEDS_DW * C + offs, dbias, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_wide_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_ptr, N, T, META: tl.constexpr):
     """The same in blocks: ds row after row, each read twice; then dweight and dbias block after block."""
     C: tl.constexpr = META.C
