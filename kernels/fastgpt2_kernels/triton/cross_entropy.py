@@ -416,7 +416,8 @@ def _launch(
         _cross_entropy_kernel,
         (B * T,),
         logits=Batch.of(logits),
-        targets=Batch.of(targets),
+        # Of one row nobody uses that stride: of a chunk it would be another number each time, and compile anew.
+        targets=Batch(targets, targets.stride(0) if B > 1 else 0, targets.stride(1)),
         class_weight=_ClassWeight(class_weight, weight_sum),
         dloss=None if dloss is None else Matrix.of(dloss.reshape(-1)),
         grad=Batch.of(grad),
