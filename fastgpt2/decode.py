@@ -176,6 +176,10 @@ class DecodeSession:
             packed=packed,
             backend=decode_backend(model),
         )
+        self._stop_ids = self._step.stop_ids
+        self._proven: set[int] = set()  # the numbers of rows that the step's kernels have been launched for
+        self._is_plain = False  # its kernels have failed, and the model is "auto"
+        self._plain_logits: Tensor | None = None  # of the last step that was made without them
         self._rows: dict[int, tuple[list[int], Tensor]] = {}
         self._cached: tuple[int, int] | None = None
         self.fits: tuple[object, ...] = ()
@@ -255,7 +259,7 @@ class DecodeSession:
             self.seen[slots] = False
             seen = [(row.slot, token) for row in rows for token in set(row.prompt_ids)]
             self.seen[tuple(torch.tensor(seen).to(device).unbind(1))] = True
-        self._step.choose(logits, slots.int())
+        self._choose(logits, slots.int())
         state.produced[slots] = 1
         return self._results()
 
@@ -285,6 +289,8 @@ class DecodeSession:
         """
         if isinstance(self._step, ops.NativeStep):
             return self._step.step_logits(num_rows)
+        if self._plain_logits is not None:
+            return self._plain_logits[:num_rows]
         return self._kernels.buffers.logits[:num_rows]
 
     def replace_tokens(self, slots: Sequence[int], tokens: Tensor) -> None:
@@ -303,7 +309,72 @@ class DecodeSession:
             self._cached = cache
 
     def _run(self, rows: Tensor) -> None:
-        self._kernels.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
+        if not self._is_plain:
+            held = [] if len(rows) in self._proven else [t.clone() for t in self.slots]
+            try:
+                self._kernels.run(rows, use_table=self.use_table, use_pdl=bool(self.use_pdl))
+                self._proven.add(len(rows))
+                return
+            except ops.KernelFailedError as error:
+                self._fall_back(error)
+                for to, of in zip(self.slots, held, strict=bool(held)):  # as before the launches that went well
+                    to.copy_(of)
+        self._run_plain(rows)
+
+    def _fall_back(self, error: ops.KernelFailedError) -> None:
+        """Go on without the step's kernels, with a warning; an error where the model asks for them by name."""
+        model = self._model()
+        if model is None or model.backend != "auto":
+            raise error
+        ops.note_failure("decode_step", model.device, error)
+        self._is_plain, self.use_graphs = True, False
+
+    @torch.no_grad()
+    def _run_plain(self, rows: Tensor) -> None:
+        """A step on the operators of the model's own backend: as the kernels, but it waits for the device."""
+        state, model, at = self.slots, self._model(), rows.long()
+        if model is None:
+            raise RuntimeError("DecodeSession: its model is gone")
+        went_on = (state.status[at] == ops.RUNNING).int()
+        past, produced = state.lengths[at] + went_on, state.produced[at] + went_on
+        goes_on = (state.status[at] != ops.IDLE) & ~torch.isin(state.tokens[at], self._stop_ids)
+        goes_on &= (produced < state.limits[at]) & (past < model.config.context_length)
+        state.lengths[at], state.produced[at] = past, produced
+        state.status[at] = torch.where(goes_on, ops.RUNNING, ops.IDLE).int()
+        live = at[goes_on]
+        if not len(live):
+            return
+        slots, lengths = live.tolist(), past[goes_on].tolist()
+        plan = ops.plan_rows(slots, [1] * len(slots), lengths, live.device)
+        hidden = model.extend(state.tokens[live].long(), plan, self.cache)
+        self._plain_logits = model.logits(hidden).float()
+        self._choose_plain(self._plain_logits, live.int())
+
+    def _choose(self, logits: Tensor, slots: Tensor) -> None:
+        if not self._is_plain:
+            try:
+                self._step.choose(logits, slots)
+                return
+            except ops.KernelFailedError as error:
+                self._fall_back(error)
+        self._choose_plain(logits, slots)
+
+    def _choose_plain(self, logits: Tensor, slots: Tensor) -> None:
+        state, choice = self.slots, self._step.sampling
+        # A filter that is off is left to its default.
+        options = {name: t for name, t in choice._asdict().items() if t is not None and name != "seen"}
+        if "penalty" in options:
+            options["repetition_penalty"] = options.pop("penalty")
+        ops.sample(
+            logits,
+            **{"temperature": 0.0, **options},
+            seen=choice.seen,
+            mark_seen=choice.seen is not None,
+            keys=state.keys,
+            positions=state.produced,
+            slots=slots,
+            out=(state.tokens, state.logprobs),
+        )
 
     def _device_rows(self, bucket: int, slots: Sequence[int]) -> Tensor:
         """The slots of a bucket's rows, in the tensor that its graph reads."""

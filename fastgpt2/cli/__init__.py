@@ -1,4 +1,4 @@
-"""The command line: `fastgpt2 generate | train | check | info | convert`. The only part of the package that prints."""
+"""The command line: `fastgpt2 generate | score | select | train | check | warmup | info | convert`. It alone prints."""
 
 from fastgpt2.cli.main import main
 

@@ -11,7 +11,9 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -76,6 +78,10 @@ _TABLE = {
     },
 }
 OPERATORS = tuple(_TABLE)
+# (operator, device type, device index) -> why its kernel failed there: "auto" then takes PyTorch's operators.
+_FAILED: dict[tuple[str, str, int | None], str] = {}
+_takes_cpu_tensors = False
+_may_fall_back: ContextVar[bool] = ContextVar("may_fall_back", default=False)
 # (operator, backend) -> (module, name of the function)
 _PLACES = {
     (operator, backend): (f"{__package__}.{function.split(':')[0]}", function.split(":")[1])
@@ -111,6 +117,47 @@ def _load(module: str) -> str:
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+class KernelFailedError(RuntimeError):
+    """A Triton kernel did not compile, or could not be launched."""
+
+
+def run_operator(operator: str, chosen: str, backend: str, device: torch.device, *args: Any) -> Any:
+    """Call `operator` on the backend that was chosen; where its kernel fails and "auto" was asked for, on PyTorch.
+
+    Compiled models run the kernels that were chosen when they were compiled: there a failure raises.
+    """
+    if chosen != "triton" or backend != "auto" or torch.compiler.is_compiling():
+        return implementation(operator, chosen)(*args)
+    try:
+        return call_allowing_fallback(True, implementation(operator, chosen), *args)
+    except KernelFailedError as error:
+        note_failure(operator, device, error)
+    return implementation(operator, "torch")(*args)
+
+
+def call_allowing_fallback(is_allowed: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, within which `may_fall_back` is `is_allowed`."""
+    if torch.compiler.is_compiling():
+        return function(*args)
+    token = _may_fall_back.set(is_allowed)
+    try:
+        return function(*args)
+    finally:
+        _may_fall_back.reset(token)
+
+
+def may_fall_back() -> bool:
+    """Whether the operator that runs now was called with "auto", so that its backward pass may run on PyTorch."""
+    return not torch.compiler.is_compiling() and _may_fall_back.get()
+
+
+def note_failure(operator: str, device: torch.device, error: KernelFailedError) -> None:
+    """From now on "auto" takes PyTorch's operators for `operator` on `device`. Warns the first time."""
+    if (key := (operator, device.type, device.index)) not in _FAILED:
+        _FAILED[key] = str(error)
+        warnings.warn(f"fastgpt2: {operator} runs on PyTorch's operators from now on: {error}", stacklevel=4)
+
+
 def why_not_triton(operator: str, device: torch.device | str) -> str | None:
     """Why `operator` would not run on Triton for tensors on `device`, in one sentence; None if it would."""
     if operator not in _TABLE:
@@ -120,14 +167,15 @@ def why_not_triton(operator: str, device: torch.device | str) -> str | None:
     if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     device = torch.device(device)
-    if device.type != "cuda":
-        is_checking = interpreter_is_on()
-        return (
-            None
-            if is_checking
-            else f"Triton kernels need a GPU or Triton's interpreter; the tensors are on {device.type}"
-        )
-    return _why_not_this_gpu(device)
+    return _why_never_triton(device) or _FAILED.get((operator, device.type, device.index))
+
+
+def _why_never_triton(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return _why_not_this_gpu(device)
+    if interpreter_is_on():
+        return None
+    return f"Triton kernels need a GPU or Triton's interpreter; the tensors are on {device.type}"
 
 
 def _why_not_this_gpu(device: torch.device) -> str | None:
@@ -166,7 +214,8 @@ def why_not_native(operator: str, device: torch.device | str) -> str | None:
 
 
 def interpreter_is_on() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether kernels take tensors on the CPU: Triton's interpreter is on, or `triton.ahead` notes what is launched."""
+    return _takes_cpu_tensors or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_backend(backend: str) -> None:
@@ -198,6 +247,8 @@ def choose_backend(
         reason = why_not_native(operator, device)
     else:
         reason = why_not_triton(operator, device)
+        if backend == "triton" and (operator, device.type, device.index) in _FAILED:
+            reason = None  # who asks for it gets the kernel's own error
     if reason is None and limit is not None and wanted != "torch":
         reason = limit()
     if reason is None:

@@ -29,7 +29,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt2_kernels.backends import implementation
+from fastgpt2_kernels.backends import (
+    KernelFailedError,
+    call_allowing_fallback,
+    implementation,
+    may_fall_back,
+    note_failure,
+)
 from fastgpt2_kernels.types import LossOptions
 
 
@@ -86,7 +92,14 @@ def loss_chunks(
             torch.addmm(bias_V, x_nC, weight_VC.t(), beta=beta, alpha=scale, out=logits_nV)
             # The factor `scale` of all three gradients goes in with the rows' own.
             row_grad_n = None if row_grad is None or grads is None else row_grad[rows].to(wide) * scale
-            loss_N[rows] = chunk_loss(logits_nV, targets[rows], class_weight, row_grad_n, options)
+            try:
+                loss_N[rows] = chunk_loss(logits_nV, targets[rows], class_weight, row_grad_n, options)
+            except KernelFailedError as error:  # of the first chunk: no gradient has been written
+                if not may_fall_back():
+                    raise
+                note_failure("linear_cross_entropy", x.device, error)
+                plain = options._replace(use_triton=False)
+                return loss_chunks(x, weight, bias, targets, class_weight, row_grad, grads, plain)
             if grads is None:
                 continue
             grad_nV = logits_nV
@@ -249,7 +262,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad[:3]
         loss, *grads = _loss_and_gradients(x, weight, bias, targets, divisor, class_weight, options, needs)
-        ctx.grads, ctx.use_triton = grads, options.use_triton
+        ctx.grads, ctx.use_triton, ctx.may_fall_back = grads, options.use_triton, may_fall_back()
         ctx.divisor = divisor if options.compute_dtype == torch.float16 else None
         ctx.dtypes = [
             t.dtype if t is not None and need else None for t, need in zip((x, weight, bias), needs, strict=True)
@@ -267,7 +280,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         factor = grad_output if ctx.divisor is None else _divided(grad_output, ctx.divisor)
         results = [
-            scale_(g, factor, ctx.use_triton).to(d) if d else None for g, d in zip(grads, ctx.dtypes, strict=True)
+            call_allowing_fallback(ctx.may_fall_back, scale_, g, factor, ctx.use_triton).to(d) if d else None
+            for g, d in zip(grads, ctx.dtypes, strict=True)
         ]
         return *results, None, None, None, None
 
@@ -282,7 +296,13 @@ def scale_(grad: Tensor, factor: Tensor, use_triton: bool) -> Tensor:
     if use_triton and grad.numel():
         from fastgpt2_kernels.triton import cross_entropy as kernel
 
-        kernel.scale_rows(grad.view(1, -1, grad.shape[-1]), factor)
+        try:
+            kernel.scale_rows(grad.view(1, -1, grad.shape[-1]), factor)
+        except KernelFailedError as error:
+            if not may_fall_back():
+                raise
+            note_failure("linear_cross_entropy", grad.device, error)
+            grad.mul_(factor)
     elif factor.device.type != "cpu" or factor != 1:
         grad.mul_(factor)
     return grad
@@ -348,12 +368,13 @@ def _(dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any)
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+    ctx.options, ctx.may_fall_back = inputs[5:], may_fall_back()
 
 
 def _rows_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
-    grads = linear_cross_entropy_rows_backward_op(dloss, *ctx.saved_tensors, *ctx.options, *needs)
+    arguments = (dloss, *ctx.saved_tensors, *ctx.options, *needs)
+    grads = call_allowing_fallback(ctx.may_fall_back, linear_cross_entropy_rows_backward_op, *arguments)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
@@ -378,7 +399,7 @@ class AccumulatingRows(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, targets, class_weight)
-        ctx.weight, ctx.options = weight, LossOptions(*options)
+        ctx.weight, ctx.options, ctx.may_fall_back = weight, LossOptions(*options), may_fall_back()
         return loss_chunks(x, weight, bias, targets, class_weight, None, None, ctx.options)
 
     @staticmethod
@@ -392,7 +413,8 @@ class AccumulatingRows(torch.autograd.Function):
         given = (need_x, need_weight and there is None, need_bias)
         grads = _new_gradients(x, weight, given, wide)
         into = grads if there is None else grads._replace(weight=there)
-        loss_chunks(x, weight, bias, targets, class_weight, dloss, into, ctx.options)
+        arguments = (x, weight, bias, targets, class_weight, dloss, into, ctx.options)
+        call_allowing_fallback(ctx.may_fall_back, loss_chunks, *arguments)
         results = _rounded(grads, x, weight, bias)
         return *(grad if give else None for grad, give in zip(results, given, strict=True)), *(None,) * 9
 

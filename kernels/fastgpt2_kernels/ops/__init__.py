@@ -10,11 +10,21 @@ Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = 
 
 from __future__ import annotations
 
-from fastgpt2_kernels.backends import BACKENDS, OPERATORS, backends_of, check_backend, why_not_native, why_not_triton
+from fastgpt2_kernels.backends import (
+    BACKENDS,
+    OPERATORS,
+    KernelFailedError,
+    backends_of,
+    check_backend,
+    note_failure,
+    why_not_native,
+    why_not_triton,
+)
 from fastgpt2_kernels.native import isa as native_isa
 from fastgpt2_kernels.native import use_large_pages
 from fastgpt2_kernels.native.decode import DecodeStep as NativeStep
 from fastgpt2_kernels.native.decode import PackedWeights
+from fastgpt2_kernels.ops.ahead import compile_variants, find_variants, this_target
 from fastgpt2_kernels.ops.attention import (
     MAX_HEAD_SIZE,
     cached_attention,
@@ -56,6 +66,7 @@ __all__ = [
     "TRITON_ACTIVATIONS",
     "CrossEntropyStats",
     "Documents",
+    "KernelFailedError",
     "LayerNormWeights",
     "LayerWeights",
     "LinearWeights",
@@ -73,9 +84,11 @@ __all__ = [
     "causal_attention",
     "causal_attention_packed",
     "check_backend",
+    "compile_variants",
     "cross_entropy",
     "decode_attention",
     "decode_step",
+    "find_variants",
     "in_range",
     "is_float32_exact",
     "layer_norm",
@@ -83,12 +96,14 @@ __all__ = [
     "linear_cross_entropy",
     "linear_decode",
     "native_isa",
+    "note_failure",
     "pack_step_weights",
     "plan_documents",
     "plan_rows",
     "quantize_rows",
     "row_keys",
     "sample",
+    "this_target",
     "use_large_pages",
     "why_not_native",
     "why_not_triton",

@@ -11,7 +11,14 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastgpt2_kernels.backends import choose_backend, implementation, interpreter_is_on
+from fastgpt2_kernels.backends import (
+    KernelFailedError,
+    choose_backend,
+    implementation,
+    interpreter_is_on,
+    note_failure,
+    run_operator,
+)
 from fastgpt2_kernels.ops.checks import check_same, describe
 from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.torch import decode as torch_decode
@@ -147,7 +154,7 @@ def causal_attention(
     _check_dropout(name, dropout_p, dropout_seed, q.device)
     options = AttentionOptions(scale, dropout_p, dropout_seed, upcast)
     chosen = choose_backend(name, q.device, backend, lambda: _why_not_triton(q, k, v))
-    out, lse = implementation(name, chosen)(q, k, v, options, lengths, return_lse)
+    out, lse = run_operator(name, chosen, backend, q.device, q, k, v, options, lengths, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -236,7 +243,7 @@ def causal_attention_packed(
     _check_dropout(name, dropout_p, dropout_seed, qkv.device)
     options = AttentionOptions(scale, dropout_p, dropout_seed, upcast)
     chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton(qkv, head_size=D))
-    out, lse = implementation(name, chosen)(qkv, num_heads, options, lengths, documents, return_lse)
+    out, lse = run_operator(name, chosen, backend, qkv.device, qkv, num_heads, options, lengths, documents, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -405,7 +412,12 @@ def cached_attention(
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache))
     if chosen == "triton" and plan.kernels is not None:
-        return _cached_attention_kernels(qkv.detach(), k_cache, v_cache, plan, plan.kernels, scale, backend)
+        try:
+            return _cached_attention_kernels(qkv.detach(), k_cache, v_cache, plan, plan.kernels, scale, backend)
+        except KernelFailedError as error:
+            if backend != "auto":
+                raise
+            note_failure(name, qkv.device, error)  # what the caches have by now is written once more
     return torch_decode.cached_attention(qkv, k_cache, v_cache, plan, AttentionOptions(scale, upcast=upcast))
 
 
@@ -483,7 +495,7 @@ def decode_attention(
         _check_rows(name, N, k_cache.shape[2], num_rows, lengths, starts, counts, slots)
     out = qkv.new_zeros((N, H * D)) if starts is not None else qkv.new_empty((N, H * D))
     rows = DecodeRows(starts, counts, slots, 1 if starts is None else MAX_DECODE_TOKENS)
-    implementation(name, chosen)(qkv, k_cache, v_cache, out, lengths, rows, scale)
+    run_operator(name, chosen, backend, qkv.device, qkv, k_cache, v_cache, out, lengths, rows, scale)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2_kernels import reference
-from fastgpt2_kernels.backends import choose_backend, implementation
+from fastgpt2_kernels.backends import choose_backend, implementation, run_operator
 from fastgpt2_kernels.native import decode as native_decode
 from fastgpt2_kernels.ops.checks import check_same, describe
 from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
@@ -107,7 +107,9 @@ def linear_decode(
     if not dtype.is_floating_point:
         raise ValueError(f"{name}: out_dtype must be a float dtype; got {dtype}")
     chosen = choose_backend(name, x.device, backend, lambda: _why_not_triton(product, activation, given))
-    return implementation(name, chosen)(x, weight, bias, weight_scale, layer_norm, activation, residual, dtype)
+    return run_operator(
+        name, chosen, backend, x.device, x, weight, bias, weight_scale, layer_norm, activation, residual, dtype
+    )
 
 
 def _why_not_triton(product: torch.dtype, activation: str, given: dict[str, Tensor]) -> str | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2_kernels.backends import choose_backend, implementation
+from fastgpt2_kernels.backends import choose_backend, implementation, run_operator
 from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 from fastgpt2_kernels.reference import ACTIVATIONS
 from fastgpt2_kernels.triton.launch import ACTIVATIONS as TRITON_ACTIVATIONS
@@ -73,7 +73,7 @@ def layer_norm(
     _check_floats("layer_norm", tensors)
     widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors.values()))
     chosen = choose_backend("layer_norm", x.device, backend, lambda: only_float32(widest))
-    return implementation("layer_norm", chosen)(x, weight, bias, eps, residual)
+    return run_operator("layer_norm", chosen, backend, x.device, x, weight, bias, eps, residual)
 
 
 def activation(x: Tensor, name: str, *, backend: str = "auto") -> Tensor:
@@ -136,7 +136,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str =
             only_float32(widest) or (None if name in TRITON_ACTIVATIONS else f"{name} has no Triton kernel; use 'auto'")
         ),
     )
-    return implementation("bias_activation", chosen)(x, bias, name)
+    return run_operator("bias_activation", chosen, backend, x.device, x, bias, name)
 
 
 def linear(

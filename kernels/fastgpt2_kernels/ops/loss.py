@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt2_kernels import linear_cross_entropy as linear
 from fastgpt2_kernels import reference
-from fastgpt2_kernels.backends import choose_backend, implementation
+from fastgpt2_kernels.backends import call_allowing_fallback, choose_backend, run_operator
 from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 from fastgpt2_kernels.types import CrossEntropyOptions, LossOptions
 
@@ -144,7 +144,9 @@ def cross_entropy(
         ignore_index, reduction, label_smoothing, z_loss, shift, fuse_backward, inplace_backward, return_stats
     )
     chosen = choose_backend(name, logits.device, backend, lambda: only_float32(logits.dtype))
-    loss, stats = implementation(name, chosen)(logits, targets, class_weight, options, counted, counted_weight)
+    loss, stats = run_operator(
+        name, chosen, backend, logits.device, logits, targets, class_weight, options, counted, counted_weight
+    )
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 
 
@@ -302,13 +304,15 @@ def linear_cross_entropy(
         divisor = _counted_weight(flat_targets, counted, class_weight, False, empty)
     if reduction == "none" or accumulate_into_grad:
         rows_of = linear.AccumulatingRows.apply if accumulate_into_grad else linear.linear_cross_entropy_rows_op
-        loss = rows_of(flat_x, weight, bias, flat_targets, class_weight, *options)
+        loss = call_allowing_fallback(
+            backend == "auto", rows_of, flat_x, weight, bias, flat_targets, class_weight, *options
+        )
         return loss.view(targets.shape) if reduction == "none" else reference.reduce_loss(loss, reduction, divisor)
     if divisor is None:
         divisor = torch.ones((), device=x.device)
     arguments = (flat_x, weight, bias, flat_targets, divisor, class_weight)
     if not torch.compiler.is_compiling():
-        return linear.LinearCrossEntropy.apply(*arguments, options)
+        return call_allowing_fallback(backend == "auto", linear.LinearCrossEntropy.apply, *arguments, options)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in arguments[:3]]
     return linear.linear_cross_entropy_op(*arguments, *options, *needs)[0]
 

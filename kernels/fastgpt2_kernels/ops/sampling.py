@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2_kernels import reference
-from fastgpt2_kernels.backends import choose_backend, implementation
+from fastgpt2_kernels.backends import choose_backend, run_operator
 from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 
 _NAME = "sample"
@@ -106,7 +106,7 @@ def sample(
         torch.empty(num_slots, dtype=torch.float32, device=logits.device),
     )
     settings |= {"keys": keys, "positions": positions, "penalty": penalty}
-    implementation(_NAME, chosen)(logits, ids, logprobs, slots, settings, seen, mark_seen)
+    run_operator(_NAME, chosen, backend, logits.device, logits, ids, logprobs, slots, settings, seen, mark_seen)
     if out is not None or slots is None:
         return ids, logprobs
     return ids[slots], logprobs[slots]

@@ -36,9 +36,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastgpt2_kernels.backends import KernelFailedError, implementation, may_fall_back
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.devices import float32_precision, launch_kernel
+from fastgpt2_kernels.triton.fallback import gradients
 from fastgpt2_kernels.types import AttentionOptions, Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -818,6 +820,7 @@ def _(dout, qkv, *rest):
 
 def _save(ctx, inputs, output):
     q, k, v, lengths, doc_start, doc_end, seed, *ctx.options = inputs
+    ctx.may_fall_back = may_fall_back()
     ctx.save_for_backward(q, k, v, *output, lengths, doc_start, doc_end, seed)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -827,12 +830,27 @@ def _backward(ctx, dout, *_):
     need_q, *need_kv = ctx.needs_input_grad[:3]
     if dout is None:
         return (None,) * 9
-    grads = torch.ops.fastgpt2.attention_backward(dout, *ctx.saved_tensors, *ctx.options, need_q, any(need_kv))
+    try:
+        grads = torch.ops.fastgpt2.attention_backward(dout, *ctx.saved_tensors, *ctx.options, need_q, any(need_kv))
+    except KernelFailedError as error:
+        grads = _plain_gradients(ctx, error, dout)
     needed = zip(grads, ctx.needs_input_grad, strict=False)
     return *(grad if need else None for grad, need in needed), *(None,) * 6
 
 
+def _plain_gradients(ctx, error, dout):
+    *qkv, _, _, _, lengths, _, _, seed = ctx.saved_tensors
+    dropout_p, scale = ctx.options
+    options, name = AttentionOptions(scale, dropout_p, seed), "causal_attention"
+
+    def attend(q, k, v):
+        return implementation(name, "torch")(q, k, v, options, lengths, False)[0]
+
+    return gradients(name, ctx.may_fall_back, error, attend, qkv, ctx.needs_input_grad[:3], dout)
+
+
 def _save_packed(ctx, inputs, output):
+    ctx.may_fall_back = may_fall_back()
     qkv, ctx.num_heads, lengths, doc_start, doc_end, seed, *ctx.options = inputs
     ctx.save_for_backward(qkv, *output, lengths, doc_start, doc_end, seed)
     ctx.mark_non_differentiable(*output[1:])
@@ -843,10 +861,27 @@ def _packed_backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 8
     qkv, out, row_max, row_sum, *masks = ctx.saved_tensors
-    dqkv = torch.ops.fastgpt2.attention_packed_backward(
-        dout, qkv, out, row_max, row_sum, ctx.num_heads, *masks, *ctx.options
-    )
+    try:
+        dqkv = torch.ops.fastgpt2.attention_packed_backward(
+            dout, qkv, out, row_max, row_sum, ctx.num_heads, *masks, *ctx.options
+        )
+    except KernelFailedError as error:
+        dqkv = _plain_packed_gradient(ctx, error, dout)
     return dqkv, *(None,) * 7
+
+
+def _plain_packed_gradient(ctx, error, dout):
+    qkv, _, _, _, lengths, doc_start, doc_end, seed = ctx.saved_tensors
+    dropout_p, scale = ctx.options
+    options, documents, name = AttentionOptions(scale, dropout_p, seed), None, "causal_attention_packed"
+    if doc_start is not None:
+        starts = doc_start[: int(lengths)].unique_consecutive()
+        documents, lengths = Documents(torch.cat([starts, lengths]), doc_start, doc_end), None
+
+    def attend(qkv):
+        return implementation(name, "torch")(qkv, ctx.num_heads, options, lengths, documents, False)[0]
+
+    return gradients(name, ctx.may_fall_back, error, attend, [qkv], [True], dout)[0]
 
 
 def _no_second_derivative(ctx, *grads):

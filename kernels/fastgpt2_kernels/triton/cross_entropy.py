@@ -29,9 +29,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels import reference
+from fastgpt2_kernels.backends import KernelFailedError, implementation, may_fall_back, note_failure
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Batch, Matrix
 from fastgpt2_kernels.triton.devices import launch_kernel
+from fastgpt2_kernels.triton.fallback import gradients
 from fastgpt2_kernels.types import CrossEntropyOptions, LossOptions
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -179,7 +181,7 @@ def _gradient_step(x_ptr, grad_ptr, w_ptr, offs, mask, target, factors, HAS_MASK
         tl.store(grad_ptr + offs, grad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V, settings, META: tl.constexpr):
     """One row: its loss and lse (IS_FORWARD), its gradient (HAS_GRAD), or both."""
     ALIGN: tl.constexpr = META.ALIGN
@@ -303,7 +305,7 @@ def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V
                 tl.store(g_ptr + i * MID_V + offs_mid, zeros, mask=i * MID_V + offs_mid < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _scale_rows_kernel(grad, factor_ptr, T, V, BLOCK_V: tl.constexpr):
     """grad *= factor, a scalar on the device; where it is 1, as after `loss.backward()`, the rest is left out."""
     factor = tl.load(factor_ptr).to(tl.float32)
@@ -414,7 +416,8 @@ def _launch(
         _cross_entropy_kernel,
         (B * T,),
         logits=Batch.of(logits),
-        targets=Batch.of(targets),
+        # Of one row nobody uses that stride: of a chunk it would be another number each time, and compile anew.
+        targets=Batch(targets, targets.stride(0) if B > 1 else 0, targets.stride(1)),
         class_weight=_ClassWeight(class_weight, weight_sum),
         dloss=None if dloss is None else Matrix.of(dloss.reshape(-1)),
         grad=Batch.of(grad),
@@ -643,6 +646,7 @@ def _backward_into(
 
 def _save_rows(ctx, inputs, output):
     logits, targets, class_weight, *ctx.options, _with_stats, ctx.inplace = inputs
+    ctx.may_fall_back = may_fall_back()
     ctx.save_for_backward(logits, targets, *output[1:4], class_weight)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -653,10 +657,26 @@ def _rows_backward(ctx, dloss, *_):
         return (None,) * 9
     logits, targets, row_max, log_sum, logprob, class_weight = ctx.saved_tensors
     arguments = (dloss, logits, targets, row_max, log_sum, logprob, class_weight, *ctx.options)
-    if ctx.inplace:
-        cross_entropy_backward_inplace_op(*arguments)
-        return logits, *(None,) * 8
-    return cross_entropy_backward_op(*arguments), *(None,) * 8
+    try:
+        if ctx.inplace:
+            cross_entropy_backward_inplace_op(*arguments)
+            return logits, *(None,) * 8
+        return cross_entropy_backward_op(*arguments), *(None,) * 8
+    except KernelFailedError as error:
+        grad = _plain_gradient(ctx, error, dloss)
+    return logits.copy_(grad) if ctx.inplace else grad, *(None,) * 8
+
+
+def _plain_gradient(ctx, error, dloss):
+    logits, targets, _, _, _, class_weight = ctx.saved_tensors
+    ignore_index, label_smoothing, z_loss, shift = ctx.options
+    options = CrossEntropyOptions(ignore_index, "none", label_smoothing, z_loss, shift, False, False, False)
+    name = "cross_entropy"
+
+    def loss(logits):
+        return implementation(name, "torch")(logits, targets, class_weight, options, None, None)[0]
+
+    return gradients(name, ctx.may_fall_back, error, loss, [logits], [True], dloss)[0]
 
 
 cross_entropy_op.register_autograd(_rows_backward, setup_context=_save_rows)
@@ -671,6 +691,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, dloss, class_weight, *options):
         total, grad, *rows = cross_entropy_fused_op(logits, targets, dloss, class_weight, *options)
+        ctx.may_fall_back = may_fall_back()
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(*rows)
         return total, *rows
@@ -679,7 +700,13 @@ class FusedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dtotal, *_):
         (grad,) = ctx.saved_tensors  # a second backward ends here: the scaling below moves the version on
-        scale_rows_op(grad, dtotal)
+        try:
+            scale_rows_op(grad, dtotal)
+        except KernelFailedError as error:
+            if not ctx.may_fall_back:
+                raise
+            note_failure("cross_entropy", grad.device, error)
+            grad.mul_(dtotal)
         return grad, *(None,) * 8
 
 

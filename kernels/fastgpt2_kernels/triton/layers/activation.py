@@ -24,9 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt2_kernels.backends import KernelFailedError, implementation, may_fall_back
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.devices import launch_kernel
+from fastgpt2_kernels.triton.fallback import gradients
 from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -191,7 +193,7 @@ def _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _bias_activation_fwd_kernel(x, bias_ptr, y_ptr, N, META: tl.constexpr):
     """One tile of y. Columns are the fast grid dimension: neighbours share rows, and no number of rows is too many."""
     C: tl.constexpr = META.C
@@ -208,7 +210,7 @@ def _bias_activation_fwd_kernel(x, bias_ptr, y_ptr, N, META: tl.constexpr):
     tl.store(y_ptr + out, _activation(z, NAME).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: tl.constexpr):
     """A block of columns of every num_programs(1)-th tile of rows: dx, and their share of dbias."""
     C: tl.constexpr = META.C
@@ -341,14 +343,27 @@ def _(dy, x, bias, name, needs_dx, needs_dbias):
 
 def _save(ctx, inputs, output):
     x, bias, ctx.name = inputs
+    ctx.may_fall_back = may_fall_back()
     ctx.save_for_backward(x, bias)
 
 
 def _backward(ctx, dy):
     x, bias = ctx.saved_tensors
     needs_dx, needs_dbias, _ = ctx.needs_input_grad
-    dx, dbias = bias_activation_backward_op(dy, x, bias, ctx.name, needs_dx, needs_dbias)
+    try:
+        dx, dbias = bias_activation_backward_op(dy, x, bias, ctx.name, needs_dx, needs_dbias)
+    except KernelFailedError as error:
+        dx, dbias = _plain_gradients(ctx, error, dy)
     return dx if needs_dx else None, dbias if needs_dbias else None, None
+
+
+def _plain_gradients(ctx, error, dy):
+    operator, name = "bias_activation", next(name for name, kernel in launch.ACTIVATIONS.items() if kernel == ctx.name)
+
+    def activate(x, bias):
+        return implementation(operator, "torch")(x, bias, name)
+
+    return gradients(operator, ctx.may_fall_back, error, activate, ctx.saved_tensors, ctx.needs_input_grad[:2], dy)
 
 
 bias_activation_op.register_autograd(_backward, setup_context=_save)

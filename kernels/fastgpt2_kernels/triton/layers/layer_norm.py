@@ -30,9 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt2_kernels.backends import KernelFailedError, implementation, may_fall_back
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Batch
 from fastgpt2_kernels.triton.devices import launch_kernel
+from fastgpt2_kernels.triton.fallback import gradients
 from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
 
 
@@ -78,7 +80,7 @@ def _load_sum(x_row, residual_row, s_row, offs, mask):
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stats, N, T, eps, META: tl.constexpr):
     """Every num_programs-th row, each in registers; weight and bias are loaded once. residual and s_ptr may be None."""
     C: tl.constexpr = META.C
@@ -105,7 +107,7 @@ def _layer_norm_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stat
         tl.store(stats.rstd_ptr + n, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_wide_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stats, N, T, eps, META: tl.constexpr):
     """One row, read three times in blocks: mean, variance, result. The second and third find it in the L2 cache."""
     C: tl.constexpr = META.C
@@ -147,7 +149,7 @@ def _layer_norm_wide_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr,
     tl.store(stats.rstd_ptr + n, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_ptr, N, T, META: tl.constexpr):
     """Every num_programs-th row: ds, and their share of dweight and dbias."""
     C: tl.constexpr = META.C
@@ -184,7 +186,7 @@ def _layer_norm_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_
         tl.store(partial + META.NEEDS_DW * C + offs, dbias, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_wide_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_ptr, N, T, META: tl.constexpr):
     """The same in blocks: ds row after row, each read twice; then dweight and dbias block after block."""
     C: tl.constexpr = META.C
@@ -441,7 +443,8 @@ def _(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, needs_ds, needs_dwe
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, residual, _eps = inputs
+    x, weight, bias, residual, ctx.eps = inputs
+    ctx.may_fall_back = may_fall_back()
     _, s, *stats = output
     ctx.save_for_backward(x if residual is None else s, weight, *stats)
     ctx.dtypes = (x.dtype, bias.dtype, None if residual is None else residual.dtype)
@@ -458,11 +461,25 @@ def _backward(ctx, dy, ds_after, *_):
     if dy is not None:
         s, weight, mean, left, rstd = ctx.saved_tensors
         needs = (needs_x or needs_residual, needs_dweight, needs_dbias)
-        results = layer_norm_backward_op(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, *needs)
+        try:
+            results = layer_norm_backward_op(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, *needs)
+        except KernelFailedError as error:
+            results = _plain_gradients(ctx, error, dy, ds_after, needs)
         ds, dweight, dbias = (t if needed else None for t, needed in zip(results, needs, strict=True))
     dx = ds.to(x_dtype) if needs_x and ds is not None else None
     dresidual = ds.to(residual_dtype) if needs_residual and ds is not None else None
     return dx, dweight, dbias, dresidual, None
+
+
+def _plain_gradients(ctx, error, dy, ds_after, needs):
+    s, weight, *_ = ctx.saved_tensors
+    name, bias = "layer_norm", torch.zeros_like(weight, dtype=ctx.dtypes[1])
+
+    def norm(s, weight, bias):
+        return implementation(name, "torch")(s, weight, bias, ctx.eps, None)
+
+    ds, *rest = gradients(name, ctx.may_fall_back, error, norm, [s, weight, bias], needs, dy)
+    return [ds if ds is None or ds_after is None else ds + ds_after, *rest]
 
 
 layer_norm_op.register_autograd(_backward, setup_context=_save)

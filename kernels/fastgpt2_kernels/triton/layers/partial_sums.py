@@ -20,7 +20,7 @@ from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.devices import launch_kernel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _sum_partials_kernel(
     partials_ptr, first_ptr, second_ptr, P, C, NUM_SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):

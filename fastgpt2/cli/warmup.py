@@ -1,0 +1,39 @@
+"""Compile a model's GPU kernels ahead, into Triton's cache: in parallel, and also for a GPU that is not there."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+
+import torch
+
+from fastgpt2.checkpoint import EMBEDDED, read_config
+from fastgpt2.warmup import ROWS, warm_up
+
+HELP = "compile a model's GPU kernels ahead"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=EMBEDDED, metavar="NAME", help="a checkpoint's folder, file or name on the hub; %(default)s"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--target", help="sm_90, gfx942, ...; this machine's GPU if it is left out")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="%(default)s")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows decoded together; %(default)s")
+    parser.add_argument("--train", action="store_true", help="a training step's kernels too")
+    parser.add_argument("--jobs", type=int, help="kernels compiled at a time; one for each processor if it is left out")
+
+
+def run(args: argparse.Namespace) -> int:
+    if any(count < 1 for count in args.rows) or (args.jobs is not None and args.jobs < 1):
+        raise ValueError(f"warmup: --rows and --jobs must be 1 or more; got {list(args.rows)} and {args.jobs}")
+    start, config = time.perf_counter(), read_config(args.model, revision=args.revision)
+    kernels = warm_up(
+        config, args.target, dtype=getattr(torch, args.dtype), rows=args.rows, trains=args.train, jobs=args.jobs
+    )
+    for kernel, count in sorted(Counter(kernels).items()):
+        print(f"{count:4}  {kernel.strip('_')}")
+    print(f"{len(kernels):4}  variants for {args.target or 'this GPU'} in {time.perf_counter() - start:.0f} s")
+    return 0

@@ -1,0 +1,86 @@
+"""What a model's first minute on a GPU compiles, compiled ahead into Triton's cache; also without that GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastgpt2.cache import KVCache
+from fastgpt2.config import GPT2Config, SamplingConfig
+from fastgpt2.decode import DecodeSession, NewRow
+from fastgpt2.gpt2 import GPT2
+from fastgpt2.loss import calculate_loss
+from fastgpt2_kernels import ops
+
+# Kernels are compiled for classes of row counts; these are one of each, as powers of two are decoded together.
+ROWS = (1, 2, 8, 16, 32)
+SAMPLINGS = (SamplingConfig(temperature=0), SamplingConfig(temperature=0.8, top_k=50, top_p=0.95))
+
+
+def warm_up(
+    config: GPT2Config,
+    target: str | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: Sequence[int] = ROWS,
+    trains: bool = False,
+    jobs: int | None = None,
+) -> list[str]:
+    """Compile what generation, and with `trains` a training step, needs of a model of this shape.
+
+    Args:
+        config: The model's; its weights do not matter.
+        target: "sm_90", "gfx942"; None: the current GPU's.
+        dtype: The weights'; a training step is compiled for float32 weights too.
+        rows: How many rows will be decoded together.
+        jobs: Kernels compiled at a time; None: one for each processor.
+
+    Returns:
+        The kernels' names, once for each variant.
+
+    Raises:
+        ValueError: The target is none. RuntimeError: no target is named, and there is no GPU.
+    """
+    variants = find_variants(config, target, dtype=dtype, rows=rows, trains=trains)
+    ops.compile_variants(variants, jobs)
+    return [variant.kernel for variant in variants]
+
+
+def find_variants(
+    config: GPT2Config, target: str | None, *, dtype: torch.dtype, rows: Sequence[int], trains: bool
+) -> list:
+    """The variants that `warm_up` compiles."""
+    name = ops.this_target() if target is None else target
+    # All layers are compiled the same; their numbers do not matter.
+    model = GPT2(config.replace(num_layers=1), backend="triton").to(dtype).eval()
+    with_pdl = name.startswith("sm_") and int(name[3:]) >= 90
+
+    def run() -> None:
+        for sampling in SAMPLINGS:
+            for count in rows:
+                _generate(model, sampling, count, with_pdl)
+        if trains:
+            for kind in dict.fromkeys((dtype, torch.float32)):
+                _train(model.to(kind).train())
+
+    return ops.find_variants(name, run)
+
+
+@torch.no_grad()
+def _generate(model: GPT2, sampling: SamplingConfig, rows: int, with_pdl: bool) -> None:
+    cache = KVCache(model.config, rows, 64, dtype=model.dtype)
+    session = DecodeSession(model, cache, sampling, stop_ids=(0,), use_pdl=False)
+    session.use_table = True  # as in a CUDA graph
+    prompts = [[1, 2, 3]] * rows
+    logits = session.prefill(range(rows), prompts)
+    session.begin([NewRow(row, ids, (row, 0), 8) for row, ids in enumerate(prompts)], logits)
+    session.step(range(rows))
+    if with_pdl:
+        session.use_pdl = True
+        session.step(range(rows))
+
+
+def _train(model: GPT2) -> None:
+    tokens = torch.ones(2, 17, dtype=torch.int64)
+    calculate_loss(model, tokens[:, :-1], tokens[:, 1:]).backward()

@@ -1,0 +1,31 @@
+"""Gradients on PyTorch's operators, for where a kernel of the backward pass does not compile or launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgpt2_kernels.backends import KernelFailedError, note_failure
+
+
+def gradients(
+    operator: str,
+    may_fall_back: bool,
+    error: KernelFailedError,
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    dout: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of `function(*inputs)` in those inputs that need one; `error` again unless "auto" was asked for."""
+    if not may_fall_back:
+        raise error
+    note_failure(operator, dout.device, error)
+    with torch.enable_grad():
+        leaves = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needed, strict=True)]
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        out = function(*leaves)
+        found = iter(torch.autograd.grad(out, wanted, dout.to(out.dtype)) if wanted else ())
+    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
