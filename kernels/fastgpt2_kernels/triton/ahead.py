@@ -79,13 +79,11 @@ def this_target() -> str:
 
 
 def _column(target: GPUTarget) -> str:
-    """The column of the launch tables, as `launch.architecture` finds it on such a GPU."""
-    capability = (target.arch // 10, target.arch % 10) if target.backend == "cuda" else (9, 4)
-    with (
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
-        mock.patch.object(torch.version, "hip", None if target.backend == "cuda" else "7"),
-    ):
-        return launch.architecture.__wrapped__(torch.device("cuda", 0))
+    """The column of the launch tables for such a GPU, as far as its name tells: `launch.architecture` asks the GPU."""
+    name = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+    if name in launch.ARCHITECTURES or target.backend != "cuda":
+        return name if name in launch.ARCHITECTURES else "gfx942"
+    return launch.nearest_architecture((target.arch // 10, target.arch % 10), launch.MOST_SHARED)
 
 
 @contextmanager

@@ -38,6 +38,8 @@ ARCHITECTURES = {
     "gfx950": Architecture(None, 163_840, "gfx942"),  # MI350
 }
 
+MOST_SHARED = max(of.shared for of in ARCHITECTURES.values())
+
 
 @functools.cache
 def architecture(device: torch.device) -> str:
