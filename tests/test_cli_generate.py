@@ -17,6 +17,7 @@ from fastgpt2.cli.main import main
 from fastgpt2.generate import generate
 from fastgpt2.record_files import unescape
 from fastgpt2.tokenizer import Tokenizer
+from tests.helpers import without_rounding
 
 PROMPTS = ["def add", "return a +", "", "x", "b):\n    return"]
 
@@ -72,7 +73,8 @@ def test_resume_makes_what_an_uninterrupted_run_makes(suffix, command, prompts_f
         settings = (tmp_path / f"whole{suffix}.run.json").read_bytes()
         (tmp_path / f"out{suffix}.run.json").write_bytes(settings)
         assert command("--prompts", prompts_file, "--out", out, "--resume", "--batch-size", rng.randint(1, 20)) == 0
-        assert sorted(end.split(out.read_bytes())) == sorted(end.split(data))
+        written, expected = (sorted(end.split(without_rounding(d))) for d in (out.read_bytes(), data))
+        assert written == expected
     before = out.read_bytes()
     assert command("--prompts", prompts_file, "--out", out, "--resume") == 0
     assert out.read_bytes() == before
