@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -16,6 +15,7 @@ from fastgpt2.constraints import LogitsProcessor
 from fastgpt2.messages import shown
 from fastgpt2.model import GPT2Base
 from fastgpt2.scheduler import Request, Sample, Scheduler, TokenEvent
+from fastgpt2.tokenizer import as_token_id
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -234,7 +234,7 @@ def prompt_token_ids(model: GPT2Base, prompt: str | Sequence[int], name: str) ->
             raise TypeError(
                 f"generate: a prompt must be text or a sequence of token ids; {name} is {type(prompt).__name__}"
             )
-        ids = tuple(_token_id(token, name) for token in prompt)
+        ids = tuple(as_token_id(token, "generate", name) for token in prompt)
     config = model.config
     if not ids and config.bos_token_id is not None:
         ids = (config.bos_token_id,)
@@ -248,16 +248,6 @@ def prompt_token_ids(model: GPT2Base, prompt: str | Sequence[int], name: str) ->
     if bad is not None:
         raise ValueError(f"generate: {name} holds the token id {shown(bad)}; ids must be in [0, {config.vocab_size})")
     return ids
-
-
-def _token_id(token: object, name: str) -> int:
-    """An int, or NumPy's or PyTorch's integer, as an int; what `int` would convert to one is refused."""
-    try:
-        if isinstance(token, bool) or (isinstance(token, Tensor) and token.dtype == torch.bool):
-            raise TypeError
-        return operator.index(token)  # type: ignore[arg-type]  # a TypeError says what is none
-    except TypeError:
-        raise TypeError(f"generate: token ids must be integers; {name} holds {shown(token)}") from None
 
 
 # -- signatures --------------------------------------------------------------------------------------------------------

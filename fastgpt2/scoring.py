@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from fastgpt2.messages import shown
 from fastgpt2.model import GPT2Base
 from fastgpt2.operators import operator_backend
+from fastgpt2.tokenizer import as_token_id
 from fastgpt2_kernels import ops
 
 # Tokens of one forward: enough for efficient matrix products, little enough for their activations.
@@ -138,22 +138,13 @@ def token_ids(model: GPT2Base, sequence: Sequence_, name: str) -> tuple[int, ...
     else:
         if isinstance(sequence, (bytes, bytearray)) or not isinstance(sequence, Iterable):
             raise TypeError(f"score: a sequence must be text or token ids; {name} is {type(sequence).__name__}")
-        ids = tuple(_token_id(token, name) for token in sequence)
+        ids = tuple(as_token_id(token, "score", name) for token in sequence)
     bad = next((token for token in ids if not 0 <= token < model.config.vocab_size), None)
     if bad is not None:
         raise ValueError(
             f"score: {name} holds the token id {shown(bad)}; ids must be in [0, {model.config.vocab_size})"
         )
     return ids
-
-
-def _token_id(token: object, name: str) -> int:
-    try:
-        if isinstance(token, bool) or (isinstance(token, Tensor) and token.dtype == torch.bool):
-            raise TypeError
-        return operator.index(token)  # type: ignore[arg-type]  # a TypeError says what is none
-    except TypeError:
-        raise TypeError(f"score: token ids must be integers; {name} holds {shown(token)}") from None
 
 
 def score_all(model: GPT2Base, sequences: Iterable[Score], batch_tokens: int = BATCH_TOKENS) -> Iterator[Score]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from fastgpt2.files import atomic_file
 from fastgpt2.messages import first_line, shown
@@ -152,6 +156,20 @@ def check_vocab_size(vocab_size: int) -> None:
             f"Tokenizer.train: vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT}) and at most "
             f"{MAX_VOCAB_SIZE}; got {shown(vocab_size)}"
         )
+
+
+def as_token_id(token: Any, caller: str, name: str) -> int:
+    """An int, or NumPy's or PyTorch's integer, as an int; what `int` would convert to one is refused.
+
+    Raises:
+        TypeError: `token` is no integer; the message begins with `caller` and says that `name` holds it.
+    """
+    try:
+        if isinstance(token, bool) or (isinstance(token, Tensor) and token.dtype == torch.bool):
+            raise TypeError
+        return operator.index(token)
+    except TypeError:
+        raise TypeError(f"{caller}: token ids must be integers; {name} holds {shown(token)}") from None
 
 
 @contextlib.contextmanager

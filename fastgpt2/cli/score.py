@@ -186,10 +186,10 @@ class _Reader:
         score = unscored(
             self.model, entry.index, content, prefix or "", entry.where, after_prefix=self.args.after_prompt
         )
-        text = entry.content if isinstance(entry.content, str) else None
-        if text is None and self.model.tokenizer is not None:
-            text = self.model.tokenizer.decode(list(entry.content))  # type: ignore[arg-type]
-        return _Item(entry, score, text)
+        if isinstance(entry.content, str):
+            return _Item(entry, score, entry.content)
+        tokenizer = self.model.tokenizer
+        return _Item(entry, score, None if tokenizer is None else tokenizer.decode(entry.content))
 
     def record(self, item: _Item, score: Score) -> ScoreRecord:
         left_out = {self.columns.text, self.columns.ids, "id"}
