@@ -28,7 +28,7 @@ test-package: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/kernels $(MARKS) $(ARGS)
 
 test-kernels: $(VENV)/.dev
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_compile.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_compile.py $(MARKS)
 
 test-compiled: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/kernels/test_compile.py $(ROWS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from fastgpt2 import GPT2, GPT2Config
@@ -23,6 +25,11 @@ TINY = GPT2Config(
     embedding_dropout=0.0,
     attention_dropout=0.0,
 )
+
+
+def parts(count: int) -> list[ParameterSet]:
+    """The parts of a test over random cases: `make test` runs the first, `make test-all` every one."""
+    return [pytest.param(i, marks=[pytest.mark.slow] if i else []) for i in range(count)]
 
 
 def without_rounding(data: bytes) -> bytes:

@@ -12,7 +12,7 @@ import torch
 
 from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.triton import launch
-from tests.helpers import assert_rms_within_budget, random_ids, random_model
+from tests.helpers import assert_rms_within_budget, parts, random_ids, random_model
 from tests.kernels.traffic import Traffic
 
 # Triton's interpreter multiplies bfloat16 tiles wrong (it takes their bits): judged where kernels are compiled.
@@ -173,7 +173,7 @@ def check(case: dict, device: str) -> None:
     hold_all((out.detach(), lse, *grads), leaves, dout, case, keep, mask)
 
 
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", parts(6))
 def test_random_cases(triton_device, tiles, seed, part):
     """The 2x rule for output, lse, dq, dk, dv: 6 x 52 random cases (6 x 8 where every shape is compiled)."""
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt2_kernels import ops
-from tests.helpers import assert_within_budget
+from tests.helpers import assert_within_budget, parts
 from tests.kernels.losses import as_the_oracle_sees, plain_cross_entropy, shifted
 from tests.kernels.traffic import Traffic
 
@@ -106,7 +106,7 @@ def run_exact(buffer, at, own, ignore_index, class_weight, options, device):
     return loss.detach(), leaf.grad
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", parts(5))
 def test_random_cases(triton_device, seed, part):
     """The 2x rule for loss and gradient: 5 x 64 random cases (a fifth as many where every launch is checked twice)."""
     torch.manual_seed(seed)

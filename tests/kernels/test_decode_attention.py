@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.triton import launch
-from tests.helpers import assert_rms_within_budget
+from tests.helpers import assert_rms_within_budget, parts
 from tests.kernels.traffic import Traffic
 
 # Triton's interpreter multiplies bfloat16 tiles wrong (it takes their bits): rows of several new tokens in bfloat16,
@@ -189,7 +189,7 @@ def random_case(rng: random.Random) -> Case:
     return Case(past, counts, H, D, dtype, cache_dtype, INTERPRETED and rng.random() < 0.3, scale, max_new)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device, kernels, seed, part):
     """4 x 50 random cases (4 x 10 where every shape is compiled)."""
     torch.manual_seed(seed)

@@ -130,6 +130,7 @@ def test_logits_of_a_step(device, dtype, changes):
     assert_within_budget(logits_of(session, 3), plain_logits, exact, "logits")
 
 
+@pytest.mark.slow
 def test_logits_of_a_step_at_the_size_of_gpt2(device):
     """One block of GPT-2 small, and a head of an odd number of words."""
     torch.manual_seed(0)
@@ -206,7 +207,7 @@ def count_waits(monkeypatch) -> list[str]:
     return waits
 
 
-@pytest.mark.parametrize("others", [2, 16, 63])
+@pytest.mark.parametrize("others", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 63))])
 def test_neighbours_do_not_matter(device, others):
     """A row alone gives the same bits as in a batch of 3, 17 and 64, whatever its slot and its neighbours' lengths."""
     ours, _ = pair(device, 1, **(SMALL if others < 20 else TINIEST))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.checking.poison import Poison
-from tests.helpers import assert_within_budget, random_ids, random_model
+from tests.helpers import assert_within_budget, parts, random_ids, random_model
 from tests.kernels.faults import load
 from tests.kernels.test_layer_norm import HALVES, Inputs, gradients, lay_out
 from tests.kernels.traffic import Traffic
@@ -68,7 +68,7 @@ def random_case(rng: random.Random, device: str) -> tuple[Inputs, Tensor, list[s
     return {key: t.to(device) for key, t in inputs.items()}, dy.to(device), needed, name, what
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device: str, seed: int, part: int, poison: Poison) -> None:
     """The 2x rule for results and gradients: 4 x 50 random cases, outputs poisoned and fenced in."""
     torch.manual_seed(seed)

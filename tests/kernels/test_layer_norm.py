@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.checking.poison import CANARY, Poison
-from tests.helpers import assert_within_budget
+from tests.helpers import assert_within_budget, parts
 from tests.kernels.faults import load
 from tests.kernels.traffic import Traffic
 
@@ -131,7 +131,7 @@ def random_case(rng: random.Random, device: str) -> tuple[Inputs, list[Tensor], 
     return {k: t.to(device) for k, t in inputs.items()}, [d.to(device) for d in douts], needed, eps, what
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device: str, seed: int, part: int, poison: Poison) -> None:
     """The 2x rule for results and gradients: 4 x 50 random cases, outputs poisoned and fenced in."""
     torch.manual_seed(seed)

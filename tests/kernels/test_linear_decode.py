@@ -11,7 +11,7 @@ import torch
 from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.decode import linear
-from tests.helpers import assert_rms_within_budget
+from tests.helpers import assert_rms_within_budget, parts
 from tests.kernels import linear_maps
 from tests.kernels.linear_maps import DTYPES, INTERPRETED
 from tests.kernels.traffic import Traffic
@@ -35,7 +35,7 @@ def kernel(triton_device):
     return linear
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device, kernel, monkeypatch, seed, part):
     """The 2x rule, 4 x 52 random cases."""
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2_kernels import ops, reference
-from tests.helpers import assert_within_budget
+from tests.helpers import assert_within_budget, parts
 from tests.kernels.traffic import Traffic
 
 # Triton's interpreter computes NaN and inf in lanes that are masked away.
@@ -144,7 +144,7 @@ def hold_choice(chosen: Tensor, logits: Tensor, tensors: dict, seen: Tensor, cas
     return len(differing)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device, seed, part):
     """4 x 50 random cases; float64 agrees on the token of all but a few rows, which rounding decides."""
     from fastgpt2_kernels.triton import sampling as kernel

@@ -275,7 +275,7 @@ def test_a_row_does_not_depend_on_its_neighbours(seed, kind):
     check_neighbours(seed, kind)
 
 
-def check_threads_that_wait(seed: int, kind: str) -> None:
+def check_threads_that_wait(seed: int, kind: str, runs: int) -> None:
     """More threads than cores, again and again: what a thread reads before another has written it would show.
 
     Each phase of a step reads what others wrote in the one before. The buffers are NaN before every step.
@@ -285,7 +285,7 @@ def check_threads_that_wait(seed: int, kind: str) -> None:
     prompts = [random_ids(seed + i, 1 + i % 5) for i in range(12)]
     outs, before = [], torch.get_num_threads()
     try:
-        for threads in (1, *[5] * 12):
+        for threads in (1, *[5] * runs):
             torch.set_num_threads(threads)
             step = make_step(model, 12, kind)
             logits = [begin(step, range(12), prompts)]
@@ -300,8 +300,9 @@ def check_threads_that_wait(seed: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_wait_for_each_other(seed, kind):
-    check_threads_that_wait(seed, kind)
+@pytest.mark.parametrize("runs", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_threads_wait_for_each_other(seed, kind, runs):
+    check_threads_that_wait(seed, kind, runs)
 
 
 def test_a_cache_that_is_full_gives_nan(seed):
