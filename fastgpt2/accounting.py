@@ -56,9 +56,13 @@ def forward_flops_per_token(config: GPT2Config, num_tokens: int) -> float:
     return 2.0 * matmul_parameters(config) + 4.0 * config.num_layers * config.hidden_size * num_tokens
 
 
-def training_flops_per_token(config: GPT2Config, num_tokens: int) -> float:
-    """FLOPs of one token's forward and backward pass: 3 x the forward's, 6 N + 12 L C T."""
-    return 3.0 * forward_flops_per_token(config, num_tokens)
+def training_flops_per_token(config: GPT2Config, num_tokens: int, *, frozen: bool = False) -> float:
+    """FLOPs of one token's forward and backward pass: 3 x the forward's, 6 N + 12 L C T.
+
+    frozen: the weights have no gradients, as beside adapters: 2 N less. The adapters' own are not counted.
+    """
+    gradients = 2.0 * matmul_parameters(config) if frozen else 0.0
+    return 3.0 * forward_flops_per_token(config, num_tokens) - gradients
 
 
 def weight_bytes(config: GPT2Config, dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""Data-parallel training: two gloo processes are one process with twice the accumulation."""
+"""Training in processes: two of gloo, with whole or shared weights, are one with twice the accumulation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,43 +40,56 @@ def folder(tmp_path: Path, seed: int) -> Path:
     return tmp_path
 
 
-def train(folder: Path, out: Path, processes: Processes | None, resume: bool, stop_at: int, **changes: Any) -> None:
-    torch.set_num_threads(1)
-    data = TokenData.open(folder)
-    if resume:
-        trainer = Trainer.resume(out, data, processes=processes, **changes)
-    else:
-        trainer = Trainer(make_model(), data, TrainConfig(**{**CONFIG, **changes}), out, processes=processes)
-    for report in trainer.run():
-        if report.step == stop_at:
-            trainer.stop()
+@dataclass(frozen=True)
+class Job:
+    """A training run, begun or resumed; `stop_at` is a step after which it is asked to stop."""
+
+    out: Path
+    resume: bool = False
+    stop_at: int = -1
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def do(self, folder: Path, processes: Processes | None = None) -> Trainer:
+        torch.set_num_threads(1)
+        data = TokenData.open(folder)
+        if self.resume:
+            trainer = Trainer.resume(self.out, data, processes=processes, **self.changes)
+        else:
+            config = TrainConfig(**{**CONFIG, **self.changes})
+            trainer = Trainer(make_model(), data, config, self.out, processes=processes)
+        for report in trainer.run():
+            if report.step == self.stop_at:
+                trainer.stop()
+        return trainer
 
 
-def worker(rank: int, port: int, folder: Path, out: Path, resume: bool, stop_at: int, changes: dict[str, Any]) -> None:
+def worker(rank: int, count: int, port: int, folder: Path, jobs: list[Job]) -> None:
     """What torchrun starts: the environment tells the process who it is."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ["LOCAL_RANK"] = "0"
+    os.fsync = lambda descriptor: None
     processes = Processes.start("cpu")
     try:
         with processes.first_goes_first():
-            (out / f"rank-{rank}").mkdir(parents=True)
-            assert (out / "rank-0").exists()
-        train(folder, out, processes, resume, stop_at, **changes)
+            (folder / f"rank-{rank}").mkdir(exist_ok=True)
+            assert (folder / "rank-0").exists()
+        for job in jobs:
+            job.do(folder, processes)
     finally:
         processes.close()
 
 
-def train_in_two(folder: Path, out: Path, resume: bool = False, stop_at: int = -1, **changes: Any) -> None:
+def in_processes(target: Any, count: int, *arguments: object) -> None:
+    """Call `target(rank, count, port, *arguments)` in processes of one group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    workers = [
-        SERVER.Process(target=worker, args=(rank, port, folder, out, resume, stop_at, changes)) for rank in range(2)
-    ]
+    workers = [SERVER.Process(target=target, args=(rank, count, port, *arguments)) for rank in range(count)]
     for process in workers:
         process.start()
     for process in workers:
         process.join()
-    assert [process.exitcode for process in workers] == [0, 0]
+    assert [process.exitcode for process in workers] == [0] * count
 
 
 def make_model() -> GPT2:
@@ -103,17 +117,27 @@ def assert_equal_to_rounding(one: Path, two: Path) -> None:
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(folder: Path) -> None:
-    train(folder, folder / "one", None, False, -1, accumulate=4)
-    train_in_two(folder, folder / "two", accumulate=2)
-    assert_equal_to_rounding(folder / "one", folder / "two")
-    assert GPT2.from_pretrained(folder / "two").config.vocab_size == 23
-
-
-def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
-    train(folder, folder / "one", None, False, -1, accumulate=2)
-    train_in_two(folder, folder / "two", stop_at=2, accumulate=1)
-    assert checkpoint_paths(folder / "two")[-1].name == "step-00000003.pt"
-    train(folder, folder / "two", None, True, -1, accumulate=2)
-    assert_equal_to_rounding(folder / "one", folder / "two")
-    with pytest.raises(ValueError, match=r"must stay 4 rows a step as in step-00000006.pt; got 2"):
-        train(folder, folder / "two", None, True, -1, accumulate=1)
+    """With the whole weights in each process, and with shares of them; also where the number of processes changes."""
+    shared = {"parallel": "fsdp", "accumulate": 2}
+    Job(folder / "one", changes={"accumulate": 4}).do(folder)
+    Job(folder / "begun alone", stop_at=2, changes={"accumulate": 4}).do(folder)
+    jobs = [
+        Job(folder / "ddp", changes={"accumulate": 2}),
+        Job(folder / "begun by two", stop_at=2, changes={"accumulate": 2}),
+        Job(folder / "fsdp", changes={**shared, "recompute": True, "sample_interval": 6}),
+        Job(folder / "begun by two that share", stop_at=2, changes=shared),
+        Job(folder / "begun alone", resume=True, changes=shared),
+    ]
+    in_processes(worker, 2, folder, jobs)
+    for name in ("begun by two", "begun by two that share"):
+        (path,) = checkpoint_paths(folder / name)
+        assert path.stem == "step-00000003"
+        assert path.is_dir() == ("share" in name)
+        Job(folder / name, resume=True, changes={"accumulate": 4, "parallel": "ddp"}).do(folder)
+    for name in ("ddp", "begun by two", "fsdp", "begun by two that share", "begun alone"):
+        assert_equal_to_rounding(folder / "one", folder / name)
+        assert GPT2.from_pretrained(folder / name).config.vocab_size == 23
+    with pytest.raises(ValueError, match=r"must stay 8 rows a step as in step-00000006.pt; got 2"):
+        Job(folder / "ddp", resume=True, changes={"accumulate": 1}).do(folder)
+    with pytest.raises(ValueError, match=r"parallel 'fsdp' shares the weights among torchrun's processes; start the"):
+        Job(folder / "fsdp", resume=True, changes={"accumulate": 4}).do(folder)
