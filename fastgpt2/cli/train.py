@@ -366,7 +366,7 @@ def _follow(trainer: train.Trainer) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if trainer.is_stopped_early:
+    if trainer.is_stopped_early and trainer.step < trainer.config.steps:
         evaluations = counted(trainer.stale_evaluations, "evaluation")
         _say(f"stopped early at step {trainer.step}: no new lowest validation loss in {evaluations}", first)
     if not trainer.is_finished:

@@ -47,7 +47,7 @@ class TrainConfig:
     lr: float = _help(1e-3, "peak learning rate")
     min_lr: float | None = _help(None, "learning rate at the last step (default: a tenth of --lr)")
     warmup_steps: int = _help(100, "steps until the peak learning rate")
-    weight_decay: float = _help(0.1, "AdamW's weight decay, of matrices and embeddings only")
+    weight_decay: float = _help(0.1, "weight decay, of matrices and embeddings only")
     beta1: float = _help(0.9, "AdamW's first beta")
     beta2: float = _help(0.95, "AdamW's second beta")
     max_grad_norm: float = _help(1.0, "clip the gradient to this norm; 0 does not clip")

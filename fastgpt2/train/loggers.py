@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastgpt2.config import TrainConfig
+from fastgpt2.files import atomic_file
 from fastgpt2.train.reports import EvalReport, SampleReport, StepReport
 
 
@@ -70,7 +71,8 @@ class _Wandb:
 
         path = folder / "wandb-id"
         if not path.exists():
-            path.write_text(secrets.token_hex(8), encoding="ascii")
+            with atomic_file(path) as file:
+                file.write(secrets.token_hex(8).encode())
         run_id = path.read_text(encoding="ascii").strip()
         self._run: Any = wandb.init(id=run_id, resume="allow", name=folder.name, dir=str(folder), config=asdict(config))
 
