@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
 
 from fastgpt2 import GPT2, GPT2Config, calculate_loss
@@ -922,3 +923,15 @@ def test_plots_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'plots need matplotlib; install it with: pip install "fastgpt2\[plot\]"'):
         run_plot(run)
+
+
+def test_torchrun_passes_every_option_on() -> None:
+    """torchrun takes for its own, or refuses, what could be the beginning of an option of its own."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = {option for action in parser._actions for option in action.option_strings} - {"-h", "--log"}
+    assert "--log-to" in options
+    for option in options:
+        given = torch.distributed.run.get_args_parser().parse_args(["-m", "fastgpt2", "train", option])
+        assert given.training_script_args == ["train", option]
+    assert parser.parse_args(["--out", "x", "--log-to", "wandb"]).log == "wandb"

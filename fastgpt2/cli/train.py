@@ -106,8 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             (kind,) = {*get_args(hint), hint} & {int, float, str}
             choices = field.metadata.get("choices")
             options = {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
-        flag = f"--{field.name.replace('_', '-')}"
-        training.add_argument(flag, default=unset, help=field.metadata["help"] + shown, **options)
+        flags = [f"--{field.name.replace('_', '-')}"]
+        if field.name == "log":
+            flags.append("--log-to")  # torchrun takes --log for an option of its own
+        training.add_argument(*flags, default=unset, help=field.metadata["help"] + shown, **options)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -90,7 +90,9 @@ class TrainConfig:
     export: str = _choice(
         "export", "best", "which weights become the finished model: of the lowest validation loss, or the last"
     )
-    log: str | None = _choice("log", None, "where the lines of metrics.jsonl and the samples go too")
+    log: str | None = _choice(
+        "log", None, "where the lines of metrics.jsonl and the samples go too; under torchrun write --log-to"
+    )
 
     def __post_init__(self) -> None:
         at_least = {
