@@ -99,7 +99,11 @@ class GPT2Base(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def recompute(self, on: bool = True) -> None:
-        """Whether blocks keep only their input for the backward pass and compute their activations there again."""
+        """Say whether blocks keep only their input for the backward pass, and compute their activations there again.
+
+        Args:
+            on: False keeps the activations, as a new model does.
+        """
         for block in self.transformer.h:
             if isinstance(block, Block):
                 block.recompute = on

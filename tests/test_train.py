@@ -39,6 +39,7 @@ from fastgpt2.train import (
     parameter_groups,
     read_checkpoint,
 )
+from fastgpt2.train.run_folder import RunFolder
 
 VOCAB, CONTEXT = 23, 8
 TIMING = ("tokens_per_s", "mfu")
@@ -355,6 +356,45 @@ def test_a_resumed_run_that_lost_its_best_checkpoint_says_so(
     evaluated = [report.step for report in resumed.run() if isinstance(report, EvalReport)]
     assert read_checkpoint(best)["step"] == evaluated[0] > 15
     assert best.with_name("best.pt.damaged").exists() == (how == "damaged")
+
+
+def test_the_best_checkpoint_is_found_whether_it_is_a_file_or_a_folder(tmp_path: Path) -> None:
+    """Files and folders follow each other where a run goes on with its weights shared out, or no longer."""
+    folder, alone = RunFolder(tmp_path), Processes(0, 1, torch.device("cpu"))
+    folder.prepare(0, None)
+    checkpoints = tmp_path / "checkpoints"
+
+    def save(step: int, kind: str, best_loss: float, is_best: bool) -> None:
+        state: dict[str, Any] = {"step": step, "best_loss": best_loss}
+        if kind == "file":
+            folder.save_checkpoint(step, state, is_best=is_best, keep=1)
+        else:
+            tensors = {"model.x": torch.full((3,), float(step))}
+            folder.save_shards(step, state, tensors, alone, is_best=is_best, keep=1)
+
+    def names() -> list[str]:
+        return sorted(path.name for path in checkpoints.iterdir())
+
+    assert folder.best(math.inf) is None
+    save(1, "folder", 3.0, True)
+    save(2, "folder", 3.0, False)
+    save(3, "folder", 3.0, False)
+    assert names() == ["step-00000001", "step-00000003"]
+    assert folder.best(3.0) == checkpoints / "step-00000001"
+    assert folder.has_best(3.0)
+    assert folder.best(2.5) is None  # the best one was removed, and this is an earlier one
+    save(4, "file", 2.0, True)
+    assert names() == ["best.pt", "step-00000004.pt"]
+    assert folder.best(2.0) == checkpoints / "best.pt"
+    save(5, "folder", 1.0, True)
+    save(6, "file", 1.0, False)
+    assert names() == ["step-00000005", "step-00000006.pt"]
+    assert folder.best(1.0) == checkpoints / "step-00000005"
+    shard = next((checkpoints / "step-00000005").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert not folder.has_best(1.0)
+    assert names() == ["step-00000005.damaged", "step-00000006.pt"]
+    assert checkpoint_paths(tmp_path) == [checkpoints / "step-00000006.pt"]
 
 
 def test_the_last_weights_can_be_the_finished_model(data: TokenData, tmp_path: Path) -> None:
