@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [*sorted((ROOT / "fastgpt2").rglob("*.py")), *sorted((ROOT / "kernels/fastgpt2_kernels").rglob("*.py"))]
 LAZY = ("triton", "transformers", "tokenizers", "safetensors", "tqdm", "huggingface_hub", "pyarrow", "datasets")
-LAZY += ("matplotlib", "peft", "tensorboard", "wandb")
+LAZY += ("matplotlib", "peft", "tensorboard", "wandb", "lm_eval")
 # Parts of PyTorch that need another library, or seconds to load.
 LAZY_TORCH = ("torch.distributed.checkpoint", "torch.distributed.device_mesh", "torch.distributed.fsdp")
 LAZY_TORCH += ("torch.distributed.tensor", "torch.utils.tensorboard")
