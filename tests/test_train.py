@@ -390,6 +390,11 @@ def test_the_best_checkpoint_is_found_whether_it_is_a_file_or_a_folder(tmp_path:
     save(6, "file", 1.0, False)
     assert names() == ["step-00000005", "step-00000006.pt"]
     assert folder.best(1.0) == checkpoints / "step-00000005"
+    save(6, "folder", 1.0, False)
+    assert names() == ["step-00000005", "step-00000006"]
+    save(6, "folder", 1.0, False)
+    save(6, "file", 1.0, False)
+    assert names() == ["step-00000005", "step-00000006.pt"]
     shard = next((checkpoints / "step-00000005").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert not folder.has_best(1.0)
@@ -495,6 +500,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "weights of another kind": (lambda state: state.update(model=[]), "not a whole checkpoint"),
     "size missing": (lambda state: state["model_config"].update(hidden_size=None), "not a whole checkpoint"),
     "foreign setting": (lambda state: state["train_config"].update(colour="red"), "not a whole checkpoint"),
+    "step of another kind": (lambda state: state.update(step="1"), "not a whole checkpoint"),
     "loss of another kind": (lambda state: state.update(loss_sum="x"), "not a whole checkpoint"),
 }
 

@@ -149,6 +149,8 @@ class RunFolder:
             if processes.is_first:
                 shutil.rmtree(stage, ignore_errors=True)
             raise
+        if path.exists():  # of a run begun anew here
+            _remove_folder(path)
         os.replace(stage, path)
         sync(path.parent)
         self._settle(path, is_best, state["best_loss"], keep)
@@ -162,12 +164,13 @@ class RunFolder:
         if is_best:
             self.mark_best(path)
         best = self.best(best_loss)
-        for old in checkpoint_paths(self.path)[:-keep]:
-            if old.is_dir() and old != best:
-                # Gone by its name first: a folder half removed would be a damaged checkpoint.
-                os.replace(old, staging_path(old))
-                shutil.rmtree(staging_path(old))
-            elif not old.is_dir():
+        paths = checkpoint_paths(self.path)
+        twins = [other for other in paths if other.stem == path.stem and other != path]  # of a run begun anew here
+        latest = [other for other in paths if other not in twins][-keep:]
+        for old in paths:
+            if old.is_dir() and old not in (*latest, best):
+                _remove_folder(old)
+            elif not old.is_dir() and old not in latest:
                 old.unlink()
 
     def mark_best(self, checkpoint: Path) -> None:
@@ -198,6 +201,13 @@ class RunFolder:
                 return True
         os.replace(best, best.with_name(f"{best.name}.damaged"))
         return False
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a checkpoint; its name goes first, as a folder half removed would be a damaged checkpoint."""
+    removed = path.with_name(f"{staging_path(path).name}.removed")
+    os.replace(path, removed)
+    shutil.rmtree(removed)
 
 
 def _was_best(folder: Path, best_loss: float) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import operator
 import os
 import time
 import warnings
@@ -535,10 +536,10 @@ class Trainer:
             if len(optimizer.state) != sum(len(group["params"]) for group in optimizer.param_groups):
                 raise ValueError("the optimizer's state is not that of the model's parameters")
         self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        self.best_loss = state["best_loss"]
+        self.step = operator.index(state["step"])
+        self.best_loss = float(state["best_loss"])
         self.stale_evaluations = int(state.get("stale_evaluations", 0))  # runs begun by 0.1.0 have none
-        self.num_losses = state["num_losses"]
+        self.num_losses = operator.index(state["num_losses"])
         if self.processes.is_first:
             self.loss_sum.fill_(state["loss_sum"])
 
