@@ -486,6 +486,24 @@ def test_another_tokenizer_is_refused(data: TokenData, tmp_path: Path) -> None:
         Trainer.resume(tmp_path, data)
 
 
+def test_a_checkpoint_of_an_earlier_version_resumes(data: TokenData, tmp_path: Path) -> None:
+    """One from before there were other optimizers, ways to share weights, adapters and early stopping."""
+    list(Trainer(make_model(), data, make_config(), tmp_path / "whole").run())
+    trainer = Trainer(make_model(), data, make_config(), tmp_path / "parts")
+    for report in trainer.run():
+        if report.step == 6:
+            trainer.stop()
+    (*_, path) = checkpoint_paths(tmp_path / "parts")
+    state = read_checkpoint(path)
+    del state["stale_evaluations"]
+    for name in ("optimizer", "parallel", "recompute", "lora_rank", "lora_alpha", "early_stopping", "log"):
+        del state["train_config"][name]
+    torch.save(state, path)
+    list(Trainer.resume(tmp_path / "parts", data).run())
+    assert_same(weights(GPT2.from_pretrained(tmp_path / "parts")), weights(GPT2.from_pretrained(tmp_path / "whole")))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
 def no_optimizer_state(state: dict[str, Any]) -> None:
     state["optimizer"]["state"] = {}
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,7 +67,9 @@ class _LossModule(nn.Module):
 class Trainer:
     """Trains `model` on `data` as `config` says, writing to the folder `out`; `run` yields reports as it goes.
 
-    The weights are float32 and are changed in place; torch's generators are seeded anew at every step.
+    The weights are float32 and are changed in place; torch's generators are seeded anew at every step. With
+    `config.lora_rank` adapters are put on the model. With `config.parallel` "fsdp" its weights are shared out among
+    `processes`, and it is no longer of use outside of the trainer.
     """
 
     def __init__(
@@ -102,6 +105,11 @@ class Trainer:
                 f"Trainer: the model's weights must be float32 (config.dtype is autocast's); got {model.dtype}"
             )
         check_config(config)
+        if config.parallel == "fsdp" and self.processes.count != dist.get_world_size():
+            raise ValueError(
+                f"Trainer: parallel 'fsdp' shares the weights among all {dist.get_world_size()} processes; got "
+                f"processes with a count of {self.processes.count}: give Processes.start()"
+            )
         if config.lora_rank:
             add_adapters(model, config.lora_rank, config.lora_alpha, config.seed)
         self.is_sharded = config.parallel == "fsdp"
@@ -538,7 +546,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.step = operator.index(state["step"])
         self.best_loss = float(state["best_loss"])
-        self.stale_evaluations = int(state.get("stale_evaluations", 0))  # runs begun by 0.1.0 have none
+        self.stale_evaluations = int(state.get("stale_evaluations", 0))  # older checkpoints have none
         self.num_losses = operator.index(state["num_losses"])
         if self.processes.is_first:
             self.loss_sum.fill_(state["loss_sum"])
