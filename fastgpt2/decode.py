@@ -7,6 +7,7 @@ limits, a full context). The host learns of it when it reads that step's tokens;
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -213,7 +214,7 @@ class DecodeSession:
         ValueError for slots or prompts that do not fit.
         """
         counts = [len(ids) for ids in prompts]
-        token_ids = torch.tensor([token for ids in prompts for token in ids], device=self.slots.tokens.device)
+        token_ids = ops.to_device([token for ids in prompts for token in ids], self.slots.tokens.device)
         if isinstance(self._step, ops.NativeStep):
             self.cache.reserve(max(counts))
             self._find_cache()
@@ -226,8 +227,8 @@ class DecodeSession:
             raise RuntimeError("DecodeSession: its model is gone")
         plan = ops.plan_rows(slots, counts, [0] * len(counts), token_ids.device)
         hidden = model.extend(token_ids, plan, self.cache)
-        last = torch.tensor(counts, device=hidden.device).cumsum(0) - 1
-        return model.logits(hidden[last]).float()
+        last = [end - 1 for end in itertools.accumulate(counts)]
+        return model.logits(hidden[ops.to_device(last, hidden.device)]).float()
 
     def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
         """Put rows into their slots and choose their first tokens from logits (rows, V) float32.
@@ -249,7 +250,7 @@ class DecodeSession:
             )
         state, device = self.slots, self.slots.tokens.device
         columns = [[row.slot, len(row.prompt_ids), row.limit, *row.key] for row in rows]
-        slots, lengths, limits, *key = torch.tensor(columns, dtype=torch.int64).to(device).unbind(1)
+        slots, lengths, limits, *key = ops.to_device(columns, device, torch.int64).unbind(1)
         state.lengths[slots] = lengths.int()
         state.limits[slots] = limits.int()
         state.keys[slots] = torch.stack(key, 1)
@@ -258,7 +259,7 @@ class DecodeSession:
         if self.seen is not None:
             self.seen[slots] = False
             seen = [(row.slot, token) for row in rows for token in set(row.prompt_ids)]
-            self.seen[tuple(torch.tensor(seen).to(device).unbind(1))] = True
+            self.seen[tuple(ops.to_device(seen, device).unbind(1))] = True
         self._choose(logits, slots.int())
         state.produced[slots] = 1
         return self._results()
@@ -300,7 +301,8 @@ class DecodeSession:
         """
         if self.seen is not None:
             raise ValueError("DecodeSession: with a repetition penalty tokens cannot be replaced; make it without one")
-        self.slots.tokens[list(slots)] = tokens.to(self.slots.tokens)
+        at = ops.to_device(list(slots), self.slots.tokens.device, torch.int64)
+        self.slots.tokens[at] = tokens.to(self.slots.tokens)
 
     def _find_cache(self) -> None:
         cache = (self.cache.keys.data_ptr(), self.cache.capacity)
@@ -384,7 +386,7 @@ class DecodeSession:
                 self._rows[bucket] = [], torch.empty(bucket, dtype=torch.int32, device=self.slots.tokens.device)
         held, tensor = self._rows[bucket]
         if held != wanted:
-            tensor.copy_(torch.tensor(wanted, dtype=torch.int32))
+            tensor.copy_(ops.to_device(wanted, tensor.device, torch.int32))
             self._rows[bucket] = wanted, tensor
         return tensor
 
@@ -419,7 +421,7 @@ class DecodeSession:
         """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
         held = rows.clone()
         # Idle rows meanwhile: launches compile, and the self-test runs, without a row taking a step.
-        rows.copy_(torch.arange(self.num_slots, self.num_slots + bucket, dtype=torch.int32))
+        torch.arange(self.num_slots, self.num_slots + bucket, out=rows)
         try:
             if self.use_pdl is None:
                 self.use_pdl = self._pdl_is_better(rows)

@@ -34,6 +34,7 @@ from fastgpt2.train.optimization import DTYPES, learning_rate, parameter_groups,
 from fastgpt2.train.processes import Processes
 from fastgpt2.train.reports import CheckpointReport, EvalReport, Report, SampleReport, StepReport
 from fastgpt2.train.run_folder import RunFolder, checkpoint_paths, read_checkpoint
+from fastgpt2_kernels import ops
 
 # With `minutes`, the steps that are timed to set the number of steps (none of the first, which warm up).
 _CALIBRATION = range(5, 25)
@@ -236,9 +237,7 @@ class Trainer:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype != torch.float32)
 
     def _to_device(self, ids: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return ids.pin_memory().to(self.device, non_blocking=True)
-        return ids
+        return ops.to_device(ids, self.device)
 
     def _wrapped(self) -> nn.Module:
         module: nn.Module = _LossModule(self.model)
@@ -288,8 +287,10 @@ class Trainer:
         for i, (inputs, targets) in enumerate(batches):
             if i % self.processes.count == self.processes.rank:
                 with self._autocast():
-                    loss = calculate_loss(self.model, inputs.to(self.device), targets.to(self.device), reduction="sum")
-                total += torch.stack((loss.double(), torch.tensor(float(targets.numel()), device=self.device)))
+                    loss = calculate_loss(
+                        self.model, self._to_device(inputs), self._to_device(targets), reduction="sum"
+                    )
+                total += torch.stack((loss.double(), torch.full_like(loss, targets.numel(), dtype=torch.float64)))
         self.model.train()
         loss_sum, num_tokens = self.processes.sum(total).tolist()
         return (loss_sum / num_tokens if num_tokens else math.nan), int(num_tokens)
