@@ -23,7 +23,7 @@ def find_device(name: str) -> torch.device:
 
 
 def why_not_bfloat16(device: torch.device) -> str | None:
-    """Why `device` does not compute in bfloat16, in one sentence; None if it does. PyTorch emulates it there, slowly."""
+    """Why `device` has no bfloat16 (PyTorch emulates it, slowly), in one sentence; None if it has."""
     if device.type != "cuda" or torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(device)
