@@ -7,6 +7,7 @@ limits, a full context). The host learns of it when it reads that step's tokens;
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 import weakref
@@ -180,6 +181,7 @@ class DecodeSession:
         self._stop_ids = self._step.stop_ids
         self._proven: set[int] = set()  # the numbers of rows that the step's kernels have been launched for
         self._is_plain = False  # its kernels have failed, and the model is "auto"
+        self._plain_model: GPT2Base | None = None  # that then computes, where it is not the session's own
         self._plain_logits: Tensor | None = None  # of the last step that was made without them
         self._rows: dict[int, tuple[list[int], Tensor]] = {}
         self._cached: tuple[int, int] | None = None
@@ -330,11 +332,13 @@ class DecodeSession:
             raise error
         ops.note_failure("decode_step", model.device, error)
         self._is_plain, self.use_graphs = True, False
+        if (weights := self._kernels.weights).head.scale is not None:
+            self._plain_model = _dequantized(model, weights)
 
     @torch.no_grad()
     def _run_plain(self, rows: Tensor) -> None:
         """A step on the operators of the model's own backend: as the kernels, but it waits for the device."""
-        state, model, at = self.slots, self._model(), rows.long()
+        state, model, at = self.slots, self._plain_model or self._model(), rows.long()
         if model is None:
             raise RuntimeError("DecodeSession: its model is gone")
         went_on = (state.status[at] == ops.RUNNING).int()
@@ -588,6 +592,22 @@ def step_weights(model: GPT2Base, weight_dtype: torch.dtype | None = None) -> op
         num_heads=model.config.num_heads,
         activation=ops.TRITON_ACTIVATIONS.get(model.config.activation_function, "linear"),
     )
+
+
+@torch.no_grad()
+def _dequantized(model: GPT2Base, weights: ops.StepWeights) -> GPT2Base:
+    """A copy of the model whose linear layers hold what the 8-bit weights of its step say."""
+    twin = copy.deepcopy(model)
+    pairs: list[tuple[Linear, ops.LinearWeights]] = [(twin.lm_head, weights.head)]
+    for block, layer in zip(twin.transformer.h, weights.layers, strict=True):
+        if isinstance(block, Block):
+            pairs += [(block.attn.c_attn, layer.qkv), (block.attn.c_proj, layer.projection)]
+            pairs += [(block.mlp.c_fc, layer.up), (block.mlp.c_proj, layer.down)]
+    for linear, held in pairs:
+        if held.scale is not None:
+            exact = held.weight.float() * held.scale[:, None]
+            linear.weight = nn.Parameter(exact.to(model.dtype), requires_grad=False)  # the head is tied no longer
+    return twin
 
 
 def slot_sampling(
