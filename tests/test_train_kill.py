@@ -20,7 +20,6 @@ from fastgpt2.cli import train as command
 from fastgpt2.train import checkpoint_paths, read_checkpoint
 
 SERVER = multiprocessing.get_context("forkserver")
-KILLS = 24
 OPTIONS = "--vocab-size 260 --layers 1 --hidden-size 16 --heads 2 --context 8 --batch-size 2 --dtype fp32 --dropout 0.1"
 OPTIONS += " --steps 60 --log-interval 2 --checkpoint-interval 3 --eval-interval 5 --eval-tokens 64 --resume"
 
@@ -95,7 +94,8 @@ def assert_same_outcome(out: Path, expected: tuple[Any, dict[str, torch.Tensor],
     assert list(out.rglob(".*")) == [], "left over from a killed run"
 
 
-def test_killed_at_random_moments(text: Path, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("kill_count", [8, pytest.param(24, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(text: Path, tmp_path: Path, seed: int, kill_count: int) -> None:
     rng = random.Random(seed)
     finish(text, tmp_path / "warm")
     started = time.perf_counter()
@@ -103,11 +103,11 @@ def test_killed_at_random_moments(text: Path, tmp_path: Path, seed: int) -> None
     duration_s = time.perf_counter() - started
     expected = outcome(tmp_path / "whole")
     kills, runs = 0, 0
-    while kills < KILLS:
+    while kills < kill_count:
         out = tmp_path / f"killed-{runs}"
         while True:
             process = child(run, text, out)
-            process.join(rng.uniform(0.1, 0.9) * duration_s if kills < KILLS else None)
+            process.join(rng.uniform(0.1, 0.9) * duration_s if kills < kill_count else None)
             if process.exitcode is None:
                 process.kill()
                 process.join()

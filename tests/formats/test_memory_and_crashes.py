@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -18,26 +20,17 @@ from tests.formats.helpers import assert_same, write_folder
 from tests.helpers import TINY, random_model
 
 
-def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "kernels")))}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-
-
-LOAD_AND_MEASURE = """
-import ctypes, sys, torch
-from fastgpt2.checkpoint import load_pretrained
-from fastgpt2.cli import main
-import safetensors.torch, fastgpt2.tokenizer
-def status(field):
+def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
-load_pretrained(sys.argv[2])  # a tiny model: what loading itself brings in
-before = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
-model = load_pretrained(sys.argv[1])
-print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
-"""
+
+
+def load_and_measure(big: Path, tiny: Path, results: Connection) -> None:
+    """In a process of its own: the peak of resident memory that loading `big` adds, and the size of its weights."""
+    load_pretrained(tiny)  # what loading itself brings in
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    model = load_pretrained(big)
+    results.send((status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters())))
 
 
 @pytest.fixture(scope="module")
@@ -50,44 +43,44 @@ def large_model() -> GPT2:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
 @pytest.mark.parametrize("form", ["safetensors", "bin", "nanogpt"])
-def test_loading_holds_one_copy(tmp_path: Path, seed: int, large_model: GPT2, form: str) -> None:
+def test_loading_holds_one_copy(
+    tmp_path: Path, seed: int, large_model: GPT2, form: str, forkserver: BaseContext
+) -> None:
     save_pretrained(random_model(seed), tmp_path / "tiny")
     if form == "nanogpt":
         save_nanogpt(large_model, tmp_path / "big")
     else:
         write_folder(tmp_path / "big", hf_state_dict(large_model), large_model.config, form=form)
-    process = run_python(LOAD_AND_MEASURE, tmp_path / "big", tmp_path / "tiny")
-    peak, size = map(int, process.communicate(timeout=60)[0].split())
-    assert process.returncode == 0
+    ours, theirs = forkserver.Pipe()
+    process = forkserver.Process(target=load_and_measure, args=(tmp_path / "big", tmp_path / "tiny", theirs))
+    process.start()
+    theirs.close()
+    peak, size = ours.recv()
+    process.join()
     assert size > 190e6
     assert size <= peak <= 1.35 * size, f"peak {peak / size:.2f} x the weights"
 
 
-SAVE_FOREVER = """
-import sys
-from fastgpt2.checkpoint import save_pretrained
-from fastgpt2.cli import main
-from tests.helpers import random_model
-models = [random_model(seed, vocab_size=3000, hidden_size=128) for seed in (1, 2)]
-print("ready", flush=True)
-while True:
-    for model in models:
-        save_pretrained(model, sys.argv[1])
-"""
+def save_in_turns(models: list[GPT2], folder: Path, ready: Event) -> None:
+    ready.set()
+    while True:
+        for model in models:
+            save_pretrained(model, folder)
 
 
-def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, seed: int) -> None:
+def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, seed: int, forkserver: BaseContext) -> None:
     """One process saves two models in turns and is killed at random moments: what is there is one or the other."""
     models = [random_model(s, vocab_size=3000, hidden_size=128) for s in (1, 2)]
     save_pretrained(models[0], tmp_path)
     delays = torch.rand(4, generator=torch.Generator().manual_seed(seed)) * 0.2
     for delay in delays.tolist():
-        process = run_python(SAVE_FOREVER, tmp_path)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        ready = forkserver.Event()
+        process = forkserver.Process(target=save_in_turns, args=(models, tmp_path, ready))
+        process.start()
+        ready.wait()
         time.sleep(delay)
         process.kill()
-        process.communicate()
+        process.join()
         loaded = load_pretrained(tmp_path)
         equal = [i for i, m in enumerate(models) if all(map(torch.equal, loaded.parameters(), m.parameters()))]
         assert len(equal) == 1
