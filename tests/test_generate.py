@@ -192,7 +192,7 @@ def test_only_the_tokens_that_are_needed_are_computed(pack_weights, seed, monkey
         monkeypatch.setattr(owner, name, counted)
 
     count(GPT2, "extend", lambda _, ids, *rest: len(ids))
-    count(DecodeSession, "prefill", lambda _, slots, prompts: sum(map(len, prompts)))
+    count(DecodeSession, "prefill", lambda _, slots, prompts, pasts: sum(map(len, prompts)))
     count(DecodeSession, "step", lambda results, slots: len(slots) * results.num_steps)
     prompts = random_prompts(rng, 9)
     samples = model.generate(
