@@ -3,6 +3,10 @@
 python -m benchmarks.step_profile [--rows 1 8 32] [--weights float32 bfloat16 int8]. GPT-2 124M with random
 weights, greedy, 128 new tokens after 64 by `generate`. Milliseconds a step of each phase, in the thread that began it;
 "waiting" is for the other threads at the barriers, "host" is Python between the calls.
+
+Beside it stands the least time that this machine allows a phase: its bytes (weights, cached keys and values) at the
+bandwidth of reading memory, or its products at the rate of a linear layer whose weights stay in the cache, whichever
+takes longer. Both rates are measured on the spot. With --prefill N it is the first token of a prompt of N instead.
 """
 
 from __future__ import annotations
@@ -10,16 +14,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from fastgpt2 import GPT2
+from fastgpt2 import GPT2, GPT2Config
+from fastgpt2.accounting import measured_bandwidth
 from fastgpt2_kernels import ops
-from fastgpt2_kernels.native.decode import PHASES
+from fastgpt2_kernels.native.decode import PHASES, linear, pack_linear
+from fastgpt2_kernels.types import LinearWeights
 
 WEIGHTS = ("float32", "bfloat16", "int8")
+PROMPT, NEW = 64, 128  # tokens, as in the benchmark of generation
 
 
 @contextmanager
@@ -43,7 +51,7 @@ def _timed_steps() -> Iterator[tuple[torch.Tensor, list[tuple[float, float, int]
 
 
 def profile(
-    model: GPT2, num_rows: int, weights: str, prompt: int = 64, new: int = 128, turns: int = 3
+    model: GPT2, num_rows: int, weights: str, prompt: int = PROMPT, new: int = NEW, turns: int = 3
 ) -> dict[str, float]:
     """Milliseconds a step by phase, and of the host, in the fastest of some turns."""
     prompts = torch.randint(model.config.vocab_size, (num_rows, prompt))
@@ -63,23 +71,114 @@ def profile(
     return best
 
 
+def profile_prefill(model: GPT2, prompt: int, weights: str, turns: int = 6) -> dict[str, float]:
+    """Milliseconds of the first token of one prompt by phase, and of the host, in the fastest of some turns."""
+    best: dict[str, float] = {}
+    times, prefill = torch.zeros(len(PHASES), dtype=torch.float64), ops.NativeStep.prefill
+
+    def timed(step: ops.NativeStep, *args: Any, **options: Any) -> Any:
+        step.times = times
+        try:
+            return prefill(step, *args, **options)
+        finally:
+            step.times = None
+
+    prompts = torch.randint(model.config.vocab_size, (1, prompt))
+    ops.NativeStep.prefill = timed  # type: ignore[method-assign]
+    try:
+        for turn in range(turns + 1):  # the first one packs the weights
+            times.zero_()
+            begin = time.perf_counter()
+            model.generate(prompts, max_new_tokens=1, temperature=0, weight_dtype="int8" if weights == "int8" else None)
+            host = time.perf_counter() - begin - float(times.sum())
+            by_phase = {**dict(zip(PHASES, times.tolist(), strict=True)), "host": host}
+            found = {name: 1e3 * seconds for name, seconds in by_phase.items()}
+            if turn > 0 and (not best or sum(found.values()) < sum(best.values())):
+                best = found
+    finally:
+        ops.NativeStep.prefill = prefill  # type: ignore[method-assign]
+    return best
+
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def product_rate(weights: str, repeats: int = 30) -> float:
+    """FLOP a second of 64 rows through a linear layer whose weights stay in the second-level cache."""
+    n, k, rows = 192, 768, 64
+    weight = torch.randn(n, k).mul_(40)
+    if weights == "int8":
+        layer = pack_linear(LinearWeights(weight.to(torch.int8), None, torch.ones(n)))
+    else:
+        layer = pack_linear(LinearWeights(weight.to(getattr(torch, weights))))
+    x, best = torch.randn(rows, k), float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        linear(x, layer)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n * k * rows / best
+
+
+def limits(
+    config: GPT2Config, num_rows: int, keys: float, weights: str, bandwidth: float, rates: Mapping[str, float],
+    prompt: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """The least milliseconds of each phase that reads memory or multiplies much.
+
+    Args:
+        config: Of the model.
+        num_rows: Rows of a step, or of a prefill.
+        keys: What each new token attends to, on average.
+        weights: "float32", "bfloat16" or "int8".
+        bandwidth: Bytes a second that memory is read at.
+        rates: FLOP a second by the weights' dtype, see `product_rate`. Attention multiplies float32 numbers always.
+        prompt: New tokens of each row in a prefill; 0 for a step, which has one.
+    """
+    C, L, V, inner = config.hidden_size, config.num_layers, config.vocab_size, config.inner_dim
+    tokens = num_rows * max(prompt, 1)
+    numbers = {"qkv": 3 * C * C * L, "other linear layers": (C * C + 2 * C * inner) * L, "head": C * V}
+    least = {}
+    for name, count in numbers.items():
+        flops = 2 * count * (num_rows if name == "head" else tokens)
+        least[name] = 1e3 * max(count * WEIGHT_BYTES[weights] / bandwidth, flops / rates[weights])
+    cache_bytes = 4 if weights == "float32" else 2
+    least["attention"] = 1e3 * max(
+        num_rows * (prompt or keys) * 2 * C * L * cache_bytes / bandwidth, 4 * tokens * keys * C * L / rates["float32"]
+    )
+    return least
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_profile", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS)
+    parser.add_argument("--prefill", type=int, default=0, metavar="N", help="the first token of one prompt of N tokens")
     args = parser.parse_args(arguments)
     if (reason := ops.why_not_native("decode_step", torch.device("cpu"))) is not None:
         parser.error(f"there is no native step to profile: {reason}")
     torch.manual_seed(0)
     model = GPT2.from_config("gpt2").eval()
+    bandwidth = measured_bandwidth("cpu", repeats=10)
+    print(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
+    rates = {weights: product_rate(weights) for weights in WEIGHTS}
     for weights in args.weights:
+        print(f"{weights}: linear layers in the cache at {rates[weights] / 1e9:.0f} GFLOP/s")
         model = model.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
-        for num_rows in args.rows:
-            found = profile(model, num_rows, weights)
+        for num_rows in [1] if args.prefill else args.rows:
+            if args.prefill:
+                found = profile_prefill(model, args.prefill, weights)
+                keys = (args.prefill + 1) / 2
+            else:
+                found = profile(model, num_rows, weights)
+                keys = PROMPT + NEW / 2
+            least = limits(model.config, num_rows, keys, weights, bandwidth, rates, args.prefill)
             total = sum(found.values())
-            print(f"{weights}, {num_rows} rows: {total:.2f} ms a step, {1e3 * num_rows / total:.0f} tokens a second")
+            what = f"the first token of {args.prefill}" if args.prefill else f"a step of {num_rows} rows"
+            bound = sum(least.values())
+            print(f"{weights}: {what} takes {total:.2f} ms; the machine allows {bound:.2f} ({bound / total:.0%})")
             for name, ms in found.items():
-                print(f"  {name:20} {ms:8.3f} {ms / total:6.1%}")
+                allowed = f"{least[name]:8.3f}" if name in least else ""
+                print(f"  {name:20} {ms:8.3f} {ms / total:6.1%} {allowed}")
 
 
 if __name__ == "__main__":

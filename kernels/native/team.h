@@ -24,7 +24,8 @@ template <class Work> static void in_parallel(int64_t threads, Work work) {
 }
 
 // Ends a phase: all threads wait for each other. OpenMP's own barrier puts a thread to sleep for good. Here it spins for
-// some 20 microseconds and then lets others run, for the thread that it waits for may want this processor.
+// some 20 microseconds and then lets others run, for the thread that it waits for may want this processor. Sleeping until
+// it is woken (futex) took 1.4 times as long beside another busy process, and spinning on without yielding as long as this.
 static void barrier(Team us) {
   enum { SPINS = 1000 };
   const int32_t phase = __atomic_load_n(&us.meeting->phase, __ATOMIC_RELAXED);

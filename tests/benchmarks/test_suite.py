@@ -24,7 +24,7 @@ from benchmarks.harness import (
     resident_peak,
     run_case,
 )
-from fastgpt2 import GPT2
+from fastgpt2 import GPT2, GPT2Config
 from fastgpt2_kernels import ops
 from fastgpt2_kernels.native.decode import PHASES
 
@@ -463,3 +463,17 @@ def test_the_profile_of_a_step():
     assert [*found] == [*PHASES, "host"]
     assert all(found[name] > 0 for name in ("embedding", "qkv", "attention", "other linear layers", "head", "sampling"))
     assert min(found.values()) >= 0
+    first = step_profile.profile_prefill(GPT2(TOY).eval(), 20, "float32", turns=1)
+    assert [*first] == [*found]
+    assert all(first[name] > 0 for name in ("embedding", "qkv", "attention", "other linear layers", "head", "host"))
+    assert min(first.values()) >= 0
+
+
+def test_the_limits_of_a_step():
+    """GPT-2 124M: one row is bound by 124M numbers read, a long prompt by its products."""
+    config, rates = GPT2Config.preset("gpt2"), {"float32": 1e11, "bfloat16": 2e11}
+    one = step_profile.limits(config, 1, 1, "float32", 4e10, rates)
+    assert sum(one.values()) == pytest.approx(1e3 * 123.6e6 * 4 / 4e10, rel=0.01)
+    first = step_profile.limits(config, 1, 256.5, "bfloat16", 4e10, rates, prompt=512)
+    assert first["other linear layers"] == pytest.approx(1e3 * 2 * 63.7e6 * 512 / 2e11, rel=0.01)
+    assert first["attention"] == pytest.approx(1e3 * 4 * 512 * 256.5 * 768 * 12 / 1e11)

@@ -267,7 +267,7 @@ def check_launchers(kernel, case, device):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 32)])
+@pytest.mark.parametrize("blocks", [(16, 16), *(pytest.param(b, marks=pytest.mark.slow) for b in [(32, 16), (16, 32)])])
 def test_launchers_write_their_rows_and_nothing_else(triton_device, tiles, seed, name, blocks):
     from fastgpt2_kernels.triton import attention
 
@@ -415,8 +415,11 @@ def test_opcheck(triton_device):
     torch.library.opcheck(torch.ops.fastgpt2.attention.default, (q, k, v, *masks, 0.3))
     out, *stats = torch.ops.fastgpt2.attention(q, k, v, *masks, 0.3)
     saved = [x.detach() for x in (torch.randn_like(out), q, k, v, out, *stats)]
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.fastgpt2.attention_backward.default, (*saved, *masks, 0.3, *needs))
+    backward = torch.ops.fastgpt2.attention_backward.default
+    torch.library.opcheck(backward, (*saved, *masks, 0.3, True, True))
+    for needs in ((True, False), (False, True)):
+        metadata = ("test_schema", "test_faketensor")
+        torch.library.opcheck(backward, (*saved, *masks, 0.3, *needs), test_utils=metadata)
     qkv = torch.randn(2, 6, 3 * 32, device=triton_device, requires_grad=True)
     lengths = torch.tensor([4, 6], dtype=torch.int32, device=triton_device)
     masks = (lengths, None, None, None, 0.0)
