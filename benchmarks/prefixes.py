@@ -15,6 +15,7 @@ import torch
 from benchmarks.harness import Call, Case, Contender, Settings
 from benchmarks.models import shared
 from fastgpt2 import GPT2Config
+from fastgpt2.accounting import forward_flops_per_token
 
 TOY = GPT2Config(vocab_size=67, context_length=48, hidden_size=32, num_layers=2, num_heads=2, initializer_range=0.2)
 ONE, COMMON, APART = "samples of one prompt", "ours, a common prefix", "prompts with nothing in common"
@@ -42,6 +43,9 @@ def cases(settings: Settings) -> Iterator[Case]:
             ],
             inputs=functools.partial(_inputs, config, R, common, own),
             disagrees=functools.partial(_disagrees, settings, new),
+            # Of what a prefix tree holds; the head is for a prompt's last token.
+            flops=forward_flops_per_token(config, common + own + new) * (common + R * (own + new - 1))
+            - 2.0 * config.vocab_size * config.hidden_size * (common + R * (own - 1)),
             tokens=R * new,
             end_to_end=True,
             measures_memory=False,
