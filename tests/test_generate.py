@@ -405,3 +405,23 @@ def test_integers_of_numpy_and_torch_are_token_ids(seed):
     samples = generate(model, same, max_new_tokens=1)
     assert [sample.prompt_ids for sample in samples] == [tuple(ids)] * len(same)
     assert all(type(token) is int for sample in samples for token in sample.prompt_ids)
+
+
+def test_prompts_that_are_too_long_are_truncated_on_the_left(seed):
+    """To what leaves room for all new tokens, but to no less than half the context."""
+    rng = random.Random(seed)
+    model = tiny_model(seed)
+    context = SIZES["context_length"]
+    for new in (1, rng.randint(2, 40), context // 2 + 1, 10 * context):
+        kept = max(context + 1 - new, context // 2)
+        lengths = [kept, kept + 1, context, context + 1, 3 * context]
+        prompts = [[rng.randrange(V) for _ in range(length)] for length in lengths]
+        options = {"max_new_tokens": new, "stop_token_ids": [], "seed": seed}
+        got = model.generate(prompts, truncate="left", **options)
+        assert [s.prompt_ids for s in got] == [tuple(prompt[-kept:]) for prompt in prompts]
+        assert {len(s.token_ids) for s in got} == {min(new, context + 1 - kept)}
+        assert_same(model, got, model.generate([prompt[-kept:] for prompt in prompts], **options))
+    with pytest.raises(ValueError, match="prompt 1 has 97 tokens; the context holds 96; shorten the prompt, or"):
+        model.generate([[1], [1] * (context + 1)], truncate="error")
+    with pytest.raises(ValueError, match="truncate must be 'error' or 'left'; got 'right'"):
+        model.generate([[1]], truncate="right")

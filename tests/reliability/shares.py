@@ -1,8 +1,8 @@
 """Many processes generate one output, are killed at random moments, and others go on: nothing is lost, nothing double.
 
-`python -m tests.reliability.shares --prompts 10000 --kills 20` generates with 1, 2 and 4 processes, which must give equal
-bytes. Then it kills random ranks of runs that are resumed by another number of processes each time: no whole record may
-disappear, and the output must be those bytes again.
+`python -m tests.reliability.shares --prompts 10000 --kills 20` generates with 1, 2 and 4 processes, which must give
+equal bytes. Then it kills random ranks of runs that are resumed by another number of processes each
+time: no whole record may disappear, and the output must be those bytes again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from pathlib import Path
 from tests.helpers import without_rounding
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "def class return import for if while with self name path data value add read write open list".split()
+WORDS = ["def", "class", "return", "import", "for", "if", "while", "with", "self", "name", "path", "data", "value"]
 
 
 def write_prompts(path: Path, count: int, rng: random.Random) -> None:
     """Prompts of many lengths, some of which begin alike."""
     stems = [" ".join(rng.choices(WORDS, k=rng.randint(1, 20))) for _ in range(1 + count // 8)]
-    rows = ({"prompt": f"{rng.choice(stems)} {' '.join(rng.choices(WORDS, k=rng.randint(0, 4)))}"} for _ in range(count))
+    rows = (
+        {"prompt": f"{rng.choice(stems)} {' '.join(rng.choices(WORDS, k=rng.randint(0, 4)))}"} for _ in range(count)
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
