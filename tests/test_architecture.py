@@ -14,7 +14,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [*sorted((ROOT / "fastgpt2").rglob("*.py")), *sorted((ROOT / "kernels/fastgpt2_kernels").rglob("*.py"))]
-LAZY = ("triton", "transformers", "tokenizers", "safetensors", "tqdm", "huggingface_hub", "pyarrow", "datasets")
+LAZY = (
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "tqdm",
+    "huggingface_hub",
+    "pyarrow",
+    "datasets",
+    "lm_eval",
+)
 
 
 def module_name(path: Path) -> str:

@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # -- the model ----------------------------------------------------------------------------------------------------
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_model_arguments(parser: argparse.ArgumentParser, *, has_backend: bool = True) -> argparse._ArgumentGroup:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
@@ -36,9 +36,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     )
     model.add_argument("--dtype", choices=DTYPES, help="precision (default: the checkpoint's)")
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    model.add_argument(
-        "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="kernels to use"
-    )
+    if has_backend:
+        model.add_argument(
+            "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="kernels to use"
+        )
     return model
 
 
@@ -47,7 +48,7 @@ def load(args: argparse.Namespace) -> GPT2:
     device = find_device(args.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # a process a GPU
         device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    return load_pretrained(args.model, dtype=dtype, device=device, backend=args.backend)
+    return load_pretrained(args.model, dtype=dtype, device=device, backend=getattr(args, "backend", "auto"))
 
 
 def weights_digest(model: GPT2) -> str:
