@@ -93,9 +93,9 @@ class KVCache:
         new[:, :, :, : old.shape[3]] = old
         return new
 
-    def fork(self, source: int, targets: list[int]) -> None:
-        """Copy slot `source` into the slots `targets`: several samples of one prompt."""
-        length = self.lengths[source]
+    def fork(self, source: int, targets: list[int], length: int | None = None) -> None:
+        """Copy the first `length` tokens (by default all) of slot `source` into the slots `targets`."""
+        length = self.lengths[source] if length is None else length
         for target in targets:
             self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
             self.values[:, target, :, :length] = self.values[:, source, :, :length]
