@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastgpt2.config import TrainConfig
+from fastgpt2.devices import why_not_bfloat16
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -58,9 +59,15 @@ def check_optimizer(name: str) -> None:
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """What "auto" means on a device: the half precision it multiplies fast, fp32 where it has none."""
+    """What "auto" means on a device: the half precision it multiplies fast, fp32 where it has none.
+
+    ValueError for bf16 on a GPU that has no bfloat16.
+    """
+    reason = why_not_bfloat16(device)
+    if name == "bf16" and reason is not None:
+        raise ValueError(f"training: dtype 'bf16' cannot be used: {reason}; use 'fp16' or 'fp32'")
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if reason is None else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"

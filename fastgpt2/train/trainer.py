@@ -40,6 +40,7 @@ from fastgpt2.train.optimization import DTYPES, check_optimizer, learning_rate, 
 from fastgpt2.train.processes import Processes, check_parallel
 from fastgpt2.train.reports import CheckpointReport, EvalReport, Report, SampleReport, StepReport
 from fastgpt2.train.run_folder import RunFolder, checkpoint_paths, read_checkpoint, read_progress
+from fastgpt2_kernels import ops
 
 # With `minutes`, the steps that are timed to set the number of steps (none of the first, which warm up).
 _CALIBRATION = range(5, 25)
@@ -287,9 +288,7 @@ class Trainer:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype != torch.float32)
 
     def _to_device(self, ids: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return ids.pin_memory().to(self.device, non_blocking=True)
-        return ids
+        return ops.to_device(ids, self.device)
 
     def _wrapped(self) -> nn.Module:
         module: nn.Module = _LossModule(self.model)
@@ -343,9 +342,9 @@ class Trainer:
             # Processes that share out the weights compute together, with or without a batch of their own.
             inputs, targets = turn[self.processes.rank if is_mine else 0]
             with self._autocast():
-                loss = calculate_loss(self.model, inputs.to(self.device), targets.to(self.device), reduction="sum")
+                loss = calculate_loss(self.model, self._to_device(inputs), self._to_device(targets), reduction="sum")
             if is_mine:
-                total += torch.stack((loss.double(), torch.tensor(float(targets.numel()), device=self.device)))
+                total += torch.stack((loss.double(), torch.full_like(loss, targets.numel(), dtype=torch.float64)))
         if self.is_sharded:
             sharding.release(self.model)
         self.model.train()

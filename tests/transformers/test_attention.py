@@ -80,7 +80,9 @@ def test_packed_sequences_stay_apart(seed: int, name: str, monkeypatch: pytest.M
     exact, ours = make(seed, "sdpa"), make(seed, "fastgpt2")
     calls: list[str] = []
     theirs = attention.sdpa_attention_forward
-    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args: calls.append("sdpa") or theirs(*args))
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *args, **options: calls.append("sdpa") or theirs(*args, **options)
+    )
     ids = random_ids(seed, 2, 12)
     positions = {
         "restarting": [[*range(5), *range(1), *range(6)], [*range(7), *range(5)]],
