@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,9 +57,65 @@ def forward_flops_per_token(config: GPT2Config, num_tokens: int) -> float:
     return 2.0 * matmul_parameters(config) + 4.0 * config.num_layers * config.hidden_size * num_tokens
 
 
-def training_flops_per_token(config: GPT2Config, num_tokens: int) -> float:
-    """FLOPs of one token's forward and backward pass: 3 x the forward's, 6 N + 12 L C T."""
-    return 3.0 * forward_flops_per_token(config, num_tokens)
+def training_flops_per_token(config: GPT2Config, num_tokens: int, *, frozen: bool = False) -> float:
+    """FLOPs of one token's forward and backward pass: 3 x the forward's, 6 N + 12 L C T.
+
+    frozen: the weights have no gradients, as beside adapters: 2 N less. The adapters' own are not counted.
+    """
+    gradients = 2.0 * matmul_parameters(config) if frozen else 0.0
+    return 3.0 * forward_flops_per_token(config, num_tokens) - gradients
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Bytes of one process of a training run, activations left out.
+
+    Args:
+        weights: float32 parameters, its own share.
+        gradients: their gradients.
+        optimizer: AdamW's two averages.
+        passing: what it holds for a while: DDP's buckets of gradients; of FSDP the weights and gradients of the
+            embeddings, which stay gathered, the weights of two blocks and the gradients of one.
+        sent: what it sends in a step, and receives, by rings.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    passing: float
+    sent: float
+
+    @property
+    def held(self) -> float:
+        """What it holds from step to step, and in a step's gradients."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def training_bytes(
+    config: GPT2Config, processes: int = 1, *, parallel: str = "ddp", accumulate: int = 1
+) -> TrainingBytes:
+    """Memory and messages of each of several processes that train a model with AdamW.
+
+    Args:
+        parallel: as in `TrainConfig`. "fsdp" gathers a block's weights in the forward and again in the backward pass,
+            and sums gradients up in every micro-batch.
+        accumulate: micro-batches of a step.
+
+    Returns:
+        The bytes. A share of a weight whose rows are no multiple of `processes` may be a row more.
+    """
+    C, inner, L = config.hidden_size, config.inner_dim, config.num_layers
+    learned = {"prelu": 1, "xielu": 2}.get(config.activation_function, 0)
+    block = 4 * (4 * C * C + 2 * C * inner + 9 * C + inner + learned)
+    heads = 1 if config.tie_word_embeddings else 2
+    rest = 4 * (heads * config.vocab_size * C + config.context_length * C + 2 * C)
+    model = float(L * block + rest)
+    ring = (processes - 1) / processes
+    if parallel == "ddp":
+        return TrainingBytes(model, model, 2 * model, model if processes > 1 else 0.0, 2 * ring * model)
+    share = model / processes
+    passing = 2.0 * rest + 3.0 * block
+    return TrainingBytes(share, share, 2 * share, passing, accumulate * ring * (2 * L * block + rest + model))
 
 
 def weight_bytes(config: GPT2Config, dtype: torch.dtype) -> int:

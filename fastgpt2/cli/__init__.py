@@ -1,4 +1,4 @@
-"""The command line: `fastgpt2 generate | score | select | train | check | warmup | info | convert`. It alone prints."""
+"""The command line: `fastgpt2 generate | score | select | train | plot | check ...`. It alone prints."""
 
 from fastgpt2.cli.main import main
 

@@ -28,7 +28,7 @@ from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from fastgpt2.transformers.attention import NAME, Padding, attention_forward, causal_mask_4d, padding_ignored
+from fastgpt2.transformers.attention import NAME, Ragged, attention_forward, causal_mask_4d, padding_ignored
 from fastgpt2.transformers.generation import FastGenerationMixin
 from fastgpt2_kernels import ops
 
@@ -99,7 +99,7 @@ class GPT2Attention(hf.GPT2Attention):
         dropout_p = self.attn_dropout.p if self.training else 0.0
         keys_values = None if cache is None else self._append(qkv, cache)
         is_whole = keys_values is None or keys_values[0].shape[2] == qkv.shape[1]  # nothing was in the cache before
-        if is_whole and (attention_mask is None or isinstance(attention_mask, Padding)):
+        if is_whole and (attention_mask is None or isinstance(attention_mask, Ragged)):
             options = {"scale": self.scaling, "dropout_p": dropout_p, "upcast": self.reorder_and_upcast_attn}
             if attention_mask is None:
                 attended = ops.causal_attention_packed(qkv, self.num_heads, **options)
@@ -207,22 +207,37 @@ _NAMES = {
 }
 
 
-def _signature_with_skip_logits() -> inspect.Signature:
-    signature = inspect.signature(hf.GPT2LMHeadModel.forward)
+def _signature_with_skip_logits(theirs: type) -> inspect.Signature:
+    signature = inspect.signature(theirs.forward)  # type: ignore[attr-defined]
     *parameters, rest = signature.parameters.values()
     more = inspect.Parameter("skip_logits", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
     return signature.replace(parameters=[*parameters, more, rest])
 
 
-class GPT2LMHeadModel(_Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
+class _SkipsLogits:
+    """What the models share that have a language modelling loss.
+
+    With `labels` the loss is computed without the logits. `skip_logits`, an argument of `forward` or an attribute of
+    the model, says whether `logits` are computed too. None, the default, computes them but in training mode. A tuple
+    (`return_dict=False`) always holds them.
+    """
+
+    skip_logits: bool | None = None
+
+    def _skips(self, asked: bool | None, has_labels: bool, returns_dict: bool) -> bool:
+        if asked and not has_labels:
+            raise ValueError(f"{type(self).__name__}: skip_logits=True needs labels; without them there is no loss")
+        skip = self.skip_logits if asked is None else asked
+        return has_labels and returns_dict and (self.training if skip is None else skip)  # type: ignore[attr-defined]
+
+
+class GPT2LMHeadModel(_SkipsLogits, _Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
     """transformers' GPT2LMHeadModel on fastgpt2's operators.
 
     With `labels` the loss is computed without the logits. Whether `logits` are computed too, and are in the output,
     is said by `skip_logits`, an argument of `forward` or an attribute of the model; None, the default, means: not in
     training mode. A tuple (`return_dict=False`) always holds them.
     """
-
-    skip_logits: bool | None = None
 
     def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
         """As transformers' `GPT2LMHeadModel.forward`, and one argument more.
@@ -236,8 +251,7 @@ class GPT2LMHeadModel(_Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
         returns_dict = given.pop("return_dict", None)
         returns_dict = self.config.return_dict if returns_dict is None else returns_dict
         labels = given.get("labels")
-        if labels is None and skip_logits:
-            raise ValueError("GPT2LMHeadModel: skip_logits=True needs labels; without them there is no loss")
+        skip = self._skips(skip_logits, labels is not None, returns_dict)
         keep = given.get("logits_to_keep", 0)
         keeps_all = isinstance(keep, int) and keep == 0
         if labels is None or not (keeps_all and _has_plain_loss(self) and _is_plain(self.lm_head, nn.Linear)):
@@ -245,8 +259,6 @@ class GPT2LMHeadModel(_Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
             if skip_logits and returns_dict:
                 outputs.logits = None
             return outputs
-        skip = self.skip_logits if skip_logits is None else skip_logits
-        skip = (self.training if skip is None else skip) and returns_dict
         given = {name: value for name, value in given.items() if name not in ("labels", "logits_to_keep")}
         if skip and given.get("use_cache") is None and self.training:
             given["use_cache"] = False  # nobody continues from a training step
@@ -274,7 +286,7 @@ class GPT2LMHeadModel(_Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
         return result if returns_dict else result.to_tuple()
 
     # What editors, `help` and Trainer, which passes on the columns that forward names, see.
-    forward.__signature__ = _signature_with_skip_logits()  # type: ignore[attr-defined]
+    forward.__signature__ = _signature_with_skip_logits(hf.GPT2LMHeadModel)  # type: ignore[attr-defined]
 
 
 def _has_plain_loss(model: Any) -> bool:
@@ -314,32 +326,66 @@ def _mask_for_targets(mask: Tensor | None, targets: Tensor, ignore_index: int) -
     return causal_mask_4d(mask) if counts_padding else mask
 
 
-def _with_defined_padding(theirs: type) -> Any:
-    """The forward pass of a model whose result depends on hidden states at padding: its mask becomes a 4-D one."""
+def _defined_padding(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass that depends on hidden states at padding: its mask becomes a 4-D one."""
+    mask = given.get("attention_mask")
+    has_past = any(given.get(name) is not None for name in ("cache", "past_key_values"))
+    # What is traced gets a 4-D mask anyhow.
+    if mask is None or mask.dim() >= 4 or has_past or torch.compiler.is_compiling() or mask.all():
+        return given
+    return {**given, "attention_mask": causal_mask_4d(mask.flatten(0, -2))}
 
+
+def _with_defined_padding(theirs: type) -> Any:
     @functools.wraps(theirs.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(_NAMES[theirs], args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
-        has_past = any(given.get(name) is not None for name in ("cache", "past_key_values"))
-        # What is traced gets a 4-D mask anyhow.
-        if (
-            mask is not None
-            and mask.dim() < 4
-            and not has_past
-            and not torch.compiler.is_compiling()
-            and not mask.all()
-        ):
-            given["attention_mask"] = causal_mask_4d(mask.flatten(0, -2))
-        return theirs.forward(self, **given)  # type: ignore[attr-defined]
+        return theirs.forward(self, **_defined_padding(given))  # type: ignore[attr-defined]
 
     return forward
 
 
-class GPT2DoubleHeadsModel(_Accelerated, FastGenerationMixin, hf.GPT2DoubleHeadsModel):
-    """transformers' GPT2DoubleHeadsModel on fastgpt2's operators."""
+class GPT2DoubleHeadsModel(_SkipsLogits, _Accelerated, FastGenerationMixin, hf.GPT2DoubleHeadsModel):
+    """transformers' GPT2DoubleHeadsModel on fastgpt2's operators.
 
-    forward = _with_defined_padding(hf.GPT2DoubleHeadsModel)
+    `skip_logits` is what it is for `GPT2LMHeadModel`: in training mode `logits` is None unless it is False.
+    """
+
+    _theirs = _with_defined_padding(hf.GPT2DoubleHeadsModel)
+
+    def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
+        """As transformers' `GPT2DoubleHeadsModel.forward`; `skip_logits` as for `GPT2LMHeadModel.forward`."""
+        given = {**dict(zip(_NAMES[hf.GPT2DoubleHeadsModel], args, strict=False)), **kwargs}
+        returns_dict = given.pop("return_dict", None)
+        returns_dict = self.config.return_dict if returns_dict is None else returns_dict
+        labels = given.get("labels")
+        skip = self._skips(skip_logits, labels is not None, returns_dict)
+        if labels is None or not _is_plain(self.lm_head, nn.Linear):
+            outputs = self._theirs(**given, return_dict=returns_dict)
+            if skip:
+                outputs.logits = None
+            return outputs
+        del given["labels"]
+        mc_token_ids, mc_labels = (given.pop(name, None) for name in ("mc_token_ids", "mc_labels"))
+        outputs = self.transformer(**_defined_padding(given), return_dict=True)
+        hidden = outputs.last_hidden_state
+        mc_logits = self.multiple_choice_head(hidden, mc_token_ids).squeeze(-1)
+        mc_loss = None
+        if mc_labels is not None:
+            mc_loss = nn.functional.cross_entropy(mc_logits.view(-1, mc_logits.shape[-1]), mc_labels.view(-1))
+        targets = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+        result = hf.GPT2DoubleHeadsModelOutput(
+            loss=_linear_cross_entropy(hidden, self.lm_head, targets, IGNORE_INDEX, None),
+            mc_loss=mc_loss,
+            logits=None if skip else self.lm_head(hidden),
+            mc_logits=mc_logits,
+            **{_CACHE: getattr(outputs, _CACHE)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result if returns_dict else result.to_tuple()
+
+    forward.__signature__ = _signature_with_skip_logits(hf.GPT2DoubleHeadsModel)  # type: ignore[attr-defined]
 
 
 class GPT2ForSequenceClassification(_Accelerated, hf.GPT2ForSequenceClassification):

@@ -247,7 +247,37 @@ def test_every_head(seed: int, name: str, padding: str) -> None:
         losses = [output[key] for key in ("loss", "mc_loss") if key in output]
         (sum(losses) if losses else output.last_hidden_state[mask.bool()].square().sum()).backward()
     assert_same_gradients(ours, theirs)
-    assert inspect.signature(type(ours).forward) == inspect.signature(type(theirs).forward)
+    names, theirs_names = ([*inspect.signature(type(m).forward).parameters] for m in (ours, theirs))
+    assert [name for name in names if name != "skip_logits"] == theirs_names
+
+
+def test_two_heads_train_without_the_logits(seed: int) -> None:
+    """The same losses and gradients, and the head of language modelling is not called."""
+    theirs, ours = pair(seed, "GPT2DoubleHeadsModel", attention="sdpa", num_labels=3, summary_first_dropout=0.0)
+    ids = random_ids(seed, 3, 2, 9)
+    given = {"input_ids": ids, "labels": ids.masked_fill(ids % 3 == 0, -100), "mc_labels": torch.tensor([0, 1, 1])}
+    ours.train()
+    with torch.no_grad():
+        assert ours(**given, skip_logits=False).logits.shape == (3, 2, 9, ours.config.vocab_size)
+        assert ours(**given, return_dict=False)[2].shape == (3, 2, 9, ours.config.vocab_size)
+        assert ours.eval()(**given).logits is not None
+    ours.train()
+    linear = torch.nn.Linear.forward
+    calls: list[torch.Size] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", lambda layer, x: calls.append(layer.weight.shape) or linear(layer, x))
+        got = ours(**given)
+    assert ours.lm_head.weight.shape not in calls
+    exact = theirs(**given)
+    assert got.logits is None
+    assert_close(got.loss, exact.loss, "loss")
+    assert_close(got.mc_loss, exact.mc_loss, "mc_loss")
+    assert_close(got.mc_logits, exact.mc_logits, "mc_logits")
+    for output in (got, exact):
+        (output.loss + output.mc_loss).backward()
+    assert_same_gradients(ours, theirs)
+    with pytest.raises(ValueError, match="GPT2DoubleHeadsModel: skip_logits=True needs labels"):
+        ours(ids, skip_logits=True)
 
 
 # -- around the computation --------------------------------------------------------------------------------------------
