@@ -220,8 +220,11 @@ class RecordFile(Generic[R]):
         Args:
             is_complete: whether these keys are all that the run is to have.
         """
-        held = contextlib.nullcontext() if self._own == self.path else _locked(self.path)
-        with held:
+        with contextlib.ExitStack() as held:
+            if self._own != self.path:
+                # The output is replaced before the parts are removed: its lock alone would let another one in between.
+                held.enter_context(_locked(self._settings_path))
+                held.enter_context(_locked(self.path))
             files = [file for file in (self.path, *_parts(self.path)) if file.exists()]
             records = {}  # of one that a killed merge left twice, either is as good
             last: Key | None = None

@@ -32,7 +32,7 @@ def test_generation_of_any_rows_and_lengths(seed: int) -> None:
 
     def run() -> None:
         for rows in (*range(1, 10), 15, 16, 17, 31, 32):
-            prompts = [[1] * rng.randint(1, 200) for _ in range(rows)]
+            prompts = [[rng.randrange(509) for _ in range(rng.randint(1, 200))] for _ in range(rows)]
             model.generate(prompts, max_new_tokens=3, temperature=0.8, top_k=50, stop_token_ids=(7,))
 
     found = count(run)
