@@ -1,4 +1,4 @@
-"""Bad inputs over the whole public surface: each is answered by its one clear sentence, and harms nothing."""
+"""Bad inputs to the whole public API: each raises an error of one clear sentence, and harms nothing."""
 
 from __future__ import annotations
 
@@ -440,7 +440,7 @@ def test_memory_that_is_not_there_is_one_sentence(error, capsys, monkeypatch):
 
 
 def test_more_memory_than_there_is(tiny_checkpoint, capsys):
-    """What an allocator itself says is the error that `main` knows."""
+    """`main` recognizes the real message of an allocator that runs out of memory."""
     text = tiny_checkpoint / "config.json"
     # More than a process can address, so that no machine's lenience with memory decides.
     for option, value in (("--batch-size", 10**14), ("--context", 2**31 - 1)):

@@ -1,4 +1,4 @@
-"""Data-parallel training: two gloo processes are one process with twice the accumulation."""
+"""Data-parallel training: two gloo processes give the same result as one process with twice the accumulation."""
 
 from __future__ import annotations
 
