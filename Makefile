@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: generate docs test test-all test-style test-package test-kernels test-compiled sanitize sanitize-native format clean
+.PHONY: generate docs gpu test test-all test-style test-package test-kernels test-compiled sanitize sanitize-native format clean
 
 generate: $(VENV)/.runtime
 	$(BIN)/fastgpt2 generate $(ARGS)
@@ -45,6 +45,10 @@ sanitize: $(VENV)/.dev
 # instruction set of this processor.
 sanitize-native: $(VENV)/.dev
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.native.sanitized
+
+# What a GPU has to show, in some ten minutes: results after each part in out/gpu. `make gpu ARGS=attention` for a part.
+gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 # The site, in build/site: every link is checked, and a warning fails.
 docs: $(VENV)/.docs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,9 +57,71 @@ def forward_flops_per_token(config: GPT2Config, num_tokens: int) -> float:
     return 2.0 * matmul_parameters(config) + 4.0 * config.num_layers * config.hidden_size * num_tokens
 
 
-def training_flops_per_token(config: GPT2Config, num_tokens: int) -> float:
-    """FLOPs of one token's forward and backward pass: three times the forward pass, 6 N + 12 L C T."""
-    return 3.0 * forward_flops_per_token(config, num_tokens)
+def training_flops_per_token(config: GPT2Config, num_tokens: int, *, frozen: bool = False) -> float:
+    """FLOPs of one token's forward and backward pass: three times the forward pass, 6 N + 12 L C T.
+
+    Args:
+        config: The model's configuration.
+        num_tokens: The tokens of a sequence.
+        frozen: Whether the weights have no gradients, as when adapters are trained. This saves 2 N. The adapters' own
+            FLOPs are not counted.
+    """
+    gradients = 2.0 * matmul_parameters(config) if frozen else 0.0
+    return 3.0 * forward_flops_per_token(config, num_tokens) - gradients
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Memory and traffic of one process of a training run, in bytes and without activations.
+
+    Args:
+        weights: The process's share of the float32 parameters.
+        gradients: Their gradients.
+        optimizer: AdamW's two averages.
+        passing: Temporary memory. With DDP these are the buckets of gradients. With FSDP they are the weights and
+            gradients of the embeddings, which stay gathered, the weights of two blocks and the gradients of one.
+        sent: What it sends in a step by ring algorithms; it receives as much.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    passing: float
+    sent: float
+
+    @property
+    def held(self) -> float:
+        """The memory for weights, gradients and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def training_bytes(
+    config: GPT2Config, processes: int = 1, *, parallel: str = "ddp", accumulate: int = 1
+) -> TrainingBytes:
+    """Memory and traffic of each process that trains a model with AdamW.
+
+    Args:
+        config: The model's configuration.
+        processes: The number of processes.
+        parallel: As in `TrainConfig`. "fsdp" gathers a block's weights in the forward pass and again in the backward
+            pass, and reduces gradients in every micro-batch.
+        accumulate: Micro-batches per step.
+
+    Returns:
+        The bytes. The share of a weight may be one row larger if its rows are not a multiple of `processes`.
+    """
+    C, inner, L = config.hidden_size, config.inner_dim, config.num_layers
+    learned = {"prelu": 1, "xielu": 2}.get(config.activation_function, 0)
+    block = 4 * (4 * C * C + 2 * C * inner + 9 * C + inner + learned)
+    heads = 1 if config.tie_word_embeddings else 2
+    rest = 4 * (heads * config.vocab_size * C + config.context_length * C + 2 * C)
+    model = float(L * block + rest)
+    ring = (processes - 1) / processes
+    if parallel == "ddp":
+        return TrainingBytes(model, model, 2 * model, model if processes > 1 else 0.0, 2 * ring * model)
+    share = model / processes
+    passing = 2.0 * rest + 3.0 * block
+    return TrainingBytes(share, share, 2 * share, passing, accumulate * ring * (2 * L * block + rest + model))
 
 
 def weight_bytes(config: GPT2Config, dtype: torch.dtype) -> int:

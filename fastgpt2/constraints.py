@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgpt2.config import SamplingConfig
 from fastgpt2.messages import shown
+from fastgpt2_kernels import ops
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """Maps the token ids so far (1, T) int64 and logits (1, V) float32 to logits (1, V), as in transformers."""
@@ -72,7 +73,7 @@ class Constraints:
                 if tuple(tokens[-len(prefix) :]) == prefix:
                     changed[row, token] += bias
             if self._ngram_size and (banned := _ends_of_ngrams(tokens, self._ngram_size)).numel():
-                changed[row, banned.to(changed.device)] = -math.inf
+                changed[row, ops.to_device(banned, changed.device)] = -math.inf
             if count < self._min_new_tokens:
                 changed[row, self._stops] = -math.inf
             if self._processor is not None:
@@ -81,7 +82,7 @@ class Constraints:
 
 
 def _processed(processor: LogitsProcessor, logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    result = processor(torch.tensor([tokens], device=logits.device), logits[None].clone())
+    result = processor(ops.to_device([tokens], logits.device), logits[None].clone())
     if not isinstance(result, Tensor) or result.shape != (1, len(logits)):
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"generate: logits_processor must return logits of shape (1, {len(logits)}); got {got}")

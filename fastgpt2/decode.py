@@ -7,6 +7,8 @@ limits, a full context). The host learns of it when it reads that step's tokens;
 
 from __future__ import annotations
 
+import copy
+import itertools
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -179,6 +181,7 @@ class DecodeSession:
         self._stop_ids = self._step.stop_ids
         self._proven: set[int] = set()  # the numbers of rows that the step's kernels have been launched for
         self._is_plain = False  # its kernels have failed, and the model is "auto"
+        self._plain_model: GPT2Base | None = None  # that then computes, where it is not the session's own
         self._plain_logits: Tensor | None = None  # of the last step that was made without them
         self._rows: dict[int, tuple[list[int], Tensor]] = {}
         self._cached: tuple[int, int] | None = None
@@ -213,7 +216,7 @@ class DecodeSession:
         ValueError for slots or prompts that do not fit.
         """
         counts = [len(ids) for ids in prompts]
-        token_ids = torch.tensor([token for ids in prompts for token in ids], device=self.slots.tokens.device)
+        token_ids = ops.to_device([token for ids in prompts for token in ids], self.slots.tokens.device)
         if isinstance(self._step, ops.NativeStep):
             self.cache.reserve(max(counts))
             self._find_cache()
@@ -226,8 +229,8 @@ class DecodeSession:
             raise RuntimeError("DecodeSession: its model is gone")
         plan = ops.plan_rows(slots, counts, [0] * len(counts), token_ids.device)
         hidden = model.extend(token_ids, plan, self.cache)
-        last = torch.tensor(counts, device=hidden.device).cumsum(0) - 1
-        return model.logits(hidden[last]).float()
+        last = [end - 1 for end in itertools.accumulate(counts)]
+        return model.logits(hidden[ops.to_device(last, hidden.device)]).float()
 
     def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
         """Put rows into their slots and choose their first tokens from logits (rows, V) float32.
@@ -249,7 +252,7 @@ class DecodeSession:
             )
         state, device = self.slots, self.slots.tokens.device
         columns = [[row.slot, len(row.prompt_ids), row.limit, *row.key] for row in rows]
-        slots, lengths, limits, *key = torch.tensor(columns, dtype=torch.int64).to(device).unbind(1)
+        slots, lengths, limits, *key = ops.to_device(columns, device, torch.int64).unbind(1)
         state.lengths[slots] = lengths.int()
         state.limits[slots] = limits.int()
         state.keys[slots] = torch.stack(key, 1)
@@ -258,7 +261,7 @@ class DecodeSession:
         if self.seen is not None:
             self.seen[slots] = False
             seen = [(row.slot, token) for row in rows for token in set(row.prompt_ids)]
-            self.seen[tuple(torch.tensor(seen).to(device).unbind(1))] = True
+            self.seen[tuple(ops.to_device(seen, device).unbind(1))] = True
         self._choose(logits, slots.int())
         state.produced[slots] = 1
         return self._results()
@@ -300,7 +303,8 @@ class DecodeSession:
         """
         if self.seen is not None:
             raise ValueError("DecodeSession: with a repetition penalty tokens cannot be replaced; make it without one")
-        self.slots.tokens[list(slots)] = tokens.to(self.slots.tokens)
+        at = ops.to_device(list(slots), self.slots.tokens.device, torch.int64)
+        self.slots.tokens[at] = tokens.to(self.slots.tokens)
 
     def _find_cache(self) -> None:
         cache = (self.cache.keys.data_ptr(), self.cache.capacity)
@@ -328,11 +332,13 @@ class DecodeSession:
             raise error
         ops.note_failure("decode_step", model.device, error)
         self._is_plain, self.use_graphs = True, False
+        if (weights := self._kernels.weights).head.scale is not None:
+            self._plain_model = _dequantized(model, weights)
 
     @torch.no_grad()
     def _run_plain(self, rows: Tensor) -> None:
         """A step on the operators of the model's own backend: as the kernels, but it waits for the device."""
-        state, model, at = self.slots, self._model(), rows.long()
+        state, model, at = self.slots, self._plain_model or self._model(), rows.long()
         if model is None:
             raise RuntimeError("DecodeSession: its model is gone")
         went_on = (state.status[at] == ops.RUNNING).int()
@@ -384,7 +390,7 @@ class DecodeSession:
                 self._rows[bucket] = [], torch.empty(bucket, dtype=torch.int32, device=self.slots.tokens.device)
         held, tensor = self._rows[bucket]
         if held != wanted:
-            tensor.copy_(torch.tensor(wanted, dtype=torch.int32))
+            tensor.copy_(ops.to_device(wanted, tensor.device, torch.int32))
             self._rows[bucket] = wanted, tensor
         return tensor
 
@@ -419,7 +425,7 @@ class DecodeSession:
         """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
         held = rows.clone()
         # Idle rows meanwhile: launches compile, and the self-test runs, without a row taking a step.
-        rows.copy_(torch.arange(self.num_slots, self.num_slots + bucket, dtype=torch.int32))
+        torch.arange(self.num_slots, self.num_slots + bucket, out=rows)
         try:
             if self.use_pdl is None:
                 self.use_pdl = self._pdl_is_better(rows)
@@ -586,6 +592,22 @@ def step_weights(model: GPT2Base, weight_dtype: torch.dtype | None = None) -> op
         num_heads=model.config.num_heads,
         activation=ops.TRITON_ACTIVATIONS.get(model.config.activation_function, "linear"),
     )
+
+
+@torch.no_grad()
+def _dequantized(model: GPT2Base, weights: ops.StepWeights) -> GPT2Base:
+    """A copy of the model whose linear layers hold what the 8-bit weights of its step say."""
+    twin = copy.deepcopy(model)
+    pairs: list[tuple[Linear, ops.LinearWeights]] = [(twin.lm_head, weights.head)]
+    for block, layer in zip(twin.transformer.h, weights.layers, strict=True):
+        if isinstance(block, Block):
+            pairs += [(block.attn.c_attn, layer.qkv), (block.attn.c_proj, layer.projection)]
+            pairs += [(block.mlp.c_fc, layer.up), (block.mlp.c_proj, layer.down)]
+    for linear, held in pairs:
+        if held.scale is not None:
+            exact = held.weight.float() * held.scale[:, None]
+            linear.weight = nn.Parameter(exact.to(model.dtype), requires_grad=False)  # the head is tied no longer
+    return twin
 
 
 def slot_sampling(

@@ -1,4 +1,4 @@
-"""Choosing the device that a command runs on."""
+"""Choosing the device that a command runs on, and what that device can do."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def find_device(name: str) -> torch.device:
         there = ["auto", "cpu", *(f"cuda:{index}" for index in range(gpus)), *(["mps"] if mps else [])]
         raise ValueError(f"device must be one that this machine has; got {name}: use {', '.join(there)}")
     return device
+
+
+def why_not_bfloat16(device: torch.device) -> str | None:
+    """Why `device` has no bfloat16 (PyTorch emulates it, slowly), in one sentence; None if it has."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"bfloat16 needs compute capability 8.0; this GPU has {major}.{minor}"

@@ -38,7 +38,7 @@ def atomic_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -61,10 +61,10 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
             yield stage
             files = sorted(stage.iterdir())
             for file in files:
-                _sync(file)
+                sync(file)
             for file in files:
                 os.replace(file, folder / file.name)
-            _sync(folder)
+            sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if is_new and not any(folder.iterdir()):
@@ -89,7 +89,7 @@ def create_file(path: Path, content: bytes) -> bool:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
     return True
 
 
@@ -173,7 +173,7 @@ def link_file(path: Path, link: Path) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     os.replace(temporary, link)
-    _sync(link.parent)
+    sync(link.parent)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -204,7 +204,12 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp{os.getpid()}")
 
 
-def _sync(path: Path) -> None:
+def staging_path(path: Path) -> Path:
+    """Where a folder is made, or removed, that is to be whole or not there; `remove_leftovers` clears it away."""
+    return path.with_name(f"{_STAGE_PREFIX}{path.name}")
+
+
+def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastgpt2.config import SamplingConfig
 from fastgpt2.constraints import LogitsProcessor
+from fastgpt2.devices import why_not_bfloat16
 from fastgpt2.messages import shown
 from fastgpt2.model import GPT2Base
 from fastgpt2.scheduler import Request, Sample, Scheduler, TokenEvent
@@ -158,6 +160,8 @@ def _run(
     if weight_dtype not in (None, "int8", torch.int8):
         raise ValueError(f"generate: weight_dtype must be None or 'int8'; got {weight_dtype!r}")
     int8 = None if weight_dtype is None else torch.int8
+    if model.dtype == torch.bfloat16 and (reason := why_not_bfloat16(model.device)) is not None:
+        warnings.warn(f"generate: {reason}: PyTorch emulates it, slowly; load the model in float16", stacklevel=4)
     source = _read_prompts(model, prompts, num_samples, sample_ids, skip)
     return Scheduler(model, source, sampling, batch_size, pack_weights, int8, logits_processor, want_text).run()
 

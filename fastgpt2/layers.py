@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt2.config import GPT2Config
 from fastgpt2.operators import Attend, Operators
@@ -98,7 +99,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm block: x = x + attention(LN(x)), then x + MLP(LN(x))."""
+    """A pre-LayerNorm block: x = x + attention(LN(x)), then x + MLP(LN(x)).
+
+    With `recompute` the block keeps only its input for the backward pass, and computes its activations again there.
+    """
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
@@ -109,9 +113,15 @@ class Block(nn.Module):
         self.layer = layer
         self.scale = config.attention_scale(layer)
         self.residual_dropout = config.residual_dropout
+        self.recompute = False
 
     def forward(self, x: Tensor, attend: Attend, operators: Operators) -> Tensor:
         """Map hidden states (..., C) to (..., C); `attend` computes attention on the packed QKV."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(lambda x: self._compute(x, attend, operators), x, use_reentrant=False)
+        return self._compute(x, attend, operators)
+
+    def _compute(self, x: Tensor, attend: Attend, operators: Operators) -> Tensor:
         qkv = apply_linear(self.attn.c_attn, self.ln_1(x, operators), operators)
         y = apply_linear(self.attn.c_proj, attend(qkv, self.layer, self.scale), operators)
         y = operators.dropout(y, self.residual_dropout, self.training)

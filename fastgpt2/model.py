@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import GPT2Config
-from fastgpt2.layers import Linear, Transformer, apply_linear
+from fastgpt2.layers import Block, Linear, Transformer, apply_linear
 from fastgpt2.operators import CachedAttention, CausalAttention, Operators, operator_backend
 from fastgpt2.tokenizer import Tokenizer
 from fastgpt2_kernels import ops
@@ -108,6 +108,16 @@ class GPT2Base(nn.Module):
     def num_parameters(self) -> int:
         """The number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
+
+    def recompute(self, on: bool = True) -> None:
+        """Say whether blocks keep only their input for the backward pass, and compute their activations there again.
+
+        Args:
+            on: False keeps the activations, as a new model does.
+        """
+        for block in self.transformer.h:
+            if isinstance(block, Block):
+                block.recompute = on
 
     # -- forward ------------------------------------------------------------------------------------------------
 

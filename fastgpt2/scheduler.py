@@ -1,11 +1,13 @@
 """Which rows are decoded together: prefill, then a decode loop over a changing set of rows, without padding.
 
 A prompt is prefilled once, whatever the number of its samples. A row that ends leaves its cache slot at once to the
-next sample of its prompt (whose prefix lies there already) or to the next prompt.
+next sample of its prompt (whose prefix lies there already). For the next prompts free slots wait for each other a
+little, so that several are prefilled together.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -38,6 +40,10 @@ from fastgpt2_kernels import ops
 PREFILL_TOKENS = 4096
 # Steps that a CPU takes in one call, if no row ends meanwhile.
 MOST_STEPS = 16
+# What a prefill costs however few its tokens are, in steps of a full batch: `python -m benchmarks.refill` measures it.
+PREFILL_STEPS = {"triton": 8.0, "native": 0.5, "torch": 1.0}
+# The most steps that a slot which has become free waits for others.
+MOST_WAITING = 64
 
 
 @dataclass
@@ -103,6 +109,39 @@ class _Row:
     asked: int = 0  # tokens that the device was asked for, whether or not they have arrived
 
 
+@dataclass
+class _Waiting:
+    """How long free slots wait for others: until their steps without a row cost what a prefill costs by itself.
+
+    It depends on the rows' lengths alone: a run that is repeated prefills the same prompts together, to the same bits.
+
+    most: what a prefill costs, in steps of one slot.
+    """
+
+    most: float
+    idle: int = 0  # steps of free slots, added up over the slots
+    steps: int = 0
+    is_needless: bool = False  # no prompt is left
+
+    def begin(self) -> None:
+        self.idle = self.steps = 0
+
+    def note(self, num_free: int, num_steps: int) -> None:
+        if num_free:
+            self.idle += num_free * num_steps
+            self.steps += num_steps
+
+    @property
+    def is_over(self) -> bool:
+        return self.idle >= self.most or self.steps >= MOST_WAITING
+
+    def steps_left(self, num_free: int) -> int:
+        """The steps until free slots have waited long enough, at least 1."""
+        if not num_free or self.is_needless:
+            return MOST_WAITING
+        return max(1, min(MOST_WAITING - self.steps, math.ceil((self.most - self.idle) / num_free)))
+
+
 class Scheduler:
     """The rows of a run and their cache. One step: fill free slots, choose a token for every row, append them."""
 
@@ -138,6 +177,8 @@ class Scheduler:
             dtype = KVCache.best_dtype(model.dtype, model.device)
             self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
         self.free = list(reversed(range(batch_size)))
+        backend = "torch" if self.session is None else decode_backend(model)
+        self.waiting = _Waiting(PREFILL_STEPS[backend] * batch_size)
         self.rows: list[_Row] = []
         self.on_device: tuple[list[_Row], Results] | None = None  # the step that runs now
         # Which tokens each slot's sequence holds, for the repetition penalty; a session that chooses keeps its own.
@@ -155,9 +196,11 @@ class Scheduler:
         """Generate all samples; yields every token as it is chosen. The model's mode is neither used nor touched."""
         try:
             while True:
-                # Prompts whose samples all end on their first token free their slots at once, so fill until full.
-                while started := self._start_rows():
-                    yield from self._choose(started, [row.prompt.logits for row in started])
+                if not self.rows or self.waiting.is_over:
+                    # Prompts whose samples all end on their first token free their slots at once, so fill until full.
+                    while started := self._start_rows():
+                        yield from self._choose(started, [row.prompt.logits for row in started])
+                    self.waiting.begin()
                 if self.session is not None and self._session_chooses:
                     if not (yield from self._step_ahead(self.session)):
                         return
@@ -165,6 +208,7 @@ class Scheduler:
                 if not self.rows:
                     return
                 rows = self.rows
+                self.waiting.note(len(self.free), 1)
                 yield from self._choose(rows, self._decode(rows))
         finally:
             if self.session is not None:
@@ -180,7 +224,9 @@ class Scheduler:
         if rows:
             self._check_weights()
             # Nobody looks at the tokens one by one.
-            results = session.step([row.slot for row in rows], most=1 if self.want_text else MOST_STEPS)
+            most = 1 if self.want_text else min(MOST_STEPS, self.waiting.steps_left(len(self.free)))
+            results = session.step([row.slot for row in rows], most=most)
+            self.waiting.note(len(self.free), results.num_steps)
             asked = rows, results
             for row in rows:
                 row.asked += results.num_steps
@@ -212,6 +258,7 @@ class Scheduler:
             free -= len(request.pending)
             tokens += len(request.ids)
         if not fresh:
+            self.waiting.is_needless = bool(self.free)
             return started
         logits = self._prefill([slot for slot, _ in fresh], [request.ids for _, request in fresh])
         for (slot, request), row_logits in zip(fresh, logits, strict=True):
@@ -226,7 +273,7 @@ class Scheduler:
     def _new_row(self, slot: int, prompt: _Prefilled) -> _Row:
         if self.seen is not None:
             self.seen[slot] = False
-            self.seen[slot, list(prompt.ids)] = True
+            self.seen[slot].index_fill_(0, ops.to_device(list(prompt.ids), self.seen.device), True)
         tokenizer = self.model.tokenizer
         text = TextStream(tokenizer, self.sampling.stop_strings) if self.want_text and tokenizer else None
         return _Row(slot, prompt, Sample(prompt.index, prompt.pending.popleft(), prompt.ids), text)
@@ -251,10 +298,10 @@ class Scheduler:
         if self.session is not None:
             return self.session.prefill(slots, prompts)
         plan = ops.plan_rows(slots, counts, [0] * len(slots), self.model.device)
-        token_ids = torch.tensor([token for ids in prompts for token in ids], device=self.model.device)
+        token_ids = ops.to_device([token for ids in prompts for token in ids], self.model.device)
         hidden = self.model.extend(token_ids, plan, self.cache)
-        last = torch.tensor(counts, device=hidden.device).cumsum(0) - 1
-        return self._head(hidden[last])
+        last = [end - 1 for end in itertools.accumulate(counts)]
+        return self._head(hidden[ops.to_device(last, hidden.device)])
 
     def _decode(self, rows: list[_Row]) -> Tensor:
         """Append each row's latest token; logits (R, V) of the next."""
@@ -265,7 +312,7 @@ class Scheduler:
             return self.session.step_logits(len(slots))
         lengths = [self.cache.lengths[slot] for slot in slots]
         plan = ops.plan_rows(slots, [1] * len(rows), lengths, self.model.device)
-        token_ids = torch.tensor([row.sample.token_ids[-1] for row in rows], device=self.model.device)
+        token_ids = ops.to_device([row.sample.token_ids[-1] for row in rows], self.model.device)
         return self._head(self.model.extend(token_ids, plan, self.cache))
 
     def _check_weights(self) -> None:
@@ -318,7 +365,8 @@ class Scheduler:
             if self._session_chooses:
                 return results
         config = self.sampling
-        slots = torch.tensor([row.slot for row in rows], device=logits.device)
+        slots_R = [row.slot for row in rows]
+        slots = ops.to_device(slots_R, logits.device)
         samples = [row.sample for row in rows]
         keys = ops.row_keys(
             config.seed, [row.prompt.identity for row in rows], [sample.sample_index for sample in samples]
@@ -336,8 +384,8 @@ class Scheduler:
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
             seen=None if self.seen is None else self.seen[slots],
-            keys=keys.to(logits.device),
-            positions=positions.to(logits.device),
+            keys=ops.to_device(keys, logits.device),
+            positions=ops.to_device(positions, logits.device),
             backend=operator_backend(self.model.backend),
         )
         if self.seen is not None:
@@ -346,7 +394,7 @@ class Scheduler:
             own = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
             logprobs = own.where(logprobs.isfinite(), math.nan)
         if self.session is not None:
-            self.session.replace_tokens(slots.tolist(), ids)
+            self.session.replace_tokens(slots_R, ids)
         return ids.tolist(), logprobs.tolist()
 
     def _begin_on_device(

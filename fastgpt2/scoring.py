@@ -200,14 +200,14 @@ def _score_batch(model: GPT2Base, batch: list[Score]) -> list[Score]:
     training = model.training
     model.eval()
     try:
-        documents = torch.tensor(ends, dtype=torch.int32)
-        hidden_NC = model.hidden_states(torch.tensor([inputs], device=device), cu_seqlens=documents)[0]
+        documents = ops.to_device(ends, device, torch.int32)
+        hidden_NC = model.hidden_states(ops.to_device([inputs], device), cu_seqlens=documents)[0]
         if len(rows) < len(inputs):
-            hidden_NC = hidden_NC[torch.tensor(rows, device=device)]
+            hidden_NC = hidden_NC[ops.to_device(rows, device)]
         loss_N = ops.linear_cross_entropy(
             hidden_NC,
             model.lm_head.weight,
-            torch.tensor(targets, device=device),
+            ops.to_device(targets, device),
             reduction="none",
             backend=operator_backend(model.backend),
         )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,10 +17,12 @@ from fastgpt2.accounting import (
     matmul_parameters,
     measured_matmul_flops,
     peak_flops,
+    training_bytes,
     training_flops_per_token,
     weight_bytes,
 )
 
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 CONFIG = GPT2Config(vocab_size=101, context_length=16, hidden_size=24, num_layers=3, num_heads=2, feedforward_dim=40)
 
 
@@ -36,6 +42,30 @@ def test_forward_flops_are_what_pytorch_counts() -> None:
     # PyTorch counts attention or not, by the operator that the CPU takes.
     assert counted == pytest.approx(products) or counted == pytest.approx(products + attention)
     assert training_flops_per_token(CONFIG, 16) == 3 * forward_flops_per_token(CONFIG, 16)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"activation_function": "prelu", "tie_word_embeddings": False}, {"activation_function": "xielu"}]
+)
+def test_training_bytes_are_the_models(fields: dict[str, Any]) -> None:
+    config = CONFIG.replace(**fields)
+    whole = 4 * GPT2(config).num_parameters()
+    alone = training_bytes(config)
+    assert (alone.weights, alone.gradients, alone.optimizer, alone.sent) == (whole, whole, 2 * whole, 0)
+    assert training_bytes(config, 4).held == 4 * whole
+    assert training_bytes(config, 4, parallel="fsdp").held == whole
+
+
+def test_the_documented_plan_is_this_arithmetic() -> None:
+    """The table of docs/training.md: GB of memory and of messages, and GB/s that hide them behind 8 rows of 1024."""
+    rows = re.findall(r"^\| (gpt2\S*) \| (\w+) \| (\d+) \| (.*) \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == 12
+    for preset, parallel, processes, figures in rows:
+        config = GPT2Config.preset(preset)
+        expected = training_bytes(config, int(processes), parallel=parallel)
+        seconds = 8 * 1024 * training_flops_per_token(config, 1024) / (0.4 * 989e12)
+        numbers = (expected.held, expected.passing, expected.sent, expected.sent / seconds)
+        assert figures.split(" | ") == [f"{number / 1e9:.3g}" for number in numbers], (preset, parallel, processes)
 
 
 def test_cache_bytes_are_those_of_the_cache() -> None:

@@ -387,7 +387,7 @@ def test_spoilt_checkpoints(spoil, tmp_path):
         (["train", "--data", "stdlib", "--out", "x", "--hidden-size", str(2**70)], "hidden_size must be at most"),
         (["train", "--data", "stdlib", "--out", "x", "--vocab-size", str(10**10)], "vocab_size must be at least 257"),
         (["write"], "invalid choice: 'write'"),
-        ([], "required: {generate,score,select,train,check,warmup,info,convert}; see fastgpt2 --help"),
+        ([], "required: {generate,score,select,train,plot,eval,check,warmup,info,convert}; see fastgpt2 --help"),
     ],
 )
 def test_the_command_line_says_it_in_one_line_and_exits_with_2(arguments, sentence, capsys, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from fastgpt2 import GPT2, SamplingConfig
 from fastgpt2.decode import DecodeSession, why_not_decode
 from fastgpt2.generate import GenerateOptions, Sample, _run, generate
+from fastgpt2.scheduler import MOST_WAITING, PREFILL_STEPS, Scheduler, _Waiting
 from fastgpt2_kernels import ops
 
 V = 67
@@ -405,3 +406,55 @@ def test_integers_of_numpy_and_torch_are_token_ids(seed):
     samples = generate(model, same, max_new_tokens=1)
     assert [sample.prompt_ids for sample in samples] == [tuple(ids)] * len(same)
     assert all(type(token) is int for sample in samples for token in sample.prompt_ids)
+
+
+def test_free_slots_wait_for_each_other_and_not_for_ever(seed, monkeypatch):
+    """Rows end at different times: with waiting there are fewer prefills, the same tokens, and none is left out."""
+    model = paths(seed)[0].double()  # no two tokens tie
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 5))] for _ in range(40)]
+    prefills: list[int] = []
+    prefill = Scheduler._prefill
+
+    def counted(self, slots, prompts):
+        # None has waited longer than it may: a step more than what a prefill costs, of all free slots together.
+        assert not self.rows or self.waiting.idle < self.waiting.most + self.cache.num_slots
+        prefills.append(len(slots))
+        return prefill(self, slots, prompts)
+
+    monkeypatch.setattr(Scheduler, "_prefill", counted)
+    found = []
+    for steps in (0.0, 2.0):
+        monkeypatch.setattr("fastgpt2.scheduler.PREFILL_STEPS", dict.fromkeys(PREFILL_STEPS, steps))
+        options = {
+            "max_new_tokens": 12,
+            "temperature": 1.0,
+            "seed": seed % 1000,
+            "stop_token_ids": list(range(0, V, 9)),
+        }
+        samples = model.generate(prompts, batch_size=6, **options)
+        found.append(([s.token_ids for s in samples], len(prefills)))
+        assert sum(prefills) == len(prompts)
+        prefills.clear()
+    assert found[0][0] == found[1][0]
+    assert found[1][1] < found[0][1]
+
+
+def test_waiting_ends():
+    """By what it has cost, or by its steps; without free slots, or prompts, nothing waits."""
+    waiting = _Waiting(8.0)
+    assert not waiting.is_over
+    assert waiting.steps_left(0) == MOST_WAITING
+    assert [waiting.steps_left(n) for n in (1, 3, 8, 32)] == [8, 3, 1, 1]
+    waiting.note(0, 10)
+    waiting.note(3, 2)
+    assert (waiting.is_over, waiting.steps_left(3)) == (False, 1)
+    waiting.note(3, 1)
+    assert waiting.is_over
+    waiting.begin()
+    assert not waiting.is_over
+    waiting.most = 1e9
+    waiting.note(1, MOST_WAITING)
+    assert waiting.is_over
+    assert _Waiting(8.0, is_needless=True).steps_left(8) == MOST_WAITING
+    assert _Waiting(0.0).is_over

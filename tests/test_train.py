@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import json
 import math
 import os
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
 
-from fastgpt2 import GPT2, GPT2Config
+from fastgpt2 import GPT2, GPT2Config, calculate_loss
+from fastgpt2.cli import plot as plot_command
 from fastgpt2.cli import train as command
 from fastgpt2.config import TrainConfig
 from fastgpt2.data import TokenData
@@ -33,6 +39,7 @@ from fastgpt2.train import (
     parameter_groups,
     read_checkpoint,
 )
+from fastgpt2.train.run_folder import RunFolder
 
 VOCAB, CONTEXT = 23, 8
 TIMING = ("tokens_per_s", "mfu")
@@ -186,7 +193,11 @@ def test_minutes_set_the_steps(data: TokenData, tmp_path: Path) -> None:
 # -- resuming -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{}, {"dtype": "bf16"}, {"accumulate": 2, "batch_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"dtype": "bf16"}, {"accumulate": 2, "batch_size": 2}, {"optimizer": "muon", "recompute": True}],
+    ids=str,
+)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     fields: dict[str, Any], data: TokenData, tmp_path: Path, seed: int
 ) -> None:
@@ -209,6 +220,97 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
         list(trainer.run())
         assert_same(weights(whole.model), weights(trainer.model))
         assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_recomputing_changes_no_bit_and_keeps_less(data: TokenData, tmp_path: Path) -> None:
+    """Dropout included: the same numbers are drawn again."""
+    results, kept = [], []
+    for recompute in (False, True):
+        trainer = Trainer(make_model(dropout=0.3), data, make_config(recompute=recompute), tmp_path / str(recompute))
+        list(trainer.run())
+        results.append(weights(trainer.model))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
+            calculate_loss(trainer.model.train(), *data.train.rows(0, 4, CONTEXT, 0))
+        kept.append(sum(sizes))
+    assert_same(*results)
+    # The embeddings' and the loss's are kept either way.
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(data: TokenData, tmp_path: Path) -> None:
+    trainers = {}
+    for name in ("adamw", "muon"):
+        config = make_config(optimizer=name, steps=1, warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0)
+        trainers[name] = Trainer(make_model(), data, config, tmp_path / name)
+        list(trainers[name].run())
+    first, ends = weights(make_model()), {name: weights(trainer.model) for name, trainer in trainers.items()}
+    for name, start in first.items():
+        is_hidden = ".h." in name and start.dim() == 2
+        assert torch.equal(ends["adamw"][name], ends["muon"][name]) != is_hidden, name
+        if is_hidden:
+            step = (ends["muon"][name] - start).double()
+            # An orthogonal matrix but for the iteration's error, with the size of AdamW's steps.
+            values = torch.linalg.svdvals(step) / (1e-2 * 0.2 * math.sqrt(max(step.shape)))
+            assert values.max() < 1.4, name
+            assert values.median() > 0.5, name
+    with pytest.raises(ValueError, match="optimizer 'muon' goes with dtype bf16 or fp32; got fp16"):
+        Trainer(make_model(), data, make_config(optimizer="muon", dtype="fp16"), tmp_path / "fp16")
+
+
+def test_muon_without_muon(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ImportError, match=r"optimizer 'muon' needs PyTorch 2.9 or newer; this is .*: upgrade it"):
+        Trainer(make_model(), data, make_config(optimizer="muon"), tmp_path)
+
+
+def test_early_stopping_counts_evaluations_also_across_a_stop(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 1.5, 10: 1.5, 12: 1.6, 14: 9.0}
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: (losses.get(self.step, 1.0), 10))
+    fields = {"steps": 40, "eval_interval": 2, "checkpoint_interval": 100, "early_stopping": 3}
+    whole = Trainer(make_model(), data, make_config(**fields), tmp_path / "whole")
+    list(whole.run())
+    assert (whole.step, whole.is_stopped_early) == (14, True)
+    assert (tmp_path / "whole" / "model.safetensors").exists()
+    assert read_checkpoint(checkpoint_paths(tmp_path / "whole")[-1])["step"] == 14
+    parts = Trainer(make_model(), data, make_config(**fields), tmp_path / "parts")
+    for report in parts.run():
+        if report.step == 10:
+            parts.stop()
+    assert (parts.step, parts.is_finished) == (11, False)
+    parts = Trainer.resume(tmp_path / "parts", data)
+    list(parts.run())
+    assert parts.step == 14
+    assert_same(weights(parts.model), weights(whole.model))
+    assert list(Trainer.resume(tmp_path / "parts", data).run()) == []
+    patient = Trainer.resume(tmp_path / "parts", data, early_stopping=100)
+    list(patient.run())
+    assert patient.step == 40
+    with pytest.raises(ValueError, match="early_stopping needs a validation set; give a val_fraction > 0"):
+        Trainer(make_model(), dataclasses.replace(data, val=None), make_config(early_stopping=1), tmp_path / "none")
+
+
+def test_adapters_alone_are_trained_and_merged_at_the_end(data: TokenData, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    start, config = weights(make_model()), make_config(lora_rank=2, export="last", checkpoint_interval=4)
+    whole = Trainer(make_model(), data, config, tmp_path / "whole")
+    list(whole.run())
+    trained = {name: value for name, value in whole.parameters.items() if value.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    final = GPT2.from_pretrained(tmp_path / "whole")
+    ids = torch.from_numpy(data.train.tokens[:16].astype(np.int64)).view(2, 8)
+    torch.testing.assert_close(final(ids), whole.model.eval()(ids))
+    changed = {name for name, value in weights(final).items() if not torch.equal(value, start[name])}
+    assert changed == {name for name in start if "c_" in name and name.endswith("weight")}
+    parts = Trainer(make_model(), data, config, tmp_path / "parts")
+    for report in parts.run():
+        if report.step == 6:
+            parts.stop()
+    list(Trainer.resume(tmp_path / "parts", data).run())
+    assert_same(weights(GPT2.from_pretrained(tmp_path / "parts")), weights(final))
 
 
 def test_stop_finishes_the_step_and_writes_a_checkpoint(data: TokenData, tmp_path: Path) -> None:
@@ -249,11 +351,55 @@ def test_a_resumed_run_that_lost_its_best_checkpoint_says_so(
     best.unlink()
     if how == "damaged":
         best.write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"best\.pt: is missing or damaged"):
+    with pytest.warns(UserWarning, match="checkpoints: the best checkpoint is missing or damaged"):
         resumed = Trainer.resume(tmp_path, data)
     evaluated = [report.step for report in resumed.run() if isinstance(report, EvalReport)]
     assert read_checkpoint(best)["step"] == evaluated[0] > 15
     assert best.with_name("best.pt.damaged").exists() == (how == "damaged")
+
+
+def test_the_best_checkpoint_is_found_whether_it_is_a_file_or_a_folder(tmp_path: Path) -> None:
+    """Files and folders follow each other where a run goes on with its weights shared out, or no longer."""
+    folder, alone = RunFolder(tmp_path), Processes(0, 1, torch.device("cpu"))
+    folder.prepare(0, None)
+    checkpoints = tmp_path / "checkpoints"
+
+    def save(step: int, kind: str, best_loss: float, is_best: bool) -> None:
+        state: dict[str, Any] = {"step": step, "best_loss": best_loss}
+        if kind == "file":
+            folder.save_checkpoint(step, state, is_best=is_best, keep=1)
+        else:
+            tensors = {"model.x": torch.full((3,), float(step))}
+            folder.save_shards(step, state, tensors, alone, is_best=is_best, keep=1)
+
+    def names() -> list[str]:
+        return sorted(path.name for path in checkpoints.iterdir())
+
+    assert folder.best(math.inf) is None
+    save(1, "folder", 3.0, True)
+    save(2, "folder", 3.0, False)
+    save(3, "folder", 3.0, False)
+    assert names() == ["step-00000001", "step-00000003"]
+    assert folder.best(3.0) == checkpoints / "step-00000001"
+    assert folder.has_best(3.0)
+    assert folder.best(2.5) is None  # the best one was removed, and this is an earlier one
+    save(4, "file", 2.0, True)
+    assert names() == ["best.pt", "step-00000004.pt"]
+    assert folder.best(2.0) == checkpoints / "best.pt"
+    save(5, "folder", 1.0, True)
+    save(6, "file", 1.0, False)
+    assert names() == ["step-00000005", "step-00000006.pt"]
+    assert folder.best(1.0) == checkpoints / "step-00000005"
+    save(6, "folder", 1.0, False)
+    assert names() == ["step-00000005", "step-00000006"]
+    save(6, "folder", 1.0, False)
+    save(6, "file", 1.0, False)
+    assert names() == ["step-00000005", "step-00000006.pt"]
+    shard = next((checkpoints / "step-00000005").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert not folder.has_best(1.0)
+    assert names() == ["step-00000005.damaged", "step-00000006.pt"]
+    assert checkpoint_paths(tmp_path) == [checkpoints / "step-00000006.pt"]
 
 
 def test_the_last_weights_can_be_the_finished_model(data: TokenData, tmp_path: Path) -> None:
@@ -340,6 +486,24 @@ def test_another_tokenizer_is_refused(data: TokenData, tmp_path: Path) -> None:
         Trainer.resume(tmp_path, data)
 
 
+def test_a_checkpoint_of_an_earlier_version_resumes(data: TokenData, tmp_path: Path) -> None:
+    """One from before there were other optimizers, ways to share weights, adapters and early stopping."""
+    list(Trainer(make_model(), data, make_config(), tmp_path / "whole").run())
+    trainer = Trainer(make_model(), data, make_config(), tmp_path / "parts")
+    for report in trainer.run():
+        if report.step == 6:
+            trainer.stop()
+    (*_, path) = checkpoint_paths(tmp_path / "parts")
+    state = read_checkpoint(path)
+    del state["stale_evaluations"]
+    for name in ("optimizer", "parallel", "recompute", "lora_rank", "lora_alpha", "early_stopping", "log"):
+        del state["train_config"][name]
+    torch.save(state, path)
+    list(Trainer.resume(tmp_path / "parts", data).run())
+    assert_same(weights(GPT2.from_pretrained(tmp_path / "parts")), weights(GPT2.from_pretrained(tmp_path / "whole")))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
 def no_optimizer_state(state: dict[str, Any]) -> None:
     state["optimizer"]["state"] = {}
 
@@ -354,6 +518,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "weights of another kind": (lambda state: state.update(model=[]), "not a whole checkpoint"),
     "size missing": (lambda state: state["model_config"].update(hidden_size=None), "not a whole checkpoint"),
     "foreign setting": (lambda state: state["train_config"].update(colour="red"), "not a whole checkpoint"),
+    "step of another kind": (lambda state: state.update(step="1"), "not a whole checkpoint"),
     "loss of another kind": (lambda state: state.update(loss_sum="x"), "not a whole checkpoint"),
 }
 
@@ -447,6 +612,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         ({"beta1": 1.0}, r"beta1 must be in \[0, 1\); got 1.0"),
         ({"dtype": "fp8"}, "dtype must be one of auto, bf16, fp16, fp32; got 'fp8'"),
         ({"export": "both"}, "export must be one of best, last; got 'both'"),
+        ({"optimizer": "lion"}, "optimizer must be one of adamw, muon; got 'lion'"),
+        ({"parallel": "tp"}, "parallel must be one of ddp, fsdp; got 'tp'"),
+        ({"log": "mlflow"}, "log must be one of tensorboard, wandb; got 'mlflow'"),
+        ({"lora_rank": -1}, "lora_rank must be an int >= 0; got -1"),
+        ({"lora_alpha": 4.0}, "lora_alpha goes with lora_rank; give both or neither"),
+        ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha must be a finite number > 0; got 0"),
+        ({"early_stopping": 2, "eval_interval": 0}, "early_stopping counts evaluations; give an eval_interval > 0"),
+        ({"parallel": "fsdp", "compile": True}, "compile goes with parallel 'ddp'; leave one of the two out"),
         ({"seed": 2**63}, r"seed must be below 2\*\*63"),
     ],
     ids=str,
@@ -559,6 +732,8 @@ def test_the_command_finetunes_and_takes_nanogpt_data(text: Path, tmp_path: Path
         (["--data", "{dir}/empty"], ValueError, "no text files in"),
         (["--data", "{text}", "--lr", -1], ValueError, "lr must be a finite number > 0"),
         (["--data", "{text}", "--device", "cuda"], ValueError, "device must be one that this machine has"),
+        (["--data", "{text}", "--parallel", "fsdp"], ValueError, "parallel 'fsdp' shares the weights among torchrun's"),
+        (["--data", "{text}", "--lora-rank", 2], ValueError, "--lora-rank adapts weights that are there; name them"),
         (["--data", "{text}", "--val-fraction", 2], ValueError, r"val_fraction must be in \[0, 1\)"),
     ],
     ids=str,
@@ -655,3 +830,172 @@ def test_the_model_configuration_survives_a_checkpoint(data: TokenData, tmp_path
     )
     list(Trainer(GPT2(config), data, make_config(steps=1), tmp_path).run())
     assert Trainer.resume(tmp_path, data).model.config == config
+
+
+# -- what runs are shown by ---------------------------------------------------------------------------------------
+
+
+def reported(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """The numbers of metrics.jsonl, named as loggers are told them."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+        step, part = line.pop("step"), "validation" if "val_loss" in line else "train"
+        for name, value in line.items():
+            if name != "is_best" and value is not None:
+                found.setdefault(f"{part}/{name.removeprefix('val_')}", []).append((step, value))
+    return found
+
+
+def stopped_and_resumed(data: TokenData, out: Path, **fields: Any) -> None:
+    """A run that is killed after step 9, four steps after its last checkpoint, and goes on."""
+    config = make_config(sample_interval=6, eval_interval=6, **fields)
+    for report in Trainer(make_model(), data, config, out).run():
+        if report.step == 9:
+            break
+    list(Trainer.resume(out, data).run())
+
+
+def test_tensorboard_shows_what_metrics_hold(data: TokenData, tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    stopped_and_resumed(data, tmp_path, log="tensorboard")
+    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    held = reported(tmp_path)
+    assert shown.keys() == held.keys()
+    assert {"train/loss", "train/lr", "train/tokens_per_s", "validation/loss"} <= held.keys()
+    for tag, points in held.items():
+        assert shown[tag] == [(step, pytest.approx(value, rel=1e-6)) for step, value in points], tag
+    assert [e.step for e in events.Tensors("sample/text_summary")] == [6, 12]
+
+
+def test_wandb_is_told_what_metrics_hold(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the library: its own writes only what its own programs read."""
+    begun: list[dict[str, Any]] = []
+    told: dict[tuple[str, int], Any] = {}
+    finished: list[bool] = []
+
+    class Run:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            told.update({(name, step): value for name, value in values.items()})
+
+        def finish(self) -> None:
+            finished.append(True)
+
+    def init(**options: Any) -> Run:
+        begun.append(options)
+        return Run()
+
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = init  # type: ignore[attr-defined]
+    stand_in.__spec__ = importlib.util.spec_from_loader("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    stopped_and_resumed(data, tmp_path, log="wandb")
+    held = {(name, step): value for name, points in reported(tmp_path).items() for step, value in points}
+    assert {key: value for key, value in told.items() if key[0] != "sample"} == held
+    assert [step for name, step in told if name == "sample"] == [6, 12]
+    assert len(begun) == len(finished) == 2
+    assert begun[0]["id"] == begun[1]["id"]  # one run, which goes on
+    assert begun[0]["config"]["lr"] == 1e-2
+
+
+@pytest.mark.slow
+def test_wandb_itself_takes_it(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    stopped_and_resumed(data, tmp_path, log="wandb")
+    files = sorted(tmp_path.rglob("run-*.wandb"))
+    assert len(files) == 2
+    assert all(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_named(
+    name: str, data: TokenData, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = rf'log \'{name}\' needs {name}; install it with: pip install "fastgpt2\[{name}\]"'
+    with pytest.raises(ImportError, match=message):
+        Trainer(make_model(), data, make_config(log=name), tmp_path / "a")
+    with pytest.raises(ImportError, match=message):
+        run_command(tmp_path / "b", "--data", text, "--vocab-size", 270, "--log", name)
+    assert not (tmp_path / "b").exists()
+
+
+def test_adapters_without_peft_are_refused(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r'lora_rank needs peft; install it with: pip install "fastgpt2\[lora\]"'):
+        Trainer(make_model(), data, make_config(lora_rank=2), tmp_path)
+
+
+def run_plot(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    plot_command.add_arguments(parser)
+    return plot_command.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def test_plots_show_every_line_of_every_run(
+    data: TokenData, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    runs = [tmp_path / "x" / "one", tmp_path / "y" / "one", tmp_path / "two"]
+    for run in runs:
+        list(Trainer(make_model(), data, make_config(), run).run())
+    held = [reported(run) for run in runs]
+    with open(runs[2] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')  # a run that is writing it
+    drawn: list[Any] = []
+    savefig = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda self, *a, **options: drawn.append(self) or savefig(self, *a, **options)
+    )
+    assert run_plot(runs[0]) == 0
+    assert capsys.readouterr().out.strip() == str(runs[0] / "metrics.png")
+    assert (runs[0] / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert run_plot(*runs, "--out", tmp_path / "all.svg") == 0
+    assert b"<svg" in (tmp_path / "all.svg").read_bytes()
+    loss, lr, speed = drawn[1].axes
+    assert [line.get_label() for line in lr.lines] == [str(runs[0]), str(runs[1]), "two"]
+    for panel, names in (
+        (loss, ("train/loss", "validation/loss")),
+        (lr, ["train/lr"]),
+        (speed, ["train/tokens_per_s"]),
+    ):
+        expected = [points[name] for points in held for name in names]
+        assert [line.get_xydata().tolist() for line in panel.lines] == [
+            [list(p) for p in points] for points in expected
+        ]
+
+
+def test_plots_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match=r"metrics.jsonl: no such file; name the folder of a training run"):
+        run_plot(run)
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"metrics.jsonl: is empty; a run writes its first line after"):
+        run_plot(run)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\nx\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is not a line that a training run wrote"):
+        run_plot(run)
+    with pytest.raises(ValueError, match=r"all.gif: must end in .png or .svg; name another"):
+        run_plot(run, "--out", tmp_path / "all.gif")
+    with pytest.raises(ValueError, match="plot: several runs go into a picture of their own; name it with --out FILE"):
+        run_plot(run, run)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'plots need matplotlib; install it with: pip install "fastgpt2\[plot\]"'):
+        run_plot(run)
+
+
+def test_torchrun_passes_every_option_on() -> None:
+    """torchrun takes for its own, or refuses, what could be the beginning of an option of its own."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = {option for action in parser._actions for option in action.option_strings} - {"-h", "--log"}
+    assert "--log-to" in options
+    for option in options:
+        given = torch.distributed.run.get_args_parser().parse_args(["-m", "fastgpt2", "train", option])
+        assert given.training_script_args == ["train", option]
+    assert parser.parse_args(["--out", "x", "--log-to", "wandb"]).log == "wandb"

@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 from fastgpt2.cli import train as command
-from fastgpt2.train import checkpoint_paths, read_checkpoint
+from fastgpt2.train import checkpoint_paths, read_checkpoint, sharding
 
 SERVER = multiprocessing.get_context("forkserver")
 OPTIONS = "--vocab-size 260 --layers 1 --hidden-size 16 --heads 2 --context 8 --batch-size 2 --dtype fp32 --dropout 0.1"
@@ -36,19 +38,29 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def run(text: Path, out: Path) -> None:
+def run(text: Path, out: Path, shared: bool = False) -> None:
+    """The command; `shared` as torchrun starts it: one process, whose checkpoints are those of shared weights."""
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # what a kill leaves does not depend on it, and most of a run's time does
+    options = OPTIONS.split()
+    if shared:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), RANK="0", WORLD_SIZE="1")
+        os.environ["TORCHELASTIC_RUN_ID"] = "a test"
+        options += ["--parallel", "fsdp"]
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    args = parser.parse_args([*OPTIONS.split(), "--data", str(text), "--out", str(out)])
+    args = parser.parse_args([*options, "--data", str(text), "--out", str(out)])
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends with it
     sys.exit(command.run(args))
 
 
-def run_and_die(text: Path, out: Path, where: str, call: int) -> None:
-    """`run`, killed in the `call`-th call of `torch.save` (half of the bytes written), `os.link` or `os.replace`."""
-    owner, name = {"save": (torch, "save"), "link": (os, "link")}.get(where, (os, "replace"))
+def run_and_die(text: Path, out: Path, where: str, call: int, shared: bool = False) -> None:
+    """`run`, killed in the `call`-th call of `torch.save` (half of the bytes written), `os.link`, `os.replace`, of the
+    checksum of tensors that are written, or of the removal of a checkpoint (half of it gone)."""
+    owners = {"save": (torch, "save"), "link": (os, "link"), "tensors": (sharding, "_checksum")}
+    owner, name = {**owners, "removal": (shutil, "rmtree")}.get(where, (os, "replace"))
     original, calls = getattr(owner, name), 0
 
     def deadly(*args: Any, **options: Any) -> Any:
@@ -60,12 +72,14 @@ def run_and_die(text: Path, out: Path, where: str, call: int) -> None:
             original(*args, **options)
             args[1].truncate(args[1].tell() // 2)
             args[1].flush()
+        elif where == "removal":
+            next(args[0].iterdir()).unlink()
         elif where == "after replace":
             original(*args, **options)
         return os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(owner, name, deadly)
-    run(text, out)
+    run(text, out, shared)
 
 
 def child(target: Any, *args: object) -> Any:
@@ -74,8 +88,8 @@ def child(target: Any, *args: object) -> Any:
     return process
 
 
-def finish(text: Path, out: Path) -> None:
-    process = child(run, text, out)
+def finish(text: Path, out: Path, shared: bool = False) -> None:
+    process = child(run, text, out, shared)
     process.join()
     assert process.exitcode == 0
 
@@ -131,6 +145,26 @@ def test_killed_in_the_middle_of_writing(text: Path, tmp_path: Path) -> None:
         assert process.exitcode == -signal.SIGKILL, (where, call)
     assert checkpoint_paths(out)
     finish(text, out)
+    assert_same_outcome(out, expected)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_writing_shares(text: Path, tmp_path: Path) -> None:
+    """Checkpoints that are folders; a run of one process takes the same steps with them, to the bit."""
+    finish(text, tmp_path / "whole", shared=True)
+    expected = outcome(tmp_path / "whole")
+    finish(text, tmp_path / "plain")
+    assert_same_outcome(tmp_path / "plain", expected)
+    out = tmp_path / "killed"
+    moments = [("tensors", 1), ("tensors", 2), ("replace", 6), ("replace", 5), ("after replace", 5), ("removal", 1)]
+    moments += [("tensors", 3), ("replace", 7), ("after replace", 7), ("removal", 2), ("after replace", 8)]
+    for where, call in moments:
+        process = child(run_and_die, text, out, where, call, True)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (where, call)
+    assert checkpoint_paths(out)
+    assert all(path.is_dir() for path in checkpoint_paths(out))
+    finish(text, out, shared=True)
     assert_same_outcome(out, expected)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 # Each command is a module of this package with `HELP`, `add_arguments(parser)` and `run(args) -> int`.
-COMMANDS = ("generate", "score", "select", "train", "eval", "check", "warmup", "info", "convert")
+COMMANDS = ("generate", "score", "select", "train", "plot", "eval", "check", "warmup", "info", "convert")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -106,8 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             (kind,) = {*get_args(hint), hint} & {int, float, str}
             choices = field.metadata.get("choices")
             options = {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
-        flag = f"--{field.name.replace('_', '-')}"
-        training.add_argument(flag, default=unset, help=field.metadata["help"] + shown, **options)
+        flags = [f"--{field.name.replace('_', '-')}"]
+        if field.name == "log":
+            flags.append("--log-to")  # torchrun takes --log for an option of its own
+        training.add_argument(*flags, default=unset, help=field.metadata["help"] + shown, **options)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -188,9 +190,12 @@ class _Plan:
 def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train.Processes) -> _Plan:
     """Check everything that can be known before data is prepared; nothing is written."""
     config, sizes = TrainConfig(**_train_fields(options)), _sizes(options)
+    train.check_config(config)
     wanted = {name: options.get(name, default) for name, default in _RUN_DEFAULTS.items()}
     if not wanted["data"]:
         raise ValueError("train: give the text to train on with --data PATH (or --data stdlib to try)")
+    if config.lora_rank and not wanted["init_from"]:
+        raise ValueError("train: --lora-rank adapts weights that are there; name them with --init-from")
     if wanted["init_from"] and (wanted["preset"] or sizes.keys() - set(_DROPOUTS)):
         raise ValueError("train: --init-from brings the model's sizes; leave out --preset and the size options")
     if wanted["vocab_size"] and (wanted["tokenizer"] or wanted["init_from"]):
@@ -336,8 +341,11 @@ def _follow(trainer: train.Trainer) -> int:
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     first = trainer.processes.is_first
     try:
+        trained = sum(p.numel() for p in trainer.parameters.values() if p.requires_grad)
+        some = "" if not trainer.config.lora_rank else f" ({trained:,} of adapters, which alone are trained)"
+        parameters = f"{trainer.model.num_parameters():,} parameters{some}"
         _say(
-            f"{trainer.model.num_parameters():,} parameters, {trainer.global_rows} rows of {trainer.context} tokens "
+            f"{parameters}, {trainer.global_rows} rows of {trainer.context} tokens "
             f"a step, {trainer.config.dtype} on {trainer.device}, {counted(trainer.processes.count, 'process')}",
             first,
         )
@@ -360,6 +368,9 @@ def _follow(trainer: train.Trainer) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if trainer.is_stopped_early and trainer.step < trainer.config.steps:
+        evaluations = counted(trainer.stale_evaluations, "evaluation")
+        _say(f"stopped early at step {trainer.step}: no new lowest validation loss in {evaluations}", first)
     if not trainer.is_finished:
         _say(f"stopped at step {trainer.step}; --resume continues", first)
         return 128 + received[0] if received else 1

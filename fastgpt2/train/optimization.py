@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastgpt2.config import TrainConfig
+from fastgpt2.devices import why_not_bfloat16
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -32,10 +33,41 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the matrices of the blocks, where `config` asks for it, after AdamW for the rest.
+
+    Muon's steps are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
+    """
+    groups, hidden = parameter_groups(model, config.weight_decay), []
+    if config.optimizer == "muon":
+        hidden = [p for n, p in model.named_parameters() if ".h." in n and p.dim() == 2 and p.requires_grad]
+        ids = {id(p) for p in hidden}
+        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in ids]
+    adamw = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type in ("cpu", "cuda")
+    )
+    if not hidden:
+        return [adamw]
+    muon = torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
+
+
+def check_optimizer(name: str) -> None:
+    """ImportError where this PyTorch does not have the optimizer."""
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ImportError(f"optimizer 'muon' needs PyTorch 2.9 or newer; this is {torch.__version__}: upgrade it")
+
+
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """What "auto" means on a device: the half precision it multiplies fast, fp32 where it has none."""
+    """What "auto" means on a device: the half precision it multiplies fast, fp32 where it has none.
+
+    ValueError for bf16 on a GPU that has no bfloat16.
+    """
+    reason = why_not_bfloat16(device)
+    if name == "bf16" and reason is not None:
+        raise ValueError(f"training: dtype 'bf16' cannot be used: {reason}; use 'fp16' or 'fp32'")
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if reason is None else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"

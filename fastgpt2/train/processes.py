@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgpt2.config import TrainConfig
 from fastgpt2.devices import find_device
+
+T = TypeVar("T")
+
+
+def check_parallel(config: TrainConfig) -> None:
+    """ValueError where weights cannot be shared out: no group of processes has been started."""
+    if config.parallel == "fsdp" and not dist.is_initialized():
+        raise ValueError(
+            "train: parallel 'fsdp' shares the weights among torchrun's processes; start the command with torchrun, or "
+            "give --parallel ddp"
+        )
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class Processes:
         if chosen.type == "cuda" and chosen.index is None:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(chosen)
-        if count > 1 and not dist.is_initialized():
+        if (count > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         return cls(rank, count, chosen)
 
@@ -53,6 +66,11 @@ class Processes:
         if self.is_first:
             dist.barrier(group=group)
 
+    def wait(self) -> None:
+        """Wait for the other processes to come here too."""
+        if self.count > 1:
+            dist.barrier()
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
@@ -62,6 +80,13 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(value)
         return value
+
+    def from_first(self, call: Callable[[], T]) -> T:
+        """What `call` returns in the first process, which alone calls it."""
+        value = [call() if self.is_first else None]
+        if self.count > 1:
+            dist.broadcast_object_list(value, src=0)
+        return cast(T, value[0])
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Training: AdamW with GPT-2's parameter groups, data-parallel under torchrun, resumed to the bit.
+"""Training: AdamW with GPT-2's parameter groups, or Muon; data-parallel under torchrun; resumed to the bit.
 
 Every step is a pure function of the weights, the optimizer's state and (seed, step): its rows (data.py) and its random
 numbers (the generators are seeded anew for every step) follow from those two. So a checkpoint needs no generator's
@@ -8,7 +8,9 @@ state. Whatever moment a run is killed at, continuing from its last checkpoint g
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import operator
 import os
 import time
 import warnings
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,18 +33,25 @@ from fastgpt2.gpt2 import GPT2
 from fastgpt2.loss import calculate_loss
 from fastgpt2.messages import first_line
 from fastgpt2.tokenizer import Tokenizer
-from fastgpt2.train.optimization import DTYPES, learning_rate, parameter_groups, resolve_dtype
-from fastgpt2.train.processes import Processes
+from fastgpt2.train import sharding
+from fastgpt2.train.loggers import Logger, check_logger, open_logger
+from fastgpt2.train.lora import add_adapters, check_lora, merge_adapters
+from fastgpt2.train.optimization import DTYPES, check_optimizer, learning_rate, make_optimizers, resolve_dtype
+from fastgpt2.train.processes import Processes, check_parallel
 from fastgpt2.train.reports import CheckpointReport, EvalReport, Report, SampleReport, StepReport
-from fastgpt2.train.run_folder import RunFolder, checkpoint_paths, read_checkpoint
+from fastgpt2.train.run_folder import RunFolder, checkpoint_paths, read_checkpoint, read_progress
+from fastgpt2_kernels import ops
 
 # With `minutes`, the steps that are timed to set the number of steps (none of the first, which warm up).
 _CALIBRATION = range(5, 25)
 # What a resumed run may change: it does not enter the maths, or only from here on.
 _MAY_CHANGE = {
     "steps", "batch_size", "accumulate", "compile", "deterministic", "log_interval", "eval_interval", "eval_tokens",
-    "sample_interval", "sample_prompt", "checkpoint_interval", "keep_checkpoints", "export",
+    "sample_interval", "sample_prompt", "checkpoint_interval", "keep_checkpoints", "export", "parallel", "recompute",
+    "early_stopping", "log",
 }  # fmt: skip
+# The entries of a checkpoint's file that hold the state of `Trainer.optimizers`.
+_OPTIMIZERS = ("optimizer", "muon")
 
 
 class _LossModule(nn.Module):
@@ -58,7 +68,9 @@ class _LossModule(nn.Module):
 class Trainer:
     """Trains `model` on `data` as `config` says, writing to the folder `out`; `run` yields reports as it goes.
 
-    The weights are float32 and are changed in place; torch's generators are seeded anew at every step.
+    The weights are float32 and are changed in place; torch's generators are seeded anew at every step. With
+    `config.lora_rank` adapters are put on the model. With `config.parallel` "fsdp" its weights are shared out among
+    `processes`, and it is no longer of use outside of the trainer.
     """
 
     def __init__(
@@ -85,26 +97,40 @@ class Trainer:
                 f"Trainer: the data's vocabulary must fit in the model's; got {data.meta.vocab_size} tokens of data "
                 f"and vocab_size {model.config.vocab_size}"
             )
+        if config.early_stopping and (data.val is None or len(data.val) < 2):
+            raise ValueError("Trainer: early_stopping needs a validation set; give a val_fraction > 0 or leave it out")
+        if config.optimizer == "muon" and self.config.dtype == "fp16":
+            raise ValueError("Trainer: optimizer 'muon' goes with dtype bf16 or fp32; got fp16, which skips steps")
         if model.dtype != torch.float32:
             raise ValueError(
                 f"Trainer: the model's weights must be float32 (config.dtype is autocast's); got {model.dtype}"
             )
+        check_config(config)
+        if config.parallel == "fsdp" and self.processes.count != dist.get_world_size():
+            raise ValueError(
+                f"Trainer: parallel 'fsdp' shares the weights among all {dist.get_world_size()} processes; got "
+                f"processes with a count of {self.processes.count}: give Processes.start()"
+            )
+        if config.lora_rank:
+            add_adapters(model, config.lora_rank, config.lora_alpha, config.seed)
+        self.is_sharded = config.parallel == "fsdp"
+        if self.is_sharded:
+            sharding.shard(model, self.device, self.processes.count)
         self.model = model.to(self.device).train()
         self.model.tokenizer = tokenizer
+        self.model.recompute(config.recompute)
+        self.parameters = dict(model.named_parameters())
         self.autocast_dtype = DTYPES[self.config.dtype]
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.optimizers = make_optimizers(model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.dtype == "fp16")
         self.step = 0
         self.best_loss = math.inf
+        self.stale_evaluations = 0  # in a row, without a new lowest loss
         self.loss_sum = torch.zeros((), device=self.device)
         self.num_losses = 0
         self.max_norm = torch.zeros((), device=self.device)
         self.stop_requested = False
+        self._logger: Logger | None = None
         self._val_bytes: int | None = None
         self._fingerprint = data.train.fingerprint()
         self._val_fingerprint = data.val.fingerprint() if data.val is not None else None
@@ -122,7 +148,11 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         calibrated = self.config.minutes is None or self.step >= _CALIBRATION.stop
-        return calibrated and self.step >= self.config.steps
+        return (calibrated and self.step >= self.config.steps) or self.is_stopped_early
+
+    @property
+    def is_stopped_early(self) -> bool:
+        return 0 < self.config.early_stopping <= self.stale_evaluations
 
     def run(self) -> Iterator[Report]:
         """Train until `config.steps` or `stop()`, then write the finished model if the steps are done.
@@ -131,9 +161,9 @@ class Trainer:
         """
         if self.processes.is_first:
             self._folder.prepare(self.step, self.tokenizer)
-        with self._modes():
+        with self._modes(), self._logging():
             yield from self._steps()
-        if self.is_finished and self.processes.is_first:
+        if self.is_finished:
             self._export()
 
     @contextlib.contextmanager
@@ -154,10 +184,23 @@ class Trainer:
             if self.config.compile:
                 del vars(self.model)["hidden_states"]
 
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """`log`, for as long as the run lasts; a run that has nothing left to do opens nothing."""
+        if self.processes.is_first and not self.is_finished:
+            self._logger = open_logger(self.config, self.out, self.step)
+        try:
+            yield
+        finally:
+            if self._logger is not None:
+                self._logger.close()
+            self._logger = None
+
     def _steps(self) -> Iterator[Report]:
         loss_module = self._wrapped()
         peak = accounting.peak_flops(self.device, self.autocast_dtype) * self.processes.count
-        mfu_per_speed = accounting.training_flops_per_token(self.model.config, self.context) / peak
+        frozen = self.config.lora_rank > 0
+        mfu_per_speed = accounting.training_flops_per_token(self.model.config, self.context, frozen=frozen) / peak
         clock, clock_step = time.perf_counter(), self.step
         timed_from, timed_since = max(self.step, _CALIBRATION.start), clock
         stopping = False
@@ -183,12 +226,17 @@ class Trainer:
                 is_best = eval_report.is_best
                 self._log(eval_report)
                 yield eval_report
-            if self._is_due(self.config.sample_interval) and self.processes.is_first:
-                yield SampleReport(self.step, self._sample())
+            if self._is_due(self.config.sample_interval):
+                model = self._whole_model()
+                if model is not None:
+                    sample_report = SampleReport(self.step, self._sample(model))
+                    if self._logger is not None:
+                        self._logger.log(sample_report)
+                    yield sample_report
             if stopping or is_best or self._is_due(self.config.checkpoint_interval):
-                loss_sum = self._finite_loss_sum()
-                if self.processes.is_first:
-                    yield CheckpointReport(self.step, self._save(loss_sum, is_best))
+                path = self._save(self._finite_loss_sum(), is_best)
+                if path is not None:
+                    yield CheckpointReport(self.step, path)
             clock += time.perf_counter() - pause  # speed is that of the steps alone
 
     def _is_due(self, interval: int) -> bool:
@@ -205,7 +253,7 @@ class Trainer:
         """One optimizer step; returns its learning rate and the gradient's norm before clipping."""
         config, processes = self.config, self.processes
         lr = learning_rate(self.step, config)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         torch.manual_seed(_mix(config.seed, self.step, processes.rank))
         first = self.step * self.global_rows
@@ -222,27 +270,29 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             self.loss_sum += loss.detach()
         self.num_losses += 1
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         limit = config.max_grad_norm or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        if self.is_sharded:
+            grad_norm = sharding.whole(grad_norm)
         if not self.scaler.is_enabled():  # the scaler leaves out steps that overflow; nothing else does
             self.max_norm = torch.maximum(self.max_norm, grad_norm)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         return lr, grad_norm
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype != torch.float32)
 
     def _to_device(self, ids: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return ids.pin_memory().to(self.device, non_blocking=True)
-        return ids
+        return ops.to_device(ids, self.device)
 
     def _wrapped(self) -> nn.Module:
         module: nn.Module = _LossModule(self.model)
-        if self.processes.count > 1:
+        if self.processes.count > 1 and not self.is_sharded:
             ids = [self.device.index] if self.device.type == "cuda" else None
             module = DistributedDataParallel(module, device_ids=ids)
         return module
@@ -285,11 +335,18 @@ class Trainer:
         batches = self.data.val.evaluation_batches(
             self.context, self.config.batch_size, self.config.eval_tokens or None
         )
-        for i, (inputs, targets) in enumerate(batches):
-            if i % self.processes.count == self.processes.rank:
-                with self._autocast():
-                    loss = calculate_loss(self.model, inputs.to(self.device), targets.to(self.device), reduction="sum")
-                total += torch.stack((loss.double(), torch.tensor(float(targets.numel()), device=self.device)))
+        while turn := list(itertools.islice(batches, self.processes.count)):
+            is_mine = self.processes.rank < len(turn)
+            if not is_mine and not self.is_sharded:
+                break
+            # Processes that share out the weights compute together, with or without a batch of their own.
+            inputs, targets = turn[self.processes.rank if is_mine else 0]
+            with self._autocast():
+                loss = calculate_loss(self.model, self._to_device(inputs), self._to_device(targets), reduction="sum")
+            if is_mine:
+                total += torch.stack((loss.double(), torch.full_like(loss, targets.numel(), dtype=torch.float64)))
+        if self.is_sharded:
+            sharding.release(self.model)
         self.model.train()
         loss_sum, num_tokens = self.processes.sum(total).tolist()
         return (loss_sum / num_tokens if num_tokens else math.nan), int(num_tokens)
@@ -300,6 +357,7 @@ class Trainer:
             return None
         is_best = loss < self.best_loss
         self.best_loss = min(loss, self.best_loss)
+        self.stale_evaluations = 0 if is_best else self.stale_evaluations + 1
         num_bytes = self._evaluated_bytes(num_tokens)
         bits_per_byte = loss * num_tokens / num_bytes / math.log(2) if num_bytes else None
         return EvalReport(self.step, loss, bits_per_byte, is_best)
@@ -317,18 +375,34 @@ class Trainer:
             self._val_bytes = count
         return self._val_bytes
 
-    def _sample(self) -> str:
-        self.model.eval()
+    def _whole_model(self) -> GPT2 | None:
+        """The model with all its weights, in the first process; all processes call this."""
+        if not self.is_sharded:
+            return self.model if self.processes.is_first else None
+        weights = sharding.whole_weights(self.model, self.processes)
+        return self._plain_model(weights) if self.processes.is_first else None
+
+    def _plain_model(self, weights: dict[str, Tensor]) -> GPT2:
+        """A model of its own with these weights, and adapters where there are some."""
+        model = GPT2(self.model.config, backend=self.model.backend)
+        if self.config.lora_rank:
+            add_adapters(model, self.config.lora_rank, self.config.lora_alpha, self.config.seed)
+        model.load_state_dict(weights)
+        model.tokenizer = self.tokenizer
+        return model.to(self.device)
+
+    def _sample(self, model: GPT2) -> str:
+        model.eval()
         room = self.context // 2
         if self.tokenizer is None:
-            start = [self.model.config.eos_token_ids[0] if self.model.config.eos_token_ids else 0]
-            sample = self.model.generate([start], max_new_tokens=room, seed=self.config.seed)[0]
+            start = [model.config.eos_token_ids[0] if model.config.eos_token_ids else 0]
+            sample = model.generate([start], max_new_tokens=room, seed=self.config.seed)[0]
             text = " ".join(map(str, sample.token_ids))
         else:
             prompt = self.tokenizer.encode(self.config.sample_prompt)[-room:] or [self.tokenizer.eos_token_id or 0]
-            sample = self.model.generate([prompt], max_new_tokens=room, seed=self.config.seed, top_p=0.95)[0]
+            sample = model.generate([prompt], max_new_tokens=room, seed=self.config.seed, top_p=0.95)[0]
             text = self.tokenizer.decode([*prompt, *sample.token_ids])
-        self.model.train()
+        model.train()
         return text
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -336,26 +410,50 @@ class Trainer:
     def _log(self, report: StepReport | EvalReport) -> None:
         if self.processes.is_first:
             self._folder.log(report)
+            if self._logger is not None:
+                self._logger.log(report)
 
-    def _save(self, loss_sum: float, is_best: bool) -> Path:
-        keep = self.config.keep_checkpoints
-        return self._folder.save_checkpoint(self.step, self._state(loss_sum), is_best=is_best, keep=keep)
-
-    def _state(self, loss_sum: float) -> dict[str, Any]:
-        return {
+    def _save(self, loss_sum: float, is_best: bool) -> Path | None:
+        """Write a checkpoint; its path, in the first process. All processes call this."""
+        state = {
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loss_sum": loss_sum,
             "num_losses": self.num_losses,
             "best_loss": self.best_loss,
+            "stale_evaluations": self.stale_evaluations,
             "global_rows": self.global_rows,
             "data": self._fingerprint,
             "val_data": self._val_fingerprint,
             "tokenizer": self.tokenizer.digest() if self.tokenizer is not None else None,
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
+        }
+        keep = self.config.keep_checkpoints
+        if self.is_sharded:
+            tensors = self._model_tensors() | self._optimizer_tensors()
+            path = self._folder.save_shards(self.step, state, tensors, self.processes, is_best=is_best, keep=keep)
+            return path if self.processes.is_first else None
+        if not self.processes.is_first:
+            return None
+        state["model"] = self.model.state_dict()
+        for name, optimizer in zip(_OPTIMIZERS, self.optimizers, strict=False):
+            state[name] = optimizer.state_dict()
+        return self._folder.save_checkpoint(self.step, state, is_best=is_best, keep=keep)
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        """Weights and buffers as a folder's checkpoint names them; a tied head is not there twice."""
+        weights = self.model.state_dict()
+        if self.model.config.tie_word_embeddings:
+            del weights["lm_head.weight"]
+        return {f"model.{name}": value for name, value in weights.items()}
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        states = {p: entries for optimizer in self.optimizers for p, entries in optimizer.state.items()}
+        return {
+            f"optimizer.{name}.{key}": value
+            for name, p in self.parameters.items()
+            for key, value in states.get(p, {}).items()
         }
 
     @classmethod
@@ -376,8 +474,8 @@ class Trainer:
         paths = checkpoint_paths(out)
         if not paths:
             raise FileNotFoundError(f"{Path(out) / 'checkpoints'}: no checkpoint to resume from")
-        state = read_checkpoint(paths[-1])
         processes = processes or Processes.start()
+        state = read_progress(paths[-1], processes)
         with _damage_in(paths[-1]):
             was = TrainConfig(**state["train_config"])
         if "dtype" in changes:
@@ -390,7 +488,6 @@ class Trainer:
             changes["minutes"] = None
         with _damage_in(paths[-1]):
             model = GPT2(GPT2Config(**state["model_config"]), backend=backend)
-            model.load_state_dict(state["model"])
         tokenizer = Tokenizer.from_folder(out)
         trainer = cls(model, data, was.replace(**changes), out, tokenizer=tokenizer, processes=processes)
         if trainer.global_rows != state["global_rows"]:
@@ -411,36 +508,94 @@ class Trainer:
                 "back (where the run trained it, data/ holds it too)"
             )
         with _damage_in(paths[-1]):
-            trainer._restore(state)
-        if state.get("is_best") and processes.is_first:
-            trainer._folder.link_best(paths[-1])  # the run may have been killed after the checkpoint, before the link
-        elif processes.is_first and math.isfinite(trainer.best_loss) and not trainer._folder.has_best():
+            trainer._restore(paths[-1], state)
+        if state.get("is_best"):
+            if processes.is_first:
+                trainer._folder.mark_best(paths[-1])  # the run may have been killed after the checkpoint, before this
+        elif math.isfinite(trainer.best_loss) and not processes.from_first(
+            lambda: trainer._folder.has_best(trainer.best_loss)
+        ):
             trainer.best_loss = math.inf
-            warnings.warn(
-                f"{trainer._folder.best}: is missing or damaged; the finished model will be the best of the "
-                "evaluations from here on, or the last weights where there is none",
-                stacklevel=2,
-            )
+            if processes.is_first:
+                warnings.warn(
+                    f"{Path(out) / 'checkpoints'}: the best checkpoint is missing or damaged; the finished model will "
+                    "be the best of the evaluations from here on, or the last weights where there is none",
+                    stacklevel=2,
+                )
         return trainer
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        if path.is_dir():
+            sharding.read_tensors(path, self._model_tensors())
+            self._restore_optimizers(path)
+        else:
+            own = self.model.state_dict()
+            weights = {name: self._placed(value, own.get(name)) for name, value in state["model"].items()}
+            self.model.load_state_dict(weights)
+            for name, optimizer in zip(_OPTIMIZERS, self.optimizers, strict=False):
+                saved = state[name]
+                in_order = [p for group in optimizer.param_groups for p in group["params"]]
+                for index, entries in saved["state"].items():
+                    saved["state"][index] = {k: self._placed(v, in_order[index]) for k, v in entries.items()}
+                optimizer.load_state_dict(saved)
         # The scaler of fp16 leaves out steps that overflow, perhaps all so far.
-        if not self.scaler.is_enabled() and len(self.optimizer.state) != len(list(self.model.parameters())):
-            raise ValueError("the optimizer's state is not that of the model's parameters")
+        for optimizer in () if self.scaler.is_enabled() else self.optimizers:
+            if len(optimizer.state) != sum(len(group["params"]) for group in optimizer.param_groups):
+                raise ValueError("the optimizer's state is not that of the model's parameters")
         self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        self.best_loss = state["best_loss"]
-        self.num_losses = state["num_losses"]
+        self.step = operator.index(state["step"])
+        self.best_loss = float(state["best_loss"])
+        self.stale_evaluations = int(state.get("stale_evaluations", 0))  # older checkpoints have none
+        self.num_losses = operator.index(state["num_losses"])
         if self.processes.is_first:
             self.loss_sum.fill_(state["loss_sum"])
 
+    def _placed(self, value: Any, like: Tensor | None) -> Any:
+        return sharding.placed_like(value, like) if self.is_sharded and like is not None else value
+
+    def _restore_optimizers(self, folder: Path) -> None:
+        """Fill the optimizers' state from a folder's checkpoint: whatever it holds of each parameter."""
+        sizes = sharding.tensor_sizes(folder)
+        owners = {p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
+        for name, p in self.parameters.items():
+            start = f"optimizer.{name}."
+            for key in (found.removeprefix(start) for found in sizes if found.startswith(start)):
+                is_whole = sizes[start + key] == p.shape
+                owners[p].state[p][key] = torch.zeros_like(p) if is_whole else torch.zeros((), device=p.device)
+        sharding.read_tensors(folder, self._optimizer_tensors())
+
     def _export(self) -> None:
-        """Write the finished model into the run's folder, in the layout of `GPT2.save_pretrained`."""
-        if self.config.export == "best" and self._folder.best.exists():
-            self.model.load_state_dict(read_checkpoint(self._folder.best)["model"])
-        self.model.eval()
-        self.model.save_pretrained(self.out)
+        """Write the finished model into the run's folder, in the layout of `GPT2.save_pretrained`.
+
+        Adapters are merged into it: whatever loads a GPT-2 then loads this one.
+        """
+        takes_best = self.config.export == "best"
+        best = self.processes.from_first(lambda: self._folder.best(self.best_loss) if takes_best else None)
+        if best is not None:
+            weights = read_checkpoint(best)["model"] if self.processes.is_first else {}
+        elif self.is_sharded:
+            weights = sharding.whole_weights(self.model, self.processes)
+        else:
+            weights = self.model.state_dict()
+        if not self.processes.is_first:
+            return
+        if self.is_sharded or self.config.lora_rank:
+            model = self._plain_model(weights)
+            if self.config.lora_rank:
+                merge_adapters(model)
+        else:
+            model = self.model
+            model.load_state_dict(weights)
+        model.eval().save_pretrained(self.out)
+
+
+def check_config(config: TrainConfig) -> None:
+    """ImportError or ValueError where this machine, or the way this process was started, cannot do as `config` says."""
+    check_parallel(config)
+    check_optimizer(config.optimizer)
+    check_logger(config.log)
+    if config.lora_rank:
+        check_lora()
 
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@ transformers asks two functions. The mask function is called once a forward pass
 of all layers get as their mask:
 
 - None: plain causal attention;
-- `Padding`: causal attention among the tokens that a 2-D padding mask keeps; where padding follows a token, only within
-  `padding_ignored`, for transformers' generation reads what stands in a last position that is padding;
-- a 4-D mask, as transformers makes it for PyTorch's own operator, for everything else (a cache with padding, packed
-  sequences, windows, masks of the user's own, a trace of `torch.compile`).
+- `Ragged`: causal attention within documents. They are the tokens that a 2-D padding mask keeps, or the sequences that
+  position ids, which restart, pack into a row. Where padding follows a token, only within `padding_ignored`, for
+  transformers' generation reads what stands in a last position that is padding;
+- a 4-D mask, as transformers makes it for PyTorch's own operator, for everything else (a cache with padding, windows,
+  masks of the user's own, a trace of `torch.compile`).
 
 The attention function takes the first two to `fastgpt2.kernels` and the last to PyTorch's operator.
 """
@@ -20,7 +21,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -50,28 +51,47 @@ def padding_ignored(ignored: bool = True) -> Iterator[None]:
         _IS_IGNORED.reset(token)
 
 
-class Padding:
-    """Which of B x T tokens a padding mask keeps: they are documents laid end to end, one a row.
+class Ragged:
+    """Which of B x T tokens attend, and where documents begin: they are laid end to end, one row after the other.
 
-    The outputs at padding positions are 0. Hidden states there mean nothing, as with flash attention.
+    The outputs at the other positions are 0. Hidden states there mean nothing, as with flash attention.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        self.shape = mask.shape
-        self.index = mask.flatten().nonzero().squeeze(-1)  # (N,) of B * T
-        ends = mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        cu_seqlens = torch.cat((ends.new_zeros(1), ends))
+    def __init__(self, kept: Tensor, starts: Tensor) -> None:
+        """Args: kept: (B, T) bool, the tokens that attend. starts: (B, T) bool, the first tokens of documents."""
+        self.shape = kept.shape
+        self.index = kept.flatten().nonzero().squeeze(-1)  # (N,) of B * T
+        first = starts.flatten().index_select(0, self.index).nonzero().squeeze(-1)
+        cu_seqlens = torch.cat((first, first.new_tensor([len(self.index)]))).to(torch.int32)
         self.documents = ops.plan_documents(cu_seqlens, len(self.index))
+
+    @classmethod
+    def from_padding(cls, mask: Tensor) -> Ragged:
+        """One document a row: the tokens that a (B, T) bool mask keeps."""
+        return cls(mask, mask & (mask.cumsum(1) == 1))
 
     def attend(self, qkv: Tensor, num_heads: int, **options: Any) -> Tensor:
         """Attention on the packed projection: qkv (B, T, 3C) -> (B, T, C)."""
         B, T = self.shape
         width = qkv.shape[-1] // 3
-        index = self.index.to(qkv.device)
         documents = ops.Documents(*(t.to(qkv.device) for t in self.documents))
-        kept = qkv.reshape(B * T, -1).index_select(0, index)[None]
+        flat = qkv.reshape(B * T, -1)
+        if len(self.index) == B * T:
+            return ops.causal_attention_packed(flat[None], num_heads, cu_seqlens=documents, **options).view(B, T, width)
+        index = self.index.to(qkv.device)
+        kept = flat.index_select(0, index)[None]
         out = ops.causal_attention_packed(kept, num_heads, cu_seqlens=documents, **options)[0]
         return out.new_zeros(B * T, width).index_copy(0, index, out).view(B, T, width)
+
+
+def _documents(mask: Tensor) -> Ragged | None:
+    """The documents that a 4-D mask (B, 1, T, T) separates, if it is causal within each and nothing else."""
+    seen = mask[:, 0]
+    starts = ~torch.diagonal(seen, -1, 1, 2)  # a token that does not see the one before it
+    starts = nn.functional.pad(starts, (1, 0), value=True)
+    document = starts.cumsum(1)
+    causal = (document[:, :, None] == document[:, None, :]).tril_()
+    return Ragged(torch.ones_like(starts), starts) if torch.equal(seen, causal) else None
 
 
 def attention_mask(
@@ -84,26 +104,28 @@ def attention_mask(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     **options: Any,
-) -> Tensor | Padding | None:
+) -> Tensor | Ragged | None:
     """The mask of a forward pass; arguments as transformers' mask functions take them."""
-    is_padded_causal = (
-        mask_function is causal_mask_function
-        and allow_is_causal_skip
-        and attention_mask is not None
-        and not torch.compiler.is_compiling()
+    is_whole = (
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and isinstance(q_offset, int)
         and (q_offset, kv_offset) == (0, 0)
         and q_length == kv_length
-        and attention_mask.shape == (batch_size, q_length)
     )
-    if is_padded_causal and attention_mask is not None:
+    if (
+        is_whole
+        and mask_function is causal_mask_function
+        and allow_is_causal_skip
+        and attention_mask is not None
+        and attention_mask.shape == (batch_size, q_length)
+    ):
         if attention_mask.all():
             return None
         kept = attention_mask.bool()
         if _IS_IGNORED.get() or not (kept[:, :-1] & ~kept[:, 1:]).any():
-            return Padding(kept)
-    return sdpa_mask(
+            return Ragged.from_padding(kept)
+    mask = sdpa_mask(
         batch_size,
         q_length,
         kv_length,
@@ -114,6 +136,12 @@ def attention_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **options,
     )
+    # Packed sequences come as a function of positions; what it means is in the mask that it makes.
+    is_packed = is_whole and mask_function is not causal_mask_function and attention_mask is None
+    documents = None
+    if is_packed and mask is not None and mask.shape == (batch_size, 1, q_length, q_length):
+        documents = _documents(mask)
+    return mask if documents is None else documents
 
 
 def causal_mask_4d(mask: Tensor) -> Tensor:
@@ -128,7 +156,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Padding | None,
+    attention_mask: Tensor | Ragged | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -148,13 +176,13 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_ours = (
         causal
-        and (attention_mask is None or isinstance(attention_mask, Padding))
+        and (attention_mask is None or isinstance(attention_mask, Ragged))
         and T == S
         and query.shape[-1] == value.shape[-1]
         and (scaling is None or scaling > 0)
     )
     if not is_ours:
-        if isinstance(attention_mask, Padding):
+        if isinstance(attention_mask, Ragged):
             raise ValueError(
                 f'attn_implementation="{NAME}": {type(module).__name__} attends with a causal mask of '
                 f'{attention_mask.shape[1]} tokens in another way than causally among them; choose "sdpa"'
@@ -162,7 +190,7 @@ def attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if isinstance(attention_mask, Padding):
+    if isinstance(attention_mask, Ragged):
         qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (query, key, value)], -1)
         heads = query.shape[1]
         out = attention_mask.attend(qkv, heads, scale=scaling, dropout_p=dropout)

@@ -28,7 +28,7 @@ from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from fastgpt2.transformers.attention import NAME, Padding, attention_forward, causal_mask_4d, padding_ignored
+from fastgpt2.transformers.attention import NAME, Ragged, attention_forward, causal_mask_4d, padding_ignored
 from fastgpt2.transformers.generation import FastGenerationMixin
 from fastgpt2_kernels import ops
 
@@ -99,7 +99,7 @@ class GPT2Attention(hf.GPT2Attention):
         dropout_p = self.attn_dropout.p if self.training else 0.0
         keys_values = None if cache is None else self._append(qkv, cache)
         is_whole = keys_values is None or keys_values[0].shape[2] == qkv.shape[1]  # nothing was in the cache before
-        if is_whole and (attention_mask is None or isinstance(attention_mask, Padding)):
+        if is_whole and (attention_mask is None or isinstance(attention_mask, Ragged)):
             options = {"scale": self.scaling, "dropout_p": dropout_p, "upcast": self.reorder_and_upcast_attn}
             if attention_mask is None:
                 attended = ops.causal_attention_packed(qkv, self.num_heads, **options)

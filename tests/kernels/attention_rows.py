@@ -15,11 +15,18 @@ _KERNELS = {
 _DOCUMENTS = ("HAS_LENGTHS", "HAS_DOCS")
 
 
+def _blocks(block: int, width: int, flags: tuple[str, ...]) -> tuple[int, ...]:
+    """Of a tensor descriptor: of heads of their own, or of a packed projection."""
+    return (1, block, 1, width) if "PACKED" in flags else (1, 1, block, width)
+
+
 def attention_cases(arch: str) -> Iterator[Case]:
     """Every row, and those of head 64 with documents too. Strides are multiples of 16, as heads of 16 n make them."""
     for kernel, kind, width in launch.attention_rows():
         if kind == "tf32" and not launch.has_tf32(arch):
             continue
+        if launch.attention_row(kernel, arch, kind.removesuffix(" dropout"), width).use_tma and kind == "half":
+            yield _case(arch, kernel, kind, width, ("PACKED",))
         if kind == "half dropout":
             yield _case(arch, kernel, "half", width, ("HAS_DROPOUT",))
         else:
@@ -36,7 +43,7 @@ def _case(arch: str, name: str, kind: str, width: int, flags: tuple[str, ...]) -
     if "HAS_LENGTHS" in flags:
         row = row._replace(use_tma=False)  # as the launcher does
     heads = attention._Heads(f"*{dtype}", "i32", "i32", "i32")
-    walked = f"tensordesc<{dtype}[1, 1, {row.block_s}, {width}]>" if row.use_tma else heads
+    walked = f"tensordesc<{dtype}{list(_blocks(row.block_s, width, flags))}>" if row.use_tma else heads
     known = {
         "inputs": attention._Inputs(heads, heads, heads),
         "q": heads,

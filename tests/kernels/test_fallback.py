@@ -15,6 +15,10 @@ import pytest
 import torch
 
 from fastgpt2 import GPT2, decode
+from fastgpt2.cache import KVCache
+from fastgpt2.config import SamplingConfig
+from fastgpt2.decode import DecodeSession, NewRow
+from fastgpt2.layers import Linear
 from fastgpt2.selfcheck.operators import run_case
 from fastgpt2_kernels import backends, ops
 from fastgpt2_kernels.checking.cases import CASES, Inputs
@@ -137,6 +141,41 @@ def test_decoding_goes_on(fail: Callable[..., None], interpreter: str, kernel: s
     found, expected = ({s.prompt_index: (s.token_ids, s.finish_reason) for s in of} for of in (got, want))
     assert found == expected
     assert kernel in str(decode.why_not_decode(ours))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_decoding_goes_on_with_its_8_bit_weights(fail: Callable[..., None], interpreter: str, is_tied: bool) -> None:
+    """After a failure the logits are those of the rounded weights, and not of the model's own, which stays as it is."""
+    ours, plain = pair(interpreter, context_length=24, **{**TINIEST, "tie_word_embeddings": is_tied})
+    ours.backend = "auto"
+    before = {name: p.clone() for name, p in ours.named_parameters()}
+    rounded = GPT2(plain.config.replace(tie_word_embeddings=False), backend="torch").eval()
+    rounded.load_state_dict({**plain.state_dict(), "lm_head.weight": plain.lm_head.weight})
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, Linear):
+                weight, scale = ops.quantize_rows(module.weight)
+                module.weight.copy_(weight.float() * scale[:, None])
+    fail("_linear_decode_kernel")
+    cache = KVCache(ours.config, 1)
+    session = DecodeSession(ours, cache, SamplingConfig(temperature=0), weight_dtype=torch.int8)
+    logits = session.prefill([0], [[1, 2, 3]])
+    token = session.begin([NewRow(0, [1, 2, 3], (0, 0), 10)], logits).read()[0][0]
+    with pytest.warns(UserWarning, match="decode_step runs on PyTorch's operators"):
+        session.step([0])
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    results = []
+    for model in (rounded, plain):
+        own = KVCache(model.config, 1)
+        model.extend(torch.tensor([1, 2, 3]), ops.plan_rows([0], [3], [0]), own)
+        own.keys, own.values = cache.keys.clone(), cache.values.clone()  # the prefill was of the model's own weights
+        hidden = model.extend(torch.tensor([token]), ops.plan_rows([0], [1], [3]), own)
+        results.append(model.logits(hidden))
+    got = session.step_logits(1)
+    torch.testing.assert_close(got, results[0], rtol=1e-4, atol=1e-4)
+    assert (got - results[1]).abs().max() > 10 * (got - results[0]).abs().max()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 
 import fastgpt2.transformers
+from fastgpt2.transformers import attention
 from tests.helpers import assert_close, draw_parameters, random_ids
 from tests.transformers.helpers import masks, transformers
 
@@ -57,6 +59,48 @@ def test_causal_models(seed: int, name: str) -> None:
     for mask in (torch.ones_like(ids), masks(seed, 3, 11)["left"]):
         options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
         assert torch.equal(ours.generate(ids, **options), exact.generate(ids, **options))
+
+
+def gpt2_of(seed: int, attention: str) -> Any:
+    """A GPT-2 of transformers' class, or with "fastgpt2" of ours."""
+    settings = transformers.GPT2Config(
+        vocab_size=61, bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2, n_head=4, n_positions=40,
+        attn_implementation=attention, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    library = fastgpt2.transformers if attention == "fastgpt2" else transformers
+    model = library.GPT2LMHeadModel(settings)
+    draw_parameters(model, seed, 0.2)
+    return model.double()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral narrow", "GPT2"])
+def test_packed_sequences_stay_apart(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position ids that restart: ours attends where attention is causal within each; a narrow window is PyTorch's."""
+    make = gpt2_of if name == "GPT2" else functools.partial(model_of, name)
+    exact, ours = make(seed, "sdpa"), make(seed, "fastgpt2")
+    calls: list[str] = []
+    theirs = attention.sdpa_attention_forward
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *args, **options: calls.append("sdpa") or theirs(*args, **options)
+    )
+    ids = random_ids(seed, 2, 12)
+    positions = {
+        "restarting": [[*range(5), *range(1), *range(6)], [*range(7), *range(5)]],
+        "jumping": [[0, 1, 2, 7, 8, 0, 1, 2, 3, 0, 0, 0], [3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 7]],
+        "one sequence": [[*range(12)], [*range(12)]],
+    }
+    for what, rows in positions.items():
+        logits = [m(ids, position_ids=torch.tensor(rows), use_cache=False).logits for m in (ours, exact)]
+        assert_close(*logits, what)
+        for model, own in zip((ours, exact), logits, strict=True):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(own.flatten(0, 1), ids.flatten()).backward()
+        for (parameter, a), b in zip(ours.named_parameters(), exact.parameters(), strict=True):
+            assert_close(a.grad, b.grad, f"{what}: {parameter}", tolerance=1e-8)
+    assert bool(calls) == (name == "Mistral narrow")
+    alone = ours(ids[:1, 6:], position_ids=torch.arange(6)[None]).logits
+    packed = ours(ids[:1], position_ids=torch.tensor(positions["restarting"][:1]), use_cache=False).logits
+    assert_close(packed[:, 6:], alone, "a packed sequence and the same alone")
 
 
 def test_bidirectional_attention_of_a_decoder(seed: int) -> None:

@@ -20,6 +20,7 @@ from fastgpt2_kernels.backends import (
     why_not_native,
     why_not_triton,
 )
+from fastgpt2_kernels.host import to_device
 from fastgpt2_kernels.native import isa as native_isa
 from fastgpt2_kernels.native import use_large_pages
 from fastgpt2_kernels.native.decode import DecodeStep as NativeStep
@@ -104,6 +105,7 @@ __all__ = [
     "row_keys",
     "sample",
     "this_target",
+    "to_device",
     "use_large_pages",
     "why_not_native",
     "why_not_triton",

@@ -19,6 +19,7 @@ from fastgpt2_kernels.backends import (
     note_failure,
     run_operator,
 )
+from fastgpt2_kernels.host import to_device
 from fastgpt2_kernels.ops.checks import check_same, describe
 from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.torch import decode as torch_decode
@@ -322,8 +323,9 @@ def plan_rows(
         raise ValueError(f"plan_rows: every row needs at least one new token and a length >= 0; got {rows}")
     if len(set(slots)) != len(rows):
         raise ValueError(f"plan_rows: a cache slot can be in one row only; got slots {list(slots)}")
-    slot_N = torch.tensor([slot for slot, count, _ in rows for _ in range(count)], dtype=torch.int64).to(device)
-    position_N = torch.tensor([past + i for _, count, past in rows for i in range(count)], dtype=torch.int64).to(device)
+    slots_N = [slot for slot, count, _ in rows for _ in range(count)]
+    positions_N = [past + i for _, count, past in rows for i in range(count)]
+    slot_N, position_N = to_device([slots_N, positions_N], device, torch.int64)
     may_use_kernels = torch.device(device).type != "cpu" or interpreter_is_on()
     return RowPlan(rows, slot_N, position_N, _plan_kernels(rows, device) if may_use_kernels and rows else None)
 
@@ -351,7 +353,8 @@ def _plan_kernels(rows: Sequence[tuple[int, int, int]], device: torch.device | s
         slot_lengths[slot] = past
     # One copy to the device for all of them.
     parts = [slot_lengths, *zip(*one, strict=True), *zip(*few, strict=True)]
-    flat = torch.tensor([number for part in parts for number in part], dtype=torch.int32).to(device)
+    parts += ([border - borders[0] for border in borders] for borders in fresh)
+    flat = to_device([number for part in parts for number in part], device, torch.int32)
     lengths_S, *row_parts = flat.split([len(part) for part in parts])
     decode = []
     for group, max_new in ((one, 1), (few, MAX_DECODE_TOKENS)):
@@ -359,11 +362,10 @@ def _plan_kernels(rows: Sequence[tuple[int, int, int]], device: torch.device | s
             starts_R, counts_R, slots_R, *row_parts = row_parts
             decode.append(DecodeRows(starts_R, counts_R, slots_R, max_new))
     runs = []
-    for borders in fresh:
-        cu_seqlens = torch.tensor([border - borders[0] for border in borders], dtype=torch.int32).to(device)
+    for borders, cu_seqlens in zip(fresh, row_parts, strict=True):
         runs.append((borders[0], borders[-1], plan_documents(cu_seqlens, borders[-1] - borders[0])))
     is_all = len(appended) == starts[-1]
-    appended_N = None if is_all else torch.tensor(appended, dtype=torch.int64).to(device)
+    appended_N = None if is_all else to_device(appended, device, torch.int64)
     return KernelPlan(lengths_S, tuple(decode), tuple(runs), tuple(long), appended_N)
 
 

@@ -154,11 +154,14 @@ def _load_tile(x, start, limit, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, MET
 
 @triton.jit
 def _load_keys(x, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
-    """Rows s .. s + BLOCK_S of k or v, a matrix or with USE_TMA a (B, H, S, D) tensor descriptor."""
+    """Rows s .. s + BLOCK_S of k or v, a matrix or with USE_TMA a (B, H, S, D) or (B, S, H, D) tensor descriptor."""
     BLOCK_S: tl.constexpr = META.BLOCK_S
     BLOCK_D: tl.constexpr = META.BLOCK_D
     if META.USE_TMA:
-        tile = tl.reshape(x.load([walk.b, walk.h, s, 0]), (BLOCK_S, BLOCK_D))
+        if x.block_shape[1] == 1:
+            tile = tl.reshape(x.load([walk.b, walk.h, s, 0]), (BLOCK_S, BLOCK_D))
+        else:
+            tile = tl.reshape(x.load([walk.b, s, walk.h, 0]), (BLOCK_S, BLOCK_D))
     else:
         tile = _load_tile(x, s, walk.limit, BLOCK=BLOCK_S, HAS_MASK=IS_CUT, META=META)
     return tile
@@ -504,12 +507,32 @@ class Heads(NamedTuple):
         return _Heads(self.data, *self.strides)
 
     def descriptor(self, block: int, block_d: int) -> Any:
-        """For the tensor memory accelerator, which fills up with zeros outside the shape."""
-        return TensorDescriptor(self.data, list(self.shape), [*self.strides, 1], [1, 1, block, block_d])
+        """For the tensor memory accelerator, which fills up with zeros outside the shape: (B, H, T, D) or (B, T, H, D).
+
+        CUDA's manual wants every stride to be a multiple of the next one and to span its dimension.
+        """
+        shape, strides, is_by_tokens = self._falling_strides()
+        block_shape = [1, block, 1, block_d] if is_by_tokens else [1, 1, block, block_d]
+        return TensorDescriptor(self.data, shape, strides, block_shape)
 
     def fits_descriptor(self) -> bool:
-        size = self.data.element_size()
-        return self.data.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in self.strides)
+        shape, strides, _ = self._falling_strides()
+        is_aligned = all(stride * self.data.element_size() % 16 == 0 for stride in strides[:-1])
+        falls = all(
+            outer % inner == 0 and outer >= size * inner
+            for outer, inner, size in zip(strides, strides[1:], shape[1:], strict=False)
+        )
+        return self.data.data_ptr() % 16 == 0 and is_aligned and falls
+
+    def _falling_strides(self) -> tuple[list[int], list[int], bool]:
+        """Shape and strides, the larger of the heads' and the tokens' stride first; and whether that is the tokens'."""
+        is_by_tokens = self.strides[2] > self.strides[1]
+        order = (0, 2, 1, 3) if is_by_tokens else (0, 1, 2, 3)
+        shape, strides = ([of[dim] for dim in order] for of in (self.shape, (*self.strides, 1)))
+        for dim in (2, 1, 0):
+            if shape[dim] == 1:  # its stride is never taken
+                strides[dim] = shape[dim + 1] * strides[dim + 1]
+        return shape, strides, is_by_tokens
 
 
 class Masking(NamedTuple):

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt2_kernels.host import to_device
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.decode.attention import Cache, Parts, Rows, decode_splits, num_splits
@@ -134,7 +135,7 @@ class DecodeStep:
             raise ValueError(f"use_cache: keys and values must share strides; got {keys.stride()}, {values.stride()}")
         self.keys, self.values = keys, values
         table = [keys.data_ptr(), values.data_ptr(), *keys.stride()[:3]]
-        self.cache_table.copy_(torch.tensor(table, dtype=torch.int64))
+        self.cache_table.copy_(to_device(table, self.cache_table.device, torch.int64))
 
     def run(self, slots: Tensor, *, use_table: bool = False, use_pdl: bool = False) -> None:
         """A token for each of the slots (R,) int32, no two the same."""

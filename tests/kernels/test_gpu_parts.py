@@ -1,0 +1,25 @@
+"""Parts of `make gpu` with the kernels themselves, at toy size: under Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu_parts import PARTS, Place
+
+QUICK = ("attention",)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PARTS]
+)
+def test_a_part(name: str, triton_device: str) -> None:
+    device = torch.device(triton_device, 0) if triton_device == "cuda" else torch.device(triton_device)
+    place = Place(device, is_toy=True)
+    assert place.backend == ("auto" if triton_device == "cuda" else "triton")
+    precision = torch.get_float32_matmul_precision()
+    try:
+        assert PARTS[name][1](place)
+    finally:
+        torch.set_float32_matmul_precision(precision)

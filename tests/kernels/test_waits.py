@@ -1,0 +1,166 @@
+"""What makes the host wait for a GPU: nothing in a prefill, a step, a loss or a training step.
+
+Tensors on the device "meta" have no values and are not on the host, so that the code takes them for a GPU's. Kernels
+are not launched: `test_devices.py` runs what is around them on tensors without values too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgpt2 import GPT2, GPT2Config, scoring
+from fastgpt2.cache import KVCache
+from fastgpt2.config import SamplingConfig
+from fastgpt2.decode import DecodeSession, NewRow
+from fastgpt2.loss import calculate_loss, train_step
+from fastgpt2_kernels import ops
+from tests.kernels.test_proofs import KERNELS
+
+aten = torch.ops.aten
+# Operators whose result, or its size, the host has to know. Of "meta" they raise as well.
+READS = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten.is_nonzero, aten._unique2)
+CONFIG = GPT2Config(vocab_size=61, context_length=64, hidden_size=32, num_layers=2, num_heads=2, attention_dropout=0.1)
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, waits: list[str]) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket in READS and args[0].device.type != "cpu":
+            self.waits.append(str(func))
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        ):
+            self.waits.append(f"{func} by a mask")
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+            index is not None and index.device.type == "cpu" and args[0].device.type != "cpu" for index in args[1]
+        ):
+            self.waits.append(f"{func} by numbers of the host")
+        if func.overloadpacket in (aten._to_copy, aten.copy_):
+            to = args[0].device if func.overloadpacket is aten.copy_ else kwargs.get("device") or args[0].device
+            of = args[1] if func.overloadpacket is aten.copy_ else args[0]
+            is_blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True))
+            if {torch.device(to).type, of.device.type} == {"cpu", "meta"} and is_blocking:
+                self.waits.append(f"{func} from {of.device} to {to}")
+        return func(*args, **kwargs)
+
+
+class _Constructors(TorchFunctionMode):
+    """`torch.tensor(numbers, device=...)` copies from pageable memory where no operator is seen."""
+
+    def __init__(self, waits: list[str]) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type != "cpu":
+            self.waits.append(f"{func.__name__} on {kwargs['device']}")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def noted_waits() -> Iterator[list[str]]:
+    waits: list[str] = []
+    with _Operators(waits), _Constructors(waits):
+        yield waits
+
+
+@pytest.fixture(autouse=True)
+def without_launches(interpreter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Launched:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda **arguments: None
+
+    for name, module in KERNELS.items():
+        monkeypatch.setattr(importlib.import_module(module), name, Launched())
+    # Autocast knows no such device.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+
+
+def model_on_meta(training: bool = False) -> GPT2:
+    with torch.device("meta"):
+        return GPT2(CONFIG, backend="triton").train(training)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_prefill_and_steps(penalty: float) -> None:
+    """With rows that come and go, and a cache that grows: what the host knows goes by pinned memory."""
+    model = model_on_meta()
+    cache = KVCache(model.config, 5, 8, device="meta")
+    sampling = SamplingConfig(temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=penalty)
+    session = DecodeSession(model, cache, sampling, stop_ids=[3])
+    with noted_waits() as waits:
+        for slots in ([0, 2], [1], [3, 4, 0]):
+            prompts = [[5, 6, 7], [8] * 11, [9]][: len(slots)]
+            logits = session.prefill(slots, prompts)
+            rows = [NewRow(slot, ids, (1, slot), 20) for slot, ids in zip(slots, prompts, strict=True)]
+            session.begin(rows, logits)
+            cache.reserve(40)
+            session.step(slots)
+            session.step(slots[:1])
+        if penalty == 1.0:
+            session.replace_tokens([0], torch.zeros(1, dtype=torch.int64, device="meta"))
+    assert waits == []
+
+
+def test_cached_attention_of_all_kinds_of_rows() -> None:
+    """Fresh rows that are no neighbours, rows of one token and of some, and long ones."""
+    model = model_on_meta()
+    cache = KVCache(model.config, 5, 64, device="meta")
+    with noted_waits() as waits:
+        plan = ops.plan_rows(range(5), [3, 1, 4, 12, 6], [0, 4, 5, 6, 0], "meta")
+        model.logits(model.extend(ops.to_device([1] * 26, "meta"), plan, cache))
+    assert waits == []
+
+
+@pytest.mark.parametrize("kind", ["loss", "step", "documents"])
+def test_a_training_step(kind: str) -> None:
+    model = model_on_meta(training=True)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    tokens = torch.zeros(2, 17, dtype=torch.int64, device="meta")
+    with noted_waits() as waits:
+        if kind == "documents":
+            ends = ops.to_device([0, 5, 16], "meta", torch.int32)
+            model.hidden_states(tokens[:1, :-1], cu_seqlens=ends).sum().backward()
+        elif kind == "loss":
+            calculate_loss(model, tokens[:, :-1], tokens[:, 1:], label_smoothing=0.1, z_loss=1e-3).backward()
+        else:
+            train_step(model, tokens, optimizer, max_grad_norm=1.0, pad_token_id=0)
+    assert waits == []
+
+
+def test_scores_wait_once_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where their numbers are read."""
+    read: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self.numel()) or [0.0] * self.numel())
+    batch = [scoring.Score(i, (1, 2, 3, 4), 2, []) for i in range(3)]
+    with noted_waits() as waits:
+        scoring._score_batch(model_on_meta(), batch)
+    assert (waits, len(read)) == ([], 1)
+
+
+def test_waits_are_noticed() -> None:
+    x = torch.zeros(4, device="meta")
+    at = torch.tensor([0, 1])
+    with noted_waits() as waits:
+        torch.tensor([1.0], device="meta")
+        torch.zeros(2).to("meta")
+        x.copy_(torch.zeros(4))
+        x[at]
+        for wait in (lambda: x[x > 0], lambda: x.sum().item(), lambda: torch.nonzero(x)):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                wait()
+    assert len(waits) >= 7
