@@ -15,4 +15,5 @@ MODULES = (
     "generate",
     "huggingface_generate",
     "score",
+    "prefixes",
 )

@@ -1,5 +1,5 @@
 """python -m benchmarks [attention|cross_entropy|layers|decode|decode_step|train|huggingface|generate|
-                      huggingface_generate|score|all]
+                      huggingface_generate|score|prefixes|all]
                      [--quick] [--json FILE] [--plot DIR]
 python -m benchmarks attention|cross_entropy --tune
 python -m benchmarks plot FILE.jsonl DIR

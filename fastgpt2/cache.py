@@ -98,9 +98,15 @@ class KVCache:
         new[:, :, :, : old.shape[3]] = old
         return new
 
-    def fork(self, source: int, targets: list[int]) -> None:
-        """Copy slot `source` into the slots `targets`, to draw several samples from one prompt."""
-        length = self.lengths[source]
+    def fork(self, source: int, targets: list[int], length: int | None = None) -> None:
+        """Copy the first `length` tokens of a slot into other slots, to draw several samples from one prompt.
+
+        Args:
+            source: The slot to copy from.
+            targets: The slots to copy into; their former contents are dropped.
+            length: The number of tokens; None copies all.
+        """
+        length = self.lengths[source] if length is None else length
         for target in targets:
             self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
             self.values[:, target, :, :length] = self.values[:, source, :, :length]

@@ -210,24 +210,28 @@ class DecodeSession:
                 to.copy_(of)
 
     @torch.no_grad()
-    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(
+        self, slots: Sequence[int], prompts: Sequence[Sequence[int]], pasts: Sequence[int] | None = None
+    ) -> Tensor:
         """Put prompts into the cache at their slots; logits (R, V) float32 of the first new token of each.
 
+        pasts: how many tokens before those of each prompt its slot holds already; None: none.
         ValueError for slots or prompts that do not fit.
         """
+        pasts = [0] * len(slots) if pasts is None else pasts
         counts = [len(ids) for ids in prompts]
         token_ids = ops.to_device([token for ids in prompts for token in ids], self.slots.tokens.device)
         if isinstance(self._step, ops.NativeStep):
-            self.cache.reserve(max(counts))
+            self.cache.reserve(max(past + count for past, count in zip(pasts, counts, strict=True)))
             self._find_cache()
-            logits = self._step.prefill(token_ids, slots, counts)
-            for slot, count in zip(slots, counts, strict=True):
-                self.cache.lengths[slot] = count
+            logits = self._step.prefill(token_ids, slots, counts, pasts)
+            for slot, past, count in zip(slots, pasts, counts, strict=True):
+                self.cache.lengths[slot] = past + count
             return logits
         model = self._model()
         if model is None:
             raise RuntimeError("DecodeSession: its model is gone")
-        plan = ops.plan_rows(slots, counts, [0] * len(counts), token_ids.device)
+        plan = ops.plan_rows(slots, counts, pasts, token_ids.device)
         hidden = model.extend(token_ids, plan, self.cache)
         last = [end - 1 for end in itertools.accumulate(counts)]
         return model.logits(hidden[ops.to_device(last, hidden.device)]).float()

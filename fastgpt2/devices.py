@@ -23,7 +23,7 @@ def find_device(name: str) -> torch.device:
 
 
 def why_not_bfloat16(device: torch.device) -> str | None:
-    """Why `device` has no bfloat16 (PyTorch emulates it, slowly), in one sentence; None if it has."""
+    """Why a device lacks bfloat16, in one sentence; None if it has it. Without it PyTorch emulates it slowly."""
     if device.type != "cuda" or torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(device)

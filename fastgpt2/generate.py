@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+from fastgpt2.batching import find_batch_size
 from fastgpt2.config import SamplingConfig
 from fastgpt2.constraints import LogitsProcessor
 from fastgpt2.devices import why_not_bfloat16
@@ -29,6 +30,7 @@ __all__ = [
     "TokenEvent",
     "generate",
     "generate_iter",
+    "kept_prompt_tokens",
     "lists_options",
     "prompt_token_ids",
     "stream",
@@ -43,7 +45,8 @@ class GenerateOptions(TypedDict, total=False):
 
     attention_mask: Tensor | None
     num_samples: int
-    batch_size: int
+    batch_size: int | str
+    truncate: str
     sample_ids: Iterable[int] | None
     skip: Container[tuple[int, int]]
     pack_weights: bool
@@ -89,7 +92,12 @@ def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateO
         attention_mask: (B, T), 0 where a tensor of prompts is padding, 1 where it is not. Padding is left out, wherever
             it lies. A tensor that seems padded (with the model's `pad_token_id`) needs one.
         num_samples: continuations of each prompt; 1 by default.
-        batch_size: rows decoded together; 32 by default.
+        batch_size: rows decoded together. "auto", the default, is 32, or fewer where memory has no room for them. More
+            where the native backend decodes a long list of prompts, and measures that more rows give more tokens a
+            second. Samples do not depend on it.
+        truncate: what becomes of a prompt that is too long. "error" (by default) refuses one that does not fit the
+            context. "left" drops the first tokens of a prompt that leaves no room for `max_new_tokens`, but leaves it
+            half the context; `Sample.prompt_ids` are those that are left.
         sample_ids: an int >= 0 for each prompt, in place of its index.
         skip: (prompt id, sample index) pairs not to generate.
         pack_weights: on a CPU, lay the weights out for speed, which takes their memory once more; on by default.
@@ -121,7 +129,8 @@ def _run(
     *,
     attention_mask: Tensor | None = None,
     num_samples: int = 1,
-    batch_size: int = 32,
+    batch_size: int | str = "auto",
+    truncate: str = "error",
     sample_ids: Iterable[int] | None = None,
     skip: Container[tuple[int, int]] = (),
     logits_processor: LogitsProcessor | None = None,
@@ -144,9 +153,10 @@ def _run(
         )
     if sampling is None:
         sampling = SamplingConfig(**fields)
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"generate: {name} must be an int >= 1; got {value!r}")
+    for name, value, others in (("num_samples", num_samples, ()), ("batch_size", batch_size, ("auto",))):
+        if value not in others and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            allowed = " or ".join(["an int >= 1", *map(repr, others)])
+            raise ValueError(f"generate: {name} must be {allowed}; got {value!r}")
     if sampling.stop_strings and model.tokenizer is None:
         raise ValueError("generate: stop_strings need a tokenizer; set model.tokenizer or use stop_token_ids")
     if logits_processor is not None and not callable(logits_processor):
@@ -155,14 +165,18 @@ def _run(
         prompts = [prompts]
     if isinstance(prompts, Tensor) or attention_mask is not None:
         prompts = _without_padding(model, prompts, attention_mask)
-    if isinstance(prompts, Sized):
-        batch_size = max(1, min(batch_size, len(prompts) * num_samples))
     if weight_dtype not in (None, "int8", torch.int8):
         raise ValueError(f"generate: weight_dtype must be None or 'int8'; got {weight_dtype!r}")
     int8 = None if weight_dtype is None else torch.int8
     if model.dtype == torch.bfloat16 and (reason := why_not_bfloat16(model.device)) is not None:
         warnings.warn(f"generate: {reason}: PyTorch emulates it, slowly; load the model in float16", stacklevel=4)
-    source = _read_prompts(model, prompts, num_samples, sample_ids, skip)
+    most = kept_prompt_tokens(model, truncate, sampling.max_new_tokens)
+    rows = len(prompts) * num_samples if isinstance(prompts, Sized) else None
+    if not isinstance(batch_size, int):
+        batch_size = find_batch_size(model, prompts, rows, sampling, pack_weights, int8)
+    elif rows is not None:
+        batch_size = max(1, min(batch_size, rows))
+    source = _read_prompts(model, prompts, num_samples, sample_ids, skip, most)
     return Scheduler(model, source, sampling, batch_size, pack_weights, int8, logits_processor, want_text).run()
 
 
@@ -209,6 +223,7 @@ def _read_prompts(
     num_samples: int,
     sample_ids: Iterable[int] | None,
     skip: Container[tuple[int, int]],
+    most: int | None,
 ) -> Iterator[Request]:
     """Every prompt that has samples to generate, checked."""
     identities = iter(sample_ids) if sample_ids is not None else None
@@ -222,11 +237,25 @@ def _read_prompts(
             raise ValueError(f"generate: sample_ids must be ints in [0, 2**64); got {identity!r} for prompt {index}")
         pending = deque(s for s in range(num_samples) if (identity, s) not in skip)
         if pending:
-            yield Request(index, identity, prompt_token_ids(model, prompt, f"prompt {index}"), pending)
+            yield Request(index, identity, prompt_token_ids(model, prompt, f"prompt {index}", most), pending)
 
 
-def prompt_token_ids(model: GPT2Base, prompt: str | Sequence[int], name: str) -> tuple[int, ...]:
-    """The token ids of a prompt (text or ids), checked against the model; ValueError calls it by `name`."""
+def kept_prompt_tokens(model: GPT2Base, truncate: str, max_new_tokens: int) -> int | None:
+    """How many of its last tokens a prompt keeps; None: all of them."""
+    if truncate not in ("error", "left"):
+        raise ValueError(f"generate: truncate must be 'error' or 'left'; got {shown(truncate)}")
+    context = model.config.context_length
+    # The last new token needs no place in the context.
+    return None if truncate == "error" else max(context + 1 - max_new_tokens, -(-context // 2))
+
+
+def prompt_token_ids(
+    model: GPT2Base, prompt: str | Sequence[int], name: str, most: int | None = None
+) -> tuple[int, ...]:
+    """The token ids of a prompt (text or ids), checked against the model; ValueError calls it by `name`.
+
+    most: how many of its last ids are kept.
+    """
     if isinstance(prompt, str):
         if model.tokenizer is None:
             raise ValueError(
@@ -244,9 +273,12 @@ def prompt_token_ids(model: GPT2Base, prompt: str | Sequence[int], name: str) ->
         ids = (config.bos_token_id,)
     if not ids:
         raise ValueError(f"generate: {name} is empty, and the model has no bos_token_id to begin with; give a token")
+    if most is not None:
+        ids = ids[-most:]
     if len(ids) > config.context_length:
         raise ValueError(
-            f"generate: {name} has {len(ids)} tokens; the context holds {config.context_length}; shorten the prompt"
+            f"generate: {name} has {len(ids)} tokens; the context holds {config.context_length}; shorten the prompt, "
+            "or truncate it on the left"
         )
     bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     if bad is not None:

@@ -7,6 +7,7 @@ import importlib.util
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,26 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
     found["cpu_threads"] = torch.get_num_threads()
     found["cpu_native"] = ops.why_not_native("decode_step", "cpu") or f"{ops.native_isa()} instructions"
     return found
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a process may still take on the device, as far as can be known; None if that is nowhere said."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            found += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")]
+    except (OSError, ValueError):
+        pass
+    try:  # a container's own limit
+        limit, used = (
+            Path("/sys/fs/cgroup", f"memory.{name}").read_text(encoding="utf-8") for name in ("max", "current")
+        )
+        found.append(max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # there is none, or it is "max"
+        pass
+    return min(found, default=None)
 
 
 def processor() -> str:

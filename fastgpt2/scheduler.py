@@ -1,8 +1,9 @@
 """Which rows are decoded together: prefill, then a decode loop over a changing set of rows, without padding.
 
-A prompt is prefilled once, whatever the number of its samples. A row that ends leaves its cache slot at once to the
-next sample of its prompt (whose prefix lies there already). For the next prompts free slots wait for each other a
-little, so that several are prefilled together.
+A prompt is prefilled once, whatever the number of its samples, and so is what prompts have in common: the rest is
+copied within the cache. A row that ends leaves its cache slot at once to the next sample of its prompt (whose prefix
+lies there already). For the next prompts free slots wait for each other a little, so that several are prefilled
+together.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fastgpt2.decode import (
 )
 from fastgpt2.model import GPT2Base
 from fastgpt2.operators import operator_backend
+from fastgpt2.prefixes import Holder, PrefixIndex
 from fastgpt2.text_stream import TextStream
 from fastgpt2.weights_mark import ChangeCounts
 from fastgpt2_kernels import ops
@@ -179,6 +181,7 @@ class Scheduler:
         self.free = list(reversed(range(batch_size)))
         backend = "torch" if self.session is None else decode_backend(model)
         self.waiting = _Waiting(PREFILL_STEPS[backend] * batch_size)
+        self.held: dict[int, tuple[int, ...]] = {}  # the prompt that each slot begins with, free slots' too
         self.rows: list[_Row] = []
         self.on_device: tuple[list[_Row], Results] | None = None  # the step that runs now
         # Which tokens each slot's sequence holds, for the repetition penalty; a session that chooses keeps its own.
@@ -250,25 +253,39 @@ class Scheduler:
     def _start_rows(self) -> list[_Row]:
         """Prefill prompts into the free slots and give their samples rows; the rows that still need a first token."""
         started: list[_Row] = []
-        fresh: list[tuple[int, Request]] = []
+        fresh: list[tuple[Holder, Request]] = []
+        index: PrefixIndex | None = None
         free = len(self.free)
         tokens = 0
         while free > 0 and tokens < PREFILL_TOKENS and (request := next(self.source, None)) is not None:
-            fresh.append((self.free.pop(), request))
+            index = PrefixIndex(self.held) if index is None else index
+            fresh.append((index.add(request.ids), request))
             free -= len(request.pending)
-            tokens += len(request.ids)
+            tokens += len(request.ids) - fresh[-1][0].shared
         if not fresh:
             self.waiting.is_needless = bool(self.free)
             return started
-        logits = self._prefill([slot for slot, _ in fresh], [request.ids for _, request in fresh])
-        for (slot, request), row_logits in zip(fresh, logits, strict=True):
+        self._assign_slots([holder for holder, _ in fresh])
+        logits = self._prefill([holder for holder, _ in fresh])
+        for (holder, request), row_logits in zip(fresh, logits, strict=True):
             prompt = _Prefilled(request.index, request.identity, request.ids, request.pending, row_logits)
-            started.append(self._new_row(slot, prompt))
+            started.append(self._new_row(holder.slot, prompt))
             forks = [self.free.pop() for _ in range(min(len(request.pending), len(self.free)))]
-            self.cache.fork(slot, forks)
+            self.cache.fork(holder.slot, forks)
+            self.held |= dict.fromkeys([holder.slot, *forks], request.ids)
             started.extend(self._new_row(fork, prompt) for fork in forks)
         self.rows = self.rows + started
         return started
+
+    def _assign_slots(self, prompts: list[Holder]) -> None:
+        """Give each a free slot: the one where its prefix lies, if that is free."""
+        for prompt in prompts:
+            if prompt.source is not None and prompt.source.slot in self.free:
+                prompt.slot = prompt.source.slot
+                self.free.remove(prompt.slot)
+        for prompt in prompts:
+            if prompt.slot < 0:
+                prompt.slot = self.free.pop()
 
     def _new_row(self, slot: int, prompt: _Prefilled) -> _Row:
         if self.seen is not None:
@@ -289,16 +306,31 @@ class Scheduler:
 
     # -- the model ----------------------------------------------------------------------------------------------
 
-    def _prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> Tensor:
-        """Logits (R, V) of the first new token of each prompt."""
+    def _prefill(self, prompts: list[Holder]) -> list[Tensor]:
+        """Put the prompts into their slots; the logits (V,) of the first new token of each."""
         self._check_weights()
-        counts = [len(ids) for ids in prompts]
         # Room for the longest row to its end: growing step by step would copy the cache each time.
-        self.cache.reserve(min(max(counts) + self.sampling.max_new_tokens, self.model.config.context_length))
+        longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
+        self.cache.reserve(min(longest, self.model.config.context_length))
+        logits: dict[int, Tensor] = {}
+        for wave in range(1 + max(prompt.wave for prompt in prompts)):
+            # What slots held before is copied before the first pass, which overwrites it.
+            for prompt in prompts:
+                if (source := prompt.source) is not None and source.wave == wave - 1 and source.slot != prompt.slot:
+                    self.cache.fork(source.slot, [prompt.slot], prompt.shared)
+            now = [prompt for prompt in prompts if prompt.wave == wave]
+            slots, pasts = [prompt.slot for prompt in now], [prompt.shared for prompt in now]
+            of_wave = self._extend(slots, [prompt.ids[prompt.shared :] for prompt in now], pasts)
+            logits |= zip(slots, of_wave, strict=True)
+        return [logits[prompt.slot] for prompt in prompts]
+
+    def _extend(self, slots: list[int], new: list[tuple[int, ...]], pasts: list[int]) -> Tensor:
+        """Append new tokens to slots that hold `pasts` tokens; logits (R, V) after the last ones."""
         if self.session is not None:
-            return self.session.prefill(slots, prompts)
-        plan = ops.plan_rows(slots, counts, [0] * len(slots), self.model.device)
-        token_ids = ops.to_device([token for ids in prompts for token in ids], self.model.device)
+            return self.session.prefill(slots, new, pasts)
+        counts = [len(ids) for ids in new]
+        plan = ops.plan_rows(slots, counts, pasts, self.model.device)
+        token_ids = ops.to_device([token for ids in new for token in ids], self.model.device)
         hidden = self.model.extend(token_ids, plan, self.cache)
         last = [end - 1 for end in itertools.accumulate(counts)]
         return self._head(hidden[ops.to_device(last, hidden.device)])

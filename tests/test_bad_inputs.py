@@ -279,7 +279,11 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "id of 5000 digits": (lambda: MODEL.generate([[10**5000]]), ValueError, "the token id an int of 16610 bits"),
     "no samples": (lambda: MODEL.generate([[1]], num_samples=0), ValueError, "num_samples must be an int >= 1; got 0"),
-    "no batch": (lambda: MODEL.generate([[1]], batch_size=0), ValueError, "batch_size must be an int >= 1; got 0"),
+    "no batch": (
+        lambda: MODEL.generate([[1]], batch_size=0),
+        ValueError,
+        "batch_size must be an int >= 1 or 'auto'; got 0",
+    ),
     "fewer sample ids": (lambda: MODEL.generate([[1], [2]], sample_ids=[5]), ValueError, "there is none for prompt 1"),
     "unknown option": (
         lambda: MODEL.generate([[1]], beams=4),

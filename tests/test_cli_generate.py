@@ -132,7 +132,8 @@ def test_bad_prompts_stop_the_run_before_it_begins_or_are_skipped(command, tmp_p
     out.write_text("precious\n", encoding="utf-8")
     assert command("--prompts", path, "--out", out, "--overwrite") == 2
     assert capsys.readouterr().err == (
-        f"fastgpt2: generate: {path} line 2 has 65 tokens; the context holds 64; shorten the prompt\n"
+        f"fastgpt2: generate: {path} line 2 has 65 tokens; the context holds 64; shorten the prompt, or "
+        "truncate it on the left\n"
     )
     assert out.read_text(encoding="utf-8") == "precious\n"
     assert command("--prompts", path, "--out", out, "--overwrite", "--skip-bad") == 0
@@ -142,6 +143,9 @@ def test_bad_prompts_stop_the_run_before_it_begins_or_are_skipped(command, tmp_p
     assert f"skipped: generate: {path} line 4 holds the token id 1000000; ids must be in [0, " in errors
     rows = {(row["prompt_index"], row["sample_index"]): row["text"] for row in read_rows(out)}
     assert set(rows) == {(p, s) for p in (0, 4) for s in range(3)}
+    path.write_text("\n".join([lines[0], lines[1], lines[4]]), encoding="utf-8")
+    assert command("--prompts", path, "--out", out, "--overwrite", "--truncate", "left") == 0
+    assert {row["prompt_index"] for row in read_rows(out)} == {0, 1, 2}
     # What was skipped changes nothing for the others: the same prompts at the same places give the same samples.
     path.write_text(
         "\n".join([lines[0], '{"prompt": "a"}', '{"prompt": "b"}', '{"prompt": "c"}', lines[4]]), encoding="utf-8"

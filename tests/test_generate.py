@@ -193,7 +193,7 @@ def test_only_the_tokens_that_are_needed_are_computed(pack_weights, seed, monkey
         monkeypatch.setattr(owner, name, counted)
 
     count(GPT2, "extend", lambda _, ids, *rest: len(ids))
-    count(DecodeSession, "prefill", lambda _, slots, prompts: sum(map(len, prompts)))
+    count(DecodeSession, "prefill", lambda _, slots, prompts, pasts: sum(map(len, prompts)))
     count(DecodeSession, "step", lambda results, slots: len(slots) * results.num_steps)
     prompts = random_prompts(rng, 9)
     samples = model.generate(
@@ -416,11 +416,11 @@ def test_free_slots_wait_for_each_other_and_not_for_ever(seed, monkeypatch):
     prefills: list[int] = []
     prefill = Scheduler._prefill
 
-    def counted(self, slots, prompts):
+    def counted(self, prompts):
         # None has waited longer than it may: a step more than what a prefill costs, of all free slots together.
         assert not self.rows or self.waiting.idle < self.waiting.most + self.cache.num_slots
-        prefills.append(len(slots))
-        return prefill(self, slots, prompts)
+        prefills.append(len(prompts))
+        return prefill(self, prompts)
 
     monkeypatch.setattr(Scheduler, "_prefill", counted)
     found = []
@@ -458,3 +458,23 @@ def test_waiting_ends():
     assert waiting.is_over
     assert _Waiting(8.0, is_needless=True).steps_left(8) == MOST_WAITING
     assert _Waiting(0.0).is_over
+
+
+def test_prompts_that_are_too_long_are_truncated_on_the_left(seed):
+    """To what leaves room for all new tokens, but to no less than half the context."""
+    rng = random.Random(seed)
+    model = tiny_model(seed)
+    context = SIZES["context_length"]
+    for new in (1, rng.randint(2, 40), context // 2 + 1, 10 * context):
+        kept = max(context + 1 - new, context // 2)
+        lengths = [kept, kept + 1, context, context + 1, 3 * context]
+        prompts = [[rng.randrange(V) for _ in range(length)] for length in lengths]
+        options = {"max_new_tokens": new, "stop_token_ids": [], "seed": seed}
+        got = model.generate(prompts, truncate="left", **options)
+        assert [s.prompt_ids for s in got] == [tuple(prompt[-kept:]) for prompt in prompts]
+        assert {len(s.token_ids) for s in got} == {min(new, context + 1 - kept)}
+        assert_same(model, got, model.generate([prompt[-kept:] for prompt in prompts], **options))
+    with pytest.raises(ValueError, match="prompt 1 has 97 tokens; the context holds 96; shorten the prompt, or"):
+        model.generate([[1], [1] * (context + 1)], truncate="error")
+    with pytest.raises(ValueError, match="truncate must be 'error' or 'left'; got 'right'"):
+        model.generate([[1]], truncate="right")

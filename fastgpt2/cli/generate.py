@@ -18,7 +18,7 @@ from fastgpt2.checkpoint import EMBEDDED
 from fastgpt2.cli import options
 from fastgpt2.config import SamplingConfig
 from fastgpt2.devices import find_device
-from fastgpt2.generate import generate_iter, prompt_token_ids, stream
+from fastgpt2.generate import generate_iter, kept_prompt_tokens, prompt_token_ids, stream
 from fastgpt2.gpt2 import GPT2
 from fastgpt2.input_files import PROMPTS, Entry, EntryError, Source, digest, find_sources, read_entries
 from fastgpt2.messages import counted, shown
@@ -52,6 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--skip-bad", action="store_true", help="report prompts that cannot be used and go on without them"
+    )
+
+    what.add_argument(
+        "--truncate",
+        choices=("left", "error"),
+        default="error",
+        help="left: drop the first tokens of prompts that leave no room for --max-new-tokens, but keep half a context "
+        "(default: error, which refuses prompts longer than the context)",
     )
 
     options.add_model_arguments(parser).add_argument(
@@ -95,7 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--resume", action="store_true", help="keep what --out holds and generate what is missing")
     output.add_argument("--overwrite", action="store_true", help="replace --out")
     output.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="samples decoded together (default: 32)"
+        "--batch-size",
+        type=_batch_size,
+        default="auto",
+        metavar="N",
+        help="samples decoded together (default: auto, which measures); samples do not depend on it",
     )
     output.add_argument("--with-prompt", action="store_true", help="the text begins with its prompt")
     output.add_argument("--token-ids", action="store_true", help="rows of a .jsonl hold the new tokens' ids")
@@ -110,16 +122,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_selection_arguments(parser)
 
 
+def _batch_size(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto or a number of samples; got {shown(text)}") from None
+
+
 def run(args: argparse.Namespace) -> int:
     sampling = SamplingConfig(
         **{name: getattr(args, name) for name in SamplingConfig.__dataclass_fields__ if hasattr(args, name)}
     )
-    for name, most in (("num_samples", _MOST_SAMPLES), ("batch_size", None)):
-        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if value < 1:
-            raise ValueError(f"generate: {option} must be at least 1; got {shown(value)}")
-        if most is not None and value > most:
-            raise ValueError(f"generate: {option} must be at most {most:,}; got {shown(value)}")
+    if not 1 <= args.num_samples <= _MOST_SAMPLES:
+        limit = "at least 1" if args.num_samples < 1 else f"at most {_MOST_SAMPLES:,}"
+        raise ValueError(f"generate: --num-samples must be {limit}; got {shown(args.num_samples)}")
+    if args.batch_size != "auto" and args.batch_size < 1:
+        raise ValueError(f"generate: --batch-size must be at least 1; got {shown(args.batch_size)}")
     find_device(args.device)  # before prompts are read and a model is looked for
     shard = options.find_shard(args)
     out = Path(args.out) if args.out is not None else None
@@ -134,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("generate: --score goes with --out FILE; give one")
     prompts, prompts_digest = _prompts(args, records)
     model = options.load(args)
-    usable = _checked(model, prompts, args.skip_bad)
+    usable = _checked(model, prompts, args)
     if records is None:
         return _show(model, usable, sampling, args)
     if model.tokenizer is None and records.suffix != ".jsonl":
@@ -148,7 +166,10 @@ def run(args: argparse.Namespace) -> int:
         "column": args.column,
         "num_samples": args.num_samples,
         **asdict(sampling),
-        **{name: getattr(args, name) for name in ("weight_dtype", "with_prompt", "token_ids", "logprobs", "score")},
+        **{
+            name: getattr(args, name)
+            for name in ("truncate", "weight_dtype", "with_prompt", "token_ids", "logprobs", "score")
+        },
     }
     indices = {item.prompt.index for item in usable}
     with RecordFile(
@@ -215,16 +236,17 @@ def _stdin() -> Source:
     return options.stdin_source(_MOST_PROMPT_BYTES, "give the prompt as an argument or --prompts FILE")
 
 
-def _checked(model: GPT2, prompts: Sequence[Entry | EntryError], skip_bad: bool) -> list[_Usable]:
+def _checked(model: GPT2, prompts: Sequence[Entry | EntryError], args: argparse.Namespace) -> list[_Usable]:
     """Every prompt's token ids. The first bad prompt ends the run before it has begun, or is reported and left out."""
+    most = kept_prompt_tokens(model, args.truncate, args.max_new_tokens)
     usable = []
     for prompt in prompts:
         try:
             if isinstance(prompt, EntryError):
                 raise prompt
-            usable.append(_Usable(prompt, prompt_token_ids(model, prompt.content, prompt.where)))
+            usable.append(_Usable(prompt, prompt_token_ids(model, prompt.content, prompt.where, most)))
         except ValueError as error:
-            if not skip_bad:
+            if not args.skip_bad:
                 raise
             print(f"fastgpt2: skipped: {error}", file=sys.stderr)
     if not usable:
@@ -297,7 +319,7 @@ def _options(usable: list[_Usable], sampling: SamplingConfig, args: argparse.Nam
         "sampling": sampling,
         "weight_dtype": args.weight_dtype,
         "num_samples": args.num_samples,
-        "batch_size": max(1, min(args.batch_size, len(usable) * args.num_samples)),
+        "batch_size": args.batch_size,
         "sample_ids": [item.prompt.index for item in usable],
     }
 
@@ -306,7 +328,7 @@ def _records(
     model: GPT2, usable: list[_Usable], options: dict[str, Any], *, with_prompt: bool, whole: bool = False
 ) -> Iterator[SampleRecord]:
     prompt_logprobs: dict[int, list[float]] = {}
-    for sample in generate_iter(model, (item.ids for item in usable), **options):
+    for sample in generate_iter(model, [item.ids for item in usable], **options):
         item = usable[sample.prompt_index]
         text = sample.text
         if with_prompt and text is not None and model.tokenizer is not None:

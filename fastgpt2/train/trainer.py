@@ -419,6 +419,7 @@ class Trainer:
             "step": self.step,
             "scaler": self.scaler.state_dict(),
             "loss_sum": loss_sum,
+            "processes": self.processes.count,
             "num_losses": self.num_losses,
             "best_loss": self.best_loss,
             "stale_evaluations": self.stale_evaluations,
@@ -548,7 +549,9 @@ class Trainer:
         self.stale_evaluations = int(state.get("stale_evaluations", 0))  # older checkpoints have none
         self.num_losses = operator.index(state["num_losses"])
         if self.processes.is_first:
-            self.loss_sum.fill_(state["loss_sum"])
+            # A sum over processes, of which there may have been another number; older checkpoints do not say.
+            count = self.processes.count
+            self.loss_sum.fill_(state["loss_sum"] * (count / state.get("processes", count)))
 
     def _placed(self, value: Any, like: Tensor | None) -> Any:
         return sharding.placed_like(value, like) if self.is_sharded and like is not None else value

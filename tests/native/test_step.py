@@ -191,7 +191,7 @@ def test_another_activation(seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_in_pieces_and_in_company(seed, threads, kind):
-    """Logits of a prompt: the same bits in any company; in pieces the same up to rounding."""
+    """Logits of a prompt: the same bits in any company, and after any prefix if two tokens or more are left."""
     dtype, _, _ = KINDS[kind]
     model = random_model(seed).to(dtype)
     step = make_step(model, 4, kind)
@@ -201,9 +201,23 @@ def test_prefill_in_pieces_and_in_company(seed, threads, kind):
         assert torch.equal(step.prefill(prompt, [slot], [len(prompt)])[0], together[row])
     first = step.prefill(prompts[2][:11], [3], [11])
     assert first.isfinite().all()
-    pieces = step.prefill(prompts[2][11:], [3], [9], [11])
-    error = (pieces[0] - together[2]).abs().max() / together[2].abs().max()
+    for past in (11, 18, 5):
+        assert torch.equal(step.prefill(prompts[2][past:], [3], [20 - past], [past])[0], together[2])
+    piece = step.prefill(prompts[2][19:], [3], [1], [19])  # one token is attended to as in a step: other sums
+    error = (piece[0] - together[2]).abs().max() / together[2].abs().max()
     assert error < (1e-5 if kind == "float32" else 0.05)
+
+
+def test_prefill_of_a_long_prompt_in_pieces(seed):
+    """Over blocks of queries, parts of keys and stretches of sums."""
+    rng = random.Random(seed)
+    step = make_step(random_model(seed, context_length=300), 1)
+    length = rng.randint(257, 300)
+    prompt = random_ids(seed, length)
+    whole = step.prefill(prompt, [0], [length])
+    past = rng.choice([2, 64, 256, length - 2, rng.randint(2, length - 2)])
+    step.prefill(prompt[:past], [0], [past])
+    assert torch.equal(step.prefill(prompt[past:], [0], [length - past], [past]), whole)
 
 
 def check_rows_that_end(seed: int) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fastgpt2_kernels import reference
 from fastgpt2_kernels.types import AttentionOptions, Documents
+
+QUERY_BLOCK = 128
 
 
 def attention(
@@ -53,15 +55,90 @@ def causal_attention(
         return reference.causal_attention(q, k, v, scale=scale, keep=keep, dropout_p=dropout_p, upcast=upcast)
     if upcast:
         return _upcast_attention(q, k, v, scale=scale, dropout_p=dropout_p)
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout_p)
-    if T == S:
-        attend = functools.partial(attend, is_causal=True)
-    elif T > 1:
-        attend = functools.partial(attend, attn_mask=reference.causal_mask(T, S, q.device))
     if dropout_p and q.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # PyTorch has no fused kernel with dropout for a CPU, and would keep several (B, H, T, S) tensors for backward.
-        return checkpoint(attend, q, k, v, use_reentrant=False)
-    return attend(q, k, v)
+        return _DropoutAttention.apply(q, k, v, scale, dropout_p)
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, is_causal=True)
+    mask = reference.causal_mask(T, S, q.device) if T > 1 else None
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, attn_mask=mask)
+
+
+class _DropoutAttention(torch.autograd.Function):
+    """Attention with dropout on a CPU, for which PyTorch has no fused kernel.
+
+    Blocks of queries attend to the keys up to their last one. Of the (B, H, T, S) tensors only what was dropped is
+    kept for the backward pass, a byte each; the probabilities P are computed again. With the dropped ones at 0 and the
+    others scaled, P', and the gradient G of the output: dV = P'^T G, dP' = G V^T, and dP from dP' as P' from P.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
+        wide_q, wide_k, wide_v = _wide(q), _wide(k), _wide(v)
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+        dropped = []
+        with torch.autocast("cpu", enabled=False):  # the backward pass, which computes P again, runs without it
+            for start, end, seen in _query_blocks(q.shape[2], k.shape[2]):
+                probs = _causal_probs(wide_q[:, :, start:end], wide_k[:, :, :seen], scale)
+                dropped.append(torch.empty_like(probs, dtype=torch.bool).bernoulli_(dropout_p))
+                probs.masked_fill_(dropped[-1], 0.0)
+                out[:, :, start:end] = (probs @ wide_v[:, :, :seen]) * _kept_factor(dropout_p)
+        ctx.save_for_backward(q, k, v, *dropped)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *dropped = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants second derivatives
+            return *_differentiable_gradients(ctx, q, k, v, dropped, grad), None, None
+        wide_q, wide_k, wide_v = _wide(q), _wide(k), _wide(v)
+        grad = _wide(grad) * _kept_factor(ctx.dropout_p)
+        dq, dk, dv = torch.empty_like(wide_q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        for (start, end, seen), drop in zip(_query_blocks(q.shape[2], k.shape[2]), dropped, strict=True):
+            rows, block_q, seen_k = grad[:, :, start:end], wide_q[:, :, start:end], wide_k[:, :, :seen]
+            probs = _causal_probs(block_q, seen_k, ctx.scale)
+            grad_probs = (rows @ wide_v[:, :, :seen].transpose(-1, -2)).masked_fill_(drop, 0.0)
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            dq[:, :, start:end] = (grad_scores @ seen_k) * ctx.scale
+            dk[:, :, :seen] += (grad_scores.transpose(-1, -2) @ block_q) * ctx.scale
+            dv[:, :, :seen] += probs.masked_fill_(drop, 0.0).transpose(-1, -2) @ rows
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _differentiable_gradients(
+    ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropped: list[Tensor], grad: Tensor
+) -> list[Tensor | None]:
+    keep = q.new_zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
+    for (start, end, seen), drop in zip(_query_blocks(q.shape[2], k.shape[2]), dropped, strict=True):
+        keep[:, :, start:end, :seen] = ~drop
+    out = reference.causal_attention(q, k, v, scale=ctx.scale, keep=keep, dropout_p=ctx.dropout_p)
+    needed = [x for x, needs in zip((q, k, v), ctx.needs_input_grad, strict=False) if needs]
+    grads = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
+    return [next(grads) if needs else None for needs in ctx.needs_input_grad[:3]]
+
+
+def _query_blocks(T: int, S: int) -> Iterator[tuple[int, int, int]]:
+    """First query, the one past the last, and how many keys the last one sees."""
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        yield start, end, end + S - T
+
+
+def _causal_probs(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Probabilities (B, H, n, s) of n queries, the last of which sees all s keys."""
+    n, s = q.shape[2], k.shape[2]
+    scores = (q * scale) @ k.transpose(-1, -2)
+    scores[..., s - n :].masked_fill_(~reference.causal_mask(n, n, q.device), float("-inf"))
+    return scores.softmax(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """(B, H, T, D) laid out in this order, in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def _kept_factor(dropout_p: float) -> float:
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 
 def attention_lse(q: Tensor, k: Tensor, options: AttentionOptions, *, lengths: Tensor | None = None) -> Tensor:
