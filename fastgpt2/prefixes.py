@@ -6,8 +6,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# The last tokens of a prompt, this many, are always computed. The logits after the last token are needed, and the native
-# backend rounds attention of a single token differently from attention of several.
+# At least this many tokens at the end of a prompt are always computed. The logits after the last token are needed, and
+# the native backend rounds attention of a single token differently from attention of several.
 MIN_COMPUTED = 2
 # A shorter common prefix is computed again: copying it, with the extra pass that this takes, would cost as much.
 MIN_SHARED = 16
