@@ -1,4 +1,4 @@
-"""Fine-tune a GPT-2 with transformers' Trainer on our operators: one changed import, no logits in memory.
+"""Fine-tune a GPT-2 with transformers' Trainer on fastgpt2's operators: one changed import, no logits in memory.
 
 pip install "fastgpt2[transformers]" accelerate
 python examples/finetune_hf_trainer.py --steps 50
@@ -20,7 +20,7 @@ CONTEXT = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, default=Path(__file__), help="what to learn (default: this file)")
+    parser.add_argument("--text", type=Path, default=Path(__file__), help="text to train on (default: this file)")
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
 

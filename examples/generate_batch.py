@@ -29,7 +29,7 @@ def main() -> None:
 
     model = GPT2.from_pretrained(args.model)
     best = {}
-    # Samples come in the order in which they finish. Rows that end make room for the next ones at once.
+    # Samples come in the order in which they finish. A row that ends makes room for the next sample at once.
     for sample in model.generate(
         PROMPTS,
         num_samples=args.num_samples,

@@ -1,4 +1,4 @@
-"""Adapt a GPT-2 with peft's LoRA: a few per cent of the weights are trained, on our operators.
+"""Adapt a GPT-2 with peft's LoRA: only a few per cent of the weights are trained, on fastgpt2's operators.
 
 pip install "fastgpt2[transformers]" peft
 python examples/lora.py --steps 50

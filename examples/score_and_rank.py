@@ -25,7 +25,7 @@ def main() -> None:
         args.prompt, num_samples=args.num_samples, max_new_tokens=args.max_new_tokens, temperature=1.0, seed=0
     )
     texts = sorted({sample.text for sample in samples if sample.text})
-    # The perplexity of what was generated, given the prompt; without `after_prefix` that of both together.
+    # The perplexity of the generated text given the prompt. Without `after_prefix` it would cover the prompt as well.
     scores = score(model, texts, prefixes=args.prompt, after_prefix=True)
     ranked = sorted(zip(scores, texts, strict=True), key=lambda pair: pair[0].perplexity)
     for result, text in ranked[: args.keep]:

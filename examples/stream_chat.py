@@ -1,4 +1,4 @@
-"""Complete what you type, word by word as it is made. An empty line or Ctrl-D ends it.
+"""Complete what you type, and print the text while it is generated. An empty line or Ctrl-D ends the program.
 
 python examples/stream_chat.py
 echo "class Queue:" | python examples/stream_chat.py

@@ -28,7 +28,7 @@ class TheirAttention(nn.Module):
 
 
 class OurAttention(TheirAttention):
-    """The same weights. The kernel reads the projection where it lies, so nothing is split or copied."""
+    """The same weights. The kernel reads the packed QKV directly, so nothing is split or copied."""
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         return self.out(causal_attention_packed(self.qkv(x), num_heads=self.heads, lengths=lengths))
@@ -41,7 +41,7 @@ def main() -> None:
     x = torch.randn(2, 10, 64)
     print(f"largest difference: {(theirs(x) - ours(x)).abs().max():.1e}")
 
-    # Rows of 10 and 4 tokens in one batch: what lies past a row's end is never read.
+    # A ragged batch with rows of 10 and 4 tokens: whatever lies past a row's end is never read.
     x[1, 4:] = float("nan")
     ragged = ours(x, lengths=torch.tensor([10, 4]))
     print(f"the short row is the same as by itself: {torch.allclose(ragged[1, :4], ours(x[1:, :4])[0], atol=1e-6)}")

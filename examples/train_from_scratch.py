@@ -18,7 +18,7 @@ CONTEXT = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, default=Path(__file__), help="what to learn (default: this file)")
+    parser.add_argument("--text", type=Path, default=Path(__file__), help="text to train on (default: this file)")
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
 
@@ -32,7 +32,7 @@ def main() -> None:
     for step in range(args.steps):
         starts = torch.randint(len(data) - CONTEXT, (8,))
         batch = torch.stack([data[start : start + CONTEXT] for start in starts]).to(device)
-        loss = train_step(model, batch, optimizer)  # each token is to predict the next one
+        loss = train_step(model, batch, optimizer)  # the targets are the next tokens
         if step % 20 == 0 or step == args.steps - 1:
             print(f"step {step}: loss {loss:.3f}")
 

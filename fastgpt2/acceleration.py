@@ -1,4 +1,4 @@
-"""`accelerate` and `unaccelerate`: they load `fastgpt2.transformers`, and with it transformers, when called."""
+"""`accelerate` and `unaccelerate`. transformers is imported when they are called, not when this module is."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ def accelerate(model: None = None) -> None: ...
 @overload
 def accelerate(model: Model) -> Model: ...
 def accelerate(model: Model | None = None) -> Model | None:
-    """Run transformers' GPT-2 on fastgpt2's operators: one model in place, or every model that is built from now on.
+    """Run transformers' GPT-2 on fastgpt2's operators: one model in place, or every model built from now on.
 
-    A model of any GPT-2 class is changed where it is, also inside another one (peft, DDP): the same object, the same
-    parameters, so that an optimizer made before keeps working. Its attention becomes "fastgpt2", unless its
-    configuration asks for attention weights (`output_attentions`). Without an argument transformers' GPT-2 classes
-    are patched: `AutoModelForCausalLM`, `pipeline` and the classes themselves then build accelerated models.
+    A model of any GPT-2 class is changed in place, even when it is wrapped in another one (peft, DDP). It stays the
+    same object with the same parameters, so an existing optimizer keeps working. Its attention implementation becomes
+    "fastgpt2", unless its configuration asks for attention weights (`output_attentions`).
+
+    Without an argument, transformers' GPT-2 classes are patched. `AutoModelForCausalLM`, `pipeline` and the classes
+    themselves then build accelerated models.
 
     Args:
-        model: a model that is or holds a GPT-2 of transformers; None for all that will be built.
+        model: A transformers GPT-2, or a model that contains one. None patches the classes.
 
     Returns:
-        The model that was given.
+        The same model, or None without an argument.
 
     Raises:
-        TypeError: the model holds no GPT-2 of transformers.
-        ImportError: transformers is missing, or is too old.
+        TypeError: The model contains no transformers GPT-2.
+        ImportError: transformers is missing or too old.
 
     Example:
         >>> model = fastgpt2.accelerate(AutoModelForCausalLM.from_pretrained("gpt2"))
@@ -45,10 +47,13 @@ def unaccelerate(model: None = None) -> None: ...
 @overload
 def unaccelerate(model: Model) -> Model: ...
 def unaccelerate(model: Model | None = None) -> Model | None:
-    """Undo `accelerate`: of one model, or without an argument of transformers' classes (models that are there stay).
+    """Undo `accelerate`, for one model or for transformers' classes.
+
+    Args:
+        model: The model to restore. None restores the classes; models that are already built stay accelerated.
 
     Returns:
-        The model that was given.
+        The same model, or None without an argument.
     """
     return _patch().unaccelerate(model)
 

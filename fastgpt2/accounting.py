@@ -1,4 +1,4 @@
-"""Arithmetic and bytes of a GPT-2, and what a device can do: the numbers behind MFU and the benchmarks."""
+"""FLOPs and bytes of a GPT-2, and the peak speeds of a device: the numbers behind MFU and the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastgpt2.config import GPT2Config
 
-# Dense matrix-multiply peaks in TFLOP/s of 16-bit floats with float32 accumulation, from the vendors' data sheets.
-# The first name found in the device's name counts.
+# Peak TFLOP/s of dense 16-bit matrix products with float32 accumulation, from the vendors' data sheets. The first entry
+# whose name occurs in the device's name is used.
 _PEAK_TFLOPS_16BIT = {
     "B300": 2250.0,
     "B200": 2250.0,
@@ -43,24 +43,28 @@ _PEAK_TFLOPS_16BIT = {
 
 
 def matmul_parameters(config: GPT2Config) -> int:
-    """Weights that every token is multiplied by: the blocks' matrices and the head, not the embedding look-ups."""
+    """Number of weights that every token is multiplied by: the blocks' matrices and the head, not the embeddings."""
     C, inner = config.hidden_size, config.inner_dim
     return config.num_layers * (4 * C * C + 2 * C * inner) + config.vocab_size * C
 
 
 def forward_flops_per_token(config: GPT2Config, num_tokens: int) -> float:
-    """FLOPs of one token's forward pass in a sequence of `num_tokens`: 2 a weight, and attention.
+    """FLOPs of one token's forward pass in a sequence of `num_tokens`: 2 per weight, plus attention.
 
-    Attention counts every query against every key (4 T C a layer), as PaLM's appendix B and nanoGPT do, though a causal
-    kernel does half of it: MFU figures then compare with published ones.
+    Attention is counted as every query against every key, 4 T C per layer. A causal kernel does half of that, but
+    PaLM's appendix B and nanoGPT count this way too, so our MFU figures compare with published ones.
     """
     return 2.0 * matmul_parameters(config) + 4.0 * config.num_layers * config.hidden_size * num_tokens
 
 
 def training_flops_per_token(config: GPT2Config, num_tokens: int, *, frozen: bool = False) -> float:
-    """FLOPs of one token's forward and backward pass: 3 x the forward's, 6 N + 12 L C T.
+    """FLOPs of one token's forward and backward pass: three times the forward pass, 6 N + 12 L C T.
 
-    frozen: the weights have no gradients, as beside adapters: 2 N less. The adapters' own are not counted.
+    Args:
+        config: The model's configuration.
+        num_tokens: The tokens of a sequence.
+        frozen: Whether the weights have no gradients, as when adapters are trained. This saves 2 N. The adapters' own
+            FLOPs are not counted.
     """
     gradients = 2.0 * matmul_parameters(config) if frozen else 0.0
     return 3.0 * forward_flops_per_token(config, num_tokens) - gradients
@@ -68,15 +72,15 @@ def training_flops_per_token(config: GPT2Config, num_tokens: int, *, frozen: boo
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes of one process of a training run, activations left out.
+    """Memory and traffic of one process of a training run, in bytes and without activations.
 
     Args:
-        weights: float32 parameters, its own share.
-        gradients: their gradients.
+        weights: The process's share of the float32 parameters.
+        gradients: Their gradients.
         optimizer: AdamW's two averages.
-        passing: what it holds for a while: DDP's buckets of gradients; of FSDP the weights and gradients of the
-            embeddings, which stay gathered, the weights of two blocks and the gradients of one.
-        sent: what it sends in a step, and receives, by rings.
+        passing: Temporary memory. With DDP these are the buckets of gradients. With FSDP they are the weights and
+            gradients of the embeddings, which stay gathered, the weights of two blocks and the gradients of one.
+        sent: What it sends in a step by ring algorithms; it receives as much.
     """
 
     weights: float
@@ -87,22 +91,24 @@ class TrainingBytes:
 
     @property
     def held(self) -> float:
-        """What it holds from step to step, and in a step's gradients."""
+        """The memory for weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
 
 
 def training_bytes(
     config: GPT2Config, processes: int = 1, *, parallel: str = "ddp", accumulate: int = 1
 ) -> TrainingBytes:
-    """Memory and messages of each of several processes that train a model with AdamW.
+    """Memory and traffic of each process that trains a model with AdamW.
 
     Args:
-        parallel: as in `TrainConfig`. "fsdp" gathers a block's weights in the forward and again in the backward pass,
-            and sums gradients up in every micro-batch.
-        accumulate: micro-batches of a step.
+        config: The model's configuration.
+        processes: The number of processes.
+        parallel: As in `TrainConfig`. "fsdp" gathers a block's weights in the forward pass and again in the backward
+            pass, and reduces gradients in every micro-batch.
+        accumulate: Micro-batches per step.
 
     Returns:
-        The bytes. A share of a weight whose rows are no multiple of `processes` may be a row more.
+        The bytes. The share of a weight may be one row larger if its rows are not a multiple of `processes`.
     """
     C, inner, L = config.hidden_size, config.inner_dim, config.num_layers
     learned = {"prelu": 1, "xielu": 2}.get(config.activation_function, 0)
@@ -119,18 +125,18 @@ def training_bytes(
 
 
 def weight_bytes(config: GPT2Config, dtype: torch.dtype) -> int:
-    """Bytes of weights that one decoding step reads, whatever the batch."""
+    """Bytes of weights that one decode step reads, at any batch size."""
     return matmul_parameters(config) * dtype.itemsize
 
 
 def cache_bytes_per_token(config: GPT2Config, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token holds in the cache."""
+    """Bytes that the keys and values of one token take in the cache."""
     return 2 * config.num_layers * config.hidden_size * dtype.itemsize
 
 
 @functools.cache
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Matrix-multiply FLOP/s of a device: the data sheet's where it is known for `dtype`, else measured here."""
+    """Peak FLOP/s of a device's matrix products: from the data sheet where known for `dtype`, else measured here."""
     device = torch.device(device)
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
@@ -141,7 +147,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
 
 
 def measured_matmul_flops(device: torch.device | str, dtype: torch.dtype, repeats: int = 5) -> float:
-    """FLOP/s of the best of `repeats` square matrix products in `dtype` (after one to warm up)."""
+    """FLOP/s of a square matrix product in `dtype`: the best of `repeats` runs after a warm-up run."""
     device = torch.device(device)
     size = 4096 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
@@ -157,7 +163,10 @@ def measured_matmul_flops(device: torch.device | str, dtype: torch.dtype, repeat
 
 
 def measured_bandwidth(device: torch.device | str, repeats: int = 5) -> float:
-    """Bytes a second of the best of `repeats` copies (read and written) or sums (read) of more than any cache holds."""
+    """Memory bandwidth in bytes per second, measured on a buffer that is larger than any cache.
+
+    The result is the best of `repeats` copies, which read and write the buffer, and sums, which only read it.
+    """
     device = torch.device(device)
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
     target = torch.empty_like(source)
@@ -174,15 +183,16 @@ def measured_bandwidth(device: torch.device | str, repeats: int = 5) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for a GPU's queued work; on a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
+FLUSH_BYTES = 256 * 2**20  # larger than any GPU's L2 cache
 
 
 def wall_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one call by the wall clock, the host's work included."""
+    """Wall-clock seconds per call, including the host's work."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -192,7 +202,11 @@ def wall_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 1
 
 
 def gpu_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
-    """A GPU's own time of one call with a cold cache; writing the cache full also gives the host its head start."""
+    """GPU seconds per call with a cold cache, excluding the host's work.
+
+    Before each call a large buffer is zeroed. This flushes the cache, and gives the host time to queue the call before
+    the GPU is ready for it.
+    """
     total = 0.0
     with torch.cuda.device(device):
         for _ in range(min(repeats, 10)):

@@ -1,4 +1,4 @@
-"""How many rows are decoded together where nobody says so: what memory holds, and what raises tokens a second."""
+"""The default batch size of decoding: as many rows as fit in memory and still raise the tokens per second."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastgpt2.scheduler import Request, Scheduler
 
 DEFAULT_ROWS = 32
 MEASURED_ROWS = (32, 64, 128, 256)
-# Of each number of rows: the tokens of a trial, the first of which are warm-up; the runs, of which the faster counts.
+# A trial of a batch size decodes this many tokens per row. It is run this many times, and the fastest run counts.
 _TRIAL_TOKENS, _TRIALS = 5, 2
-_LEAST_GAIN = 1.05  # more rows are taken for so many times the tokens a second
-_COST = 20  # trials make at most one in so many of the tokens that are asked for
+_LEAST_GAIN = 1.05  # a larger batch must raise the tokens per second by at least this factor
+_COST = 20  # trials decode at most 1/20 of the tokens that were asked for
 
 _measured: WeakKeyDictionary[GPT2Base, dict[tuple[torch.dtype | None, int], float]] = WeakKeyDictionary()
 
@@ -35,9 +35,18 @@ def find_batch_size(
     pack_weights: bool,
     weight_dtype: torch.dtype | None,
 ) -> int:
-    """The rows to decode together of a run of `rows` samples; None: nobody knows how many.
+    """Choose how many rows to decode together.
 
-    PyTorch's operators round a row by how many there are, so that there no measurement decides.
+    Measurements decide only for the native backend. PyTorch's operators round a row differently for different batch
+    sizes, so there the batch size must not depend on a measurement.
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+        rows: The number of samples of the run; None if it is not known.
+        sampling: How tokens are sampled.
+        pack_weights: Whether the weights are packed for the native backend.
+        weight_dtype: The dtype of the packed weights; None is the model's.
     """
     fits = _rows_that_fit(model, prompts, rows, sampling)
     best = max(1, min(DEFAULT_ROWS, fits))
@@ -60,20 +69,20 @@ def find_batch_size(
 
 
 def _rows_that_fit(model: GPT2Base, prompts: Iterable[object], rows: int | None, sampling: SamplingConfig) -> int:
-    """How many rows' cache and logits half of the free memory holds."""
+    """The number of rows whose cache and logits fit in half of the free memory."""
     free = free_memory(model.device)
     if free is None:
         return max(MEASURED_ROWS)
     config = model.config
     longest = config.context_length
-    if isinstance(prompts, Collection) and rows is not None:  # a token is a byte or more
+    if isinstance(prompts, Collection) and rows is not None:  # a token is at least one byte of text
         sizes = (len(p.encode()) if isinstance(p, str) else len(p) for p in prompts if isinstance(p, Collection))
         longest = min(longest, max(sizes, default=0) + sampling.max_new_tokens)
     return int(free / 2 / (cache_bytes_per_token(config, torch.float32) * longest + 4 * config.vocab_size))
 
 
 def _seconds(model: GPT2Base, rows: int, sampling: SamplingConfig, weight_dtype: torch.dtype | None) -> float:
-    """What a step of so many rows takes."""
+    """Measure the seconds that a decode step of this many rows takes."""
     trial = dataclasses.replace(
         sampling, max_new_tokens=_TRIAL_TOKENS, min_new_tokens=0, stop_token_ids=(), stop_strings=()
     )

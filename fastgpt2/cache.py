@@ -1,4 +1,4 @@
-"""The key-value cache of generation: fixed slots, a length for every slot, no padding."""
+"""The key-value cache of generation: a fixed number of slots, each with its own length, without padding."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from torch import Tensor
 from fastgpt2.config import GPT2Config
 from fastgpt2_kernels import ops
 
-# Slots grow by whole blocks of tokens, so that a growing batch seldom copies its cache.
+# Slots grow by whole blocks of tokens, so that the cache is rarely reallocated and copied.
 BLOCK_TOKENS = 64
 
 
 class KVCache:
     """The keys and values of every layer, for several sequences of different lengths.
 
-    A slot holds one sequence. It is free for another one when its length is set back to 0. What lies past a slot's
-    length is never read.
+    A slot holds one sequence. Setting its length back to 0 frees it for another one. Whatever lies past a slot's length
+    is never read.
 
     Args:
-        config: the model's configuration.
-        num_slots: the number R of slots.
-        capacity: the tokens that each slot has room for at first, by default the model's context.
-        dtype: the model's dtype or float32.
-        device: where the cache is.
+        config: The model's configuration.
+        num_slots: The number R of slots.
+        capacity: The number of tokens that each slot has room for at first; by default the model's context.
+        dtype: The model's dtype, or float32.
+        device: The device that holds the cache.
 
     Attributes:
-        keys: (L, R, H, S, D).
-        values: (L, R, H, S, D).
-        lengths: the number of tokens that each slot holds.
+        keys: The keys, (L, R, H, S, D), with S the capacity and D the head size.
+        values: The values, (L, R, H, S, D).
+        lengths: The number of tokens in each slot.
 
     Raises:
-        ValueError: There is no slot, or the capacity exceeds the model's context.
+        ValueError: `num_slots` is below 1, or the capacity exceeds the model's context.
 
     Example:
         >>> cache = KVCache(GPT2Config(hidden_size=64, num_heads=4, num_layers=2), num_slots=3)
@@ -60,23 +60,27 @@ class KVCache:
 
     @staticmethod
     def best_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """What to hold a model's keys and values in: CPUs attend to float32 faster than to a half precision."""
+        """The dtype to hold a model's keys and values in. CPUs compute attention faster in float32 than in half."""
         return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
 
     @property
     def num_slots(self) -> int:
+        """The number of slots."""
         return self.keys.shape[1]
 
     @property
     def capacity(self) -> int:
-        """Tokens every slot has room for at present."""
+        """The number of tokens that every slot has room for now."""
         return self.keys.shape[3]
 
     def _round(self, tokens: int) -> int:
         return min(self.config.context_length, -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for more tokens in every slot, and keep what is held.
+        """Make room for at least `tokens` tokens in every slot. The contents are kept.
+
+        Args:
+            tokens: The capacity that is needed.
 
         Raises:
             ValueError: `tokens` exceeds the model's context.
@@ -88,13 +92,20 @@ class KVCache:
             self.values = self._grown(self.values, self._round(tokens))
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
-        # All there was room for, not up to `lengths`: decoding on a GPU counts on the device, ahead of the host.
+        # Copies the whole capacity, not just up to `lengths`: while a GPU decodes, the lengths on the device are ahead
+        # of the host's.
         new = ops.use_large_pages(old.new_empty((*old.shape[:3], capacity, old.shape[4])))
         new[:, :, :, : old.shape[3]] = old
         return new
 
     def fork(self, source: int, targets: list[int], length: int | None = None) -> None:
-        """Copy the first `length` tokens (by default all) of slot `source` into the slots `targets`."""
+        """Copy the first `length` tokens of a slot into other slots, to draw several samples from one prompt.
+
+        Args:
+            source: The slot to copy from.
+            targets: The slots to copy into; their former contents are dropped.
+            length: The number of tokens; None copies all.
+        """
         length = self.lengths[source] if length is None else length
         for target in targets:
             self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
@@ -102,4 +113,5 @@ class KVCache:
             self.lengths[target] = length
 
     def free(self, slot: int) -> None:
+        """Free a slot for another sequence."""
         self.lengths[slot] = 0

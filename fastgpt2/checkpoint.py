@@ -1,4 +1,4 @@
-"""Checkpoints in and out, as functions: Hugging Face folders and hub names, single files, nanoGPT's `ckpt.pt`."""
+"""Functions that load and save checkpoints: Hugging Face folders and hub names, single files, nanoGPT's `ckpt.pt`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changes a row's logits between the model and the choice of a token: bans, biases, processors of the user's."""
+"""Changes to a row's logits before a token is sampled: banned tokens, biases and the user's logits processor."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastgpt2.messages import shown
 from fastgpt2_kernels import ops
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
-"""(token ids so far (1, T) int64, logits (1, V) float32) -> logits (1, V); transformers' LogitsProcessors are ones."""
+"""Maps the token ids so far (1, T) int64 and logits (1, V) float32 to logits (1, V), as in transformers."""
 
 
 class Constraints:
-    """What a `SamplingConfig` asks for beyond what is chosen inside a step, and the user's logits processor.
+    """The parts of a `SamplingConfig` that a decode step cannot apply by itself, and the user's logits processor.
 
-    Biases of token sequences, n-grams, suppressed tokens and stop tokens that come too early, in this order; then the
-    processor. `is_empty` says that there is nothing of the kind.
+    Applied in this order: biases of single tokens and suppressed tokens; biases of token sequences; n-grams that must
+    not repeat; stop tokens that come too early; the processor.
     """
 
     def __init__(
@@ -51,12 +51,22 @@ class Constraints:
 
     @property
     def is_empty(self) -> bool:
+        """Whether there is nothing to apply."""
         has_bans = self._always is not None or self._after or self._ngram_size or self._min_new_tokens
         return self._processor is None and not has_bans
 
     @torch.no_grad()
     def apply(self, logits: Tensor, ids: Sequence[Sequence[int]], num_new: Sequence[int]) -> Tensor:
-        """The changed logits (R, V) float32 of rows that hold the tokens `ids`, `num_new` of them new."""
+        """Return the changed logits, (R, V) float32.
+
+        Args:
+            logits: The logits of R rows, (R, V) float32; they are left as they are.
+            ids: All tokens of each row, its prompt included.
+            num_new: How many tokens of each row were generated.
+
+        Raises:
+            ValueError: The user's processor returned something other than logits of one row.
+        """
         changed = logits.clone() if self._always is None else logits + self._always
         for row, (tokens, count) in enumerate(zip(ids, num_new, strict=True)):
             for prefix, token, bias in self._after:
@@ -80,7 +90,7 @@ def _processed(processor: LogitsProcessor, logits: Tensor, tokens: Sequence[int]
 
 
 def _ends_of_ngrams(tokens: Sequence[int], size: int) -> Tensor:
-    """The tokens that would repeat an n-gram of that size."""
+    """The tokens that would complete an n-gram which has occurred before."""
     ids = torch.tensor(tokens)
     if len(ids) < size:
         return ids[:0]

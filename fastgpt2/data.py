@@ -1,7 +1,7 @@
-"""Texts to token shards, and shards to batches that depend on (seed, step) alone.
+"""Training data: texts are encoded into token shards, and batches of a shard depend on (seed, step) alone.
 
-A data folder holds `train.bin` and `val.bin`, bare little-endian uint16 tokens (uint32 for vocabularies past 65536) as
-nanoGPT writes them, and beside our own a `meta.json`.
+A data folder holds `train.bin` and `val.bin` in nanoGPT's format: bare little-endian uint16 tokens, or uint32 for
+vocabularies of more than 65536. Folders that fastgpt2 wrote also hold a `meta.json`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from fastgpt2.input_files import (
 from fastgpt2.messages import first_line, shown
 from fastgpt2.tokenizer import Tokenizer
 
-STDLIB = "stdlib"  # a name for `--data`: the sources of the running Python's standard library
+STDLIB = "stdlib"  # `--data stdlib` means the source files of the running Python's standard library
 _STDLIB_EXCLUDED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 _ALWAYS_EXCLUDED = {"__pycache__", ".git", ".hg", ".svn"}
-# Text is read and encoded in pieces of about this many bytes, cut at line ends, so that no file has to fit in memory.
+# Text is read and encoded in pieces of about this size, cut at line ends, so that a file need not fit in memory.
 PIECE_BYTES = 1 << 20
 
 
@@ -51,20 +51,20 @@ PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes start .. end of a UTF-8 file: a whole document, or one side of a single file's split."""
+    """Bytes start .. end of a UTF-8 file: a whole document, or one side of a single file's train/validation split."""
 
     path: Path
     start: int
     end: int
 
-    count = 1  # documents in it
+    count = 1  # number of documents
 
     def documents(self) -> Iterator[Iterator[str]]:
-        """The one document, in pieces."""
+        """Yield the one document, as an iterator over its pieces."""
         yield self.pieces()
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces of about `PIECE_BYTES`, cut after a line's end where there is one."""
+        """Yield the text in pieces of about `PIECE_BYTES`, cut after a line's end if there is one."""
         with open(self.path, "rb") as file:
             file.seek(self.start)
             left, kept = self.end - self.start, b""
@@ -81,7 +81,7 @@ class Segment:
 
 
 def _cut(block: bytes) -> int:
-    """Where to end a piece: after the last line's end, else before the last character that may be incomplete."""
+    """Where to cut a block: after its last newline, or else before its last character, which may be incomplete."""
     newline = block.rfind(b"\n") + 1
     if newline:
         return newline
@@ -95,7 +95,10 @@ def _cut(block: bytes) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one side of a table's split, each a document: those whose hash is at most `most`, or above it."""
+    """One side of a table's train/validation split; every row is a document.
+
+    Rows whose hash is at most `most` are for validation, the others for training.
+    """
 
     source: Source
     column: str
@@ -105,18 +108,19 @@ class Rows:
     count: int
 
     def documents(self) -> Iterator[Iterator[str]]:
-        """Each document, in one piece."""
+        """Yield each document, as an iterator over a single piece."""
         for index, text in _texts(self.source, self.column):
             if text and (_row_hash(self.seed, self.source, index) <= self.most) == self.is_val:
                 yield iter((text,))
 
     def pieces(self) -> Iterator[str]:
+        """Yield the text of every document."""
         for document in self.documents():
             yield from document
 
 
 def _texts(source: Source, column: str) -> Iterator[tuple[int, str]]:
-    """(index, text) of every row of a table; the first that has none raises."""
+    """Yield (index, text) of every row of a table. The first row without text raises."""
     for entry in read_entries([source], Columns(column)):
         if isinstance(entry, EntryError):
             raise entry
@@ -132,7 +136,13 @@ def _row_hash(seed: int, source: Source, index: int) -> int:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of a corpus, split: `skipped` files of a directory, or rows of a table, had no text."""
+    """The documents of a corpus, split into training and validation.
+
+    Attributes:
+        train: The training documents.
+        val: The validation documents.
+        skipped: How many files of directories and rows of tables were skipped because they hold no text.
+    """
 
     train: list[Segment | Rows]
     val: list[Segment | Rows]
@@ -143,6 +153,7 @@ class Corpus:
 
     @property
     def num_val(self) -> int:
+        """The number of validation documents."""
         return sum(part.count for part in self.val)
 
 
@@ -154,14 +165,28 @@ def find_documents(
     val_fraction: float = 0.05,
     seed: int = 0,
 ) -> Corpus:
-    """List documents and split them: `sources` are files, patterns, directories, `stdlib` or `hf://` data sets.
+    """List the documents of a corpus and split them into training and validation.
 
-    A text file is one document. In .jsonl, .csv, .parquet and .fasta files, plain or compressed as `input_files` says,
-    each row is one: the text in its `column` ("text" by default). Files of a directory are filtered by `suffixes` (all
-    files without); binary, empty and undecodable ones, and tables without that column, are skipped and counted, while
-    a file named itself must be readable. About `val_fraction` of the documents, at least one, are for validation,
-    chosen by a hash of (seed, name and row): the choice does not depend on where the corpus lies. A corpus of one text
-    file is split at a line: its end is for validation.
+    A text file is one document. In .jsonl, .csv, .parquet and .fasta files every row is one; `input_files` says how
+    they may be compressed. A file that is named itself must be readable. In a directory, files that are binary, empty
+    or not UTF-8, and tables without the column, are skipped and counted.
+
+    Validation documents are chosen by a hash of the seed, the name and the row, so the choice does not depend on where
+    the corpus is stored. A corpus of one text file is split at a line end, and its last part is for validation.
+
+    Args:
+        sources: Files, patterns, directories, `stdlib` or `hf://` data sets.
+        suffixes: Take only files of a directory that end in one of these; all files if there is none.
+        column: The column of tables that holds the text, "text" by default.
+        val_fraction: The share of documents for validation, in [0, 1); if it is above 0, at least one document is.
+        seed: Seed of the split.
+
+    Returns:
+        The documents of both sides.
+
+    Raises:
+        ValueError: There are no text files, a named file is not UTF-8 text, or an argument does not fit.
+        OSError: A source does not exist or cannot be read.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"find_documents: val_fraction must be in [0, 1); got {val_fraction}")
@@ -220,7 +245,7 @@ def find_documents(
 
 
 def _expanded(sources: Sequence[str | PathLike[str]]) -> Iterator[str | PathLike[str]]:
-    """The sources, with the files that match it in place of a pattern."""
+    """Yield the sources, with every pattern replaced by the files that match it."""
     for source in sources:
         name = str(source)
         if re.search(r"[*?\[]", name) and not name.startswith(HUB) and not Path(name).exists():
@@ -237,7 +262,7 @@ def _is_table(path: str | PathLike[str]) -> bool:
 
 
 def _split_table(source: Source, column: str, val_fraction: float, seed: int) -> tuple[tuple[Rows, Rows], int]:
-    """((training rows, validation rows), number of empty rows), having read all of them once."""
+    """Read a table once; returns ((training rows, validation rows), number of empty rows)."""
     hashes = []
     num_empty = 0
     for index, text in _texts(source, column):
@@ -259,7 +284,7 @@ def _split_table(source: Source, column: str, val_fraction: float, seed: int) ->
 
 
 def _list_files(source: str | PathLike[str], suffixes: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """(path, name within the corpus) of every file of a source, sorted."""
+    """Yield (path, name within the corpus) of every file of a source, sorted."""
     excluded = _ALWAYS_EXCLUDED
     if source == STDLIB:
         root, excluded, suffixes = Path(sysconfig.get_path("stdlib")), excluded | _STDLIB_EXCLUDED, (".py",)
@@ -279,6 +304,7 @@ def _list_files(source: str | PathLike[str], suffixes: Sequence[str]) -> Iterato
 
 
 def _why_not_text(path: Path) -> str | None:
+    """Why a file is not UTF-8 text, as the end of a sentence; None if it is."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     size = 0
     with open(path, "rb") as file:
@@ -298,7 +324,7 @@ def _why_not_text(path: Path) -> str | None:
 
 
 def _split_file(document: Segment, val_fraction: float) -> tuple[Segment, Segment]:
-    """(train, validation) of a single file, cut at the first line's end after 1 - val_fraction of its bytes."""
+    """Split a single file at the first line end past 1 - val_fraction of its bytes; returns (train, validation)."""
     cut = document.end
     if val_fraction:
         with open(document.path, "rb") as file:
@@ -313,7 +339,7 @@ def _split_file(document: Segment, val_fraction: float) -> tuple[Segment, Segmen
 
 @dataclass(frozen=True)
 class ShardMeta:
-    """What `meta.json` says about the shards beside it; sizes in tokens and bytes of UTF-8 text."""
+    """The contents of `meta.json`: sizes of the shards, in tokens and in bytes of UTF-8 text, and their origin."""
 
     dtype: str
     vocab_size: int
@@ -329,10 +355,23 @@ class ShardMeta:
 def write_shards(
     corpus: Corpus, tokenizer: Tokenizer, folder: str | PathLike[str], request: dict[str, Any]
 ) -> ShardMeta:
-    """Encode a corpus into `folder`; every document ends with `<|endoftext|>` where the tokenizer has it.
+    """Encode a corpus into token shards. Every document ends with `<|endoftext|>` if the tokenizer has that token.
 
-    Streams: about `PIECE_BYTES` of text and its tokens are in memory at a time. Each file appears whole or not at all,
-    and `meta.json`, which says what was asked (`request`), last.
+    The corpus is streamed: only about `PIECE_BYTES` of text and its tokens are in memory at a time. Each file is
+    written atomically, `meta.json` last.
+
+    Args:
+        corpus: The documents.
+        tokenizer: Encodes them.
+        folder: The data folder; it is created if it is missing.
+        request: What the caller asked for; kept in `meta.json`.
+
+    Returns:
+        What `meta.json` says.
+
+    Raises:
+        OSError: A document cannot be read, or a shard cannot be written.
+        ValueError: A document cannot be encoded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -363,7 +402,7 @@ def write_shards(
 
 
 def _encode(segments: Iterable[Segment | Rows], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    """(token ids, bytes of text) of the documents' pieces, encoded a batch at a time."""
+    """Yield (token ids, bytes of text) of every piece of the documents; a batch of pieces is encoded at a time."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for batch in _batches(_marked_pieces(segments)):
         for ids, (text, is_end) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch, strict=True):
@@ -371,7 +410,7 @@ def _encode(segments: Iterable[Segment | Rows], tokenizer: Tokenizer) -> Iterato
 
 
 def _marked_pieces(segments: Iterable[Segment | Rows]) -> Iterator[tuple[str, bool]]:
-    """(piece, whether it ends its document)."""
+    """Yield (piece, whether it is the last one of its document)."""
     for segment in segments:
         for document in segment.documents():
             last = ""
@@ -383,6 +422,7 @@ def _marked_pieces(segments: Iterable[Segment | Rows]) -> Iterator[tuple[str, bo
 
 
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Group pieces into batches of at least `PIECE_BYTES` characters; the last one may be smaller."""
     batch: list[tuple[str, bool]] = []
     size = 0
     for piece in pieces:
@@ -398,7 +438,15 @@ def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 
 
 class TokenShard:
-    """One .bin file of tokens, memory-mapped, and the windows that a training run takes from it."""
+    """A memory-mapped .bin file of tokens, and the windows that a training run reads from it.
+
+    Args:
+        path: The file.
+        dtype: The dtype of its tokens, "uint16" or "uint32".
+
+    Raises:
+        ValueError: The file's size is not a whole number of tokens.
+    """
 
     def __init__(self, path: str | PathLike[str], dtype: str = "uint16") -> None:
         self.path = Path(path)
@@ -415,7 +463,10 @@ class TokenShard:
         return len(self.tokens)
 
     def fingerprint(self) -> str:
-        """A hash of the size and of blocks spread over the file: tells other data, at any size in milliseconds."""
+        """A hash of the size and of 64 blocks spread over the file.
+
+        It recognizes different data within milliseconds, however large the file is.
+        """
         digest = hashlib.sha256(str(len(self)).encode())
         block = 1 << 14
         for start in np.linspace(0, max(0, len(self) - block), 64, dtype=np.int64):
@@ -423,6 +474,14 @@ class TokenShard:
         return digest.hexdigest()[:16]
 
     def windows_per_epoch(self, context: int) -> int:
+        """The number of windows that an epoch visits.
+
+        Args:
+            context: The tokens of a window.
+
+        Raises:
+            ValueError: The file has too few tokens for a window and its targets.
+        """
         if len(self) < context + 1:
             raise ValueError(
                 f"{self.path}: has {len(self)} tokens; a context of {context} needs at least {context + 1}: "
@@ -431,11 +490,21 @@ class TokenShard:
         return max(1, (len(self) - 1) // context - 1)
 
     def rows(self, first: int, count: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (count, context) int64 of rows first .. first + count of the endless training sequence.
+        """Inputs and targets of rows first .. first + count of the endless sequence of training rows.
 
-        An epoch visits non-overlapping windows once each, in an order and from an offset of its own, both drawn from
-        (seed, epoch). Every token is seen once an epoch (but for a context's worth at the ends), where windows drawn
-        with replacement miss a third of them; and windows begin elsewhere each time.
+        An epoch visits each of its non-overlapping windows once. Their order and the offset of the first one are drawn
+        from (seed, epoch), so windows begin at other tokens in every epoch. An epoch sees every token once, apart from
+        about one context's worth at the ends of the file. Windows drawn with replacement would miss a third of the
+        tokens.
+
+        Args:
+            first: The first row.
+            count: The number of rows.
+            context: The tokens of a row.
+            seed: Seed of order and offsets.
+
+        Returns:
+            Inputs and targets, both (count, context) int64.
         """
         per_epoch = self.windows_per_epoch(context)
         window_BT = np.empty((count, context + 1), dtype=np.int64)
@@ -459,7 +528,13 @@ class TokenShard:
     def evaluation_batches(
         self, context: int, batch_size: int, max_tokens: int | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every token of the shard (or of its first `max_tokens`) but the first as a target once, in order."""
+        """Yield (inputs, targets) in which every token of the shard but the first is a target exactly once, in order.
+
+        Args:
+            context: The tokens of a row; the last row may be shorter.
+            batch_size: The most rows of a batch.
+            max_tokens: Use only the first tokens of the shard; None uses all.
+        """
         stop = min(len(self), max_tokens + 1 if max_tokens is not None else len(self))
         full = (stop - 1) // context
         for first in range(0, full, batch_size):

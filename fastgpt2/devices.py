@@ -1,4 +1,4 @@
-"""The device that a command computes on, and what it can."""
+"""Choosing the device that a command runs on, and what that device can do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one. ValueError where this machine does not have it."""
+    """The device with this name; "auto" is a GPU if there is one. Raises ValueError if this machine lacks it."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
     if name == "auto":
@@ -14,7 +14,7 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")  # no device of any machine, as a name that PyTorch does not know
+        device = torch.device("meta")  # a name that PyTorch does not know: refused below, as no machine has "meta"
     count = {"cpu": 1, "cuda": gpus, "mps": int(mps)}.get(device.type, 0)
     if (device.index or 0) >= count:
         there = ["auto", "cpu", *(f"cuda:{index}" for index in range(gpus)), *(["mps"] if mps else [])]
@@ -23,7 +23,7 @@ def find_device(name: str) -> torch.device:
 
 
 def why_not_bfloat16(device: torch.device) -> str | None:
-    """Why `device` has no bfloat16 (PyTorch emulates it, slowly), in one sentence; None if it has."""
+    """Why a device lacks bfloat16, in one sentence; None if it has it. Without it PyTorch emulates it slowly."""
     if device.type != "cuda" or torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(device)

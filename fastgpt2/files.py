@@ -1,4 +1,4 @@
-"""Files that appear whole, on disk, or not at all."""
+"""Atomic writes: a file or folder appears on disk whole, or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from fastgpt2.messages import first_line
 
-# How the name of a `staged_folder` begins.
+# Prefix of the temporary folder that `staged_folder` yields.
 _STAGE_PREFIX = ".saving-"
 
 
@@ -25,7 +25,7 @@ _STAGE_PREFIX = ".saving-"
 def atomic_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     """`with atomic_file(path) as file:` replaces `path` once the block has ended and its bytes are on disk.
 
-    A process killed within leaves a file named `.NAME.tmpPID`, which `remove_leftovers` clears away.
+    A process killed inside the block leaves a file named `.NAME.tmpPID`, which `remove_leftovers` removes.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -45,8 +45,9 @@ def atomic_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
 def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
     """`with staged_folder(path) as stage:` writes files into `stage`; at the end of the block they move into `path`.
 
-    They move when all of them are on disk. A process killed within leaves a folder, which the next `staged_folder` at
-    `path` clears away: a stage is locked while somebody writes into it.
+    They move once all of them are on disk. A process killed inside the block leaves its stage behind. The next
+    `staged_folder` at the same path removes it: a stage is locked while it is written to, so one without a lock is
+    abandoned.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -71,8 +72,8 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
 
 
 def create_file(path: Path, content: bytes) -> bool:
-    """Make a file with this content at once; False where there is one of that name already, which stays."""
-    # Processes of several machines may do this at once, and two of them may have one number.
+    """Create a file with this content atomically. If the file already exists, leave it alone and return False."""
+    # Processes on several machines may do this at the same time, and two of them may have the same process id.
     temporary = path.with_name(f"{_temporary(path).name}{secrets.randbelow(10**12):012}")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -95,7 +96,13 @@ def create_file(path: Path, content: bytes) -> bool:
 def lock(file: int, path: str | PathLike[str], *, wait: bool = False) -> None:
     """Lock an open file or folder until it is closed.
 
-    Where another process has locked it, BlockingIOError, calling it `path`; or wait for that process.
+    Args:
+        file: The descriptor.
+        path: What errors call it.
+        wait: Wait while another process holds the lock.
+
+    Raises:
+        BlockingIOError: Another process holds the lock, and `wait` is False.
     """
     try:
         import fcntl
@@ -109,17 +116,17 @@ def lock(file: int, path: str | PathLike[str], *, wait: bool = False) -> None:
 
 @contextlib.contextmanager
 def locked_folder(path: str | PathLike[str]) -> Iterator[None]:
-    """Make the folder where it is not there, and lock it while the block runs; see `lock`."""
+    """Create the folder if it is missing, and lock it while the block runs; see `lock`."""
     Path(path).mkdir(parents=True, exist_ok=True)
     if os.name == "nt":
-        yield  # Windows opens no folders
+        yield  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             lock(descriptor, path)
         except OSError as error:
-            if error.errno != errno.EBADF:  # NFS locks only what is open for writing, which a folder cannot be
+            if error.errno != errno.EBADF:  # NFS only locks files open for writing, and a folder cannot be
                 raise
         yield
     finally:
@@ -127,10 +134,15 @@ def locked_folder(path: str | PathLike[str]) -> Iterator[None]:
 
 
 def check_archive(path: str | PathLike[str]) -> None:
-    """Check the checksums of a file that `torch.save` wrote; ValueError where its bytes have changed since.
+    """Verify the checksums of a file that `torch.save` wrote.
 
-    A file with compressed records is refused too. `torch.save` writes none: memory maps of them hold garbage, and a
-    small file could inflate to any size. Files of PyTorch before 1.6 are no archives and have no checksums.
+    A file with compressed records is refused too. `torch.save` never compresses: memory-mapping compressed records
+    yields garbage, and a small file could inflate to any size. Files from before PyTorch 1.6 are not archives and have
+    no checksums; they pass.
+
+    Raises:
+        ValueError: The file is damaged, or has compressed records.
+        OSError: The file cannot be opened.
     """
     try:
         if not zipfile.is_zipfile(path):
@@ -142,18 +154,18 @@ def check_archive(path: str | PathLike[str]) -> None:
                         f"{path}: its records must be uncompressed, as torch.save writes them; {record.filename} is "
                         "compressed: load and save it with PyTorch"
                     )
-                if record.CRC:  # torch.save leaves it 0 where it was told to write no checksums
+                if record.CRC:  # torch.save leaves it 0 if told not to write checksums
                     with archive.open(record) as file:
                         while file.read(1 << 20):
                             pass
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # the file itself cannot be opened; without a name it is a place that the bytes name
+            raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the archive
         raise ValueError(f"{path}: is damaged ({first_line(error)}); fetch or write it anew") from error
 
 
 def link_file(path: Path, link: Path) -> None:
-    """Make `link` the same file as `path`, atomically (a copy where the file system has no hard links)."""
+    """Atomically make `link` a hard link to `path`, or a copy if the file system has no hard links."""
     temporary = _temporary(link)
     temporary.unlink(missing_ok=True)
     try:
@@ -165,7 +177,7 @@ def link_file(path: Path, link: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes were writing into `folder` (of the file called `name` only, where one is given)."""
+    """Remove the temporary files that killed processes left in `folder`; with `name`, only those of that file."""
     leftover = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.tmp\d+")
     for path in folder.iterdir():
         if leftover.fullmatch(path.name):
@@ -175,11 +187,11 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def _remove_abandoned_stages(folder: Path) -> None:
-    """Remove the stages in a folder that nobody holds a lock on: their processes were killed."""
+    """Remove the stages in a folder that are not locked: the processes that wrote them were killed."""
     if os.name == "nt":
-        return  # nobody can lock a folder there
+        return  # folders cannot be locked there
     for stage in folder.glob(f"{_STAGE_PREFIX}*"):
-        with contextlib.suppress(OSError):  # it is locked, has just gone, or its file system has no locks
+        with contextlib.suppress(OSError):  # it is locked, has just been removed, or its file system has no locks
             descriptor = os.open(stage, os.O_RDONLY)
             try:
                 lock(descriptor, stage)
@@ -200,7 +212,7 @@ def staging_path(path: Path) -> Path:
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The public model: the network of model.py with checkpoints and generation."""
+"""The public model: the network in model.py, plus checkpoints and generation."""
 
 from __future__ import annotations
 
@@ -32,11 +32,28 @@ if TYPE_CHECKING:
 class GPT2(GPT2Base):
     """GPT-2 language model: `model(input_ids)` maps (B, T) token ids to (B, T, V) logits.
 
-    Build it from sizes, `GPT2(vocab_size=10000, hidden_size=256, num_layers=6, num_heads=8, feedforward_dim=1024,
-    dropout_rate=0.1)`, from a configuration, `GPT2(GPT2Config(...))`, from a name, `GPT2.from_config("gpt2-medium")`,
-    or from a checkpoint, `GPT2.from_pretrained("gpt2")`. `dropout_rate` sets the three dropouts of the configuration;
-    any other keyword is a field of `GPT2Config`. `backend` chooses the kernels: "auto", "triton", "native" or
-    "torch".
+    There are four ways to build one:
+
+    - from sizes: `GPT2(vocab_size=10000, hidden_size=256, num_layers=6, num_heads=8, feedforward_dim=1024,
+      dropout_rate=0.1)`
+    - from a configuration: `GPT2(GPT2Config(...))`
+    - from a preset's name, with fresh weights: `GPT2.from_config("gpt2-medium")`
+    - from a checkpoint: `GPT2.from_pretrained("gpt2")`
+
+    Args:
+        config: The configuration; None to give its fields as keywords.
+        dropout_rate: Sets the three dropouts of the configuration.
+        backend: The kernels to use: "auto", "triton", "native" or "torch".
+        fields: Fields of `GPT2Config`.
+
+    Raises:
+        TypeError: An argument is unknown, or both a configuration and fields are given.
+        ValueError: A field is out of range, or the backend is unknown.
+
+    Example:
+        >>> model = GPT2(vocab_size=100, context_length=32, hidden_size=16, num_layers=1, num_heads=2)
+        >>> model(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 100])
     """
 
     @classmethod
@@ -50,22 +67,28 @@ class GPT2(GPT2Base):
         revision: str | None = None,
         **config_changes: Any,
     ) -> Self:
-        """A model in eval mode from a folder, a file, a name on the Hugging Face hub, or "embedded".
+        """Load a checkpoint from a folder, a file, the Hugging Face hub, or "embedded", the model in this package.
 
-        It reads Hugging Face folders (safetensors or pytorch_model.bin, whole or sharded), a single such file beside
-        its config.json, and nanoGPT's `ckpt.pt` or the folder that holds it. nanoGPT models without biases get zero
-        ones, which compute the same. `.tokenizer` is set where the folder has one.
+        Supported are Hugging Face folders (safetensors or pytorch_model.bin, whole or sharded), a single such file
+        beside its config.json, and nanoGPT's `ckpt.pt` or the folder that holds it. A nanoGPT model without biases gets
+        zero biases, which compute the same.
 
         Args:
-            dtype: of the weights; None keeps the dtype in which the file holds its token embeddings.
-            revision: branch, tag or commit on the hub.
-            config_changes: fields of `GPT2Config`. A `vocab_size` or `context_length` below the file's cuts the rows
-                past it (nanoGPT pads its vocabulary to 50304).
+            name_or_path: A folder, a file, a name on the hub, or "embedded".
+            dtype: The dtype of the weights; None keeps that of the file's token embeddings.
+            device: The device to load the weights onto.
+            backend: The kernels to use: "auto", "triton", "native" or "torch".
+            revision: A branch, tag or commit on the hub.
+            config_changes: Fields of `GPT2Config` to override. A smaller `vocab_size` or `context_length` than the
+                file's drops the embedding rows past it (nanoGPT pads its vocabulary to 50304).
+
+        Returns:
+            The model in eval mode. Its `tokenizer` is set if the folder has one.
 
         Raises:
-            OSError: something cannot be found or read.
-            ValueError: the contents do not fit; the error names keys and shapes.
-            ImportError: a hub name without the extra, `pip install "fastgpt2[hub]"`.
+            OSError: A file is missing or cannot be read.
+            ValueError: The contents are not a GPT-2 that fits; the error names keys and shapes.
+            ImportError: A hub name was given without the extra, `pip install "fastgpt2[hub]"`.
         """
         return load_model(
             cls,
@@ -78,31 +101,53 @@ class GPT2(GPT2Base):
         )
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode. Training mode frees what generation keeps for its next run: see `decode.drop_sessions`."""
+        """Set training or eval mode. Training mode also frees what generation caches; see `decode.drop_sessions`.
+
+        Args:
+            mode: True for training, False for evaluation.
+
+        Returns:
+            The model itself.
+        """
         if mode:
             drop_sessions(self)
         return super().train(mode)
 
     @classmethod
     def from_transformers(cls, hf_model: GPT2LMHeadModel, *, backend: str = "auto") -> Self:
-        """A model on the weights of transformers' `GPT2LMHeadModel`: no copy.
+        """Wrap the weights of transformers' `GPT2LMHeadModel` without copying them.
 
-        It has that model's dtype, device and mode, and freezes what is frozen there. The two share their storage (our
-        linear weights are transposed views of the Conv1D ones): whatever changes a weight in place, as an optimizer
-        does, changes it in both. Gradients and hooks are not shared.
+        The two models share storage: our linear weights are transposed views of the Conv1D ones. An in-place change,
+        such as an optimizer's, shows in both. Gradients and hooks are not shared.
+
+        Args:
+            hf_model: The transformers model.
+            backend: The kernels to use: "auto", "triton", "native" or "torch".
+
+        Returns:
+            A model with the same dtype, device, mode and frozen parameters.
 
         Raises:
-            TypeError: the model is another one.
-            ValueError: its configuration or weights (adapters, quantized layers) are not plain GPT-2.
+            TypeError: The model is not a `GPT2LMHeadModel`.
+            ValueError: Its configuration or weights are not plain GPT-2 (it has adapters or quantized layers).
         """
         return from_transformers(cls, hf_model, backend=backend)
 
     def to_transformers(self) -> GPT2LMHeadModel:
-        """transformers' GPT2LMHeadModel on the weights of this model, in the same mode; they share their storage."""
+        """Wrap this model's weights as transformers' `GPT2LMHeadModel` without copying them.
+
+        Returns:
+            A transformers model in the same mode, which shares its storage with this one.
+        """
         return to_transformers(self)
 
     def save_pretrained(self, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that transformers loads; see `fastgpt2.checkpoint.save_pretrained`."""
+        """Save a folder that transformers can load; see `fastgpt2.checkpoint.save_pretrained`.
+
+        Args:
+            path: The folder; it is created if it is missing.
+            dtype: The dtype to save the weights in; None keeps the model's.
+        """
         save_pretrained(self, path, dtype=dtype)
 
     @lists_options
@@ -112,10 +157,10 @@ class GPT2(GPT2Base):
 
     @lists_options
     def generate_iter(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[Sample]:
-        """Yield finished samples as they end; see `fastgpt2.generate.generate_iter`."""
+        """Yield each sample as soon as it is finished; see `fastgpt2.generate.generate_iter`."""
         return generate_iter(self, prompts, **options)
 
     @lists_options
     def stream(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[TokenEvent]:
-        """Yield every token as it is chosen; see `fastgpt2.generate.stream`."""
+        """Yield every token as soon as it is sampled; see `fastgpt2.generate.stream`."""
         return stream(self, prompts, **options)

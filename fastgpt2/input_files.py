@@ -1,8 +1,12 @@
-"""Texts in files, for prompts, for sequences to score and for training: one reader of every format.
+"""One reader for every input format: prompts, sequences to score and training texts.
 
-`.txt` has a text a line. A line of `.jsonl` is an object; `.csv` has a header; `.parquet` and data sets of a hub
-(`hf://owner/name` or `hf://owner/name:split`) have columns. Of a `.fasta` entry the header's first word is the id.
-`.gz` and `.zst` may follow all suffixes but `.parquet`. `.parquet`, `.zst` and `hf://` need the extra `fastgpt2[data]`.
+- `.txt` holds one text per line.
+- `.jsonl` holds one JSON object per line.
+- `.csv` begins with a header.
+- `.parquet` files and data sets of the hub (`hf://owner/name` or `hf://owner/name:split`) have columns.
+- `.fasta` and `.fa` hold sequences; the first word of a header is the id.
+
+`.gz` or `.zst` may follow any suffix but `.parquet`. `.parquet`, `.zst` and `hf://` need the extra `fastgpt2[data]`.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from typing import Any, BinaryIO, cast
 from fastgpt2.messages import first_line, listed
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".fasta", ".fa")
-# Rows in these have columns; whoever trains takes a `.txt` whole instead.
+# Formats whose rows have columns. Training treats each row of them as a document, and a `.txt` file as one document.
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet", ".fasta", ".fa")
 COMPRESSIONS = (".gz", ".zst")
 HUB = "hf://"
@@ -37,10 +41,13 @@ Content = str | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold what.
+    """Which columns of a table are read.
 
-    text: the text, or where `ids` is None token ids as well. ids: token ids in place of it. prefix, prefix_ids: what
-    stands before it, if anything does.
+    Attributes:
+        text: The text. If `ids` is None, this column may hold token ids instead.
+        ids: Token ids, in place of the text.
+        prefix: The text before it, if there is one.
+        prefix_ids: The token ids before it, in place of `prefix`.
     """
 
     text: str
@@ -49,7 +56,7 @@ class Columns:
     prefix_ids: str | None = None
 
     def named(self, text: str | None, prefix: str | None = None) -> Columns:
-        """These, but with the columns that a user names."""
+        """These columns, with those replaced that the user names."""
         columns = self if text is None else Columns(text, None, self.prefix, self.prefix_ids)
         return columns if prefix is None else Columns(columns.text, columns.ids, prefix, None)
 
@@ -65,9 +72,15 @@ DOCUMENTS = Columns("text")
 
 @dataclass(frozen=True)
 class Entry:
-    """A text, or its token ids: `index` counts the input's entries from 0, `where` names file and line in errors.
+    """One text, or its token ids, from an input.
 
-    prefix: what stands before it. fields: everything in its row of a table.
+    Attributes:
+        index: The entry's number in the whole input, from 0.
+        content: The text or the token ids.
+        where: The file and line, for errors.
+        id: The entry's id, if it has one.
+        prefix: The text or token ids before it, if there are any.
+        fields: The whole row of a table, if it was asked for.
     """
 
     index: int
@@ -79,7 +92,7 @@ class Entry:
 
 
 class EntryError(ValueError):
-    """An entry that cannot be used; it keeps its index, so that leaving it out moves no other."""
+    """An entry that cannot be used. It still has an index, so skipping it does not renumber the others."""
 
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
@@ -88,24 +101,38 @@ class EntryError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or data set of a hub. `suffix` is its format's, `compression` the one after it."""
+    """One input file, or a data set of the hub.
+
+    Attributes:
+        name: The path, or `hf://owner/name`.
+        suffix: The suffix that names the format.
+        compression: The suffix after it, ".gz" or ".zst", or "".
+        data: The contents, if they came from standard input.
+    """
 
     name: str
     suffix: str
     compression: str = ""
-    data: bytes | None = None  # what standard input held
+    data: bytes | None = None
 
     def open(self) -> BinaryIO:
-        """The bytes as they lie there."""
+        """Open the source's bytes, without decompressing them."""
         return io.BytesIO(self.data) if self.data is not None else open(self.name, "rb")
 
 
 def find_sources(names: Iterable[str], what: str = "an input") -> list[Source]:
-    """The sources that paths, patterns such as `data/*.jsonl.gz` and names of data sets stand for.
+    """Find the sources that paths, patterns such as `data/*.jsonl.gz` and names of data sets refer to.
+
+    Args:
+        names: Paths, patterns and `hf://` names.
+        what: What errors call such an input.
+
+    Returns:
+        The sources in order; the files of a pattern are sorted.
 
     Raises:
-        ValueError: a name's suffix is none that can be read, or no file matches a pattern.
-        OSError: there is no such file.
+        ValueError: A suffix is not supported, or a path is not an ordinary file.
+        OSError: A file does not exist or cannot be read, or no file matches a pattern.
     """
     sources = []
     for name in names:
@@ -129,20 +156,20 @@ def find_sources(names: Iterable[str], what: str = "an input") -> list[Source]:
                 raise IsADirectoryError(f"{path}: is a folder; name its files, as {path}/*{suffix}")
             if Path(path).exists() and not Path(path).is_file():
                 raise ValueError(f"{path}: must be an ordinary file; it is not")
-            with open(path, "rb"):  # says it now where it cannot be read
+            with open(path, "rb"):  # raises now, not later, if the file cannot be read
                 sources.append(Source(path, suffix, compression))
     return sources
 
 
 def split_suffix(name: str) -> tuple[str, str]:
-    """(the suffix of the format, that of the compression or "") of a file's name."""
+    """Split a file name's end into (suffix of the format, suffix of the compression or "")."""
     path = Path(name)
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     return (Path(path.stem).suffix if compression else path.suffix), compression
 
 
 def digest(sources: Sequence[Source]) -> str:
-    """A hash of what the sources hold, by which a resumed run knows them again."""
+    """A hash of the sources' contents, by which a resumed run recognizes its input."""
     code = hashlib.sha256()
     for source in sources:
         if source.suffix == HUB:
@@ -161,17 +188,19 @@ def digest(sources: Sequence[Source]) -> str:
 def read_entries(
     sources: Sequence[Source], columns: Columns, *, most_bytes: int | None = None, with_fields: bool = False
 ) -> Iterator[Entry | EntryError]:
-    """The entries of the sources, one after the other; nothing but the piece at hand is in memory.
+    """Yield the entries of the sources in order, without holding a whole file in memory.
 
-    Bad entries are yielded as errors, for the caller to raise or to skip; they are counted too.
+    A bad entry is yielded as an error, which the caller may raise or skip. It takes an index like any other entry.
 
     Args:
-        most_bytes: that all of them may hold together.
-        with_fields: give every entry its whole row.
+        sources: The sources to read.
+        columns: The columns to read from tables.
+        most_bytes: The most bytes that all sources together may hold; None for no limit.
+        with_fields: Whether to give every entry its whole row.
 
     Raises:
-        ValueError: a file as a whole cannot be used: it has no such column, is cut off, or has more than `most_bytes`.
-        ImportError: the extra is missing.
+        ValueError: A file cannot be used at all: it lacks a column, is cut off, or goes past `most_bytes`.
+        ImportError: The format needs an extra that is not installed.
     """
     index, size = 0, 0
     for source in sources:
@@ -192,7 +221,7 @@ def read_entries(
 
 # -- formats ------------------------------------------------------------------------------------------------------
 
-# (where it is, its row as a mapping or why it is none, about how many bytes it has)
+# (where it is, the row as a mapping or the error that says why it is bad, about how many bytes it has)
 _Row = tuple[str, "Mapping[str, Any] | ValueError", int]
 
 
@@ -219,12 +248,12 @@ def _json_row(line: bytes, columns: Columns) -> Mapping[str, Any]:
         raise ValueError(f"must be JSON; {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("must be a flat JSON object; it is nested too deeply") from None
-    except ValueError:  # Python reads no int of thousands of digits
+    except ValueError:  # Python does not parse integers of thousands of digits
         raise ValueError("must be JSON; it has an integer of thousands of digits") from None
     either = f'must be an object with either "{columns.text}" or "{columns.ids}"'
     if not isinstance(row, dict):
         raise ValueError(either if columns.ids else f'must be an object with "{columns.text}"')
-    # JSON can spell half a surrogate pair, which no UTF-8 file can hold.
+    # JSON escapes can spell half a surrogate pair, which UTF-8 cannot encode.
     if "\\u" in text and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
         raise ValueError("must be Unicode text; it has an unpaired surrogate")
     return row
@@ -244,7 +273,7 @@ def _fasta_row(entry: bytes, columns: Columns) -> Mapping[str, Any]:
 
 
 def _fasta_entries(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """Each entry's lines with the line number of its header; lines before the first header are an entry too."""
+    """Yield (line number of its header, lines) of every entry. Lines before the first header form an entry too."""
     start, entry = 0, list[bytes]()
     for number, line in lines:
         if line.startswith(b">") and entry:
@@ -321,7 +350,7 @@ def _load_dataset(name: str) -> Any:
     path, _, split = name.removeprefix(HUB).partition(":")
     try:
         return datasets.load_dataset(path, split=split or "train")
-    except (OSError, ValueError, RuntimeError) as error:  # of the hub, of the name, of the network
+    except (OSError, ValueError, RuntimeError) as error:  # from the hub, from a bad name or from the network
         raise ValueError(f"{name}: cannot be loaded ({first_line(error)})") from error
 
 
@@ -340,7 +369,7 @@ _READERS: dict[str, Callable[[Source, Columns, bool], Iterator[_Row]]] = {
 
 
 def _parse(row: Mapping[str, Any], columns: Columns) -> tuple[Content, str | None, Content | None]:
-    """(content, id, prefix) of a row; ValueError where it holds others than it should."""
+    """Return (content, id, prefix) of a row; ValueError if a field is missing or has the wrong type."""
     content = _content(row, columns.text, columns.ids)
     if content is None:
         either = f'"{columns.text}" or "{columns.ids}"' if columns.ids else f'"{columns.text}"'
@@ -362,7 +391,7 @@ def _parse(row: Mapping[str, Any], columns: Columns) -> tuple[Content, str | Non
 
 
 def _content(row: Mapping[str, Any], text: str, ids: str | None) -> Content | None:
-    """The text or token ids of a row; None where it has neither."""
+    """The text or token ids of a row; None if it has neither."""
     if ids is not None and text in row and row.get(ids) is not None:
         if row[text] is not None:
             raise ValueError(f'must be an object with either "{text}" or "{ids}"')
@@ -395,7 +424,7 @@ def _check_columns(name: str, there: Sequence[str], columns: Columns) -> None:
 
 
 def _caught(make: Callable[[bytes, Columns], Mapping[str, Any]], data: bytes, columns: Columns) -> Any:
-    """The row, or the ValueError that says why it is none."""
+    """Return the row, or the ValueError that says why it is bad."""
     try:
         return make(data, columns)
     except ValueError as error:
@@ -403,7 +432,7 @@ def _caught(make: Callable[[bytes, Columns], Mapping[str, Any]], data: bytes, co
 
 
 def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
-    """(number, line without its newline); a byte-order mark at the beginning is left out."""
+    """Yield (line number, line without its newline). A byte-order mark at the start of the file is dropped."""
     with _decompressed(source) as file:
         number = 0
         while line := file.readline(_MOST_LINE_BYTES + 1):
@@ -415,6 +444,7 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
 
 @contextlib.contextmanager
 def _decompressed(source: Source) -> Iterator[BinaryIO]:
+    """Open a source's decompressed bytes; ValueError if the compressed file is damaged or cut off."""
     try:
         with source.open() as file:
             if source.compression == ".gz":

@@ -1,7 +1,7 @@
 """The modules of a GPT-2: linear layers, layer norm, blocks.
 
-Parameter names are Hugging Face's; weights of linear layers are (out, in) as in `torch.nn.Linear`, where Hugging
-Face's Conv1D holds (in, out).
+Parameters have Hugging Face's names. The weights of linear layers are (out, in), as in `torch.nn.Linear`; Hugging
+Face's Conv1D stores them as (in, out).
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ class Linear(nn.Linear):
     """activation(x weight^T + bias): x (..., in), weight (out, in) -> (..., out)."""
 
     def reset_parameters(self) -> None:
-        """Nothing: `init_weights` of the model draws every number."""
+        """Do nothing: the model's `init_weights` initializes every weight."""
 
     def forward(self, x: Tensor, operators: Operators = _DEFAULT_OPERATORS, *, activation: str = "linear") -> Tensor:
+        """Return activation(x weight^T + bias), (..., out)."""
         return operators.linear(x, self.weight, self.bias, activation=activation)
 
 
 def apply_linear(layer: nn.Module, x: Tensor, operators: Operators) -> Tensor:
-    """The layer's output; one that was put in a `Linear`'s place (an adapter) knows of no operators."""
+    """Call a linear layer. A module that replaced a `Linear`, such as an adapter, is called without operators."""
     return layer(x, operators) if isinstance(layer, Linear) else layer(x)
 
 
 class LayerNorm(nn.Module):
+    """LayerNorm with a weight and a bias, optionally fused with the addition of a residual."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
@@ -44,12 +47,12 @@ class LayerNorm(nn.Module):
     def forward(
         self, x: Tensor, operators: Operators = _DEFAULT_OPERATORS, *, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """LayerNorm of x; with `residual` the LayerNorm of their sum, and the sum."""
+        """Return LayerNorm(x); with `residual`, return (LayerNorm(x + residual), x + residual)."""
         return operators.layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
 class XIELU(nn.Module):
-    """xIELU (Huang and Schlag 2024): an activation with two learned slopes; parameters as transformers names them."""
+    """xIELU (Huang and Schlag 2024), an activation with two learned slopes. Parameters have transformers' names."""
 
     def __init__(self, alpha_p: float = 0.8, alpha_n: float = 0.8, beta: float = 0.5, eps: float = -1e-6) -> None:
         super().__init__()
@@ -59,6 +62,7 @@ class XIELU(nn.Module):
         self.register_buffer("eps", torch.tensor(eps))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the activation to each element of x."""
         beta, eps = self.get_buffer("beta"), self.get_buffer("eps")
         slope_p, slope_n = F.softplus(self.alpha_p), beta + F.softplus(self.alpha_n)
         negative = (torch.expm1(torch.minimum(x, eps)) - x) * slope_n + beta * x
@@ -66,6 +70,8 @@ class XIELU(nn.Module):
 
 
 class Attention(nn.Module):
+    """The packed QKV projection and the output projection. Attention itself is an operator that `Block` is given."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.c_attn = Linear(config.hidden_size, 3 * config.hidden_size)
@@ -73,6 +79,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Linear, activation, linear. A plain activation is fused into the first linear layer."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.c_fc = Linear(config.hidden_size, config.inner_dim)
@@ -82,6 +90,7 @@ class MLP(nn.Module):
         self.activation_name = "linear" if learned else config.activation_function
 
     def forward(self, x: Tensor, operators: Operators) -> Tensor:
+        """Map hidden states (..., C) to (..., C)."""
         if isinstance(self.c_fc, Linear):
             x = self.c_fc(x, operators, activation=self.activation_name)
         else:
@@ -90,9 +99,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x)).
+    """A pre-LayerNorm block: x = x + attention(LN(x)), then x + MLP(LN(x)).
 
-    `recompute`: keep no activations of the block for the backward pass, but its input, and compute them there again.
+    With `recompute` the block keeps only its input for the backward pass, and computes its activations again there.
     """
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -107,6 +116,7 @@ class Block(nn.Module):
         self.recompute = False
 
     def forward(self, x: Tensor, attend: Attend, operators: Operators) -> Tensor:
+        """Map hidden states (..., C) to (..., C); `attend` computes attention on the packed QKV."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(lambda x: self._compute(x, attend, operators), x, use_reentrant=False)
         return self._compute(x, attend, operators)
@@ -115,16 +125,16 @@ class Block(nn.Module):
         qkv = apply_linear(self.attn.c_attn, self.ln_1(x, operators), operators)
         y = apply_linear(self.attn.c_proj, attend(qkv, self.layer, self.scale), operators)
         y = operators.dropout(y, self.residual_dropout, self.training)
-        y, x = self.ln_2(y, operators, residual=x)  # x has become the sum
+        y, x = self.ln_2(y, operators, residual=x)  # x is now the sum
         return x + operators.dropout(self.mlp(y, operators), self.residual_dropout, self.training)
 
 
 class Transformer(nn.Module):
-    """Token and position embeddings, the blocks, and the last LayerNorm."""
+    """Token and position embeddings, the blocks, and the final LayerNorm."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        # Uninitialised: `init_weights` follows, and nn.Embedding's own start would draw every number twice.
+        # Left uninitialized: `init_weights` follows, and nn.Embedding's own initialization would be wasted.
         wte, wpe = (torch.empty(rows, config.hidden_size) for rows in (config.vocab_size, config.context_length))
         self.wte = nn.Embedding.from_pretrained(wte, freeze=False)
         self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
@@ -133,7 +143,7 @@ class Transformer(nn.Module):
         self.embedding_dropout = config.embedding_dropout
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend, operators: Operators) -> Tensor:
-        """Hidden states (..., C) of token ids (...); training, prefill and decoding all run this."""
+        """Return hidden states (..., C) of token ids (...). Training, prefill and decoding all run this."""
         x = self.wte(input_ids) + self.wpe(position_ids)
         x = operators.dropout(x, self.embedding_dropout, self.training)
         for block in self.h:

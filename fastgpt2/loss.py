@@ -1,4 +1,4 @@
-"""The training loss and one training step, without ever holding the (B, T, V) logits."""
+"""The training loss and a training step, without ever storing the (B, T, V) logits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ IGNORE_INDEX = -100
 
 
 def shift_targets(input_tensor: Tensor, *, ignore_index: int = IGNORE_INDEX, pad_token_id: int | None = None) -> Tensor:
-    """Next-token targets (B, T) of token ids (B, T): each position's target is the next id; the last has none.
+    """Build next-token targets: each position's target is the next token. The last position is ignored.
 
     Args:
-        pad_token_id: positions whose target is this id are ignored too. Without it every id is a token to learn.
+        input_tensor: Token ids, (B, T).
+        ignore_index: The target of ignored positions.
+        pad_token_id: Positions whose target is this token are ignored too. By default every token is learned.
+
+    Returns:
+        Targets, (B, T).
     """
     last = torch.full_like(input_tensor[:, :1], ignore_index)
     targets = torch.cat((input_tensor[:, 1:], last), dim=1)
@@ -32,19 +37,25 @@ def calculate_loss(
     ignore_index: int = IGNORE_INDEX,
     **options: Any,
 ) -> Tensor:
-    """Mean cross-entropy of predicting `target_tensor` (B, T) from `input_tensor` (B, T), in float32.
-
-    The softmax is float32 whatever the model's dtype.
+    """Mean cross-entropy of predicting the targets from the input. The softmax is float32 whatever the model's dtype.
 
     Args:
-        model: a `GPT2`, or what wraps one and calls it: DistributedDataParallel and FSDP synchronise the gradients, and
-            what `torch.compile` made runs compiled.
-        target_tensor: `target_tensor[b, t]` is the token that should follow `input_tensor[b, : t + 1]`; the targets are
-            shifted already (`shift_targets` makes them).
-        ignore_index: targets equal to it count for nothing. The default of -100 ignores no token. With 0, as
-            introductory texts have it, token 0 is never learnt; in GPT-2's vocabulary it is a real token ("!").
-        options: go to `fastgpt2.kernels.linear_cross_entropy` (reduction, label_smoothing, z_loss,
+        model: A `GPT2`, or a wrapper that calls one. DistributedDataParallel and FSDP synchronize the gradients as
+            usual, and a model from `torch.compile` runs compiled.
+        input_tensor: Token ids, (B, T).
+        target_tensor: Targets, (B, T): `target_tensor[b, t]` is the token that should follow
+            `input_tensor[b, : t + 1]`. They are already shifted; `shift_targets` makes them.
+        ignore_index: Targets equal to this do not count. The default, -100, is no token. Some introductory texts use
+            0, but in GPT-2's vocabulary 0 is a real token ("!"), which would then never be learned.
+        options: Options of `fastgpt2.kernels.linear_cross_entropy` (reduction, label_smoothing, z_loss,
             num_items_in_batch ...).
+
+    Returns:
+        The loss, a float32 scalar; `reduction` changes this.
+
+    Raises:
+        TypeError: The model is not a `GPT2` or a wrapper of one.
+        ValueError: The targets have another shape than the input.
     """
     if not any(isinstance(module, GPT2Base) for module in model.modules()):
         raise TypeError(
@@ -68,16 +79,19 @@ def train_step(
     max_grad_norm: float | None = None,
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """One step of next-token training on token ids (B, T): loss, backward, and the optimizer's step.
+    """Run one step of next-token training: the loss, the backward pass and the optimizer's step.
 
-    The targets are the input shifted by one; the last position has none.
+    The targets are the input shifted by one. The last position has no target.
 
     Args:
-        model: as in `calculate_loss`.
-        optimizer: None leaves the gradients in `.grad`, added to what is there (accumulation).
-        pad_token_id: targets equal to it are ignored.
-        num_items_in_batch: the number of targets that count in all the batches that are accumulated. Each loss is then
-            its sum over that number, and batches of unequal counts add up to the mean of all.
+        model: The model, as for `calculate_loss`.
+        input_tensor: Token ids, (B, T).
+        optimizer: The optimizer. With None, gradients are added to those in `.grad`, for gradient accumulation.
+        ignore_index: As for `calculate_loss`.
+        pad_token_id: Targets equal to this are ignored.
+        max_grad_norm: Clip the gradients to this norm; None does not clip.
+        num_items_in_batch: The number of targets that count in all accumulated batches together. Each batch's loss is
+            then its sum divided by this number, so that batches with different counts add up to the overall mean.
 
     Returns:
         The detached loss.

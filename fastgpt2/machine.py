@@ -1,4 +1,4 @@
-"""This machine: versions, processor, GPU and driver, for `fastgpt2 info`, `fastgpt2 check` and bug reports."""
+"""Facts about this machine (versions, processor, GPU, driver) for `fastgpt2 info`, `fastgpt2 check` and bug reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastgpt2_kernels import ops
 
 
 def versions() -> dict[str, str]:
-    """Of this package and those that it runs on."""
+    """The versions of Python, of this package and of the packages it runs on."""
     optional = ("triton", "transformers", "tokenizers", "safetensors", "huggingface_hub")
     return {
         "fastgpt2": _installed("fastgpt2"),
@@ -35,7 +35,7 @@ def _installed(name: str) -> str:
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
-    """The machine's platform, GPU (the device, or the current one), driver and processor."""
+    """The machine's platform, GPU, driver and processor. The GPU is `device`, or by default the current one."""
     found: dict[str, Any] = {"platform": platform.platform()}
     if torch.cuda.is_available():
         index = torch.cuda.current_device() if device is None or device.index is None else device.index
@@ -85,7 +85,7 @@ def processor() -> str:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver, "unknown" where its tool cannot tell."""
+    """The version of NVIDIA's driver, or "unknown" if nvidia-smi does not tell."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "unknown"

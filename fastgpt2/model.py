@@ -1,7 +1,6 @@
-"""GPT-2 (Radford et al. 2019) as a PyTorch module: one forward, with or without a cache.
+"""GPT-2 (Radford et al. 2019) as a PyTorch module: one forward pass, with or without a cache.
 
-Pre-LayerNorm blocks, learned positions, tied head. Nothing here knows of files or of generation: `fastgpt2.GPT2`
-(gpt2.py) adds those.
+It has pre-LayerNorm blocks, learned positions and a tied head. `fastgpt2.GPT2` in gpt2.py adds files and generation.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class GPT2Base(nn.Module):
-    """The network: token ids in, hidden states or logits out. `GPT2` is what users build."""
+    """The network: token ids in, hidden states or logits out. Users build its subclass `GPT2`."""
 
     def __init__(
         self,
@@ -51,32 +50,42 @@ class GPT2Base(nn.Module):
         ops.check_backend(backend)
         self.config = config
         self.backend = backend
-        self.tokenizer: Tokenizer | None = None  # for text in and out; nothing here uses it
+        self.tokenizer: Tokenizer | None = None  # used by generation and scoring, not here
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        # Where a checkpoint is to be loaded there is nothing to initialise, and trying imports half of PyTorch.
+        # On the meta device a checkpoint is about to be loaded: initializing is useless, and imports half of PyTorch.
         if self.device.type != "meta":
             self.init_weights()
 
     @classmethod
     def from_config(cls, config: GPT2Config | str, *, backend: str = "auto", **changes: Any) -> Self:
-        """A model with fresh weights from a configuration or a preset's name; `changes` override fields."""
+        """Build a model with fresh weights from a configuration or a preset.
+
+        Args:
+            config: A configuration, or a preset's name such as "gpt2-medium".
+            backend: The kernels to use: "auto", "triton", "native" or "torch".
+            changes: Fields of the configuration to override.
+
+        Raises:
+            ValueError: The preset is unknown, or a field is out of range.
+        """
         named = GPT2Config.preset(config, **changes) if isinstance(config, str) else config.replace(**changes)
         return cls(named, backend=backend)
 
     # -- weights ------------------------------------------------------------------------------------------------
 
     def tie_weights(self) -> None:
+        """Let the head share the token embeddings' weight, if the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.register_parameter("weight", self.transformer.wte.get_parameter("weight"))
 
     def init_weights(self) -> None:
-        """GPT-2's initialisation: normal weights, residual projections scaled by 1/sqrt(2 L), zero biases."""
+        """Initialize as GPT-2 does: normal weights, residual projections scaled by 1/sqrt(2 L), zero biases."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if ".act." in name:
-                continue  # learned activations start where they were built
+                continue  # learned activations keep the values they were built with
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif ".ln_" in name:
@@ -88,14 +97,16 @@ class GPT2Base(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.transformer.wte.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.transformer.wte.weight.dtype
 
     def num_parameters(self) -> int:
-        """Parameters, a tied head counted once."""
+        """The number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def recompute(self, on: bool = True) -> None:
@@ -120,16 +131,24 @@ class GPT2Base(nn.Module):
         targets: Tensor | None = None,
         **loss_options: Any,
     ) -> Tensor:
-        """Logits (B, T, V) of token ids (B, T), int64 or int32; with `targets` the loss, and no logits.
+        """Compute logits, or with `targets` the loss without storing logits.
 
         Args:
-            cache: the ids are new tokens of its B slots, which may hold rows of different lengths; they are appended
-                to it. Evaluation only.
-            position_ids: (B, T), in place of 0 .. T-1.
-            cu_seqlens: see `hidden_states`.
-            targets: (B, T), the token that should follow each position. `calculate_loss` gives them so that wrappers
-                (DistributedDataParallel, FSDP, torch.compile) see the loss as part of the forward pass.
-            loss_options: with `targets`, options of `fastgpt2.kernels.linear_cross_entropy`.
+            input_ids: Token ids, (B, T) int64 or int32.
+            cache: A cache of B slots, which may hold rows of different lengths. The token ids are appended to it. Only
+                in eval mode.
+            position_ids: Positions, (B, T), in place of 0 .. T-1.
+            cu_seqlens: Boundaries of packed documents; see `hidden_states`.
+            targets: (B, T), the token that should follow each position. `calculate_loss` passes them here so that
+                wrappers (DistributedDataParallel, FSDP, torch.compile) see the loss as part of the forward pass.
+            loss_options: With `targets`, options of `fastgpt2.kernels.linear_cross_entropy`.
+
+        Returns:
+            Logits (B, T, V), or with `targets` the loss.
+
+        Raises:
+            TypeError: An argument is unknown.
+            ValueError: The arguments do not fit each other, the model or its context.
         """
         if targets is None and loss_options:
             raise TypeError(f"GPT2: unknown argument {', '.join(loss_options)}; options of the loss need targets")
@@ -155,11 +174,19 @@ class GPT2Base(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, *, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """Hidden states (B, T, C) after the last LayerNorm; `logits` turns them into logits.
+        """Compute the hidden states after the final LayerNorm; `logits` turns them into logits.
 
         Args:
-            cu_seqlens: (documents + 1,). The one row (B = 1) holds documents laid end to end. None attends to another,
-                and positions start at 0 in each.
+            input_ids: Token ids, (B, T) int64 or int32.
+            position_ids: Positions, (B, T), in place of 0 .. T-1.
+            cu_seqlens: Boundaries of documents packed end to end into one row (B = 1), (documents + 1,). Documents do
+                not attend to each other, and positions start at 0 in each.
+
+        Returns:
+            Hidden states, (B, T, C).
+
+        Raises:
+            ValueError: The input does not fit the model or its context.
         """
         self._check_ids(input_ids)
         T = input_ids.shape[1]
@@ -183,18 +210,21 @@ class GPT2Base(nn.Module):
 
     @torch.no_grad()
     def extend(self, token_ids: Tensor, plan: ops.RowPlan, cache: KVCache) -> Tensor:
-        """Append new tokens to rows of `cache`; prefill and decoding are both this.
+        """Append new tokens to rows of a cache. Both prefill and decoding call this.
 
-        Rows of any lengths and numbers of new tokens go together without padding. Dropout is off in every mode.
+        The batch is ragged: rows of any lengths, with any numbers of new tokens, are computed together without padding.
+        Dropout is off in every mode.
 
         Args:
-            token_ids: (N,) the new tokens, laid row after row as `plan` says.
+            token_ids: The new tokens of all rows, packed end to end as `plan` says, (N,).
+            plan: Which tokens belong to which row.
+            cache: The cache to append to.
 
         Returns:
-            Hidden states (N, C), what `logits` turns into logits.
+            Hidden states, (N, C); `logits` turns them into logits.
 
         Raises:
-            ValueError: a row would not fit in the context; the cache is then as it was.
+            ValueError: A row would not fit in the context. The cache is then unchanged.
         """
         self._check_range(token_ids, self.config.vocab_size, "token ids", "the vocabulary")
         needed = max((past + count for _, count, past in plan.rows), default=0)
@@ -210,7 +240,7 @@ class GPT2Base(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: hidden states (..., C) -> logits (..., V)."""
+        """Apply the head: map hidden states (..., C) to logits (..., V)."""
         return apply_linear(self.lm_head, hidden, Operators(self.backend))
 
     def _loss(self, hidden: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
@@ -235,7 +265,7 @@ class GPT2Base(nn.Module):
 
     @staticmethod
     def _check_range(values: Tensor, limit: int, what: str, of: str) -> None:
-        # On a GPU a look at the values would wait for the device; the embedding itself then reports them.
+        # On a GPU reading the values would wait for the device. There the embedding reports bad ids itself.
         if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
             return
         low, high = (int(v) for v in values.aminmax())

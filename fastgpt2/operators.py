@@ -1,7 +1,7 @@
-"""The operators that a run through the blocks uses, chosen once before the first block.
+"""The operators that a pass through the blocks uses. They are chosen once, before the first block.
 
-Training, evaluation, prefill and decoding run the same blocks. They differ in how attention finds its keys and values
-(`CausalAttention`, `CachedAttention`).
+Training, evaluation, prefill and decoding run the same blocks. They differ only in where attention finds its keys and
+values: in the input (`CausalAttention`) or in a cache (`CachedAttention`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import GPT2Config
 from fastgpt2_kernels import ops
 
-# (q, k and v side by side (..., 3C), layer index, scale) -> attended values (..., C)
+# (packed QKV (..., 3C), layer index, scale) -> attention output (..., C)
 Attend = Callable[[Tensor, int, float], Tensor]
 
 
 def operator_backend(backend: str) -> str:
-    """What a model's backend is for a single operator: "native" names the decoding step alone."""
+    """The backend of a single operator in a model with this backend: "native" exists only for the decode step."""
     return "auto" if backend == "native" else backend
 
 
 class Operators:
     """Linear layers, layer norms and residual dropout on one backend.
 
-    may_drop: False turns dropout off, whatever mode the modules are in.
+    Args:
+        backend: The model's backend.
+        may_drop: False turns dropout off, even for modules in training mode.
     """
 
     def __init__(self, backend: str = "auto", *, may_drop: bool = True) -> None:
@@ -35,7 +37,7 @@ class Operators:
         self.may_drop = may_drop
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str = "linear") -> Tensor:
-        # backend="triton" is an error where there is no such kernel; a model then computes this part with PyTorch.
+        # An operator refuses backend="triton" for activations that have no Triton kernel. A model falls back instead.
         backend = self.backend if activation in ops.TRITON_ACTIVATIONS else "auto"
         return ops.linear(x, weight, bias, activation=activation, backend=backend)
 
@@ -48,16 +50,20 @@ class Operators:
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """LayerNorm of x; with `residual` the LayerNorm of their sum, and the sum."""
+        """Return LayerNorm(x); with `residual`, return (LayerNorm(x + residual), x + residual)."""
         if residual is None:
             return ops.layer_norm(x, weight, bias, eps, backend=self.backend)
         return ops.layer_norm(x, weight, bias, eps, residual=residual, backend=self.backend)
 
 
 class CausalAttention:
-    """Attention among the tokens of the input (B, T), with no cache.
+    """Causal attention among the tokens of the input (B, T), without a cache.
 
-    documents: the tokens are documents laid end to end, and none attends to another.
+    Args:
+        config: The model's configuration.
+        backend: The model's backend.
+        dropout_p: The dropout probability of attention weights.
+        documents: Set if the input is documents packed end to end; they do not attend to each other.
     """
 
     def __init__(
@@ -79,9 +85,12 @@ class CausalAttention:
 
 
 class CachedAttention:
-    """Attention of new tokens (N,) to what a cache holds of their rows; their keys and values are appended to it.
+    """Causal attention of new tokens (N,) to their rows in a cache, to which their keys and values are appended.
 
-    plan: which of the tokens belongs to which row.
+    Args:
+        cache: The cache.
+        plan: Which tokens belong to which row.
+        backend: The model's backend.
     """
 
     def __init__(self, cache: KVCache, plan: ops.RowPlan, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""What prompts have in common: a prefix is computed once, and its keys and values are copied for the other prompts."""
+"""Prefix sharing: a common prefix of several prompts is computed once, and its keys and values are copied."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Of each prompt so many tokens are always computed: the logits after the last one are needed, and the native backend
-# rounds the attention of one token otherwise than that of several.
+# At least this many tokens at the end of a prompt are always computed. The logits after the last token are needed, and
+# the native backend rounds attention of a single token differently from attention of several.
 MIN_COMPUTED = 2
-# A prefix that spares fewer tokens than this is computed anew: its copy, and a pass of its own, would cost as much.
+# A shorter common prefix is computed again: copying it, with the extra pass that this takes, would cost as much.
 MIN_SHARED = 16
 
 Ids = Sequence[int]
@@ -17,10 +17,14 @@ Ids = Sequence[int]
 
 @dataclass(eq=False)
 class Holder:
-    """Tokens whose keys and values are in the cache, or will be.
+    """A sequence of tokens whose keys and values are in the cache, or will be.
 
-    slot: where, -1 while that is open. shared: how many of them are copied from `source`, None if none are. wave: after
-    how many other passes the rest is computed; what is in the cache already has wave -1.
+    Attributes:
+        ids: The tokens.
+        slot: The cache slot, or -1 while it is not assigned.
+        source: The holder that the first tokens are copied from, or None if none are copied.
+        shared: The number of tokens that are copied from `source`.
+        wave: The number of passes that must run before the other tokens are computed; -1 if they are in the cache.
     """
 
     ids: tuple[int, ...]
@@ -31,26 +35,26 @@ class Holder:
 
 
 class PrefixIndex:
-    """Finds, for each prompt, the one before it that begins most like it.
+    """Finds, for each prompt, the earlier prompt with the longest common prefix.
 
-    Neighbours in sorted order have the longest common prefix, so what is computed is what a prefix tree would hold, but
-    for branches shorter than `MIN_SHARED`.
+    In sorted order that prompt is a neighbour. What is computed therefore equals the contents of a prefix tree, except
+    that branches shorter than `MIN_SHARED` are computed again.
     """
 
     def __init__(self, held: dict[int, tuple[int, ...]]) -> None:
-        """held: the tokens that the cache's slots begin with."""
+        """Start from a cache; `held` maps its slots to the tokens that they begin with."""
         self._holders = sorted((Holder(ids, slot) for slot, ids in held.items()), key=lambda holder: holder.ids)
         self._keys = [holder.ids for holder in self._holders]
 
     def add(self, ids: tuple[int, ...]) -> Holder:
-        """Say what a new prompt copies and from where. It is found by the prompts after it."""
+        """Add a prompt, and find what it copies and from where. Later prompts may copy from it in turn."""
         new = Holder(ids, wave=0)
         at = bisect_left(self._keys, ids)
         most = len(ids) - MIN_COMPUTED
         found = [(min(common_prefix(ids, other.ids), most), other) for other in self._holders[max(at - 1, 0) : at + 1]]
         if found:
             shared, source = max(found, key=lambda pair: pair[0])
-            # What the source itself copies is there earlier, without waiting for the source.
+            # Tokens that the source itself copies are available earlier, without waiting for the source.
             while source.source is not None and shared < source.shared + MIN_SHARED:
                 source, shared = source.source, min(shared, source.shared)
             if shared >= MIN_SHARED:
@@ -61,7 +65,7 @@ class PrefixIndex:
 
 
 def common_prefix(one: Ids, other: Ids) -> int:
-    """How many tokens at the beginning are the same."""
+    """The length of the longest common prefix of two sequences."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,9 +1,11 @@
-"""Files of records that several processes can write together, and that go on where they were interrupted.
+"""Files of records that can be resumed after an interruption, and that several processes can write together.
 
-Each record is written in one piece when it is finished. So an interrupted run leaves whole records and at most a torn
-one at the end of a file. A process alone writes to the output itself. Several, each with its `Shard` of the work, write
-to `OUTPUT.part-0`, `OUTPUT.part-1` and so on; who finishes last puts all records into the output. A finished output is
-in the order of its records' keys, whatever the order they were finished in.
+A record is appended in one write as soon as it is finished. An interrupted run therefore leaves whole records, and at
+most one torn record at the end of a file.
+
+A single process writes to the output itself. Several processes, each with its `Shard` of the work, write to
+`OUTPUT.part-0`, `OUTPUT.part-1` and so on; the process that finishes last merges all records into the output. A
+finished output is sorted by the records' keys, in whatever order they were finished.
 """
 
 from __future__ import annotations
@@ -26,30 +28,33 @@ FASTA_WIDTH = 60
 Key = tuple[int, int]  # (prompt index, sample index) of a sample, (index, 0) of a scored sequence
 R = TypeVar("R")
 
-# What `str.splitlines` and other readers break lines at beside \n and \r: escaped, so that a record is one line to all.
+# Line breaks other than \n and \r that `str.splitlines` and other readers split at. They are escaped, so that every
+# reader sees a record as one line.
 LINE_BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 
 _TEXT_ESCAPES = {**LINE_BREAKS, **str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})}
 
 
 class RecordFormat(ABC, Generic[R]):
-    """How records are written and read back. `scan` yields (offset past the record, key) for every whole record."""
+    """How records are written and read back."""
 
     @abstractmethod
-    def encode(self, record: R) -> str: ...
+    def encode(self, record: R) -> str:
+        """The text of a record, with its final newline."""
 
     @abstractmethod
-    def scan(self, file: BinaryIO) -> Iterator[tuple[int, Key]]: ...
+    def scan(self, file: BinaryIO) -> Iterator[tuple[int, Key]]:
+        """Yield (offset of its end, key) for every whole record; ValueError for contents in another format."""
 
     @abstractmethod
     def describe(self, key: Key) -> str:
-        """What errors call the record of that key."""
+        """What errors call the record with this key."""
 
 
 class Lines(RecordFormat[R]):
-    """A record is a line; one without its newline is torn."""
+    """A format with one record per line. A line without a newline is a torn record."""
 
-    what: str  # a record is
+    what: str  # what errors call a record
 
     def scan(self, file: BinaryIO) -> Iterator[tuple[int, Key]]:
         offset = 0
@@ -64,16 +69,16 @@ class Lines(RecordFormat[R]):
 
     @abstractmethod
     def key(self, line: bytes) -> Key:
-        """The key of a whole line; ValueError, KeyError or TypeError for a line of another kind."""
+        """The key of a whole line; ValueError, KeyError or TypeError for a line in another format."""
 
 
 def escape(text: str) -> str:
-    r"""A text without line breaks, tabs and lone backslashes: \n, \r, \t, \\ and \u stand for them."""
+    r"""Escape a text's line breaks, tabs and backslashes as \n, \r, \t, \\ and \u with 4 digits."""
     return text.translate(_TEXT_ESCAPES)
 
 
 def unescape(text: str) -> str:
-    r"""The text that a `.txt` record's third column stands for."""
+    r"""Undo `escape`."""
     plain = {"n": "\n", "r": "\r", "t": "\t"}
 
     def character(match: re.Match[str]) -> str:
@@ -83,12 +88,12 @@ def unescape(text: str) -> str:
 
 
 class FastaRecords(RecordFormat[R]):
-    """A record is a header and its sequence in lines of `FASTA_WIDTH`.
+    """A format in which a record is a header and a sequence in lines of `FASTA_WIDTH` characters.
 
-    The sequence's length in the header tells a whole record from a torn one.
+    The header holds the sequence's length, which tells a whole record from a torn one.
     """
 
-    header: re.Pattern[bytes]  # its groups: the key, one number or two, and the length
+    header: re.Pattern[bytes]  # its groups are the key (one or two numbers) and the length
 
     def scan(self, file: BinaryIO) -> Iterator[tuple[int, Key]]:
         offset, number = 0, 0
@@ -115,7 +120,7 @@ class FastaRecords(RecordFormat[R]):
 
 
 def fasta_entry(name: str, fields: Mapping[str, object], sequence: str) -> str:
-    """A header of the name and the fields, and the sequence below it."""
+    """A FASTA entry: a header with the name and the fields, and the sequence below it."""
     name = re.sub(r"\s", "_", name)
     header = " ".join([f">{name}", *(f"{key}={value}" for key, value in fields.items())])
     lines = (sequence[start : start + FASTA_WIDTH] for start in range(0, len(sequence), FASTA_WIDTH))
@@ -123,39 +128,56 @@ def fasta_entry(name: str, fields: Mapping[str, object], sequence: str) -> str:
 
 
 def letters(text: str) -> str:
-    """A text's letters, `*` and `-`: without tokens spelled `<so>`, white space and the rest."""
+    """Keep only a text's letters, `*` and `-`. Special tokens such as `<so>`, white space and the rest are removed."""
     return re.sub(r"<[^<>]*>|[^A-Za-z*-]", "", text)
 
 
 def decimals(number: float | None) -> str:
+    """A number with four decimals, or "nan" for None."""
     return "nan" if number is None else f"{number:.4f}"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A process's part of the work: of every `count` pieces the one at `index`."""
+    """One process's share of the work: the pieces whose number modulo `count` is `index`."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """`2/4` is the third of four. ValueError for anything else."""
+        """Parse I/N: `2/4` is the third of four shards. Raises ValueError for other texts."""
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
         if match is None or int(match[1]) >= int(match[2]):
             raise ValueError(f"a shard must be I/N with 0 <= I < N, as 0/4 .. 3/4; got {shown(text)}")
         return cls(int(match[1]), int(match[2]))
 
     def has(self, piece: int) -> bool:
+        """Whether the piece with this number belongs to this share."""
         return piece % self.count == self.index
 
 
 class RecordFile(Generic[R]):
-    """An output that is being written: no second process can write to it, and records are appended whole.
+    """An output that is being written. It is locked against a second process, and records are appended whole.
 
-    `settings` are what the records depend on. They are kept beside the output, in `<name>.run.json`, and a run is
-    resumed, or joined by a process with another shard, only with the settings it began with. `done` holds the keys of
-    the records that are there already, whoever wrote them. An output with records that are not `wanted` is not resumed.
+    The settings are kept beside the output in `<name>.run.json`. A run can be resumed, or joined by a process with
+    another shard, only with the settings it began with.
+
+    Args:
+        path: The output.
+        format: How records are written and read back.
+        settings: Everything that the records depend on.
+        resume: Keep the records that the output holds, and add those that are missing.
+        overwrite: Drop what the output holds.
+        wanted: Whether a key belongs to this run; an output with other keys is not resumed.
+        shard: This process's share of the work.
+
+    Attributes:
+        done: The keys of all records that have been written so far, by any process.
+
+    Raises:
+        ValueError: The output belongs to another run, or the arguments contradict each other.
+        OSError: The output exists already, cannot be opened, or is being written by another process.
     """
 
     def __init__(
@@ -177,7 +199,7 @@ class RecordFile(Generic[R]):
         try:
             lock(self._file.fileno(), self._own)
             for name in (path.name, self._settings_path.name):
-                if shard.count == 1:  # others may be writing theirs
+                if shard.count == 1:  # with several, the other processes may be writing theirs
                     remove_leftovers(path.parent, name)
             there = [file for file in (path, *_parts(path)) if file.exists() and file.stat().st_size]
             if shard.count > 1:
@@ -185,7 +207,7 @@ class RecordFile(Generic[R]):
             elif resume and there:
                 self._check_settings(settings)
             else:
-                # Emptied before the settings are written: whatever is there was made with the settings beside it.
+                # Emptied before the settings are written, so that records never lie beside settings of another run.
                 self._file.truncate(0)
                 for part in _parts(path):
                     part.unlink()
@@ -201,7 +223,14 @@ class RecordFile(Generic[R]):
             raise
 
     def write(self, record: R) -> None:
-        """Append one record in one write. OSError, with the file as it was before, when there is no room for it."""
+        """Append a record in one write.
+
+        Args:
+            record: The record.
+
+        Raises:
+            OSError: The record cannot be written, for example because the disk is full. The file is then unchanged.
+        """
         encoded = self.format.encode(record).encode("utf-8")
         try:
             written = 0
@@ -215,10 +244,16 @@ class RecordFile(Generic[R]):
         self._size += len(encoded)
 
     def finish(self, is_complete: Callable[[set[Key]], bool] = lambda keys: True) -> bool:
-        """Put all processes' records into the output, in the order of their keys; False while others are at work.
+        """Merge all processes' records into the output, sorted by key.
 
         Args:
-            is_complete: whether these keys are all that the run is to have.
+            is_complete: Tells whether a set of keys is all that the run should have.
+
+        Returns:
+            False while records of other processes are missing. Nothing is merged then.
+
+        Raises:
+            OSError: The output cannot be written. No record is lost.
         """
         with contextlib.ExitStack() as held:
             if self._own != self.path:
@@ -226,7 +261,7 @@ class RecordFile(Generic[R]):
                 held.enter_context(_locked(self._settings_path))
                 held.enter_context(_locked(self.path))
             files = [file for file in (self.path, *_parts(self.path)) if file.exists()]
-            records = {}  # of one that a killed merge left twice, either is as good
+            records = {}  # a killed merge may leave a record twice; the copies are equal
             last: Key | None = None
             in_order = True
             for number, path in enumerate(files):
@@ -260,6 +295,7 @@ class RecordFile(Generic[R]):
                 path.unlink()
 
     def close(self) -> None:
+        """Close the file and release its lock."""
         self._file.close()
 
     def __enter__(self) -> RecordFile[R]:
@@ -273,7 +309,7 @@ class RecordFile(Generic[R]):
         return settings_path(self.path)
 
     def _join(self, settings: Mapping[str, Any]) -> None:
-        """Begin the run, or join it where another process has begun it."""
+        """Begin the run, or join it if another process has begun it."""
         if not create_file(self._settings_path, _encoded(settings)):
             self._check_settings(settings)
 
@@ -296,7 +332,7 @@ class RecordFile(Generic[R]):
             raise ValueError(f"{self.path}: was made by another run ({changes}); resume it as it was begun")
 
     def _read_done(self, path: Path) -> int:
-        """Note the whole records of a file; returns the offset past the last one."""
+        """Add the keys of a file's whole records to `done`; returns the offset past the last one."""
         end = 0
         try:
             with open(path, "rb") as file:
@@ -304,7 +340,7 @@ class RecordFile(Generic[R]):
                     if not self._wanted(key):
                         raise ValueError(f"it holds {self.format.describe(key)}, not of this run")
                     self.done.add(key)
-        except FileNotFoundError:  # there is none, or it was merged just now
+        except FileNotFoundError:  # it does not exist, or has just been merged
             return 0
         except ValueError as error:
             raise ValueError(f"{path}: {error}; it cannot be resumed") from None
@@ -312,12 +348,12 @@ class RecordFile(Generic[R]):
 
 
 def settings_path(path: Path) -> Path:
-    """The file beside an output that holds the settings of its run."""
+    """The path of the file beside an output that holds the settings of its run."""
     return path.with_name(path.name + ".run.json")
 
 
 def check_writable(path: Path, *, resume: bool, overwrite: bool, shard: Shard = Shard()) -> None:
-    """Refuse, before any work, an output that could not be opened or that holds something."""
+    """Raise, before any work is done, if the output cannot be opened or would be overwritten without being asked."""
     if resume and overwrite:
         raise ValueError("--resume keeps what the output holds and --overwrite drops it; give one of them")
     if overwrite and shard.count > 1:
@@ -338,7 +374,7 @@ def _part(path: Path, index: int) -> Path:
 
 
 def _parts(path: Path) -> list[Path]:
-    """The parts that processes have begun, in order."""
+    """The existing part files of an output, in order."""
     name = re.compile(re.escape(path.name) + r"\.part-(\d+)")
     found = [(int(match[1]), file) for file in path.parent.iterdir() if (match := name.fullmatch(file.name))]
     return [file for _, file in sorted(found)]
@@ -350,7 +386,7 @@ def _encoded(settings: Mapping[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the output, waiting for whoever has it; it is made where it is not there."""
+    """Lock the output, waiting for other processes; it is created if it is missing."""
     while True:
         with open(path, "ab") as file:
             lock(file.fileno(), path, wait=True)
@@ -358,6 +394,6 @@ def _locked(path: Path) -> Iterator[None]:
                 is_same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
             except FileNotFoundError:
                 is_same = False
-            if is_same:  # and not what another process has replaced while this one waited
+            if is_same:  # another process may have replaced the file while this one waited for the lock
                 yield
                 return

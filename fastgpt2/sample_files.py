@@ -1,4 +1,4 @@
-"""Records of samples: `.jsonl`, `.fasta` and `.txt`."""
+"""The output formats of samples: `.jsonl`, `.fasta` and `.txt`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,14 @@ WHOLE, CONTINUATION = "whole", "continuation"  # what a perplexity covers
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """A sample as it is written.
+    """A sample, ready to be written.
 
-    prompt_logprobs: of the prompt's tokens but the first, where the perplexity is to cover them too.
+    Attributes:
+        prompt: The prompt.
+        sample: The sample.
+        text: The sample as text; None if the model has no tokenizer.
+        prompt_logprobs: The log-probabilities of the prompt's tokens from the second on, if the perplexity should cover
+            them too.
     """
 
     prompt: Entry
@@ -42,12 +47,12 @@ class SampleRecord:
 
     @property
     def scored(self) -> str:
-        """What the perplexity covers."""
+        """What the perplexity covers, "whole" or "continuation"."""
         return CONTINUATION if self.prompt_logprobs is None else WHOLE
 
     @property
     def logprob(self) -> float:
-        """The sum of the log-probabilities."""
+        """The sum of the log-probabilities of the tokens that count."""
         return math.fsum(self.prompt_logprobs or ()) + math.fsum(self.sample.logprobs)
 
     @property
@@ -56,12 +61,12 @@ class SampleRecord:
 
     @property
     def perplexity(self) -> float | None:
-        """exp(-mean log-probability); None where that is no finite number."""
+        """exp(-mean log-probability), or None if that overflows."""
         return math.exp(-self.mean_logprob) if abs(self.mean_logprob) < 700 else None
 
 
 class _Samples:
-    """What errors call a sample."""
+    """How errors name a sample."""
 
     what = "a sample"
 
@@ -70,10 +75,14 @@ class _Samples:
 
 
 class JsonLines(_Samples, Lines[SampleRecord]):
-    """An object a line. Log-probabilities are natural, under the model itself (temperature 1, nothing filtered).
+    """One JSON object per line. Log-probabilities are natural, at temperature 1 and before any filter.
 
-    "scored" says what "logprob" (the sum), "mean_logprob" and "perplexity" cover: the "continuation" alone, or the
+    "scored" says what "logprob" (the sum), "mean_logprob" and "perplexity" cover: only the "continuation", or the
     "whole", which is the prompt from its second token on and the continuation.
+
+    Args:
+        token_ids: Whether to write the token ids of the sample.
+        logprobs: Whether to write the log-probability of each token.
     """
 
     def __init__(self, *, token_ids: bool = False, logprobs: bool = False) -> None:
@@ -98,7 +107,7 @@ class JsonLines(_Samples, Lines[SampleRecord]):
         row = json.loads(line)
         prompt_index, sample_index = row["prompt_index"], row["sample_index"]
         if type(prompt_index) is not int or type(sample_index) is not int:
-            raise TypeError  # "1", 1.0 and true are none that this program writes
+            raise TypeError  # this program never writes "1", 1.0 or true
         return prompt_index, sample_index
 
 
@@ -143,7 +152,7 @@ OUTPUT_SUFFIXES = (".jsonl", ".fasta", ".txt")
 
 
 def sample_format(path: Path, *, token_ids: bool = False, logprobs: bool = False) -> RecordFormat[SampleRecord]:
-    """The format that an output's name asks for."""
+    """The format for an output, chosen by its suffix; ValueError if there is none or the options do not fit it."""
     if path.suffix not in OUTPUT_SUFFIXES:
         raise ValueError(f"{path}: an output must end in {', '.join(OUTPUT_SUFFIXES)}; got {path.suffix!r}")
     if path.suffix == ".jsonl":

@@ -1,4 +1,4 @@
-"""Records of scores: `.jsonl`, `.fasta` and `.txt`."""
+"""The output formats of scores: `.jsonl`, `.fasta` and `.txt`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ from fastgpt2.scoring import Score
 
 @dataclass(frozen=True)
 class ScoreRecord:
-    """A scored sequence as it is written.
+    """A scored sequence, ready to be written.
 
-    scored: what the perplexity covers, "whole" or "continuation". fields: what its row of the input held.
+    Attributes:
+        score: The log-probabilities.
+        id: The sequence's id, if it has one.
+        text: The sequence as text; None if the model has no tokenizer.
+        scored: What the perplexity covers, "whole" or "continuation".
+        fields: The other fields of the sequence's row in the input.
     """
 
     score: Score
@@ -39,7 +44,7 @@ class ScoreRecord:
 
 
 class _Scores:
-    """What errors call a scored sequence."""
+    """How errors name a scored sequence."""
 
     what = "a scored sequence"
 
@@ -48,10 +53,15 @@ class _Scores:
 
 
 class ScoreLines(_Scores, Lines[ScoreRecord]):
-    """An object a line: the input's own fields, and the score.
+    """One JSON object per line, with the input's own fields and the score.
 
-    "logprob" is the sum and "mean_logprob" the mean of the natural log-probabilities of "num_tokens" tokens. "scored"
-    says which: those of the "whole" from its second token on, or of the "continuation" after the prompt.
+    "logprob" is the sum of the natural log-probabilities of "num_tokens" tokens, and "mean_logprob" their mean.
+    "scored" says which tokens: "whole" is the whole sequence from its second token on, "continuation" is what follows
+    the prompt.
+
+    Args:
+        token_ids: Whether to write the ids of the scored tokens.
+        logprobs: Whether to write the log-probability of each token.
     """
 
     def __init__(self, *, token_ids: bool = False, logprobs: bool = False) -> None:
@@ -63,11 +73,11 @@ class ScoreLines(_Scores, Lines[ScoreRecord]):
         if record.id is not None:
             row["id"] = record.id
         row["text"] = record.text
-        # The numbers last, so that they stand in place of older ones.
+        # The numbers come last, so that they replace fields of the same names in the input.
         row |= {name: value for name, value in record.fields.items() if name not in row}
         row |= {"num_tokens": len(score.logprobs), "logprob": score.logprob, "mean_logprob": score.mean_logprob}
         row |= {"perplexity": score.perplexity, "scored": record.scored}
-        for name in ("token_ids", "logprobs"):  # the input's would be of other tokens
+        for name in ("token_ids", "logprobs"):  # those of the input may belong to other tokens
             row.pop(name, None)
         if self.token_ids:
             row["token_ids"] = score.token_ids[score.start :]
@@ -83,7 +93,7 @@ class ScoreLines(_Scores, Lines[ScoreRecord]):
 
 
 class ScoreText(_Scores, Lines[ScoreRecord]):
-    r"""`index <TAB> log-probability <TAB> tokens <TAB> perplexity <TAB> text`; escapes are those of samples."""
+    r"""One line per sequence: `index <TAB> log-probability <TAB> tokens <TAB> perplexity <TAB> escaped text`."""
 
     def encode(self, record: ScoreRecord) -> str:
         score = record.score
@@ -119,7 +129,7 @@ class ScoreFasta(_Scores, FastaRecords[ScoreRecord]):
 
 
 def score_format(path: Path, *, token_ids: bool = False, logprobs: bool = False) -> RecordFormat[ScoreRecord]:
-    """The format that an output's name asks for."""
+    """The format for an output, chosen by its suffix; ValueError if there is none or the options do not fit it."""
     if path.suffix == ".jsonl":
         return ScoreLines(token_ids=token_ids, logprobs=logprobs)
     if path.suffix not in (".fasta", ".txt"):

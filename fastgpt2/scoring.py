@@ -1,4 +1,4 @@
-"""Log-probabilities of given sequences: packed end to end without padding, and without ever holding the logits."""
+"""Log-probabilities of given sequences. They are packed end to end without padding, and logits are never stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastgpt2.operators import operator_backend
 from fastgpt2.tokenizer import as_token_id
 from fastgpt2_kernels import ops
 
-# Tokens of one forward: enough for efficient matrix products, little enough for their activations.
+# Tokens per forward pass: enough for efficient matrix products, few enough for the activations to fit in memory.
 BATCH_TOKENS = 4096
 
 Sequence_ = str | Sequence[int] | Tensor
@@ -24,10 +24,14 @@ Sequence_ = str | Sequence[int] | Tensor
 
 @dataclass(frozen=True)
 class Score:
-    """The log-probabilities of one sequence under the model.
+    """The log-probabilities of one sequence under a model.
 
-    token_ids: of the whole sequence, its prefix included. start: the first token that counts. logprobs: of the tokens
-    from `start` on, each given all tokens before it; natural, at temperature 1.
+    Attributes:
+        index: The sequence's number, from 0.
+        token_ids: All tokens of the sequence, its prefix included.
+        start: The number of the first token that counts.
+        logprobs: The natural log-probability, at temperature 1, of each token from `start` on, given all tokens before
+            it.
     """
 
     index: int
@@ -37,16 +41,17 @@ class Score:
 
     @property
     def logprob(self) -> float:
-        """The sum: the log-probability of all that counts."""
+        """The sum of `logprobs`: the log-probability of everything that counts."""
         return math.fsum(self.logprobs)
 
     @property
     def mean_logprob(self) -> float:
+        """The mean of `logprobs`."""
         return self.logprob / len(self.logprobs)
 
     @property
     def perplexity(self) -> float | None:
-        """exp(-mean log-probability); None where that is no finite number."""
+        """exp(-mean log-probability), or None if that overflows."""
         return math.exp(-self.mean_logprob) if abs(self.mean_logprob) < 700 else None
 
 
@@ -58,7 +63,20 @@ def score(
     after_prefix: bool = False,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Score]:
-    """Score sequences under a model; their scores in order. Arguments as for `score_iter`.
+    """Compute the log-probabilities of sequences under a model.
+
+    Args:
+        model: The model.
+        sequences: See `score_iter`.
+        prefixes: See `score_iter`.
+        after_prefix: See `score_iter`.
+        batch_tokens: See `score_iter`.
+
+    Returns:
+        The scores, in the order of the sequences.
+
+    Raises:
+        ValueError: See `score_iter`.
 
     Example:
         >>> [s.perplexity for s in score(model, ["def add(a, b):", "add def b ):a"])]
@@ -74,21 +92,26 @@ def score_iter(
     after_prefix: bool = False,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[Score]:
-    """Score sequences under a model, in order, as they are read.
+    """Compute the log-probabilities of sequences under a model, in order, while they are read.
 
-    The first token of a sequence has nothing before it and does not count. Sequences of any lengths go together, packed
-    end to end; they take no padding.
+    The first token of a sequence has no token before it, and does not count. Sequences of any lengths are packed into
+    one batch without padding.
 
     Args:
-        sequences: texts (the model needs a tokenizer), or token ids.
-        prefixes: what stands before each of them: one text for all, or one text or token ids for each. Prefix and
-            sequence are tokenized each for itself.
-        after_prefix: only the tokens after the prefix count. By default those of the prefix count too.
-        batch_tokens: the most tokens of one forward, where sequences are not longer.
+        model: The model.
+        sequences: Texts, for which the model needs a tokenizer, or token ids.
+        prefixes: What comes before the sequences: one text for all of them, or a text or token ids for each. Prefix and
+            sequence are tokenized separately.
+        after_prefix: Whether only the tokens after the prefix count. By default those of the prefix count too.
+        batch_tokens: The most tokens per forward pass. A longer sequence gets a forward pass of its own.
+
+    Yields:
+        A score for each sequence.
 
     Raises:
-        ValueError: a sequence does not fit the context, or none of its tokens can be scored; scores yielded before
-            stay good.
+        TypeError: A sequence is neither text nor token ids.
+        ValueError: A sequence does not fit in the context, or none of its tokens can be scored. Scores that were
+            yielded before stay valid.
     """
     if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
         raise ValueError(f"score: batch_tokens must be an int >= 1; got {shown(batch_tokens)}")
@@ -112,11 +135,11 @@ def score_iter(
 def unscored(
     model: GPT2Base, index: int, sequence: Sequence_, prefix: Sequence_, name: str, *, after_prefix: bool
 ) -> Score:
-    """A sequence's tokens, checked, with no log-probabilities yet; errors call it by `name`."""
+    """Tokenize and check a sequence. Returns a score that has no log-probabilities yet; errors use `name`."""
     first = token_ids(model, prefix, name)
     ids = first + token_ids(model, sequence, name)
     start = max(1, len(first) if after_prefix else 1)
-    # The last token is predicted, but predicts nothing: it needs no place in the context.
+    # The last token is predicted but predicts nothing, so it needs no position in the context.
     if len(ids) > model.config.context_length + 1:
         raise ValueError(
             f"score: {name} has {len(ids)} tokens; the context scores at most {model.config.context_length + 1}; "
@@ -128,7 +151,7 @@ def unscored(
 
 
 def token_ids(model: GPT2Base, sequence: Sequence_, name: str) -> tuple[int, ...]:
-    """The token ids of a text or of ids, checked against the model; errors call it by `name`."""
+    """The token ids of a sequence, checked against the model's vocabulary; errors use `name`."""
     if isinstance(sequence, str):
         if not sequence:
             return ()
@@ -148,7 +171,7 @@ def token_ids(model: GPT2Base, sequence: Sequence_, name: str) -> tuple[int, ...
 
 
 def score_all(model: GPT2Base, sequences: Iterable[Score], batch_tokens: int = BATCH_TOKENS) -> Iterator[Score]:
-    """Fill in the log-probabilities of what `unscored` made, as many sequences together as fit `batch_tokens`."""
+    """Compute the log-probabilities of the scores that `unscored` made, in batches of up to `batch_tokens` tokens."""
     batch: list[Score] = []
     size = 0
     for sequence in sequences:

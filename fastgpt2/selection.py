@@ -1,4 +1,4 @@
-"""Which of the generated or scored records are kept: a pass over a `.jsonl` of them, into any format."""
+"""Selecting generated or scored records: reads a `.jsonl` file, writes the records to keep in any output format."""
 
 from __future__ import annotations
 
@@ -19,18 +19,25 @@ from fastgpt2.messages import shown
 from fastgpt2.record_files import LINE_BREAKS, decimals, escape, fasta_entry, letters
 
 OUTPUT_SUFFIXES = (".jsonl", ".fasta", ".txt", ".csv", ".parquet")
-BY = {"perplexity": 1.0, "logprob": -1.0}  # a field, and the sign that makes less of it better
+BY = {"perplexity": 1.0, "logprob": -1.0}  # a field, and the sign with which a smaller value is better
 _ROW_GROUP = 4096
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept; the conditions apply in this order.
+    """Which records to keep. The conditions apply in the order of the arguments.
 
-    special: spellings that are taken out of texts, and the white space around the text with them. drop_truncated: leave
-    out what ended at the length limit. min_length, max_length: in characters of the text as it is written. dedupe: of
-    equal texts keep the first. keep_best: `5%` or a number of records, the best of those that are left, best first.
-    by: "perplexity" or "logprob".
+    Args:
+        special: Spellings of special tokens to remove from the texts. White space around a text is then removed too.
+        drop_truncated: Whether to drop samples that ended at the length limit.
+        min_length: The least number of characters of a text, as it is written to the output.
+        max_length: The most characters of a text, as it is written to the output.
+        dedupe: Whether to keep only the first of several equal texts.
+        keep_best: How many of the remaining records to keep, best first: a number, or a percentage such as `5%`.
+        by: What makes a record better: a lower "perplexity" or a higher "logprob".
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     special: tuple[str, ...] = ()
@@ -56,7 +63,7 @@ class Selection:
             self.count_of(0)
 
     def count_of(self, total: int) -> int:
-        """How many of `total` are the best that are kept: a percentage rounded up."""
+        """How many of `total` records `keep_best` keeps. A percentage is rounded up."""
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)%|(\d{1,18})", self.keep_best or "100%")
         if match is not None and match[2] and int(match[2]) > 0:
             return min(total, int(match[2]))
@@ -69,7 +76,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Selected:
-    """How many records there were and how many are kept; of the others, by what they were left out."""
+    """The counts of a selection: records read, records kept, and records dropped for each reason."""
 
     read: int
     kept: int
@@ -79,7 +86,7 @@ class Selected:
 
 
 def check_output(path: Path) -> None:
-    """ValueError for an output of no format that `select` writes; ImportError where the format's library is missing."""
+    """Raise ValueError if `select` cannot write this format, and ImportError if its library is missing."""
     if path.suffix not in OUTPUT_SUFFIXES:
         raise ValueError(f"{path}: an output must end in {', '.join(OUTPUT_SUFFIXES)}; got {path.suffix!r}")
     if path.suffix == ".parquet":
@@ -92,12 +99,23 @@ def check_output(path: Path) -> None:
 
 
 def select(source: Path, out: Path, selection: Selection) -> Selected:
-    """Write the records of a `.jsonl` that are kept, to a file that appears whole or not at all.
+    """Write the records to keep to an output, atomically.
 
-    Two passes: of each record the first one keeps a place and a number, the second copies what is kept.
+    The file is read twice. The first pass only remembers each record's offset and rank; the second copies the records
+    to keep.
+
+    Args:
+        source: A `.jsonl` file of records.
+        out: The output; its suffix chooses the format.
+        selection: Which records to keep.
+
+    Returns:
+        How many records were read, kept and dropped.
 
     Raises:
-        ValueError: a line is no record, or lacks the field that the selection goes by.
+        ValueError: A line is not a record, or lacks a field that the selection needs.
+        ImportError: The output is a `.parquet` file and pyarrow is not installed.
+        OSError: The output cannot be written.
     """
     check_output(out)
     if source.suffix != ".jsonl":
@@ -117,16 +135,18 @@ def select(source: Path, out: Path, selection: Selection) -> Selected:
 
 
 class _Chooser:
+    """Decides which records to keep, and counts why the others are dropped."""
+
     def __init__(self, selection: Selection, suffix: str) -> None:
         self.selection, self.suffix = selection, suffix
         self.read = 0
         self.left_out = {"truncated": 0, "length": 0, "double": 0}
-        self.columns: dict[str, set[str]] = {}  # of each field, the kinds of its values
+        self.columns: dict[str, set[str]] = {}  # the kinds of values of each field
         spellings = sorted(selection.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, spellings))) if spellings else None
 
     def choose(self, file: BinaryIO, name: str) -> list[int]:
-        """Where the records begin that are kept, in the order of the output."""
+        """The offsets of the records to keep, in the order of the output."""
         found: list[tuple[float, int]] = []
         seen: set[bytes] = set()
         start = 0
@@ -142,17 +162,18 @@ class _Chooser:
             rank = 0.0
             if self.selection.keep_best is not None:
                 value = _field(row, self.selection.by, where, (int, float, type(None)))
-                # Where it is no number, as a perplexity beyond all bounds, nothing is worse.
+                # A missing number, such as a perplexity that overflowed, ranks last.
                 rank = math.inf if value is None or math.isnan(value) else BY[self.selection.by] * value
             found.append((rank, offset))
             if self.suffix in (".csv", ".parquet"):
                 for field, value in row.items():
                     self.columns.setdefault(field, set()).add(_kind(value))
         if self.selection.keep_best is not None:
-            found.sort(key=lambda pair: pair[0])  # stable: of equals the first stays first
+            found.sort(key=lambda pair: pair[0])  # a stable sort: equal ranks keep their order
         return [offset for _, offset in found[: self.selection.count_of(len(found))]]
 
     def _why_not(self, row: dict[str, Any], where: str, seen: set[bytes]) -> str | None:
+        """Why a record is dropped, before `keep_best`; None if it is kept."""
         chosen = self.selection
         if chosen.drop_truncated and _field(row, "finish_reason", where, (str,)) == "length":
             return "truncated"
@@ -172,10 +193,11 @@ class _Chooser:
         return text if self._special is None else self._special.sub("", text).strip()
 
     def _written(self, text: str) -> str:
-        """The text as the output has it."""
+        """The text as it is written to the output."""
         return letters(self._stripped(text)) if self.suffix == ".fasta" else self._stripped(text)
 
     def rows(self, file: BinaryIO, offsets: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Yield the records at these offsets, with special tokens removed from their texts."""
         for offset in offsets:
             file.seek(offset)
             row = json.loads(file.readline())
@@ -289,7 +311,7 @@ def _kind(value: object) -> str:
 
 
 def _common(kinds: set[str]) -> str:
-    """A kind that holds all of these; text where there is no other."""
+    """The narrowest column type that holds all of these kinds; text if there is no other."""
     kinds = kinds - {"none"}
     for both, wide in (({"int", "float"}, "float"), ({"ints", "floats"}, "floats")):
         if kinds == both:

@@ -1,4 +1,4 @@
-"""Tokens to text as they come, and stop strings in it."""
+"""Decoding a stream of tokens to text, and finding stop strings in it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from fastgpt2.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns the tokens of one sample into text as they come, and finds stop strings in it.
+    """Decodes the tokens of one sample to text while they arrive, and finds stop strings.
 
-    The bytes of a character may be spread over tokens, so text is given out only when decoding no longer ends in a
+    A character's bytes may be spread over several tokens. Text is therefore held back while its decoding ends in a
     replacement character. Text that could be the beginning of a stop string is held back too.
 
-    `text` is what is decoded so far, without a stop string and what follows it; `stopped` says whether one was found.
+    Args:
+        tokenizer: Decodes the tokens.
+        stop_strings: Strings that end the sample.
+
+    Attributes:
+        text: The text decoded so far, up to but without a stop string.
+        stopped: Whether a stop string was found.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.stop_strings = stop_strings
         self.ids: list[int] = []
-        self.decoded_from = 0  # ids before this one are decoded for good
-        self.text = ""  # decoded so far, a stop string cut off
-        self.given = 0  # characters given out
+        self.decoded_from = 0  # the text of all ids before this one is final
+        self.text = ""
+        self.given = 0  # number of characters that `take` has returned
         self.stopped = False
 
     def push(self, token_id: int) -> None:
@@ -34,7 +40,7 @@ class TextStream:
             self.decoded_from = len(self.ids)
 
     def finish(self) -> None:
-        """No more tokens come: what was held back is text now."""
+        """End the stream: text that was held back counts now."""
         if not self.stopped and self.decoded_from < len(self.ids):
             self._append(self.tokenizer.decode(self.ids[self.decoded_from :]))
             self.decoded_from = len(self.ids)
@@ -48,7 +54,7 @@ class TextStream:
             self.text, self.stopped = self.text[: min(found)], True
 
     def take(self) -> str:
-        """The text that is certain by now and was not given out yet."""
+        """Return the text that has become certain since the last call."""
         certain = len(self.text)
         if not self.stopped:
             for stop in self.stop_strings:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, through the `tokenizers` library: Hugging Face's files, and byte-level BPE training."""
+"""Tokenizers, built on the `tokenizers` library: reading Hugging Face's files, and training a byte-level BPE."""
 
 from __future__ import annotations
 
@@ -21,24 +21,36 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
-# The 256 bytes and END_OF_TEXT: the smallest vocabulary of a byte-level BPE.
+# The smallest vocabulary of a byte-level BPE: the 256 bytes and END_OF_TEXT.
 MIN_VOCAB_SIZE = 257
 # Training reserves memory for the whole vocabulary before it looks at a text.
 MAX_VOCAB_SIZE = 1 << 20
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with its end-of-text id: the spelling `<|endoftext|>` in a text is that one token."""
+    """A `tokenizers.Tokenizer` that knows its end-of-text id. `<|endoftext|>` in a text is encoded as that one token.
+
+    Args:
+        backend: The tokenizer; its truncation and padding are turned off.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        # A tokenizer.json can ask for both, which would change texts' tokens; transformers does not heed it either.
+        # A tokenizer.json can ask for both, which would change the tokens of a text. transformers ignores it too.
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> Tokenizer:
-        """Read a `tokenizer.json`. OSError when it cannot be read, ValueError when it is not a tokenizer."""
+        """Read a `tokenizer.json`.
+
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: The file is not a tokenizer.
+        """
         import tokenizers
 
         text = _read(Path(path))
@@ -48,7 +60,18 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str]) -> Tokenizer | None:
-        """Read `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`, from a folder; None if it has neither."""
+        """Read the tokenizer in a folder: `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            The tokenizer, or None if the folder has none.
+
+        Raises:
+            OSError: A file cannot be read, or one of `vocab.json` and `merges.txt` is missing.
+            ValueError: The files are not a tokenizer.
+        """
         folder = Path(folder)
         if (folder / "tokenizer.json").exists():
             return cls.from_file(folder / "tokenizer.json")
@@ -89,9 +112,16 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train a byte-level BPE (Radford et al. 2019) on texts; `<|endoftext|>` is id 0, all bytes are in it.
+        """Train a byte-level BPE (Radford et al. 2019) on texts.
 
-        The vocabulary ends up smaller than `vocab_size` where the texts have fewer pairs to merge.
+        `<|endoftext|>` has the id 0, and all 256 bytes are in the vocabulary.
+
+        Args:
+            texts: The training texts.
+            vocab_size: The size of the vocabulary. It becomes smaller if the texts have too few pairs to merge.
+
+        Raises:
+            ValueError: `vocab_size` is out of range.
         """
         import tokenizers
 
@@ -107,32 +137,39 @@ class Tokenizer:
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
+        """The token ids of a text; ValueError if the tokenizer cannot encode it."""
         with _library_errors("the tokenizer cannot encode this text"):
             return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text; ValueError if the tokenizer cannot encode one."""
         with _library_errors("the tokenizer cannot encode these texts"):
             return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD, special tokens keep their spelling."""
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD; special tokens are spelled out."""
         return self.backend.decode(ids, skip_special_tokens=False)
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """The size of the vocabulary: one more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def eos_token_id(self) -> int | None:
+        """The id of `<|endoftext|>`, or None if the vocabulary lacks it."""
         return self.backend.token_to_id(END_OF_TEXT)
 
     def digest(self) -> str:
-        """A hash of the whole tokenizer, by which a resumed run knows it again."""
+        """A hash of the whole tokenizer, by which a resumed run recognizes it."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write `tokenizer.json`, and the `tokenizer_config.json` with which transformers' AutoTokenizer takes it."""
+        """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers' AutoTokenizer needs.
+
+        Args:
+            folder: The folder; it is created if it is missing.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, object] = {
@@ -150,7 +187,7 @@ class Tokenizer:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """ValueError for a vocabulary that `Tokenizer.train` does not make."""
+    """Raise ValueError if `Tokenizer.train` cannot make a vocabulary of this size."""
     if not isinstance(vocab_size, int) or not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(
             f"Tokenizer.train: vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT}) and at most "
@@ -159,10 +196,15 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def as_token_id(token: Any, caller: str, name: str) -> int:
-    """An int, or NumPy's or PyTorch's integer, as an int; what `int` would convert to one is refused.
+    """Return an integer (Python's, NumPy's or PyTorch's) as an int. Floats, strings and bools are refused.
+
+    Args:
+        token: The value.
+        caller: The name that an error begins with.
+        name: What an error says holds the value.
 
     Raises:
-        TypeError: `token` is no integer; the message begins with `caller` and says that `name` holds it.
+        TypeError: `token` is not an integer.
     """
     try:
         if isinstance(token, bool) or (isinstance(token, Tensor) and token.dtype == torch.bool):
@@ -174,18 +216,19 @@ def as_token_id(token: Any, caller: str, name: str) -> int:
 
 @contextlib.contextmanager
 def _library_errors(what: str) -> Iterator[None]:
-    """Errors of the tokenizers library as a ValueError that begins with `what`."""
+    """Turn errors of the tokenizers library into a ValueError that begins with `what`."""
     try:
         yield
     except BaseException as error:
-        # It raises bare Exceptions, and BaseExceptions for panics of its Rust code, whose class it does not export.
+        # The library raises bare Exceptions. For panics of its Rust code it raises a BaseException whose class it does
+        # not export.
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"{what}: {first_line(error)}") from error
 
 
 def _check_json(text: str, path: str | PathLike[str]) -> None:
-    """Refuse what a damaged tokenizer.json holds and the library would panic at: it prints more than one sentence."""
+    """Raise ValueError for a damaged tokenizer.json on which the library would panic, and print more than our error."""
     try:
         contents = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What a model's first minute on a GPU compiles, compiled ahead into Triton's cache; also without that GPU."""
+"""Ahead-of-time compilation of the kernels that a model needs, into Triton's cache. It works without a GPU, too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgpt2.gpt2 import GPT2
 from fastgpt2.loss import calculate_loss
 from fastgpt2_kernels import ops
 
-# Kernels are compiled for classes of row counts; these are one of each, as powers of two are decoded together.
+# Kernels are compiled per class of row counts, and steps are captured for powers of two. These are one of each class.
 ROWS = (1, 2, 8, 16, 32)
 SAMPLINGS = (SamplingConfig(temperature=0), SamplingConfig(temperature=0.8, top_k=50, top_p=0.95))
 
@@ -27,20 +27,22 @@ def warm_up(
     trains: bool = False,
     jobs: int | None = None,
 ) -> list[str]:
-    """Compile what generation, and with `trains` a training step, needs of a model of this shape.
+    """Compile the kernels that generation with a model of this shape needs, and with `trains` those of training.
 
     Args:
-        config: The model's; its weights do not matter.
-        target: "sm_90", "gfx942"; None: the current GPU's.
-        dtype: The weights'; a training step is compiled for float32 weights too.
-        rows: How many rows will be decoded together.
-        jobs: Kernels compiled at a time; None: one for each processor.
+        config: The model's configuration; its weights do not matter.
+        target: The GPU to compile for, such as "sm_90" or "gfx942"; None is the current GPU.
+        dtype: The dtype of the weights. A training step is compiled for float32 weights too.
+        rows: The numbers of rows that will be decoded together.
+        trains: Whether to compile a training step too.
+        jobs: How many kernels to compile at a time; None is one per processor.
 
     Returns:
         The kernels' names, once for each variant.
 
     Raises:
-        ValueError: The target is none. RuntimeError: no target is named, and there is no GPU.
+        ValueError: The target is unknown.
+        RuntimeError: No target is given, and there is no GPU.
     """
     variants = find_variants(config, target, dtype=dtype, rows=rows, trains=trains)
     ops.compile_variants(variants, jobs)
@@ -50,9 +52,9 @@ def warm_up(
 def find_variants(
     config: GPT2Config, target: str | None, *, dtype: torch.dtype, rows: Sequence[int], trains: bool
 ) -> list:
-    """The variants that `warm_up` compiles."""
+    """The kernel variants that `warm_up` compiles."""
     name = ops.this_target() if target is None else target
-    # All layers are compiled the same; their numbers do not matter.
+    # All layers use the same kernels, so one layer is enough.
     model = GPT2(config.replace(num_layers=1), backend="triton").to(dtype).eval()
     with_pdl = name.startswith("sm_") and int(name[3:]) >= 90
 

@@ -27,7 +27,7 @@ def seed() -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def unsynced_files() -> Iterator[None]:
-    """Nothing here cuts the power: waiting for the disk would only make its speed part of the suite's."""
+    """Turn fsync off: no test cuts the power, and waiting for the disk would only slow the suite down."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

@@ -1,4 +1,4 @@
-"""What several test files share: random models, and the error budget that every result is held to."""
+"""Helpers that several test files share: random models, and the error budget that results must keep."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TINY = GPT2Config(
 
 
 def parts(count: int) -> list[ParameterSet]:
-    """The parts of a test over random cases: `make test` runs the first, `make test-all` every one."""
+    """The parts of a test over random cases: `make test` runs only the first, `make test-all` runs all."""
     return [pytest.param(i, marks=[pytest.mark.slow] if i else []) for i in range(count)]
 
 
@@ -40,7 +40,7 @@ def without_rounding(data: bytes) -> bytes:
 
 
 def random_model(seed: int, **changes: object) -> GPT2:
-    """A tiny model in eval mode, all its parameters random."""
+    """A tiny model in eval mode with random parameters."""
     model = GPT2(TINY.replace(**changes))
     draw_parameters(model, seed)
     return model.eval()

@@ -1,4 +1,4 @@
-"""FLOPs and bytes against counts of the model itself."""
+"""FLOPs and bytes, compared with counts on the model itself."""
 
 from __future__ import annotations
 

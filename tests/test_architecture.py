@@ -1,4 +1,4 @@
-"""The house: imports point down only, only the command line prints, importing the package loads little."""
+"""The package's structure: imports point downwards, only the command line prints, importing it loads little."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_folder_kernels_is_no_package():
 
 
 def test_every_package_is_installed():
-    """A wheel holds what pyproject.toml lists; an editable install would hide what is missing there."""
+    """A wheel holds what pyproject.toml lists. An editable install would hide a package that is missing there."""
     listed = re.search(
         r"^packages = (\[.*?\])$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )

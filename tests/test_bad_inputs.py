@@ -1,4 +1,4 @@
-"""Bad inputs over the whole public surface: each is answered by its one clear sentence, and harms nothing."""
+"""Bad inputs to the whole public API: each raises an error of one clear sentence, and harms nothing."""
 
 from __future__ import annotations
 
@@ -391,7 +391,7 @@ def test_spoilt_checkpoints(spoil, tmp_path):
         (["train", "--data", "stdlib", "--out", "x", "--hidden-size", str(2**70)], "hidden_size must be at most"),
         (["train", "--data", "stdlib", "--out", "x", "--vocab-size", str(10**10)], "vocab_size must be at least 257"),
         (["write"], "invalid choice: 'write'"),
-        ([], "required: {generate,score,select,train,eval,check,warmup,info,convert}; see fastgpt2 --help"),
+        ([], "required: {generate,score,select,train,plot,eval,check,warmup,info,convert}; see fastgpt2 --help"),
     ],
 )
 def test_the_command_line_says_it_in_one_line_and_exits_with_2(arguments, sentence, capsys, tmp_path, monkeypatch):
@@ -444,7 +444,7 @@ def test_memory_that_is_not_there_is_one_sentence(error, capsys, monkeypatch):
 
 
 def test_more_memory_than_there_is(tiny_checkpoint, capsys):
-    """What an allocator itself says is the error that `main` knows."""
+    """`main` recognizes the real message of an allocator that runs out of memory."""
     text = tiny_checkpoint / "config.json"
     # More than a process can address, so that no machine's lenience with memory decides.
     for option, value in (("--batch-size", 10**14), ("--context", 2**31 - 1)):

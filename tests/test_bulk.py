@@ -1,4 +1,4 @@
-"""Bulk work from end to end: the recipes of docs/bulk.md at toy size, and several processes that are one."""
+"""Bulk generation end to end: the recipes of docs/bulk.md at toy size, and several processes that share a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def proteins(tmp_path_factory) -> Path:
 
 
 def recipe(name: str) -> list[str]:
-    """The words of the page's command that has `name` in it."""
+    """The arguments of the page's command that contains `name`."""
     blocks = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
     (command,) = [shlex.split(block.replace("\\\n", " ")) for block in blocks if name in block and "generate" in block]
     assert command.pop(0) == "fastgpt2"
@@ -156,7 +156,7 @@ def test_under_torchrun(tiny_checkpoint, tmp_path):
 
 
 def test_batches_of_ray_data(tiny_checkpoint):
-    """The classes as Ray calls them; whatever the batches are, the samples are the same."""
+    """Call the classes as Ray does: the samples do not depend on the batches."""
     generate = Generate(str(tiny_checkpoint), index="n", num_samples=2, max_new_tokens=5, seed=3)
     batch = {"prompt": ["def", "return", "x"], "n": [0, 1, 2], "other": [7, 8, 9]}
     whole = generate(batch)

@@ -1,4 +1,4 @@
-"""The KV cache: growth and forks keep what is held; what is past a length is never read."""
+"""The KV cache: growth and forks keep its contents, and nothing past a slot's length is ever read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = {"vocab_size": 61, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "
 
 
 def vm_flags(address: int) -> str:
-    """What Linux says of the mapping that an address lies in."""
+    """What Linux reports about the memory mapping that contains an address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

@@ -1,4 +1,4 @@
-"""`fastgpt2 check`: it passes on what is right, and fails and names what is not."""
+"""`fastgpt2 check`: it passes for correct kernels, and fails and names a wrong one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TINY = Shapes(1, 8, 2, 6, models._CONFIG)
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """`broken(operator, backend)`: every result of that function is a hundredth too large."""
+    """`broken(operator, backend)` makes every result of that function 1% too large."""
 
     def scaled(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -159,7 +159,7 @@ def test_without_transformers_it_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(ops.why_not_native("decode_step", CPU) is not None, reason="no native backend here")
 def test_decoding_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step whose log-probabilities are off, and one whose rows depend on their number."""
+    """It notices a step with wrong log-probabilities, and one whose rows depend on the batch size."""
     read = fastgpt2.decode.Results.read
     monkeypatch.setattr(
         fastgpt2.decode.Results, "read", lambda self: (read(self)[0], [p - 0.01 for p in read(self)[1]])
@@ -194,7 +194,7 @@ def test_every_operator_that_runs_here_is_timed() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
-    """`check` with findings that are given."""
+    """Replace `check` by one that returns given findings."""
     findings = [
         Finding("layer_norm", "torch", "ok", 0.5, "2 cases"),
         Finding("sample", "triton", "skipped", None, "no"),

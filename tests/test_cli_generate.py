@@ -1,4 +1,4 @@
-"""`fastgpt2 generate`: from the screen and from files, in every format, resumed, refused."""
+"""`fastgpt2 generate`: prompts from the terminal and from files, every format, resuming, bad inputs."""
 
 from __future__ import annotations
 

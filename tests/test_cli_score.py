@@ -1,4 +1,4 @@
-"""`fastgpt2 score`: from every format, in every format, resumed, in several processes, refused."""
+"""`fastgpt2 score`: every input and output format, resuming, several processes, bad inputs."""
 
 from __future__ import annotations
 

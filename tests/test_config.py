@@ -36,7 +36,7 @@ def test_presets_change_and_go_through_hugging_faces_form(name: str) -> None:
 
 
 def test_every_field_goes_through_hugging_faces_form() -> None:
-    """Each field set to something that is not its default comes back."""
+    """Every field survives the round trip with a value that is not its default."""
     changed = GPT2Config(
         vocab_size=61, context_length=24, hidden_size=32, num_layers=3, num_heads=4, feedforward_dim=40,
         activation_function="relu", residual_dropout=0.2, embedding_dropout=0.3, attention_dropout=0.4,

@@ -33,7 +33,7 @@ def prompts(seed: int, rows: int = 5) -> list[list[int]]:
 
 
 def banned(ids: list[int], new: int) -> dict[int, float]:
-    """What `BANS` adds to the logits of a row, token by token: the plain reading of the settings."""
+    """What `BANS` adds to the logits of a row: a direct implementation of the settings, token by token."""
     added: dict[int, float] = dict.fromkeys([3, 9, 17, 5], -math.inf)
     added[8] = 1.5
     for prefix, token, bias in (((6,), 7, -math.inf), ((10,), 11, -2.0), ((12, 13), 14, 3.0)):
@@ -63,7 +63,7 @@ def test_logits_are_changed_as_the_settings_say(seed, length):
 
 
 def clear_greedy(model: GPT2, rows: list[list[int]], new: int) -> tuple[list[list[int]], bool]:
-    """Greedy continuations under BANS by whole forward passes, and whether no choice was close."""
+    """Greedy continuations under BANS, computed by whole forward passes, and whether every choice was clear."""
     out, is_clear = [], True
     for ids in rows:
         held = list(ids)
@@ -99,7 +99,7 @@ SETTINGS = [{}, {"top_k": 7, "temperature": 1.4}, {"top_p": 0.9, "min_p": 0.02, 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_processor_that_changes_nothing_changes_no_sample(seed, settings):
-    """Then tokens are chosen outside the step, from the same logits by the same noise."""
+    """A processor moves sampling out of the step, but the logits and the random numbers stay the same."""
     model = random_model(seed)
     options = {"num_samples": 3, "max_new_tokens": 8, "seed": seed, "batch_size": 4, **settings}
     plain = model.generate(prompts(seed), **options)

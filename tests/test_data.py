@@ -244,7 +244,7 @@ def test_atomic_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_atomic_files_are_on_disk_before_they_take_their_name(tmp_path: Path, monkeypatch) -> None:
-    """After a power cut the name stands for the old bytes or the new ones, never for a file that was not written."""
+    """After a power cut the file has the old bytes or the new ones, never contents that were not written in full."""
     events, fsync, replace = [], os.fsync, os.replace
 
     def synced(descriptor: int) -> None:

@@ -80,6 +80,7 @@ def test_every_promise_names_a_test() -> None:
 DOCUMENTED = (
     "fastgpt2.cache",
     "fastgpt2.config.model",
+    "fastgpt2.gpt2",
     "fastgpt2_kernels.ops.attention",
     "fastgpt2_kernels.ops.layers",
     "fastgpt2_kernels.ops.loss",

@@ -1,4 +1,4 @@
-"""What a first minute compiles: bounded, and the same whatever the rows and lengths are; and compiled ahead."""
+"""Compilation at first use: bounded, independent of rows and lengths, and possible ahead of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation: equal to transformers and to the loop without a cache; a sample depends on itself alone."""
+"""Generation: equal to transformers and to a loop without a cache; a sample does not depend on other rows."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_order_and_skip_change_nothing(seed):
 
 @pytest.mark.parametrize("pack_weights", [True, False])
 def test_only_the_tokens_that_are_needed_are_computed(pack_weights, seed, monkeypatch):
-    """A prompt once whatever its samples, a row until it ends, and never a token of padding."""
+    """Each prompt is computed once for all its samples, each row only until it ends, and padding never."""
     model, rng = tiny_model(seed), random.Random(seed)
     computed = []
 
@@ -340,7 +340,7 @@ def test_threads_share_a_model_in_training_mode(seed):
 
 
 def test_weights_that_change_during_a_run_end_it(seed):
-    """Wherever they change: while rows are decoded, and while prompts still wait."""
+    """The change ends the run whenever it happens: while rows are decoded, and while prompts are still waiting."""
     for model, after in itertools.product(paths(seed), (1, 6, 20)):
         events = model.stream(random_prompts(random.Random(seed), 6), max_new_tokens=9, batch_size=3, stop_token_ids=())
         for _ in range(after):

@@ -23,7 +23,7 @@ NUM_PROMPTS, NUM_SAMPLES = 16, 3
 
 
 def command_line(arguments: list[str]) -> None:
-    """What the console script does, in a process of its own."""
+    """Run the console script's code in a process of its own."""
     import torch
 
     from fastgpt2.cli.main import main
@@ -40,7 +40,7 @@ def records(path: Path) -> list[bytes]:
 
 
 def wait_for(path: Path, size: int, process: multiprocessing.process.BaseProcess) -> None:
-    """Until the output holds `size` bytes; a run that has ended before that is waited for no longer."""
+    """Wait until the output holds `size` bytes, or until the run has ended."""
     while process.is_alive() and (not path.exists() or path.stat().st_size < size):
         time.sleep(0.001)
 

@@ -1,4 +1,4 @@
-"""Texts in: every format, columns, compression, patterns, and bad entries that keep their places."""
+"""Input files: every format, columns, compression, patterns, and bad entries, which keep their index."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_without_the_extra(tmp_path, monkeypatch):
 
 
 class _DataSet(list):
-    """What `datasets.load_dataset` returns, as far as it is used."""
+    """A stand-in for what `datasets.load_dataset` returns, with the parts that are used."""
 
     _fingerprint = "f00"
     column_names = ("prompt", "id", "other")

@@ -1,4 +1,4 @@
-"""calculate_loss and train_step: shift, what is ignored, accumulation, autocast, the optimizer's step."""
+"""calculate_loss and train_step: shifting, ignored targets, accumulation, autocast, the optimizer's step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_shift_targets() -> None:
 
 
 def test_train_step_is_the_step_written_out(seed: int) -> None:
-    """The text's step: shift inside, the last position ignored, padding ignored where it is named."""
+    """A step shifts the targets itself, ignores the last position, and ignores padding if it is named."""
     ours, plain = random_model(seed).double(), random_model(seed).double()
     ids = random_ids(seed, 4, 12)
     ids[0, 8:] = 3

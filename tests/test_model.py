@@ -29,7 +29,7 @@ def test_the_introductory_constructor() -> None:
 
 
 def test_the_introductory_loop(seed: int) -> None:
-    """Forward, softmax, multinomial, append, as written in the text."""
+    """The introductory loop: forward pass, softmax, multinomial, append."""
     torch.manual_seed(seed)
     model = random_model(seed)
     ids = random_ids(seed, 2, 3)
@@ -113,7 +113,7 @@ def test_dropout_rates(seed: int) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_takes_the_model_whole(seed: int, training: bool) -> None:
-    """One graph, with nothing left to Python; whatever makes PyTorch break the graph is an error here."""
+    """The model compiles to one graph. Anything that makes PyTorch break the graph is an error here."""
     for attention_dropout in (0.0, 0.1):
         model = random_model(seed, num_layers=2, residual_dropout=0.1, attention_dropout=attention_dropout)
         ids = random_ids(seed, 2, 9)
@@ -130,7 +130,7 @@ def test_compile_takes_the_model_whole(seed: int, training: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's compiler deprecates its own internals
 def test_compiled_forward_equals_eager(seed: int) -> None:
-    """Skipped where that compiler compiles nothing: without a C++ compiler, or with a space in a path to it."""
+    """Skipped where torch.compile cannot work: without a C++ compiler, or with a space in its path."""
     from torch._inductor.exc import InductorError
 
     model = random_model(seed, num_layers=1)

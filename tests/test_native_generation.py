@@ -20,7 +20,7 @@ V = 61
 
 @pytest.fixture
 def model(seed: int) -> GPT2:
-    """A lively one: its head is its own, its biases lie around 0, and its embeddings are large."""
+    """A model whose tokens vary: its head is untied, its biases lie around 0, and its embeddings are large."""
     model = random_model(seed, tie_word_embeddings=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -140,7 +140,7 @@ def test_int8_weights(model, seed):
 
 
 def test_two_runs_at_once(model, seed):
-    """Each has a session of its own; they share the packed weights."""
+    """Each run has its own session; they share the packed weights."""
     options = {"max_new_tokens": 10, "seed": 3, "stop_token_ids": (), "num_samples": 2}
     expected = [s.token_ids for s in model.generate(prompts(seed), **options)]
     first, second = (model.generate_iter(prompts(seed), **options) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The README's tables are the real ones."""
+"""The README's tables agree with the code."""
 
 from __future__ import annotations
 

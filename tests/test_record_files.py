@@ -1,4 +1,4 @@
-"""Outputs that several processes write: shares, one merged and ordered output, kills, disks that are full."""
+"""Outputs that several processes write: shares, the merged and sorted output, kills, full disks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Numbers(Lines[tuple[int, int, str]]):
-    """`a b text` a line."""
+    """A format with lines of `a b text`."""
 
     what = "three words"
 
@@ -62,7 +62,7 @@ def work(path: Path, shard: Shard, resume: bool, rng: random.Random, stop: float
 
 
 def tear(path: Path, rng: random.Random) -> None:
-    """What a kill within a write leaves."""
+    """Leave a torn record, as a kill during a write does."""
     for file in (path, *path.parent.glob("out.txt.part-*")):
         if file.exists() and rng.random() < 0.5:
             with open(file, "ab") as torn:
@@ -94,7 +94,7 @@ def test_any_number_of_processes_any_number_of_times(attempt, tmp_path, seed):
 
 
 def test_processes_at_once_leave_one_output(tmp_path, seed):
-    """Threads have each its own open files, so they lock each other out as processes do."""
+    """Each thread opens its own files, so threads lock each other out as processes do."""
     rng, finished = random.Random(seed), []
     for attempt in range(10):
         path = tmp_path / f"out{attempt}.txt"
@@ -188,7 +188,7 @@ def killed_worker(path: Path, index: int, count: int, seed: int) -> None:
 
 @pytest.mark.slow
 def test_killed_processes_lose_nothing(tmp_path, seed):
-    """kill -9 of random shares 20 times, resumed with another number of processes."""
+    """Kill random shares with SIGKILL 20 times, and resume with another number of processes."""
     CONTEXT.set_forkserver_preload(["fastgpt2", __name__])
     rng, kills = random.Random(seed), 0
     while kills < 20:

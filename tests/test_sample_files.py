@@ -1,4 +1,4 @@
-"""Samples out: every format round-trips, and every way a file can be cut off resumes."""
+"""Sample files: every format round-trips, and a file that was cut off anywhere can be resumed."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_full_disk_leaves_whole_records(tmp_path, seed, monkeypatch):
     raw = output._file
 
     class Full:
-        """Takes three bytes, then there is no room."""
+        """Write three bytes, then fail because the disk is full."""
 
         def __init__(self) -> None:
             self.room = 3

@@ -1,4 +1,4 @@
-"""Scores: equal to transformers' in float64, whatever is packed together, whole and after a prefix."""
+"""Scores equal transformers' in float64, however sequences are packed, for whole sequences and after a prefix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def twin(model: GPT2, folder) -> GPT2LMHeadModel:
 
 
 def hf_logprobs(model: GPT2LMHeadModel, ids: list[int]) -> torch.Tensor:
-    """Of every token but the first; a sequence at a time, so that nothing is padded."""
+    """Log-probabilities of every token but the first, computed one sequence at a time, without padding."""
     with torch.no_grad():
         logits = model(torch.tensor([ids[:-1]])).logits[0]
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""What is kept of records: the best, the whole ones, each text once; in every format."""
+"""Selecting records: the best, the complete ones, each text once, in every format."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read(path: Path) -> list[dict]:
 
 
 def plain(rows: list[dict], chosen: Selection, *, fasta: bool = False) -> list[dict]:
-    """The same in the plainest words."""
+    """The same selection in the simplest possible code."""
     rows = [dict(row) for row in rows]
     if chosen.drop_truncated:
         rows = [row for row in rows if row["finish_reason"] != "length"]

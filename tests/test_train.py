@@ -1,4 +1,4 @@
-"""The trainer: schedule, groups, losses, resuming to the bit, refusals, the command."""
+"""The trainer: schedule, parameter groups, losses, bit-exact resuming, refused inputs, the command."""
 
 from __future__ import annotations
 
@@ -548,7 +548,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(data: TokenData, tmp_path: P
 
 
 class RunsCode:
-    """Pickled, it makes a folder when it is unpickled."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

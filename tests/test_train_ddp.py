@@ -1,4 +1,4 @@
-"""Training in processes: two of gloo, with whole or shared weights, are one with twice the accumulation."""
+"""Parallel training: two gloo processes (DDP or FSDP) give the same result as one with twice the accumulation."""
 
 from __future__ import annotations
 

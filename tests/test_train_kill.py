@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: a resumed run ends as an uninterrupted one does, with nothing lost and nothing twice."""
+"""SIGKILL at any moment: a resumed run ends like an uninterrupted one, with nothing lost and nothing repeated."""
 
 from __future__ import annotations
 

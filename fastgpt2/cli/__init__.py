@@ -1,4 +1,4 @@
-"""The command line: `fastgpt2 generate | score | select | train | plot | check ...`. It alone prints."""
+"""The command line, `fastgpt2 COMMAND`. No other part of the package prints."""
 
 from fastgpt2.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Check on this machine what every kernel computes, then time it: the first thing to run on a new GPU."""
+"""Check on this machine that every kernel is correct, then time it: the first thing to run on a new GPU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from fastgpt2.selfcheck import check
 from fastgpt2.selfcheck.report import Finding, Report, Timing
 
-HELP = "check what the kernels compute on this machine, and time them"
+HELP = "check that the kernels are correct on this machine, and time them"
 _SIGNS = {"ok": "ok", "failed": "FAILED", "skipped": "-"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     parser.add_argument("--no-speed", action="store_true", help="only check, do not time")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for a bug report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 if anything failed."""
+    """Run the command; returns exit status 1 if a check failed."""
     shows = sys.stderr.isatty()
 
     def tell(found: Finding | Timing) -> None:

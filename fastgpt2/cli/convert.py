@@ -31,9 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="hf",
         help="hf: config.json and model.safetensors, as transformers loads them (the default); nanogpt: ckpt.pt",
     )
-    parser.add_argument("--dtype", choices=_DTYPES, help="dtype of the weights written (default: as they are)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="dtype to save the weights in (default: unchanged)")
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="cut a padded vocabulary to N tokens, e.g. nanoGPT's 50304 to 50257"
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="cut a padded vocabulary to N tokens, such as nanoGPT's 50304 to 50257",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")

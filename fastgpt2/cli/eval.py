@@ -1,4 +1,4 @@
-"""Run tasks of the LM Evaluation Harness on a model, by the extra `fastgpt2[eval]`."""
+"""Run tasks of the LM Evaluation Harness on a model; needs the extra `fastgpt2[eval]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastgpt2.cli import options
 from fastgpt2.files import atomic_file
 from fastgpt2.integrations.lm_eval import evaluate
 
-HELP = "tasks of the LM Evaluation Harness"
+HELP = "run tasks of the LM Evaluation Harness"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--include-path", type=Path, metavar="FOLDER", help="a folder with more tasks (YAML files)")
     what.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
     what.add_argument("--limit", type=float, metavar="N", help="questions of each task: a number, or a share below 1")
-    what.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests at a time; %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a .json for all results; the table is printed anyhow")
+    what.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="requests at a time (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results to this .json file")
 
 
 def run(args: argparse.Namespace) -> int:

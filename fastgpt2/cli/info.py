@@ -1,4 +1,4 @@
-"""Show the versions, the device, the backend of every operator and why, and the configuration of a model."""
+"""Show versions, the device, the backend of every operator and the reason for it, and a model's configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ HELP = "show versions, backends and a model's configuration"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default=EMBEDDED, metavar="NAME", help="a checkpoint's folder, file or name on the hub; %(default)s"
+        "--model",
+        default=EMBEDDED,
+        metavar="NAME",
+        help="a checkpoint's folder, file or name on the hub (default: %(default)s)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _operators(device: str) -> dict[str, dict[str, Any]]:
-    """For every operator the backend that "auto" is on this machine, those that it has, and why it is not another."""
+    """For every operator: the backend that "auto" selects here, all its backends, and why others cannot run."""
     operators: dict[str, dict[str, Any]] = {}
     for operator in ops.OPERATORS:
         backends = ops.backends_of(operator)

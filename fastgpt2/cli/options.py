@@ -1,4 +1,4 @@
-"""Options that commands share: the model, the processes of a run, what of its records is kept."""
+"""Options that several commands share: the model, the shard of a process, and the selection of records."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_backend: bool = 
         help="a folder, a checkpoint or a hub name (default: %(default)s)",
     )
     model.add_argument("--dtype", choices=DTYPES, help="precision (default: the checkpoint's)")
-    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     if has_backend:
         model.add_argument(
             "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="kernels to use"
@@ -46,7 +46,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_backend: bool = 
 def load(args: argparse.Namespace) -> GPT2:
     dtype = DTYPES[args.dtype] if args.dtype is not None else None
     device = find_device(args.device)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # a process a GPU
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # one process per GPU
         device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
     return load_pretrained(args.model, dtype=dtype, device=device, backend=getattr(args, "backend", "auto"))
 
@@ -76,12 +76,12 @@ def add_shard_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--shard",
         metavar="I/N",
-        help="do the share I (from 0) of N; whoever ends last puts the output together (default: torchrun's processes)",
+        help="do share I (from 0) of N; the last process to finish merges the output (default: torchrun's processes)",
     )
 
 
 def find_shard(args: argparse.Namespace) -> Shard:
-    """The share that --shard asks for, or that torchrun gave to this process."""
+    """This process's share: the one that --shard names, or else the one that torchrun assigned."""
     if args.shard is not None:
         return Shard.parse(args.shard)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -100,8 +100,8 @@ def say_unfinished(out: Path, shard: Shard) -> None:
 
 
 def stdin_source(most_bytes: int, instead: str) -> Source:
-    """Standard input as a `.txt`, read whole."""
-    if sys.stdin is None:  # what Python makes of a closed one
+    """Read all of standard input as a `.txt` source."""
+    if sys.stdin is None:  # Python sets it to None if it is closed
         raise ValueError(f"standard input is closed; {instead}")
     return Source("standard input", ".txt", data=read_at_most(sys.stdin.buffer, "standard input", most_bytes))
 
@@ -119,19 +119,19 @@ def read_at_most(file: BinaryIO, name: str, most_bytes: int) -> bytes:
 def add_selection_arguments(parser: argparse.ArgumentParser, *, needs_spellings: bool = False) -> None:
     selection = parser.add_argument_group("selection")
     add = selection.add_argument
-    add("--keep-best", metavar="N|P%", help="keep so many records, or so large a part, best first")
-    add("--by", choices=BY, help="what makes a record better: less perplexity or more log-probability (perplexity)")
-    add("--drop-truncated", action="store_true", help="leave out samples that ended at the length limit")
-    add("--dedupe", action="store_true", help="of equal texts keep the first")
-    add("--min-length", type=int, metavar="N", help="least characters of a text, of a sequence in .fasta")
-    add("--max-length", type=int, metavar="N", help="most characters of a text, of a sequence in .fasta")
-    add("--strip-special", action="store_true", help="take special tokens' spellings out of the texts")
+    add("--keep-best", metavar="N|P%", help="keep only the best N records, or the best P percent, best first")
+    add("--by", choices=BY, help="rank by lower perplexity or by higher log-probability (default: perplexity)")
+    add("--drop-truncated", action="store_true", help="drop samples that ended at the length limit")
+    add("--dedupe", action="store_true", help="keep only the first of several equal texts")
+    add("--min-length", type=int, metavar="N", help="drop texts (in .fasta: sequences) of fewer than N characters")
+    add("--max-length", type=int, metavar="N", help="drop texts (in .fasta: sequences) of more than N characters")
+    add("--strip-special", action="store_true", help="remove special tokens from the texts")
     if needs_spellings:
-        add("--special", action="append", metavar="TEXT", help="such a spelling; repeatable (default: the tokenizer's)")
+        add("--special", action="append", metavar="TEXT", help="a special token; repeatable (default: the tokenizer's)")
 
 
 def check_needs_no_output(args: argparse.Namespace, shard: Shard, names: tuple[str, ...]) -> None:
-    """Refuse, where there is no --out, what only an output has: the options `names`, a selection, several processes."""
+    """Raise if options that need --out are given without it: those in `names`, a selection, or several processes."""
     for name in (*names, "shard", *_SELECTION):
         if getattr(args, name) not in (None, False):
             raise ValueError(f"{args.command}: --{name.replace('_', '-')} goes with --out FILE; give one")
@@ -157,7 +157,7 @@ def find_selection(args: argparse.Namespace, special: list[str]) -> Selection:
 
 
 def records_path(args: argparse.Namespace, out: Path) -> Path:
-    """Where a run's records go: to the output itself, or beside it where it is to hold a selection of them."""
+    """The file for a run's records: the output itself, or a file beside it if the output will hold a selection."""
     find_selection(args, [])  # raises before any work
     selects = any(getattr(args, name) not in (None, False) for name in _SELECTION)
     if not selects and out.suffix not in (".csv", ".parquet"):
@@ -184,7 +184,7 @@ def say_selected(selected: Selected, records: Path, out: Path) -> None:
 
 
 def known_spellings(records: Path) -> list[str]:
-    """The special tokens' spellings that a run noted beside its records."""
+    """The spellings of special tokens, which a run stored in the settings beside its records."""
     try:
         settings = json.loads(settings_path(records).read_text(encoding="utf-8"))
         return list(settings["special_tokens"])

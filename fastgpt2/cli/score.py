@@ -1,4 +1,4 @@
-"""Score given sequences: log-probability and perplexity of each, from files to a file."""
+"""Score given sequences: compute the log-probability and perplexity of each."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from fastgpt2.scoring import BATCH_TOKENS, Score, score_all, unscored
 
 HELP = "log-probability and perplexity of given sequences"
 
-# Sequences that are packed together whatever was asked for beside them. Neighbours in a batch may turn the last bit of
-# a result, and a resumed run, or one of several processes, is to write the same ones.
+# Sequences are always packed within groups of this size. Neighbours in a batch may change the last bit of a result, and
+# a resumed run, or a run of several processes, must write the same results as an uninterrupted one.
 GROUP = 256
 _MOST_STDIN_BYTES = 1 << 30
 
@@ -47,19 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help=".txt (one a line), .jsonl, .csv, .parquet or .fasta, patterns, hf://NAME; - is .txt on stdin",
+        help=".txt (one per line), .jsonl, .csv, .parquet or .fasta, patterns, hf://NAME; - is .txt on stdin",
     )
     what.add_argument(
         "--column", metavar="NAME", help='the column of texts or token ids (default: "text", "token_ids")'
     )
     what.add_argument("--prompt-column", metavar="NAME", help='the column of prompts, if any (default: "prompt")')
-    what.add_argument("--prompt", metavar="TEXT", help="what stands before every sequence")
-    what.add_argument("--append", metavar="TEXT", help="what stands after every sequence")
+    what.add_argument("--prompt", metavar="TEXT", help="text to put before every sequence")
+    what.add_argument("--append", metavar="TEXT", help="text to put after every sequence")
     what.add_argument("--wrap", type=int, metavar="N", help="break every text into lines of N characters")
-    what.add_argument("--after-prompt", action="store_true", help="score the tokens after the prompt only")
-    what.add_argument(
-        "--skip-bad", action="store_true", help="report sequences that cannot be scored and go on without them"
-    )
+    what.add_argument("--after-prompt", action="store_true", help="score only the tokens after the prompt")
+    what.add_argument("--skip-bad", action="store_true", help="report sequences that cannot be scored, and skip them")
     options.add_model_arguments(parser)
 
     output = parser.add_argument_group("output")
@@ -67,10 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--resume", action="store_true", help="keep what --out holds and score what is missing")
     output.add_argument("--overwrite", action="store_true", help="replace --out")
     output.add_argument(
-        "--batch-tokens", type=int, default=BATCH_TOKENS, metavar="N", help="of one forward (default: %(default)s)"
+        "--batch-tokens",
+        type=int,
+        default=BATCH_TOKENS,
+        metavar="N",
+        help="tokens per forward pass (default: %(default)s)",
     )
-    output.add_argument("--token-ids", action="store_true", help="rows of a .jsonl hold the scored tokens' ids")
-    output.add_argument("--logprobs", action="store_true", help="rows of a .jsonl hold each token's log-probability")
+    output.add_argument("--token-ids", action="store_true", help="write the ids of the scored tokens (.jsonl only)")
+    output.add_argument("--logprobs", action="store_true", help="write each token's log-probability (.jsonl only)")
     options.add_shard_argument(output)
     options.add_selection_arguments(parser)
 
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         options.check_needs_no_output(args, shard, ("resume", "overwrite"))
     sources = _sources(args, {path for path in (out, records) if path is not None})
     reader = _Reader(args, sources)
-    next(reader.entries(), None)  # what is wrong with the first file is said before a model is loaded
+    next(reader.entries(), None)  # reports a bad first file before a model is loaded
     model = options.load(args)
     reader.model = model
     if records is None:
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-# What the records depend on, beside the model and the sequences.
+# The options that the records depend on, besides the model and the sequences.
 _SETTINGS = ("prompt", "append", "wrap", "after_prompt", "batch_tokens", "token_ids", "logprobs")
 
 
@@ -140,7 +142,7 @@ def _sources(args: argparse.Namespace, outputs: set[Path]) -> list[Source]:
 
 @dataclass
 class _Item:
-    """An entry and its tokens, to be scored."""
+    """An entry and its tokens, ready to be scored."""
 
     entry: Entry
     score: Score
@@ -148,7 +150,7 @@ class _Item:
 
 
 class _Reader:
-    """The sequences that were asked for, as often as they are read."""
+    """The sequences to score; they can be read several times."""
 
     model: GPT2
 
@@ -160,12 +162,12 @@ class _Reader:
         return read_entries(self.sources, self.columns, with_fields=True)
 
     def groups(self) -> Iterator[tuple[int, list[Entry | EntryError]]]:
-        """(number of the group, entries) of every `GROUP` of them in a row."""
+        """Yield (number, entries) of every group of `GROUP` consecutive entries."""
         for number, group in itertools.groupby(self.entries(), key=lambda entry: entry.index // GROUP):
             yield number, list(group)
 
     def item(self, entry: Entry | EntryError) -> _Item:
-        """An entry's tokens. ValueError where it cannot be scored."""
+        """Tokenize an entry; ValueError if it cannot be scored."""
         if isinstance(entry, EntryError):
             raise entry
         prefix: Content | None = entry.prefix
@@ -198,7 +200,7 @@ class _Reader:
         return ScoreRecord(score, item.entry.id, item.text, scored, fields)
 
     def is_complete(self, keys: set[Key]) -> bool:
-        """Whether every sequence that can be scored is among the keys."""
+        """Whether the keys include every sequence that can be scored."""
         for entry in self.entries():
             if (entry.index, 0) in keys:
                 continue
@@ -211,7 +213,7 @@ class _Reader:
 
 
 class _Tally:
-    """What was scored so far."""
+    """Counts of what has been scored so far."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -240,7 +242,7 @@ class _Tally:
 def _scored(
     model: GPT2, reader: _Reader, args: argparse.Namespace, shard: Shard, is_done: Callable[[int], bool]
 ) -> Iterator[tuple[ScoreRecord, Score]]:
-    """The records of this process's share that are not there yet."""
+    """Yield the records of this process's share that have not been written yet."""
     for number, group in reader.groups():
         if not shard.has(number) or all(is_done(entry.index) for entry in group):
             continue

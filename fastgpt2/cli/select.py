@@ -1,4 +1,4 @@
-"""Keep some of the records that were generated or scored: the best, the whole ones, each text once; in any format."""
+"""Select generated or scored records (the best, the complete ones, each text once) and write them in any format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HELP = "keep the best of generated or scored records"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("records", metavar="IN", help="a .jsonl that fastgpt2 generate or score has written")
+    parser.add_argument("records", metavar="IN", help="a .jsonl that fastgpt2 generate or score wrote")
     parser.add_argument("out", metavar="OUT", help=".jsonl, .fasta, .txt, .csv or .parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     add_selection_arguments(parser, needs_spellings=True)

@@ -1,4 +1,4 @@
-"""Compile a model's GPU kernels ahead, into Triton's cache: in parallel, and also for a GPU that is not there."""
+"""Compile a model's GPU kernels ahead of time into Triton's cache: in parallel, and even for a GPU you do not have."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ import torch
 from fastgpt2.checkpoint import EMBEDDED, read_config
 from fastgpt2.warmup import ROWS, warm_up
 
-HELP = "compile a model's GPU kernels ahead"
+HELP = "compile a model's GPU kernels ahead of time"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default=EMBEDDED, metavar="NAME", help="a checkpoint's folder, file or name on the hub; %(default)s"
+        "--model",
+        default=EMBEDDED,
+        metavar="NAME",
+        help="a checkpoint's folder, file or name on the hub (default: %(default)s)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--target", help="sm_90, gfx942, ...; this machine's GPU if it is left out")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="%(default)s")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows decoded together; %(default)s")
-    parser.add_argument("--train", action="store_true", help="a training step's kernels too")
-    parser.add_argument("--jobs", type=int, help="kernels compiled at a time; one for each processor if it is left out")
+    parser.add_argument("--target", help="sm_90, gfx942 ... (default: this machine's GPU)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=ROWS, help="rows decoded together (default: %(default)s)"
+    )
+    parser.add_argument("--train", action="store_true", help="also compile the kernels of a training step")
+    parser.add_argument("--jobs", type=int, help="kernels to compile at a time (default: one per processor)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""transformers' GPT2Config and ours: which field is which, and what of theirs is refused."""
+"""Conversion between transformers' GPT2Config and ours: how fields map, and which of theirs are refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from fastgpt2.config.checks import require
 from fastgpt2.messages import shown
 
-# What transformers assumes where a config.json is silent, and what OpenAI's vocabulary uses.
+# The ids of OpenAI's vocabulary. transformers assumes them if a config.json does not name any.
 OPENAI_IDS: dict[str, Any] = {"bos_token_id": 50256, "eos_token_id": 50256}
 
 _HF_FIELDS = {
@@ -39,7 +39,7 @@ _HF_ALIASES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-# Fields that change the maths and are not supported, with the value that leaves it unchanged.
+# Unsupported fields that change what a model computes, with the value that changes nothing.
 _HF_REFUSED: dict[str, Any] = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
@@ -121,10 +121,15 @@ _HF_HARMLESS = {
 
 
 def fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of our GPT2Config in the contents of a `config.json`.
+    """Convert the contents of a `config.json` to the fields of our GPT2Config.
+
+    Unknown fields are ignored with a warning.
+
+    Args:
+        hf: The contents of the file.
 
     Raises:
-        ValueError: the file asks for what would change the maths and is not here.
+        ValueError: The file sets a field that is not supported and would change what the model computes.
     """
     model_type = hf.get("model_type", "gpt2")
     require(model_type == "gpt2", f"config.json: model_type must be 'gpt2'; got {shown(model_type)}")
@@ -146,7 +151,7 @@ def fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of the `config.json` for these fields of our GPT2Config."""
+    """Convert the fields of our GPT2Config to the contents of a `config.json`."""
     hf: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
     for theirs, ours in _HF_FIELDS.items():
         value = fields[ours]

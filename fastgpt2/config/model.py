@@ -1,4 +1,4 @@
-"""The shape and maths of a model: `GPT2Config`, and those of published models."""
+"""`GPT2Config`, the sizes and the maths of a model, and presets of published models."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastgpt2.config.huggingface import OPENAI_IDS, fields_from_hf, fields_to_hf
 from fastgpt2.messages import shown
 from fastgpt2_kernels.ops import ACTIVATIONS
 
-# Activations with weights of their own are modules of the model (layers.py), the others are plain functions.
+# Activations with learned weights are modules of the model (layers.py). The others are plain functions.
 LEARNED_ACTIVATIONS = ("prelu", "xielu")
 
 
-# Tensors of any two sizes then have fewer than 2**62 elements, as PyTorch counts them.
+# With this limit a tensor of any two sizes has fewer than 2**62 elements, which PyTorch can count.
 MAX_SIZE = 2**31 - 1
-# Building a layer takes time even without memory for its weights: a damaged file must not take hours to be refused.
+# Building a layer takes time even on the meta device, and refusing a damaged file must not take hours.
 MAX_LAYERS = 10_000
 
 
@@ -26,32 +26,32 @@ MAX_LAYERS = 10_000
 class GPT2Config:
     """The sizes and the maths of a GPT-2. The defaults are GPT-2 small (Radford et al. 2019).
 
-    The fields from `activation_function` on mean what they mean in transformers' `GPT2Config`, where the dropouts are
-    called `resid_pdrop`, `embd_pdrop` and `attn_pdrop`.
+    The fields from `activation_function` on have the same meaning as in transformers' `GPT2Config`, where the dropouts
+    are called `resid_pdrop`, `embd_pdrop` and `attn_pdrop`.
 
     Args:
-        vocab_size: the number V of tokens.
-        context_length: the most tokens of a sequence.
-        hidden_size: the width C.
-        num_layers: the number L of blocks.
-        num_heads: the number H of attention heads; `hidden_size` must be a multiple of it.
-        feedforward_dim: the width of the MLP, or None for 4 x `hidden_size`.
-        activation_function: one of transformers' names.
-        residual_dropout: the probability with which an output of attention or MLP is dropped in training.
-        embedding_dropout: the same for the embeddings.
-        attention_dropout: the same for attention weights.
-        layer_norm_epsilon: what LayerNorm adds to the variance.
-        initializer_range: the standard deviation of new weights.
-        scale_attn_weights: whether scores are divided by the root of the head size.
-        scale_attn_by_inverse_layer_idx: whether scores of layer i (from 0) are also divided by i + 1.
-        reorder_and_upcast_attn: whether scores and softmax of half precision are computed in float32.
-        tie_word_embeddings: whether the head shares the weight of the token embeddings.
-        bos_token_id: the token that stands for an empty prompt, or None.
-        eos_token_id: the token, or tokens, that end a sample; None if there is none.
-        pad_token_id: the padding token, or None.
+        vocab_size: The number V of tokens in the vocabulary.
+        context_length: The most tokens of a sequence.
+        hidden_size: The width C.
+        num_layers: The number L of blocks.
+        num_heads: The number H of attention heads; `hidden_size` must be a multiple of it.
+        feedforward_dim: The width of the MLP, or None for 4 x `hidden_size`.
+        activation_function: The MLP's activation, by transformers' name.
+        residual_dropout: The probability with which outputs of attention and MLP are dropped in training.
+        embedding_dropout: The same for the embeddings.
+        attention_dropout: The same for attention weights.
+        layer_norm_epsilon: The number that LayerNorm adds to the variance.
+        initializer_range: The standard deviation of new weights.
+        scale_attn_weights: Whether attention scores are divided by the square root of the head size.
+        scale_attn_by_inverse_layer_idx: Whether attention scores of layer i (from 0) are also divided by i + 1.
+        reorder_and_upcast_attn: Whether half-precision models compute attention scores and softmax in float32.
+        tie_word_embeddings: Whether the head shares the token embeddings' weight.
+        bos_token_id: The token that is used for an empty prompt, or None.
+        eos_token_id: The token or tokens that end a sample, or None.
+        pad_token_id: The padding token, or None.
 
     Raises:
-        ValueError: A value is out of its range, or `hidden_size` is no multiple of `num_heads`.
+        ValueError: A value is out of range, or `hidden_size` is not a multiple of `num_heads`.
 
     Example:
         >>> GPT2Config(hidden_size=64, num_heads=4).head_dim
@@ -117,32 +117,47 @@ class GPT2Config:
 
     @property
     def head_dim(self) -> int:
+        """The size D of an attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def inner_dim(self) -> int:
+        """The width of the MLP."""
         return self.feedforward_dim if self.feedforward_dim is not None else 4 * self.hidden_size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The end-of-text ids as a tuple, empty where the model has none."""
+        """The end-of-text ids as a tuple, empty if the model has none."""
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
     def attention_scale(self, layer: int) -> float:
-        """What q k^T is multiplied by in layer `layer` (counted from 0)."""
+        """The factor that q k^T is multiplied by in this layer, counted from 0."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     def replace(self, **changes: Any) -> GPT2Config:
+        """A copy with these fields changed."""
         return dataclasses.replace(self, **changes)
 
     # -- presets ------------------------------------------------------------------------------------------------
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPT2Config:
-        """A published model's configuration by its name, e.g. "gpt2-medium"; `changes` override its fields."""
+        """The configuration of a published model.
+
+        Args:
+            name: The preset's name, such as "gpt2-medium".
+            changes: Fields to override.
+
+        Raises:
+            ValueError: There is no such preset, or a field is out of range.
+
+        Example:
+            >>> GPT2Config.preset("gpt2-medium").hidden_size
+            1024
+        """
         if name not in PRESETS:
             raise ValueError(f"GPT2Config: no preset {shown(name)}; there are {', '.join(PRESETS)}")
         return cls(**{**OPENAI_IDS, **PRESETS[name], **changes})
@@ -151,11 +166,18 @@ class GPT2Config:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> GPT2Config:
-        """Read transformers' `config.json`. Raises ValueError for whatever would change the maths and is not here."""
+        """Build a configuration from the contents of transformers' `config.json`.
+
+        Args:
+            hf: The contents of the file.
+
+        Raises:
+            ValueError: The file sets a field that is not supported and would change what the model computes.
+        """
         return cls(**fields_from_hf(hf))
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that transformers' GPT2LMHeadModel reads as this model."""
+        """The contents of the `config.json` from which transformers' GPT2LMHeadModel builds the same model."""
         return fields_to_hf(vars(self))
 
 

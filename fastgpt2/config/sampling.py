@@ -1,4 +1,4 @@
-"""How tokens are chosen: `SamplingConfig`."""
+"""`SamplingConfig`: how tokens are sampled."""
 
 from __future__ import annotations
 
@@ -12,21 +12,34 @@ from fastgpt2.config.checks import is_int, is_number, require
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen and when a sample ends.
+    """How the next token is sampled and when a sample ends.
 
-    temperature=0 (or top_k=1) is greedy. Filters apply in this order, as in transformers: repetition penalty
-    (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
-    `stop_token_ids=None` means the model's end-of-text ids; `()` means none. The stop token ends the sample and is
-    not part of its text; a stop string ends it at the string's first character.
+    The filters apply in the same order as in transformers: repetition penalty (Keskar et al. 2019), temperature, top-k,
+    top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
 
-    These change the logits before the filters do, on the host, which costs some speed:
+    `min_new_tokens`, `no_repeat_ngram_size`, `suppress_tokens`, `bad_words_ids` and `sequence_bias` change the logits
+    before the filters do. The host applies them, which costs some speed.
 
-    - sequence_bias: what is added to the logit of a sequence's last token where the tokens before it are there;
-      a mapping or pairs, `{(5,): 2.0, (6, 7): -1.5}`.
-    - bad_words_ids: token sequences that never appear, as with a bias of minus infinity.
-    - no_repeat_ngram_size: no n-gram of that size appears twice, the prompt's among them; 0 is off.
-    - suppress_tokens: tokens that are never chosen.
-    - min_new_tokens: no stop token is chosen before so many tokens. Stop strings may end a sample earlier.
+    Args:
+        max_new_tokens: The most tokens that are generated for a sample.
+        temperature: What logits are divided by. 0 is greedy, as is `top_k=1`.
+        top_k: Sample from the k likeliest tokens only; None is off.
+        top_p: Sample from the likeliest tokens whose probabilities add up to p; None is off.
+        min_p: Drop tokens less likely than this share of the likeliest token's probability; None is off.
+        repetition_penalty: The penalty on tokens that have occurred; 1 is off.
+        stop_token_ids: Tokens that end a sample and are not part of its text. None means the model's end-of-text ids,
+            `()` means none.
+        stop_strings: Strings that end a sample; its text ends before the string.
+        seed: The seed of the random numbers.
+        min_new_tokens: No stop token is sampled before this many tokens. A stop string may still end the sample.
+        no_repeat_ngram_size: No n-gram of this size occurs twice, counting the prompt; 0 is off.
+        suppress_tokens: Tokens that are never sampled.
+        bad_words_ids: Token sequences that never occur; the same as a bias of minus infinity.
+        sequence_bias: Added to the logit of a sequence's last token whenever the tokens before it have just occurred. A
+            mapping or pairs, such as `{(5,): 2.0, (6, 7): -1.5}`.
+
+    Raises:
+        ValueError: A value is out of range or of the wrong type.
     """
 
     max_new_tokens: int = 128
@@ -101,10 +114,11 @@ class SamplingConfig:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether the likeliest token is always chosen."""
         return self.temperature == 0 or self.top_k == 1
 
     def _set_sequences(self) -> None:
-        """Check the fields that hold token sequences, and make tuples of them."""
+        """Check the fields that hold token sequences, and convert them to tuples."""
         bias = self.sequence_bias.items() if isinstance(self.sequence_bias, Mapping) else self.sequence_bias
         values: dict[str, Any] = {
             "suppress_tokens": _token_ids(self.suppress_tokens),
@@ -122,7 +136,7 @@ class SamplingConfig:
 
 
 def _tuple_of(values: object, convert: Callable[[object], Any]) -> tuple[Any, ...] | None:
-    """The converted values; None where they are no iterable, or one of them converts to None."""
+    """The converted values; None if they are not iterable, or if one of them converts to None."""
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
         return None
     converted = tuple(convert(value) for value in values)
@@ -138,5 +152,5 @@ def _biased(pair: object) -> tuple[tuple[int, ...], float] | None:
         return None
     ids = _token_ids(pair[0])
     bias: Any = pair[1]
-    # An infinite bias is a ban, or else leaves nothing to choose from.
+    # Minus infinity is a ban. Plus infinity is refused: softmax could not choose between tokens.
     return (ids, float(bias)) if ids and is_number(bias) and -math.inf <= bias < math.inf else None

@@ -1,4 +1,4 @@
-"""How a model is trained: `TrainConfig`."""
+"""`TrainConfig`: how a model is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHOICES = {
 
 
 def _help(default: Any, text: str) -> Any:
-    """A field of TrainConfig with the sentence that the command line and the documentation show for it."""
+    """A field of TrainConfig, with the help text that the command line and the documentation show."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -31,19 +31,22 @@ def _choice(name: str, default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. Every field is an option of `fastgpt2 train`.
+    """How a model is trained. Every field is an option of `fastgpt2 train`, whose help describes it.
 
-    One step sees `batch_size * accumulate * processes` rows of the context's length. The learning rate rises
-    linearly over `warmup_steps` (at most half of the steps) and falls along half a cosine to `min_lr`
-    (Loshchilov and Hutter 2017) at the last step.
+    A step trains on `batch_size * accumulate * processes` rows of the context's length. The learning rate rises
+    linearly over `warmup_steps` (at most half of the steps). It then falls along half a cosine (Loshchilov and Hutter
+    2017), and reaches `min_lr` at the last step.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     steps: int = _help(1000, "optimizer steps in all")
     minutes: float | None = _help(
         None, "train for about this long: sets steps from the speed of the first steps, in place of --steps"
     )
-    batch_size: int = _help(16, "rows of a micro-batch, in each process")
-    accumulate: int = _help(1, "micro-batches of a step, in each process")
+    batch_size: int = _help(16, "rows per micro-batch, in each process")
+    accumulate: int = _help(1, "micro-batches per step, in each process")
     lr: float = _help(1e-3, "peak learning rate")
     min_lr: float | None = _help(None, "learning rate at the last step (default: a tenth of --lr)")
     warmup_steps: int = _help(100, "steps until the peak learning rate")
@@ -66,7 +69,7 @@ class TrainConfig:
     dtype: str = _choice(
         "dtype",
         "auto",
-        "precision of the products (weights stay float32): auto is the half precision that the device is fast at",
+        "precision of matrix products (weights stay float32); auto is the half precision that the device is fast at",
     )
     parallel: str = _choice(
         "parallel",
@@ -78,17 +81,17 @@ class TrainConfig:
         False, "compute the blocks' activations again in the backward pass: less memory, about a third more work"
     )
     compile: bool = _help(False, "compile the model with torch.compile")
-    deterministic: bool = _help(False, "use only deterministic GPU operators: resuming is exact to the bit there too")
+    deterministic: bool = _help(False, "use only deterministic operators, so that resuming is bit-exact on a GPU too")
     log_interval: int = _help(10, "steps between lines of metrics.jsonl")
-    eval_interval: int = _help(250, "steps between evaluations on the validation set; 0 is none")
-    eval_tokens: int = _help(1 << 18, "evaluate on the first tokens of the validation set; 0 is all")
-    sample_interval: int = _help(0, "steps between samples of text; 0 is none")
-    sample_prompt: str = _help("\n", "what samples continue")
+    eval_interval: int = _help(250, "steps between evaluations on the validation set; 0 is never")
+    eval_tokens: int = _help(1 << 18, "evaluate on this many first tokens of the validation set; 0 is all")
+    sample_interval: int = _help(0, "steps between text samples; 0 is never")
+    sample_prompt: str = _help("\n", "the prompt of text samples")
     early_stopping: int = _help(0, "stop after so many evaluations in a row without a new lowest loss; 0 is never")
     checkpoint_interval: int = _help(250, "steps between checkpoints")
     keep_checkpoints: int = _help(2, "latest checkpoints to keep, beside the best one")
     export: str = _choice(
-        "export", "best", "which weights become the finished model: of the lowest validation loss, or the last"
+        "export", "best", "weights of the finished model: those with the lowest validation loss, or the last ones"
     )
     log: str | None = _choice(
         "log", None, "where the lines of metrics.jsonl and the samples go too; under torchrun write --log-to"

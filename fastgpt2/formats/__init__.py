@@ -1,1 +1,1 @@
-"""The file formats of checkpoints: Hugging Face's and nanoGPT's, on this machine or on the hub."""
+"""Checkpoint formats: Hugging Face's and nanoGPT's, on this machine or on the hub."""

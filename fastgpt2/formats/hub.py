@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, by the extra `fastgpt2[hub]`: the files that are needed, in the hub's cache."""
+"""Downloading models from the Hugging Face hub into its cache; needs the extra `fastgpt2[hub]`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgpt2.messages import first_line
 
 
 def download(name: str, revision: str | None, *, config_only: bool = False) -> Path:
-    """The files of a hub repository that are needed, in the hub's cache; its folder there."""
+    """Download the files of a hub repository that a model needs; returns the repository's folder in the hub's cache."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -43,7 +43,7 @@ def download(name: str, revision: str | None, *, config_only: bool = False) -> P
         ) from offline[0]
     if config is None:
         raise FileNotFoundError(f"{name}: the hub's repository has no config.json")
-    folder, revision = config.parent, config.parent.name  # the commit, so that all files are of one state
+    folder, revision = config.parent, config.parent.name  # the commit, so that all files come from the same one
     fetch("generation_config.json")
     if config_only:
         return folder
@@ -64,9 +64,9 @@ def download(name: str, revision: str | None, *, config_only: bool = False) -> P
 
 
 def _is_reachable() -> bool:
-    """Whether the hub answers a connection: huggingface_hub itself tries again for 23 s before it says that it is not.
+    """Whether the hub accepts a connection. huggingface_hub would retry for 23 s before it reports that it does not.
 
-    Behind a proxy only a whole request could tell, and huggingface_hub is left to make it.
+    Behind a proxy only a complete request could tell. In that case the answer is True, and huggingface_hub finds out.
     """
     from huggingface_hub import constants
 

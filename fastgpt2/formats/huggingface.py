@@ -1,4 +1,4 @@
-"""Hugging Face's folders: config.json, weights in one file or several, and the tokenizer's files."""
+"""Hugging Face model folders: config.json, weights in one or more files, and tokenizer files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastgpt2.formats.weights import (
 from fastgpt2.messages import first_line, listed
 from fastgpt2.model import GPT2Base
 
-# In order of preference. An index names the files ("shards") that the weights are spread over.
+# In order of preference. An index lists the files ("shards") that hold the weights.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -39,12 +39,21 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 def save_pretrained(model: GPT2Base, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-    """Write a folder that `load_pretrained` and transformers' `GPT2LMHeadModel.from_pretrained` load bit for bit.
+    """Save a folder that `load_pretrained` and transformers' `GPT2LMHeadModel.from_pretrained` load bit for bit.
 
-    Holds config.json, model.safetensors, generation_config.json and the model's tokenizer if it has one; a tokenizer
-    that lies there already stays, with a warning, where the model has none. All files are
-    written in full before the first takes its name, and each replaces an older one in a single step: a crash leaves
-    the checkpoint that was there. `dtype` converts the weights on the way.
+    The folder gets config.json, model.safetensors, generation_config.json and the model's tokenizer, if it has one. If
+    the model has none but the folder does, that tokenizer stays, with a warning.
+
+    All files are written in full before the first one gets its final name, and each replaces an older file atomically.
+    A crash while writing leaves the previous checkpoint.
+
+    Args:
+        model: The model.
+        path: The folder; it is created if it is missing.
+        dtype: The dtype to save the weights in; None keeps the model's.
+
+    Raises:
+        OSError: The folder cannot be written, for example because the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -58,13 +67,13 @@ def save_pretrained(model: GPT2Base, path: str | PathLike[str], *, dtype: torch.
         config = model.config.to_hf()
         _write_json(stage / "config.json", {**config, "dtype": str(dtype or model.dtype).removeprefix("torch.")})
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-        # Written without ids too: it replaces that of an older model, whose end-of-text id would count.
+        # Written even without ids: otherwise the end-of-text id of an older model in this folder would stay in force.
         _write_json(stage / "generation_config.json", ids)
         if model.tokenizer is not None:
             model.tokenizer.save(stage)
     older = [name for name in TOKENIZER_FILES if Path(path).expanduser().joinpath(name).exists()]
     if model.tokenizer is None and older:
-        # It may be this model's, put there by another library: only the caller knows.
+        # Another library may have saved it there for this model. Only the caller knows.
         warnings.warn(
             f"save_pretrained: {path} holds a tokenizer ({listed(older)}) that will be loaded with this model, which "
             "has none; set model.tokenizer, or remove the file if it is another model's",
@@ -73,14 +82,26 @@ def save_pretrained(model: GPT2Base, path: str | PathLike[str], *, dtype: torch.
 
 
 def hf_state_dict(model: GPT2Base) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names and in its layout, as views of the model's own; without a tied head."""
+    """The weights under Hugging Face's names and in its layout, without copying them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Views of the model's weights by name. A tied head is left out.
+    """
     return dict(named_weights(model, transpose=True))
 
 
 def load_hf_views(model: GPT2Base, state: Mapping[str, Tensor]) -> None:
-    """Make the weights of `model` views of `state`, which has Hugging Face's names and layout: nothing is copied.
+    """Replace a model's weights by views of a Hugging Face state dict, without copying.
 
-    The model's own tensors are given up (it may be on the meta device). ValueError for keys or shapes that do not fit.
+    Args:
+        model: The model; it may be on the meta device.
+        state: Tensors with Hugging Face's names and layout.
+
+    Raises:
+        ValueError: Keys or shapes do not fit the model.
     """
     by_name = {canonical_name(name): tensor for name, tensor in state.items()}
     by_name = {name: tensor for name, tensor in by_name.items() if not is_mask_buffer(name)}
@@ -96,19 +117,19 @@ def load_hf_views(model: GPT2Base, state: Mapping[str, Tensor]) -> None:
 
 
 def read_hf_config(folder: Path) -> GPT2Config:
-    """The configuration in a folder's config.json, with the end-of-text ids of its generation_config.json."""
+    """The configuration in a folder's config.json, with the end-of-text ids of its generation_config.json if any."""
     try:
         config = GPT2Config.from_hf(read_json(folder / "config.json"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from error
     generation = folder / "generation_config.json"
-    # Where both have end-of-text ids, transformers' generate goes by these.
+    # If both files have end-of-text ids, transformers' generate uses these.
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     return config if eos is None else config.replace(eos_token_id=eos)
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names, each once."""
+    """The files that an index lists, without repetitions."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(f, str) and Path(f).name == f for f in weight_map.values()

@@ -1,6 +1,6 @@
-"""Loading a checkpoint: what its name stands for, whether it fits its configuration, and its weights into a model.
+"""Loading a checkpoint: find its files, check them against its configuration, copy the weights into a model.
 
-A file with nanoGPT's `model_args` is nanoGPT's, everything else is Hugging Face's.
+A file with `model_args` is treated as nanoGPT's, every other file as Hugging Face's.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from fastgpt2.messages import listed
 from fastgpt2.model import GPT2Base
 from fastgpt2.tokenizer import Tokenizer
 
-# The name of the small model that is shipped inside the package.
+# The name of the small model that is included in the package.
 EMBEDDED = "embedded"
 _ASSETS = Path(__file__).parent.parent / "assets"
-# Fields of the configuration that may be smaller than the file's, and the weights whose rows are cut then.
+# Fields of the configuration that may be set below the file's value, and the weights whose last rows are then dropped.
 _ROW_FIELDS = {"vocab_size": (WTE, HEAD), "context_length": (WPE,)}
 
 ModelT = TypeVar("ModelT", bound=GPT2Base)
@@ -57,9 +57,9 @@ def load_model(
     revision: str | None,
     config_changes: Mapping[str, Any],
 ) -> ModelT:
-    """A `model_class` in eval mode; see `GPT2.from_pretrained`.
+    """Load a `model_class` in eval mode; see `GPT2.from_pretrained`.
 
-    Weights are copied tensor by tensor out of a memory map: the peak is one copy of them.
+    The files are memory-mapped and copied tensor by tensor, so memory never holds more than one copy of the weights.
     """
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"load_pretrained: dtype must be a floating-point torch.dtype; got {dtype}")
@@ -92,7 +92,7 @@ def load_model(
             path, name = where[canonical]
             targets[path][name] = tensor
         else:
-            tensor.zero_()  # the biases that a nanoGPT model goes without
+            tensor.zero_()  # a bias that the nanoGPT model does not have
     while contents:
         path, tensors = contents.popitem()
         copy_out(path, tensors, targets[path])
@@ -102,7 +102,17 @@ def load_model(
 
 
 def read_config(name_or_path: str | PathLike[str], *, revision: str | None = None) -> GPT2Config:
-    """The configuration of what `load_pretrained` would load; of a hub name nothing else is downloaded."""
+    """Read the configuration of a checkpoint. For a hub name, only the configuration is downloaded.
+
+    Args:
+        name_or_path: A folder, a file, a name on the hub, or "embedded".
+        revision: A branch, tag or commit on the hub.
+
+    Raises:
+        OSError: A file is missing or cannot be read.
+        ValueError: The configuration is not that of a supported GPT-2.
+        ImportError: A hub name was given without the extra, `pip install "fastgpt2[hub]"`.
+    """
     path = _local(name_or_path, revision)
     folder = download(os.fspath(name_or_path), revision, config_only=True) if path is None else path
     return read_hf_config(folder) if (folder / "config.json").exists() else _find(folder, None).config
@@ -113,12 +123,12 @@ def read_config(name_or_path: str | PathLike[str], *, revision: str | None = Non
 
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint that was found, before its weights are read."""
+    """The files and the configuration of a checkpoint; its weights have not been read yet."""
 
-    name: str  # for messages
+    name: str  # what errors call it
     config: GPT2Config
     files: tuple[Path, ...]
-    folder: Path | None  # where a tokenizer may lie
+    folder: Path | None  # the folder that may hold a tokenizer
     is_nanogpt: bool = False
     has_biases: bool = True
 
@@ -131,7 +141,7 @@ def _find(name_or_path: str | PathLike[str], revision: str | None) -> _Source:
 
 
 def _local(name_or_path: str | PathLike[str], revision: str | None) -> Path | None:
-    """The file or folder of that name; None where there is none and it may be a name on the hub."""
+    """The file or folder with this name; None if there is none and the name could be one on the hub."""
     path = _ASSETS if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
     if path.exists():
         if revision is not None:
@@ -182,7 +192,10 @@ def _find_file(path: Path) -> _Source:
 def _resolve_tie(
     config: GPT2Config, where: dict[str, tuple[Path, str]], contents: Mapping[Path, Mapping[str, Tensor]], source: str
 ) -> GPT2Config:
-    """Leave one of the two names of a tied weight in `where`. As transformers, untie what the file has as two."""
+    """Keep only one of a tied weight's two names in `where`.
+
+    If the file holds two different weights, untie them, as transformers does.
+    """
     if not config.tie_word_embeddings or HEAD not in where:
         return config
     if WTE in where:

@@ -1,4 +1,4 @@
-"""nanoGPT's `ckpt.pt`: its model_args as our configuration, and our models as its files."""
+"""nanoGPT's `ckpt.pt`: reading its model_args as our configuration, and saving our models in its format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastgpt2.model import GPT2Base
 
 CHECKPOINT_FILE = "ckpt.pt"
 
-# nanoGPT's model_args and our fields; `dropout` is all three of ours, `bias` is seen to by the loader.
+# nanoGPT's model_args and our fields. `dropout` sets all three of our dropouts; the loader handles `bias`.
 _MODEL_ARGS = {
     "n_layer": "num_layers",
     "n_head": "num_heads",
@@ -27,7 +27,7 @@ _MODEL_ARGS = {
     "vocab_size": "vocab_size",
     "dropout": "residual_dropout",
 }
-# What nanoGPT computes and has no setting for.
+# What nanoGPT always computes and has no setting for.
 _FIXED_FIELDS: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -37,17 +37,25 @@ _FIXED_FIELDS: dict[str, Any] = {
 }
 _EXACT_GELU = ("gelu", "gelu_python")
 _TANH_GELU = ("gelu_new", "gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh")
-# The entry of a ckpt.pt in which `save_nanogpt` keeps the whole configuration.
+# The entry of a ckpt.pt in which `save_nanogpt` stores the whole configuration.
 _OUR_CONFIG = "fastgpt2_config"
 
 
 def save_nanogpt(model: GPT2Base, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-    """Write `ckpt.pt` into the folder `path` as nanoGPT's sample.py loads it; there is no optimizer state in it.
+    """Save a `ckpt.pt` that nanoGPT's sample.py can load. It holds no optimizer state.
 
-    nanoGPT has one architecture: ValueError, naming the fields, for a model that it would compute differently. The
-    exception is the tanh-GELU, which nanoGPT replaces by the exact one (differences of about 1e-3 an activation), as it
-    does when it loads OpenAI's weights: a warning says so. What `ckpt.pt` has no place for is kept in an extra entry,
-    so that `load_pretrained` gives the same model back.
+    nanoGPT always computes the exact GELU. A model with the tanh approximation is saved with a warning: nanoGPT's
+    activations differ by about 1e-3, as they do when it loads OpenAI's weights. Settings that nanoGPT's format cannot
+    hold go into an extra entry, so that `load_pretrained` restores the same model.
+
+    Args:
+        model: The model.
+        path: The folder to write `ckpt.pt` into; it is created if it is missing.
+        dtype: The dtype to save the weights in; None keeps the model's.
+
+    Raises:
+        ValueError: nanoGPT's only architecture would compute this model differently; the error names the fields.
+        OSError: The file cannot be written.
     """
     config = model.config
     wrong = [name for name, value in _FIXED_FIELDS.items() if getattr(config, name) != value]
@@ -74,14 +82,14 @@ def save_nanogpt(model: GPT2Base, path: str | PathLike[str], *, dtype: torch.dty
         contents = {"model_args": {**args, "bias": True}, "model": state, _OUR_CONFIG: config.to_hf()}
         try:
             torch.save(contents, stage / CHECKPOINT_FILE)
-        except RuntimeError as error:  # PyTorch's own writer says nothing of the reason
+        except RuntimeError as error:  # PyTorch's writer does not tell the reason
             raise OSError(f"{path}: the weights cannot be written: {first_line(error)}; is the disk full?") from error
         if model.tokenizer is not None:
             model.tokenizer.save(stage)
 
 
 def read_config(contents: Mapping[str, Any], path: Path) -> tuple[GPT2Config, bool]:
-    """The configuration in the contents of a `ckpt.pt`, and whether its layers have biases."""
+    """Return the configuration that a `ckpt.pt` holds, and whether its layers have biases."""
     args = contents["model_args"]
     unknown = sorted(set(args) - set(_MODEL_ARGS) - {"bias"})
     missing = sorted(set(_MODEL_ARGS) - set(args) - {"dropout"})

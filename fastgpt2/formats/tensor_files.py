@@ -1,4 +1,4 @@
-"""Files of tensors, read through a memory map: safetensors, and what `torch.save` writes."""
+"""Reading tensors from safetensors files and from files of `torch.save`, through a memory map."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from fastgpt2.formats.weights import canonical_name, checked_dtype, is_mask_buffer
 from fastgpt2.messages import first_line, listed
 
-# Bytes read through a memory map before it is renewed; what was read counts as this process's memory until then.
+# Bytes to read before the memory map is reopened. Pages that were read count as this process's memory until then.
 _MAPPED_BYTES = 32 * 2**20
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, memory-mapped where the format allows it: nothing is read yet."""
+    """The tensors of a file by name, memory-mapped if the format allows it. Their contents are not read yet."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -41,13 +41,13 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def torch_load(path: Path) -> dict[str, Any]:
-    """The contents of a file of `torch.save`, which must be a dictionary with names for keys."""
+    """Load a file that `torch.save` wrote; ValueError if it is not a dictionary whose keys are strings."""
     try:
-        # Files of PyTorch before 1.6 are no zip archives, and only those can be mapped.
+        # Only zip archives can be memory-mapped, and files from before PyTorch 1.6 are not zip archives.
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # what an unpickler stumbles over, and so what it raises, is up to the file's bytes
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # the file itself cannot be opened; without a name it is a place that the bytes name
+            raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the file
         raise ValueError(f"{path}: not a readable file of tensors ({first_line(error)}); is it whole?") from error
     if not isinstance(contents, dict) or not all(isinstance(key, str) for key in contents):
         raise ValueError(f"{path}: must hold a dictionary of tensors; got {type(contents).__name__}")
@@ -55,7 +55,7 @@ def torch_load(path: Path) -> dict[str, Any]:
 
 
 def copy_out(path: Path, tensors: dict[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a file into `targets`, a block of rows at a time, with few pages of its map in memory."""
+    """Copy the tensors of a file into `targets`, block by block, while few pages of the memory map are resident."""
     is_mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
     resident = 0
     with torch.no_grad():
@@ -77,7 +77,7 @@ def copy_out(path: Path, tensors: dict[str, Tensor], targets: Mapping[str, Tenso
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """Read the JSON object in a file; ValueError if it does not hold one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply

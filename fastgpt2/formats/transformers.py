@@ -1,4 +1,4 @@
-"""To and from transformers' `GPT2LMHeadModel` in memory, sharing the weights: no second copy."""
+"""Conversion to and from transformers' `GPT2LMHeadModel` in memory. The models share their weights without a copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=GPT2Base)
 
 
 def from_transformers(cls: type[Model], hf_model: GPT2LMHeadModel, *, backend: str = "auto") -> Model:
-    """A `cls` on the weights of a `GPT2LMHeadModel`; see `GPT2.from_transformers`."""
+    """Wrap the weights of a `GPT2LMHeadModel` in a `cls`; see `GPT2.from_transformers`."""
     from transformers import GPT2LMHeadModel
 
     if not isinstance(hf_model, GPT2LMHeadModel):
@@ -36,7 +36,7 @@ def from_transformers(cls: type[Model], hf_model: GPT2LMHeadModel, *, backend: s
 
 
 def to_transformers(model: GPT2Base) -> GPT2LMHeadModel:
-    """transformers' GPT2LMHeadModel on the weights of ours; see `GPT2.to_transformers`."""
+    """Wrap our weights in transformers' GPT2LMHeadModel; see `GPT2.to_transformers`."""
     import transformers
 
     config = transformers.GPT2Config(**model.config.to_hf())

@@ -1,7 +1,7 @@
-"""The names, shapes and layouts of a checkpoint's weights; nothing here reads a file.
+"""The names, shapes and layouts of a checkpoint's weights. Nothing here reads a file.
 
-Two layouts exist. Hugging Face's GPT-2 holds the weights of its linear layers as (in, out) (its Conv1D), nanoGPT and
-this package as (out, in). Which one a file has follows from its format, never from its shapes.
+There are two layouts. Hugging Face's GPT-2 stores the weights of its linear layers (Conv1D) as (in, out); nanoGPT and
+this package store them as (out, in). A file's format tells its layout; its shapes never do.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from fastgpt2.messages import listed
 from fastgpt2.model import GPT2Base
 
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
-# What torch.compile and DistributedDataParallel put before the names of the modules that they wrap.
+# Prefixes that torch.compile and DistributedDataParallel add to the names of wrapped modules.
 _WRAPPERS = ("_orig_mod.", "module.")
-# The causal mask that old files carry.
+# The causal mask, which old files store as a buffer.
 _MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 _LINEAR_WEIGHT = re.compile(r"transformer\.h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def canonical_name(name: str) -> str:
-    """Our name of a file's weight: no wrapper's prefix, always with `transformer.`."""
+    """Our name of a weight in a file: wrappers' prefixes are removed, and a missing `transformer.` is added."""
     while name.startswith(_WRAPPERS):
         name = name.split(".", 1)[1]
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 def is_mask_buffer(name: str) -> bool:
-    """Whether a name, as `canonical_name` gives it, is that of a causal mask, which is no weight."""
+    """Whether a canonical name is that of a causal mask, which is not a weight."""
     return _MASK_BUFFER.fullmatch(name) is not None
 
 
 def is_linear_weight(name: str) -> bool:
-    """Whether the weight of that name lies transposed in Hugging Face's layout."""
+    """Whether the weight with this name is transposed in Hugging Face's layout."""
     return _LINEAR_WEIGHT.fullmatch(name) is not None
 
 
@@ -50,13 +50,18 @@ def check_keys(
     has_biases: bool = True,
     cut: Collection[str] = (),
 ) -> None:
-    """Check that weights of these names and shapes are those of `model`; ValueError names what is not.
+    """Check that weights with these names and shapes fit a model.
 
     Args:
-        source: what the error calls the weights' file.
-        transpose: the weights are in Hugging Face's layout.
-        has_biases: whether missing biases are an error.
-        cut: weights that may have more rows than the model's.
+        model: The model.
+        shapes: The shapes of the file's weights, by canonical name.
+        source: What an error calls the file.
+        transpose: Whether the weights are in Hugging Face's layout.
+        has_biases: Whether missing biases are an error.
+        cut: Names of weights that may have more rows than the model's.
+
+    Raises:
+        ValueError: Keys are missing or unexpected, or shapes differ; the error names them.
     """
     expected = {name: t.shape for name, t in named_weights(model, transpose=transpose)}
     if not has_biases:
@@ -82,7 +87,7 @@ def _is_cut(shape: torch.Size, of: torch.Size) -> bool:
 
 
 def named_weights(model: GPT2Base, *, transpose: bool) -> Iterator[tuple[str, Tensor]]:
-    """The weights by name as detached views, with `transpose` in Hugging Face's layout; without a tied head."""
+    """Yield (name, detached view) of each weight, in Hugging Face's layout if `transpose`. A tied head is left out."""
     for name, tensor in model.state_dict().items():
         if name == HEAD and model.config.tie_word_embeddings:
             continue
@@ -90,11 +95,12 @@ def named_weights(model: GPT2Base, *, transpose: bool) -> Iterator[tuple[str, Te
 
 
 def checked_dtype(tensor: Tensor, source: str) -> torch.dtype:
+    """The tensor's dtype; ValueError if it is not a floating-point dtype that a model can have."""
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{source}: weights must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
     return tensor.dtype
 
 
 def written(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A weight as it is written to a file."""
+    """A weight in the form in which it is saved: on the CPU, contiguous, in `dtype` if one is given."""
     return tensor.detach().to(device="cpu", dtype=dtype).contiguous()

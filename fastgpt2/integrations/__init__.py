@@ -1,1 +1,1 @@
-"""Other libraries: what they call in place of their own."""
+"""Integrations: what other libraries can call."""

@@ -1,4 +1,4 @@
-"""The tasks of EleutherAI's LM Evaluation Harness (`lm_eval`), by the extra `fastgpt2[eval]`."""
+"""Running tasks of EleutherAI's LM Evaluation Harness (`lm_eval`); needs the extra `fastgpt2[eval]`."""
 
 from __future__ import annotations
 

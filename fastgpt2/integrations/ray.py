@@ -1,7 +1,7 @@
-"""Classes for Ray Data's `Dataset.map_batches`: a model in each actor, columns in and out.
+"""Classes for Ray Data's `Dataset.map_batches`. Each actor holds a model, and maps columns to columns.
 
-Ray repeats a batch whose actor was killed; a sample depends on the seed and on its prompt's number alone, so nothing
-changes. Nothing of Ray is imported here.
+Ray repeats a batch whose actor was killed. A sample depends only on the seed and on its prompt's number, so the
+repeated batch gives the same samples. This module does not import Ray.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ Batch = Mapping[str, Any]
 
 
 class _Worker:
-    """A model, loaded once, on the GPU that Ray gave to the actor or on the CPU."""
+    """Loads a model once, onto the GPU that Ray assigned to the actor, or onto the CPU."""
 
     def __init__(self, model: str | GPT2, device: str = "auto") -> None:
         self.model = model if isinstance(model, GPT2) else GPT2.from_pretrained(model, device=find_device(device))
 
 
 class Generate(_Worker):
-    """Continue the prompts of a batch: for every prompt its samples' rows, which keep the prompt's other columns.
+    """Continues the prompts of a batch. The result has one row per sample, which keeps the prompt's other columns.
 
     Args:
-        model: a name or path, as for `GPT2.from_pretrained`.
-        column: of the prompts, text or token ids.
-        index: the column of a number that is the prompt's own in the whole data set, which its samples depend on beside
-            the seed. Without one (None) samples depend on the prompt's text and on the seed, so that equal prompts get
-            equal samples.
-        options: go to `GPT2.generate` (num_samples, max_new_tokens, seed ...).
+        model: A model, or a name or path for `GPT2.from_pretrained`.
+        column: The column of the prompts, as text or token ids.
+        index: The column of a number that is unique to the prompt in the whole data set. Samples depend on it and on
+            the seed. Without it (None) they depend on the prompt's text and the seed, so equal prompts get equal
+            samples.
+        device: The device; "auto" is a GPU if there is one.
+        options: Options of `GPT2.generate` (num_samples, max_new_tokens, seed ...).
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class Generate(_Worker):
 
 
 class Score(_Worker):
-    """Score the sequences of a batch: its columns and "logprob", "num_tokens" and "perplexity".
+    """Scores the sequences of a batch. The result has the columns "logprob", "num_tokens" and "perplexity" in addition.
 
     Args:
-        model: a name or path, as for `GPT2.from_pretrained`.
-        column: of the sequences, text or token ids.
-        prefix_column: of what stands before them, if anything does.
-        after_prefix: score the tokens after the prefix only.
+        model: A model, or a name or path for `GPT2.from_pretrained`.
+        column: The column of the sequences, as text or token ids.
+        prefix_column: The column of what comes before them, if anything does.
+        after_prefix: Whether to score only the tokens after the prefix.
+        device: The device; "auto" is a GPU if there is one.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ def _values(batch: Batch, column: str) -> Sequence[Any]:
 
 
 def _number(prompt: Any) -> int:
-    """A number that every process has for the same prompt."""
+    """A hash of a prompt, which is the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(prompt).encode(), digest_size=8).digest(), "big")
 
 

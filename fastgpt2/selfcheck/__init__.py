@@ -1,4 +1,4 @@
-"""`fastgpt2 check`: whether the kernels compute what they should on this machine, and how fast they are."""
+"""`fastgpt2 check`: tests on this machine that the kernels are correct, and measures how fast they are."""
 
 from fastgpt2.selfcheck.run import check
 

@@ -1,4 +1,4 @@
-"""The model as a whole: training, decoding beside the forward pass, rows beside each other, graphs, transformers."""
+"""Checks of whole models: training, decoding against the forward pass, batching, CUDA graphs, transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CONFIG = GPT2Config(
 
 
 class _Work(NamedTuple):
-    """The prompts that are decoded together, and how many tokens each gets."""
+    """The prompts that are decoded together, and the number of decode steps."""
 
     prompts: Sequence[Sequence[int]]
     steps: int
@@ -41,7 +41,7 @@ def _work(model: GPT2) -> _Work:
 
 
 def draw_parameters(model: torch.nn.Module, seed: int, std: float = 0.3) -> None:
-    """Random values for every parameter, so that no bias is 0 and no LayerNorm weight is 1."""
+    """Set every parameter to random values, so that no bias is 0 and no LayerNorm weight is 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,7 +50,7 @@ def draw_parameters(model: torch.nn.Module, seed: int, std: float = 0.3) -> None
 
 
 def check_models(device: torch.device) -> Iterator[Finding]:
-    """A finding for everything that whole models are checked for."""
+    """Run every check of whole models, and yield a finding for each."""
     backend = "triton" if ops.why_not_triton("decode_step", device) is None else "torch"
     if backend == "triton":
         yield _training(device)
@@ -71,7 +71,7 @@ def check_models(device: torch.device) -> Iterator[Finding]:
 
 
 def _model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0) -> GPT2:
-    """A tiny model, random, whose tokens change from step to step."""
+    """A tiny random model, whose greedy tokens change from step to step."""
     model = GPT2(_CONFIG, backend=backend).eval()
     draw_parameters(model, seed)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _training(device: torch.device) -> Finding:
-    """The loss and every gradient of a training step."""
+    """Check the loss and every gradient of a training step."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(_CONFIG.vocab_size, (2, 17), generator=generator).to(device)
 
@@ -113,7 +113,7 @@ def _training(device: torch.device) -> Finding:
 
 
 class _Decoded(NamedTuple):
-    """Of every row its new tokens and their log-probabilities, float32."""
+    """The new tokens of every row, and their log-probabilities in float32."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
@@ -122,14 +122,14 @@ class _Decoded(NamedTuple):
 def _decode(
     model: GPT2, groups: Sequence[Sequence[int]], *, use_graphs: bool = True, use_pdl: bool | None = False
 ) -> _Decoded:
-    """Greedy decoding of the prompts; each of `groups` names the rows that take their steps together."""
+    """Decode the prompts greedily. Each of `groups` holds the rows that are decoded in one batch."""
     rows, work = [row for group in groups for row in group], _work(model)
     dtype = model.dtype if model.device.type == "cuda" else torch.float32
     cache = KVCache(model.config, len(work.prompts), dtype=dtype, device=model.device)
     greedy = SamplingConfig(temperature=0)
     session = DecodeSession(model, cache, greedy, use_graphs=use_graphs, use_pdl=use_pdl)
     out = _Decoded([[] for _ in work.prompts], [[] for _ in work.prompts])
-    for row in rows:  # a prefill each, so that it cannot depend on the groups
+    for row in rows:  # one prefill per row, so that it cannot depend on the groups
         logits = session.prefill([row], [work.prompts[row]])
         _note(out, [row], session.begin([NewRow(row, work.prompts[row], (row, 1), 1000)], logits).read())
     for _ in range(work.steps):
@@ -146,7 +146,7 @@ def _note(out: _Decoded, rows: Sequence[int], results: tuple[list[int], list[flo
 
 @torch.no_grad()
 def _decoding(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
-    """Decoding gives what one forward pass over the same tokens gives: the chosen tokens' log-probabilities."""
+    """Check that decoding gives the same log-probabilities as one forward pass over the same tokens."""
     model = _model(device, dtype, backend)
     prompts, steps = _work(model)
     title = f"{steps} steps beside one forward pass, {_name(dtype)}"
@@ -170,7 +170,7 @@ def _decoding(device: torch.device, dtype: torch.dtype, backend: str) -> Finding
 
 
 def _equal(name: str, backend: str, title: str, a: _Decoded, b: _Decoded) -> Finding:
-    """A finding that two runs gave the same bits."""
+    """Compare two runs, which must agree bit for bit."""
     for row, pair in enumerate(zip(a.tokens, a.logprobs, b.tokens, b.logprobs, strict=True)):
         if pair[:2] != pair[2:]:
             return Finding(name, backend, "failed", None, f"{title}: row {row} has other tokens or log-probabilities")
@@ -187,7 +187,7 @@ def _alone(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
 
 @torch.no_grad()
 def _graphs(device: torch.device) -> Iterator[Finding]:
-    """A step from a CUDA graph, and with programmatic dependent launch, is the step launched kernel by kernel."""
+    """Check CUDA graphs and programmatic dependent launch against a step that is launched kernel by kernel."""
     names = ("CUDA graph = launches", "PDL = no PDL")
     if device.type != "cuda" or not (torch.version.cuda or torch.version.hip):
         yield from (Finding(name, "triton", "skipped", None, "needs a GPU") for name in names)
@@ -207,7 +207,7 @@ def _graphs(device: torch.device) -> Iterator[Finding]:
 
 @torch.no_grad()
 def _beside_transformers(device: torch.device) -> Finding:
-    """Greedy tokens of `generate` on the backend that "auto" takes here."""
+    """Compare greedy tokens of `generate`, on the backend that "auto" selects here, with transformers'."""
     name, backend = "greedy = transformers", "auto"
     if importlib.util.find_spec("transformers") is None:
         return Finding(name, backend, "skipped", None, "the package transformers is not installed")
@@ -228,13 +228,13 @@ def _beside_transformers(device: torch.device) -> Finding:
 
 
 def _auto(device: torch.device) -> str:
-    """ "auto", but where Triton's interpreter is on what it is on for."""
+    """ "auto", or "triton" on a CPU where Triton's interpreter is turned on."""
     is_interpreted = device.type == "cpu" and ops.why_not_triton("decode_step", device) is None
     return "triton" if is_interpreted else "auto"
 
 
 def _clear_seed(prompt: Sequence[int], steps: int) -> int:
-    """A model whose greedy tokens no rounding can turn: in float64 each is ahead of the next by far."""
+    """A seed of a model whose greedy tokens rounding cannot change: in float64 each one leads the next by far."""
     for seed in itertools.count(1):
         model, ids = _exact(torch.device("cpu"), torch.float32, seed), list(prompt)
         gaps = []

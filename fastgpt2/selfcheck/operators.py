@@ -1,4 +1,4 @@
-"""Every operator and its gradients, on every backend that is there, against float64 by the 2x rule."""
+"""Checks of every operator and its gradients, on every available backend, against float64 by the 2x rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEED = 20
 
 
 def check_operators(device: torch.device, operators: Sequence[str] = ops.OPERATORS) -> Iterator[Finding]:
-    """A finding for every backend of every one of the operators."""
+    """Check the operators, and yield a finding for each backend of each one."""
     for operator in operators:
         for backend in ops.backends_of(operator):
             reason = why_not(operator, backend, device)
@@ -39,13 +39,13 @@ def dtypes_of(backend: str, device: torch.device) -> tuple[torch.dtype, ...]:
     """The dtypes that a backend is checked in."""
     if device.type == "cuda":
         return torch.float32, torch.bfloat16, torch.float16
-    if backend == "triton":  # Triton's interpreter multiplies bfloat16 wrong
+    if backend == "triton":  # Triton's interpreter computes wrong bfloat16 products
         return torch.float32, torch.float16
     return torch.float32, torch.bfloat16
 
 
 def _check(operator: str, backend: str, device: torch.device) -> Finding:
-    """The case that comes closest to its budget, or what is wrong with the first that is beyond it."""
+    """Run an operator's cases. The finding names the first that fails, or else the one closest to its error budget."""
     worst, where, count = 0.0, "", 0
     for case in (case for case in CASES if case.operator == operator):
         for dtype in case.dtypes or dtypes_of(backend, device):
@@ -77,7 +77,7 @@ def _line(error: Exception) -> str:
 def run_case(
     case: Case, backend: str, device: torch.device, dtype: torch.dtype, seed: int = SEED
 ) -> tuple[float, str | None]:
-    """The largest error as a share of its budget, and what is wrong, or None."""
+    """Run one case. Returns the largest error as a share of its budget, and what is wrong, if anything."""
     inputs = Inputs(seed, device, dtype)
     with nan_memory(), canaries() as poison:
         got = [result.detach().clone() for result in case.run(inputs, backend)]
@@ -98,10 +98,19 @@ def compare(
     *,
     is_rms: bool = False,
 ) -> tuple[float, str | None]:
-    """The largest error of any result as a share of its budget, and what is wrong, or None.
+    """Compare results with the exact ones by the 2x rule.
 
-    Of several plain expressions, which add up in other orders, the worst counts. is_rms: the root mean square of each
-    result's errors counts, for what has gone through many roundings.
+    Args:
+        got: The results to check.
+        plain: The results of plain PyTorch expressions in the same dtype. If there are several, which sum in different
+            orders, the least accurate one sets the budget.
+        exact: The results in float64.
+        dtype: The dtype of the computation.
+        is_rms: Whether to compare the root mean square of each result's errors instead of the largest error. This suits
+            results of many successive roundings.
+
+    Returns:
+        The largest error of any result as a share of its budget, and what is wrong, or None.
     """
     worst, error_of = 0.0, rms_error if is_rms else largest_error
     for index, (mine, right, *theirs) in enumerate(zip(got, exact, *plain, strict=True)):

@@ -1,4 +1,4 @@
-"""What a self-check found: plain data, which `fastgpt2 check` prints."""
+"""The results of a self-check as plain data, which `fastgpt2 check` prints."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ Status = Literal["ok", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked.
+    """The result of one check.
 
-    backend: what computed it. share: the largest error as a share of its budget; None where results must be equal.
-    detail: what was compared, what went wrong, or why it was left out.
+    Attributes:
+        name: What was checked.
+        backend: The backend that computed it.
+        status: "ok", "failed" or "skipped".
+        share: The largest error as a share of its budget; None if there is none, for example if results must be equal.
+        detail: What was compared, what went wrong, or why the check was skipped.
     """
 
     name: str
@@ -26,10 +30,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Timing:
-    """One operator's time at one size, in seconds of one call.
+    """The time of one operator at one size.
 
-    limit_share: of what this device was measured to do, by bytes or by matrix products, whichever binds. tflops and
-    gbps: of what has to be computed, and read and written, at least. peer_seconds: of PyTorch's way, `peer`.
+    Attributes:
+        name: The operator.
+        backend: The backend that was timed.
+        size: The size, in words.
+        dtype: The dtype.
+        seconds: Seconds per call.
+        tflops: TFLOP/s, counting the least arithmetic that is needed; None if there are no matrix products.
+        gbps: GB/s, counting the least memory traffic that is needed.
+        limit_share: The speed as a share of the device's measured limit, bandwidth or matrix products, whichever binds.
+        peer: What PyTorch's version is called.
+        peer_seconds: Seconds per call of PyTorch's version.
     """
 
     name: str
@@ -46,9 +59,15 @@ class Timing:
 
 @dataclass
 class Report:
-    """The findings of a self-check, and the machine that they are of.
+    """The results of a self-check, and the machine that it ran on.
 
-    limits: bytes a second of a copy, and FLOP/s of a matrix product by dtype, measured in the same run.
+    Attributes:
+        versions: The versions of Python and packages.
+        device: The machine.
+        findings: The results of the checks.
+        limits: The measured bandwidth in bytes per second, and FLOP/s of matrix products by dtype.
+        timings: The times of the kernels.
+        seconds: How long everything took.
     """
 
     versions: dict[str, str]
@@ -64,5 +83,5 @@ class Report:
         return all(finding.status != "failed" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """The report as plain values, for JSON."""
         return {"ok": self.ok, **dataclasses.asdict(self)}

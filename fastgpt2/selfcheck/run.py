@@ -1,4 +1,4 @@
-"""The self-check as a whole."""
+"""The whole self-check: `check`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fastgpt2.selfcheck.speed import measured_limits, time_operators
 def check(
     device: str = "auto", *, speed: bool = True, progress: Callable[[Finding | Timing], None] | None = None
 ) -> Report:
-    """Check every operator, decoding and the model on this machine, then time the kernels.
+    """Check every operator, decoding and whole models on this machine, then time the kernels.
 
-    Operators and their gradients are held to float64, on every backend that is there, over a fixed set of random cases
-    within poisoned memory. Triton's kernels run on a GPU, and on a CPU where TRITON_INTERPRET=1 is set.
+    Operators and their gradients are compared with float64, on every available backend. The cases are random but fixed,
+    and run in poisoned memory. Triton kernels run on a GPU, or on a CPU if TRITON_INTERPRET=1 is set.
 
     Args:
-        device: Where: "auto" is a GPU where there is one.
+        device: The device to check; "auto" is a GPU if there is one.
         speed: Whether to time the kernels too.
-        progress: Called with every finding and timing as it is made.
+        progress: Called with every finding and timing as soon as it is there.
 
     Returns:
-        The findings; `ok` says whether nothing failed.
+        The report; its `ok` says whether nothing failed.
 
     Raises:
         ValueError: This machine has no such device.
@@ -62,7 +62,7 @@ def check(
 
 @contextmanager
 def _interpreter_without_warnings() -> Iterator[None]:
-    """NumPy's warnings of lanes that are masked, where Triton's interpreter is on."""
+    """Silence NumPy's warnings about masked lanes, which Triton's interpreter causes."""
     with warnings.catch_warnings():
         if os.environ.get("TRITON_INTERPRET") == "1":
             warnings.simplefilter("ignore", RuntimeWarning)

@@ -1,4 +1,4 @@
-"""The kernels' times in the shapes of GPT-2 124M, as a share of what the device was just measured to do."""
+"""Timing the kernels at the sizes of GPT-2 124M, relative to the limits that were just measured on the device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Call = Callable[[], Any]
 
 
 class Shapes(NamedTuple):
-    """The sizes that are timed: batch and tokens of training, rows and tokens of decoding, and the model's."""
+    """The sizes to time: batch and tokens of training, rows and cached tokens of decoding, and the model."""
 
     batch: int
     tokens: int
@@ -48,7 +48,7 @@ class Shapes(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """ours(backend) and peer: what is called. flops, bytes: what has to be computed, and read and written, at least."""
+    """One operator to time: our call by backend, PyTorch's call, and the least FLOPs and bytes that are needed."""
 
     operator: str
     size: str
@@ -60,7 +60,7 @@ class _Case(NamedTuple):
 
 
 def measured_limits(device: torch.device) -> dict[str, float]:
-    """Bytes a second of a copy or a sum, and FLOP/s of a matrix product in float32 and in the dtype that is timed."""
+    """Measure the bandwidth in bytes per second, and FLOP/s of matrix products in float32 and in the timed dtype."""
     limits = {"bandwidth": measured_bandwidth(device)}
     for dtype in {torch.float32: None, _dtype(device): None}:
         limits[str(dtype).removeprefix("torch.")] = measured_matmul_flops(device, dtype)
@@ -74,13 +74,13 @@ def _dtype(device: torch.device) -> torch.dtype:
 def time_operators(
     device: torch.device, limits: dict[str, float], shapes: Shapes | None = None, seconds: float = 1.0
 ) -> Iterator[Timing]:
-    """A timing of every operator on the backend that "auto" takes, each for at most about `seconds`."""
+    """Time every operator on the backend that "auto" selects, for at most about `seconds` each."""
     shapes = shapes or Shapes.of(device)
     dtype = str(_dtype(device)).removeprefix("torch.")
     for make in (*_OPERATORS, _decode_step):
         for case in make(device, shapes):
             backends = [name for name in ops.backends_of(case.operator) if why_not(case.operator, name, device) is None]
-            # Triton's interpreter is no kernel to time.
+            # On a CPU Triton kernels are only interpreted, so their time means nothing.
             backends = [name for name in backends if not (name == "triton" and device.type == "cpu")]
             if not backends:
                 continue
@@ -94,7 +94,7 @@ def time_operators(
 
 
 def _medians(calls: Sequence[Call], device: torch.device, seconds: float) -> list[float]:
-    """Of each call, which take turns so that a slow moment hits all."""
+    """The median time of each call. The calls take turns, so that a slow moment affects all of them."""
     clock = gpu_seconds if device.type == "cuda" else wall_seconds
     for call in calls:
         call()  # compiles
@@ -234,7 +234,7 @@ def _sample_by_hand(logits: Tensor) -> Tensor:
 
 
 def _decode_step(device: torch.device, shapes: Shapes) -> Iterator[_Case]:
-    """A step of the whole model, beside the same model on PyTorch's operators."""
+    """A decode step of the whole model, against the same model on PyTorch's operators."""
     R, dtype = shapes.rows, _dtype(device)
     with torch.device(device):
         model = GPT2(shapes.model).to(dtype).eval()
@@ -246,7 +246,7 @@ def _decode_step(device: torch.device, shapes: Shapes) -> Iterator[_Case]:
         cache = KVCache(model.config, R, dtype=dtype, device=device)
         session = DecodeSession(model, cache, SamplingConfig(temperature=0))
         logits = session.prefill(range(R), prompts)
-        # So many that no row ends; a row past its context would stand still.
+        # The limit is so high that no row ends; a row that has ended would no longer be computed.
         session.begin([NewRow(row, ids, (row, 0), 10**6) for row, ids in enumerate(prompts)], logits)
         state = session.slots
         lengths, produced = state.lengths.clone(), state.produced.clone()

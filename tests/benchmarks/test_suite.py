@@ -1,4 +1,4 @@
-"""The benchmark suite at toy size: every module runs, wrong contenders are not timed, results survive their file."""
+"""The benchmark suite at toy size: every module runs, wrong contenders are not timed, results can be saved and read."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_cases_have_names_of_their_own(device, scale):
 
 
 class Counted:
-    """A contender's calls: its result, off by a factor."""
+    """Calls of a contender whose result is wrong by a factor."""
 
     def __init__(self, factor: float) -> None:
         self.factor, self.calls = factor, 0

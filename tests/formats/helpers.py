@@ -1,4 +1,4 @@
-"""Hugging Face folders as others write them, and what is the same of two models."""
+"""Writing Hugging Face folders as other programs do, and comparing two models."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Hub:
 
 @pytest.fixture(autouse=True)
 def connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub takes a connection."""
+    """Make the hub appear reachable."""
     monkeypatch.setattr(socket, "create_connection", lambda address, timeout: socket.socket())
 
 

@@ -1,4 +1,4 @@
-"""Loading holds one copy of the weights; a save is all there or not at all, whenever it is killed."""
+"""Loading holds only one copy of the weights; a save that is killed at any moment is complete or has no effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints in and out: they compute the same, and nothing else is written as one."""
+"""nanoGPT checkpoints, loaded and saved: they compute the same, and a model that nanoGPT cannot compute is refused."""
 
 from __future__ import annotations
 

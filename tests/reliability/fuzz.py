@@ -39,7 +39,7 @@ CASE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Target:
-    """Files to damage, and what reads them."""
+    """Files to damage, and the function that reads them."""
 
     make: Callable[[Path], None]  # writes good files into a folder
     read: Callable[[Path], object]

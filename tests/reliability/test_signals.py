@@ -1,4 +1,4 @@
-"""SIGKILL, SIGTERM, SIGINT and SIGHUP at random moments: no traceback, and the command run again ends as ever."""
+"""SIGKILL, SIGTERM, SIGINT and SIGHUP at random moments: no traceback, and a rerun of the command ends normally."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def command_line(arguments: list[str], said: str) -> None:
 
 
 class Command:
-    """A command line that writes to a place, and what it has written there."""
+    """A command that writes to a given place, and how to read what it wrote there."""
 
     def __init__(self, name: str, folder: Path, checkpoint: Path) -> None:
         self.name, self.folder, self.checkpoint = name, folder, checkpoint
