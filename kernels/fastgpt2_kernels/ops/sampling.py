@@ -1,4 +1,4 @@
-"""Sampling: the next token of every row of logits, and the keys that make its noise a row's own."""
+"""Sampling: choose the next token of every row of logits, and make the keys that give each row its own noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 _NAME = "sample"
 _WORD = 0xFFFFFFFF
 _LIMIT = 2**21  # the kernel counts tokens in 21 bits
-# Of every setting: its dtype, what it must be in words, and the same as a predicate of numbers and tensors.
+# For each setting: its dtype, its valid range in words, and that range as a predicate of numbers and tensors.
 _SETTINGS: dict[str, tuple[torch.dtype, str, Callable]] = {
     "temperature": (torch.float32, "finite and >= 0", lambda x: (x >= 0) & (x < math.inf)),
     "top_k": (torch.int32, ">= 1", lambda x: x >= 1),
@@ -23,7 +23,7 @@ _SETTINGS: dict[str, tuple[torch.dtype, str, Callable]] = {
     "min_p": (torch.float32, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
     "repetition_penalty": (torch.float32, "finite and > 0", lambda x: (x > 0) & (x < math.inf)),
 }
-# What tensors of settings can hold. Temperatures go up to what the kernels compute with.
+# The range of each setting in a tensor. The kernels compute with temperatures of at most 1e30.
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**127
 _RANGES = {
     "temperature": (0.0, 1e30),
@@ -113,7 +113,7 @@ def sample(
 
 
 def _setting(name: str, value: float | Tensor | None, logits: Tensor, num_slots: int) -> Tensor | None:
-    """A setting as a tensor (S,); None if it changes nothing."""
+    """The setting as a tensor (S,), or None if it has no effect."""
     dtype, needed, is_valid = _SETTINGS[name]
     if value is None:
         if name in ("temperature", "repetition_penalty"):
@@ -135,13 +135,13 @@ def _setting(name: str, value: float | Tensor | None, logits: Tensor, num_slots:
 
 
 def in_range(name: str, value: float) -> float:
-    """A setting of sampling as a tensor of `sample` can hold it: the nearest number in its range."""
+    """Clamp a sampling setting to the range that a tensor passed to `sample` can hold."""
     low, high = _RANGES[name]
     return min(max(value, low), high)
 
 
 def _check_state(given: dict[str, Tensor], slots: Tensor | None, logits: Tensor, num_slots: int) -> None:
-    """Shapes, dtypes and devices of everything that lies in slots."""
+    """Check the shape, dtype and device of `slots` and of every tensor that has an entry per slot."""
     R, V = logits.shape
     int_types = (torch.int64, torch.int32)
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
