@@ -4,7 +4,7 @@
 python -m benchmarks attention|cross_entropy --tune
 python -m benchmarks plot FILE.jsonl DIR
 python -m benchmarks compare OLD.jsonl NEW.jsonl
-python -m benchmarks compile-report [--write]
+python -m benchmarks compile-report [--write | --summary]
 
 Each case first checks that the contenders agree, then times them in turns. Without a GPU the cases and contenders that
 need one are named and left out; on a GPU the same command runs them.
@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="TEXT", help="run only the cases whose title holds this")
     parser.add_argument("--no-memory", action="store_true", help="on a CPU, start no processes to measure memory")
     parser.add_argument("--write", action="store_true", help="of compile-report: renew benchmarks/COMPILE_REPORT.md")
+    parser.add_argument(
+        "--summary", action="store_true", help="of compile-report: renew this Triton's part of the summary"
+    )
     args = parser.parse_args(arguments)
     if len(args.files) != (2 if args.what in ("plot", "compare") else 0):
         parser.error("compare takes two files, plot a file and a folder, nothing else takes any")
@@ -54,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.what == "compile-report":
         from benchmarks import compile_report
 
-        return compile_report.main(args.write)
+        return compile_report.main(args.write, args.summary)
     with tempfile.TemporaryDirectory() as folder:
         return measure(args, folder)
 

@@ -1,7 +1,11 @@
 """What every launch row compiles to for every target, without a GPU: `python -m benchmarks compile-report [--write]`.
 
 Exact figures of this Triton's code generator, not measurements of speed. `--write` renews COMPILE_REPORT.md, which
-tests/kernels/test_compile.py holds against what it compiles itself.
+tests/kernels/test_compile.py holds against what it compiles itself, and this Triton's part of COMPILE_SUMMARY.md;
+`--summary` renews that part alone, for a Triton that is not the newest:
+
+    pip install --no-deps --target DIR triton==3.7.1
+    PYTHONPATH=DIR python -m benchmarks compile-report --summary
 """
 
 from __future__ import annotations
@@ -16,9 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import version
+from fastgpt2_kernels.triton import launch
 
 ROOT = Path(__file__).parents[1]
 REPORT = Path(__file__).with_name("COMPILE_REPORT.md")
+SUMMARY = Path(__file__).with_name("COMPILE_SUMMARY.md")
+SUMMARY_HEAD = """# What compiles where
+
+A table for each version of Triton that a PyTorch for GPUs pins, and for the newest: every launch row for every target,
+compiled without a GPU. `python -m benchmarks compile-report --summary` renews the part of the Triton that is installed;
+a row that does not compile ends it. In a cell: the rows that compile; the most shared memory that one of them takes, to
+be held against the target's limit; operations that spill registers in a loop; rows that use tensor cores (AMD: matrix
+cores). Row by row, for the newest: COMPILE_REPORT.md.
+"""
 COLUMNS = (
     "case", "warps", "registers", "spilled bytes", "shared bytes", "programs", "tensor core", "128-bit loads",
     "128-bit stores",
@@ -47,6 +61,10 @@ TARGETS = {
     "gfx942": Target("AMD MI300X", 512, 65_536, 0, 32, 16),
     "gfx950": Target("AMD MI350", 512, 163_840, 0, 32, 16),
 }
+
+
+# Shared memory that a program may have; less than a multiprocessor's, which holds other things too.
+LIMITS = {name: architecture.shared for name, architecture in launch.ARCHITECTURES.items()}
 
 
 def programs(row: dict[str, Any]) -> int:
@@ -108,11 +126,52 @@ def committed() -> tuple[str, dict[tuple[str, str], tuple[str, ...]]]:
     return text.split("as Triton ")[1].split()[0], found
 
 
-def main(write: bool) -> int:
-    report = "\n".join(markdown(compile_rows())) + "\n"
+def summary(rows: Sequence[dict[str, Any]], triton: str) -> Iterator[str]:
+    """Lines of one version's part of COMPILE_SUMMARY.md: a table kernel x target, and every spill in a loop."""
+    names = [name for name in TARGETS if any(row["target"] == name for row in rows)]
+    yield f"## Triton {triton}"
+    yield ""
+    yield "| kernel | " + " | ".join(f"{name} ({LIMITS[name] // 1024} KB)" for name in names) + " |"
+    yield f"|-|{'-|' * len(names)}"
+    for kernel in sorted({row["kernel"] for row in rows}):
+        cells = [_summed([r for r in rows if (r["kernel"], r["target"]) == (kernel, name)]) for name in names]
+        yield f"| {kernel.strip('_').removesuffix('_kernel')} | {' | '.join(cells)} |"
+    spilling = [row for row in rows if row["loop_spills"]]
+    yield ""
+    yield "Spills in a loop:" if spilling else "No row spills in a loop."
+    if spilling:
+        yield ""
+    for case in dict.fromkeys(row["case"] for row in spilling):
+        where = [f"{r['target']} ({r['loop_spills']} operations)" for r in spilling if r["case"] == case]
+        yield f"- {case}: {', '.join(where)}"
+
+
+def _summed(rows: Sequence[dict[str, Any]]) -> str:
+    """A cell: rows, the most shared memory, operations that spill in loops, rows with tensor-core instructions."""
+    if not rows:
+        return "-"
+    cores, spills = sum(row["tensor_core"] > 0 for row in rows), sum(row["loop_spills"] for row in rows)
+    return f"{len(rows)}; {max(row['shared'] for row in rows) / 1024:.0f} KB; {spills}; {cores}"
+
+
+def write_summary(rows: Sequence[dict[str, Any]], triton: str) -> None:
+    """Renew this version's part of COMPILE_SUMMARY.md; the parts of other versions stay."""
+    old = SUMMARY.read_text(encoding="utf-8").split("\n## Triton ")[1:] if SUMMARY.exists() else []
+    parts = {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip("\n") for part in old}
+    parts[triton] = "\n".join(summary(rows, triton)).split("\n", 1)[1].strip("\n")
+    ordered = sorted(parts, key=lambda v: [int(n) for n in v.split(".")[:3]], reverse=True)
+    text = SUMMARY_HEAD + "".join(f"\n## Triton {name}\n\n{parts[name]}\n" for name in ordered)
+    SUMMARY.write_text(text, encoding="utf-8")
+
+
+def main(write: bool, summarise: bool = False) -> int:
+    rows = compile_rows()
     if write:
-        REPORT.write_text(report, encoding="utf-8")
+        REPORT.write_text("\n".join(markdown(rows)) + "\n", encoding="utf-8")
         print(f"wrote {REPORT}")
+    if write or summarise:
+        write_summary(rows, version("triton"))
+        print(f"wrote {SUMMARY}")
     else:
-        print(report, end="")
+        print("\n".join(markdown(rows)))
     return 0

@@ -50,8 +50,11 @@ def why_not_decode(model: GPT2Base) -> str | None:
     config, device, backend = model.config, model.device, decode_backend(model)
     if model.backend == "torch":
         return "the model's backend is 'torch'"
-    why_not = ops.why_not_native if backend == "native" else ops.why_not_triton
-    if (reason := why_not("decode_step", device)) is not None:
+    if backend == "native":
+        reason = ops.why_not_native("decode_step", device)
+    else:
+        reason = ops.why_not_triton("decode_step", device, _size(model))
+    if reason is not None:
         return reason
     if model.dtype not in _DTYPES[backend]:
         known = " and ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[backend])
@@ -69,6 +72,12 @@ def why_not_decode(model: GPT2Base) -> str | None:
     if backend == "triton" and any(not p.is_contiguous() for p in parameters):
         return "the model's parameters are not all contiguous"
     return None
+
+
+def _size(model: GPT2Base) -> tuple[int | torch.dtype, ...]:
+    """What the kernels of a model's step are compiled for: a failure is one of models of this size."""
+    config = model.config
+    return (config.hidden_size, config.inner_dim, config.num_heads, config.vocab_size, model.dtype)
 
 
 class NewRow(NamedTuple):
@@ -334,7 +343,7 @@ class DecodeSession:
         model = self._model()
         if model is None or model.backend != "auto":
             raise error
-        ops.note_failure("decode_step", model.device, error)
+        ops.note_failure("decode_step", model.device, error, _size(model))
         self._is_plain, self.use_graphs = True, False
         if (weights := self._kernels.weights).head.scale is not None:
             self._plain_model = _dequantized(model, weights)

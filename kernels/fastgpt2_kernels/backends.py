@@ -78,10 +78,12 @@ _TABLE = {
     },
 }
 OPERATORS = tuple(_TABLE)
-# (operator, device type, device index) -> why its kernel failed there: "auto" then takes PyTorch's operators.
-_FAILED: dict[tuple[str, str, int | None], str] = {}
+# What a kernel is compiled for, or how much it needs, depends on: the numbers that an operator says, and a dtype.
+Size = tuple[int | torch.dtype, ...]
+# (operator, device type, device index) -> size -> why its kernel failed: "auto" then takes PyTorch's operators.
+_FAILED: dict[tuple[str, str, int | None], dict[Size, str]] = {}
 _takes_cpu_tensors = False
-_may_fall_back: ContextVar[bool] = ContextVar("may_fall_back", default=False)
+_fallback_size: ContextVar[Size | None] = ContextVar("fallback_size", default=None)
 # (operator, backend) -> (module, name of the function)
 _PLACES = {
     (operator, backend): (f"{__package__}.{function.split(':')[0]}", function.split(":")[1])
@@ -121,45 +123,59 @@ class KernelFailedError(RuntimeError):
     """A Triton kernel did not compile, or could not be launched."""
 
 
-def run_operator(operator: str, chosen: str, backend: str, device: torch.device, *args: Any) -> Any:
+def run_operator(operator: str, chosen: str, backend: str, device: torch.device, size: Size, *args: Any) -> Any:
     """Call `operator` on the backend that was chosen; where its kernel fails and "auto" was asked for, on PyTorch.
+
+    A failure is remembered for `size` on this device.
 
     Compiled models run the kernels that were chosen when they were compiled: there a failure raises.
     """
     if chosen != "triton" or backend != "auto" or torch.compiler.is_compiling():
         return implementation(operator, chosen)(*args)
     try:
-        return call_allowing_fallback(True, implementation(operator, chosen), *args)
+        return call_allowing_fallback(size, implementation(operator, chosen), *args)
     except KernelFailedError as error:
-        note_failure(operator, device, error)
+        note_failure(operator, device, error, size)
     return implementation(operator, "torch")(*args)
 
 
-def call_allowing_fallback(is_allowed: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, within which `may_fall_back` is `is_allowed`."""
+def call_allowing_fallback(size: Size | None, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, within which `fallback_size` is `size`."""
     if torch.compiler.is_compiling():
         return function(*args)
-    token = _may_fall_back.set(is_allowed)
+    token = _fallback_size.set(size)
     try:
         return function(*args)
     finally:
-        _may_fall_back.reset(token)
+        _fallback_size.reset(token)
 
 
-def may_fall_back() -> bool:
-    """Whether the operator that runs now was called with "auto", so that its backward pass may run on PyTorch."""
-    return not torch.compiler.is_compiling() and _may_fall_back.get()
+def fallback_size() -> Size | None:
+    """The size of the operator that runs now, if it was called with "auto": its backward pass may run on PyTorch."""
+    return None if torch.compiler.is_compiling() else _fallback_size.get()
 
 
-def note_failure(operator: str, device: torch.device, error: KernelFailedError) -> None:
-    """From now on "auto" takes PyTorch's operators for `operator` on `device`. Warns the first time."""
-    if (key := (operator, device.type, device.index)) not in _FAILED:
-        _FAILED[key] = str(error)
+def note_failure(operator: str, device: torch.device, error: KernelFailedError, size: Size) -> None:
+    """From now on "auto" takes PyTorch's operators for `operator` of `size` on `device`. Warns at the first size."""
+    failed = _FAILED.setdefault((operator, device.type, device.index), {})
+    if not failed:
         warnings.warn(f"fastgpt2: {operator} runs on PyTorch's operators from now on: {error}", stacklevel=4)
+    failed.setdefault(size, str(error))
 
 
-def why_not_triton(operator: str, device: torch.device | str) -> str | None:
-    """Why `operator` would not run on Triton for tensors on `device`, in one sentence; None if it would."""
+def _why_failed(operator: str, device: torch.device, size: Size | None) -> str | None:
+    """What the kernel's failure at `size` was, or at any size for None."""
+    failed = _FAILED.get((operator, device.type, device.index))
+    if not failed:
+        return None
+    return next(iter(failed.values())) if size is None else failed.get(size)
+
+
+def why_not_triton(operator: str, device: torch.device | str, size: Size | None = None) -> str | None:
+    """Why `operator` would not run on Triton for tensors on `device`, in one sentence; None if it would.
+
+    With `size` a failure counts only if it was at that size.
+    """
     if operator not in _TABLE:
         raise ValueError(f"why_not_triton: operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
     if "triton" not in _TABLE[operator]:
@@ -167,7 +183,7 @@ def why_not_triton(operator: str, device: torch.device | str) -> str | None:
     if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     device = torch.device(device)
-    return _why_never_triton(device) or _FAILED.get((operator, device.type, device.index))
+    return _why_never_triton(device) or _why_failed(operator, device, size)
 
 
 def _why_never_triton(device: torch.device) -> str | None:
@@ -224,7 +240,11 @@ def check_backend(backend: str) -> None:
 
 
 def choose_backend(
-    operator: str, device: torch.device, backend: str, limit: Callable[[], str | None] | None = None
+    operator: str,
+    device: torch.device,
+    backend: str,
+    limit: Callable[[], str | None] | None = None,
+    size: Size | None = None,
 ) -> str:
     """The backend that `operator` runs on: "triton", "native" or "torch".
 
@@ -233,6 +253,7 @@ def choose_backend(
         device: The tensors' device.
         backend: What the caller asked for, a name of `BACKENDS`.
         limit: Says, if it is called, why these tensors are none for a kernel of ours, or None if they are.
+        size: What a failure of the kernel is remembered for; None: a failure at any size counts.
 
     Raises:
         ValueError: The backend that was asked for cannot be used, or no backend has the operator on this device.
@@ -246,8 +267,8 @@ def choose_backend(
     elif wanted == "native":
         reason = why_not_native(operator, device)
     else:
-        reason = why_not_triton(operator, device)
-        if backend == "triton" and (operator, device.type, device.index) in _FAILED:
+        reason = why_not_triton(operator, device, None if torch.compiler.is_compiling() else size)
+        if backend == "triton" and _why_failed(operator, device, None) is not None:
             reason = None  # who asks for it gets the kernel's own error
     if reason is None and limit is not None and wanted != "torch":
         reason = limit()

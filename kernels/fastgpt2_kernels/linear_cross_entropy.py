@@ -32,8 +32,8 @@ from torch import Tensor
 from fastgpt2_kernels.backends import (
     KernelFailedError,
     call_allowing_fallback,
+    fallback_size,
     implementation,
-    may_fall_back,
     note_failure,
 )
 from fastgpt2_kernels.types import LossOptions
@@ -95,9 +95,9 @@ def loss_chunks(
             try:
                 loss_N[rows] = chunk_loss(logits_nV, targets[rows], class_weight, row_grad_n, options)
             except KernelFailedError as error:  # of the first chunk: no gradient has been written
-                if not may_fall_back():
+                if (size := fallback_size()) is None:
                     raise
-                note_failure("linear_cross_entropy", x.device, error)
+                note_failure("linear_cross_entropy", x.device, error, size)
                 plain = options._replace(use_triton=False)
                 return loss_chunks(x, weight, bias, targets, class_weight, row_grad, grads, plain)
             if grads is None:
@@ -262,7 +262,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad[:3]
         loss, *grads = _loss_and_gradients(x, weight, bias, targets, divisor, class_weight, options, needs)
-        ctx.grads, ctx.use_triton, ctx.may_fall_back = grads, options.use_triton, may_fall_back()
+        ctx.grads, ctx.use_triton, ctx.fallback_size = grads, options.use_triton, fallback_size()
         ctx.divisor = divisor if options.compute_dtype == torch.float16 else None
         ctx.dtypes = [
             t.dtype if t is not None and need else None for t, need in zip((x, weight, bias), needs, strict=True)
@@ -280,7 +280,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         factor = grad_output if ctx.divisor is None else _divided(grad_output, ctx.divisor)
         results = [
-            call_allowing_fallback(ctx.may_fall_back, scale_, g, factor, ctx.use_triton).to(d) if d else None
+            call_allowing_fallback(ctx.fallback_size, scale_, g, factor, ctx.use_triton).to(d) if d else None
             for g, d in zip(grads, ctx.dtypes, strict=True)
         ]
         return *results, None, None, None, None
@@ -299,9 +299,9 @@ def scale_(grad: Tensor, factor: Tensor, use_triton: bool) -> Tensor:
         try:
             kernel.scale_rows(grad.view(1, -1, grad.shape[-1]), factor)
         except KernelFailedError as error:
-            if not may_fall_back():
+            if (size := fallback_size()) is None:
                 raise
-            note_failure("linear_cross_entropy", grad.device, error)
+            note_failure("linear_cross_entropy", grad.device, error, size)
             grad.mul_(factor)
     elif factor.device.type != "cpu" or factor != 1:
         grad.mul_(factor)
@@ -368,13 +368,13 @@ def _(dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any)
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
-    ctx.options, ctx.may_fall_back = inputs[5:], may_fall_back()
+    ctx.options, ctx.fallback_size = inputs[5:], fallback_size()
 
 
 def _rows_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
     arguments = (dloss, *ctx.saved_tensors, *ctx.options, *needs)
-    grads = call_allowing_fallback(ctx.may_fall_back, linear_cross_entropy_rows_backward_op, *arguments)
+    grads = call_allowing_fallback(ctx.fallback_size, linear_cross_entropy_rows_backward_op, *arguments)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
@@ -399,7 +399,7 @@ class AccumulatingRows(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, targets, class_weight)
-        ctx.weight, ctx.options, ctx.may_fall_back = weight, LossOptions(*options), may_fall_back()
+        ctx.weight, ctx.options, ctx.fallback_size = weight, LossOptions(*options), fallback_size()
         return loss_chunks(x, weight, bias, targets, class_weight, None, None, ctx.options)
 
     @staticmethod
@@ -414,7 +414,7 @@ class AccumulatingRows(torch.autograd.Function):
         grads = _new_gradients(x, weight, given, wide)
         into = grads if there is None else grads._replace(weight=there)
         arguments = (x, weight, bias, targets, class_weight, dloss, into, ctx.options)
-        call_allowing_fallback(ctx.may_fall_back, loss_chunks, *arguments)
+        call_allowing_fallback(ctx.fallback_size, loss_chunks, *arguments)
         results = _rounded(grads, x, weight, bias)
         return *(grad if give else None for grad, give in zip(results, given, strict=True)), *(None,) * 9
 

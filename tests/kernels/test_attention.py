@@ -302,6 +302,56 @@ def test_a_row_does_not_depend_on_its_neighbours(triton_device, seed):
     torch.testing.assert_close(documents[:, 70:140], alone, rtol=1e-5, atol=1e-6)
 
 
+def test_strides_of_descriptors_fall(seed):
+    """As CUDA's manual wants them, each a multiple of the next one; what cannot be so goes by pointers."""
+    from fastgpt2_kernels.triton.attention import Heads
+
+    B, H, T, D = 2, 3, 20, 16
+    qkv = torch.randn(B, T, 3 * H * D, dtype=torch.float16)
+    own = torch.randn(B, H, T, D, dtype=torch.float16)
+    one_head = torch.randn(B, T, 3 * D, dtype=torch.float16)
+    fitting = {
+        "packed": (Heads.packed(qkv, H)[1], [1, 8, 1, 16]),
+        "a packed head": (Heads.packed(one_head, 1)[1], [1, 8, 1, 16]),
+        "packed, of one token": (Heads.packed(qkv[:, :1], H)[2], [1, 8, 1, 16]),
+        "heads of their own": (Heads.of(own), [1, 1, 8, 16]),
+        "transposed": (Heads.of(own.transpose(1, 2).contiguous().transpose(1, 2)), [1, 8, 1, 16]),
+        "every other token": (Heads.of(own[:, :, ::2]), [1, 1, 8, 16]),
+    }
+    for name, (heads, block_shape) in fitting.items():
+        assert heads.fits_descriptor(), name
+        descriptor = heads.descriptor(8, 16)
+        assert descriptor.block_shape == block_shape, name
+        *outer, last = descriptor.strides
+        assert last == 1, name
+        for stride, inner, size in zip(outer, descriptor.strides[1:], descriptor.shape[1:], strict=True):
+            assert (stride % inner, stride * 2 % 16) == (0, 0), name
+            assert stride >= inner * size, name
+    others = {
+        "tokens before rows": qkv.transpose(0, 1).contiguous().transpose(0, 1).view(B, T, 3 * H, D)[:, :, :H],
+        "the same tokens for each head": own[:, :1].expand(B, H, T, D).transpose(1, 2),
+        "overlapping": own.as_strided((B, T, H, D), (H * T * D, 8, T * D, 1)),
+        "not aligned": torch.randn(B, T, H * D + 1, dtype=torch.float16)[..., 1:].view(B, T, H, D),
+    }
+    for name, tokens in others.items():
+        assert not Heads.of(tokens.transpose(1, 2)).fits_descriptor(), name
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads", "mixed"])
+def test_descriptors_read_what_pointers_read(interpreter, tiles, seed, layout):
+    """To the bit, whichever stride is the larger; keys and values may lie differently."""
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(2, 37, 3 * 2 * 24).view(2, 37, 3, 2, 24).permute(2, 0, 3, 1, 4)
+    if layout != "packed":
+        q, k = q.contiguous(), k.contiguous()
+        v = v.contiguous() if layout == "heads" else v
+    found = []
+    for use_tma in (False, True):
+        tiles((16, 16), use_tma)
+        found.append(ops.causal_attention(q, k, v, backend="triton"))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("use_tma", [False, True])
 def test_interpreted_traffic(interpreter, tiles, monkeypatch, use_tma):
     """Everything is written once. A tile's own rows are read once, the rows that it walks over once a tile: an

@@ -19,6 +19,7 @@ import pytest
 from benchmarks import compile_report
 from fastgpt2_kernels.triton import launch
 from tests.kernels.races import REVIEWED
+from tests.kernels.test_versions import PINNED
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +57,12 @@ def test_every_row_is_there(table, rows, pytestconfig):
     num_tf32 = sum(kind == "tf32" for _, kind, _ in launch.attention_rows())
     num_without_tf32 = sum(not launch.has_tf32(arch) for arch in launch.ARCHITECTURES)
     num_attention = num_targets * (len(list(launch.attention_rows())) + 3)
-    assert kinds["attention"] == num_attention - num_without_tf32 * num_tf32
+    half = [key for key in launch.attention_rows() if key[1] == "half"]
+    num_packed = sum(
+        launch.attention_row(key[0], arch, *key[1:]).use_tma for arch in launch.ARCHITECTURES for key in half
+    )
+    assert kinds["attention"] == num_attention + num_packed - num_without_tf32 * num_tf32
+    assert num_packed == 6
     assert kinds["cross_entropy"] >= num_targets * 32
     assert kinds["scale_rows"] == num_targets * 2
     assert kinds["sample"] == num_targets * 11
@@ -171,3 +177,37 @@ def test_the_compile_report_is_current(table, rows):
     if version == importlib.metadata.version("triton"):
         compiled = {(row["target"], row["case"]): compile_report.cells(row) for row in rows}
         assert {key: written[key] for key in compiled} == compiled, renew
+
+
+def test_the_summary_names_every_version_and_row(table):
+    """Of each Triton that a supported PyTorch for GPUs pins; and the newest's parts agree with the report."""
+    text = compile_report.SUMMARY.read_text(encoding="utf-8")
+    parts = {part.split("\n", 1)[0]: part for part in text.split("\n## Triton ")[1:]}
+    pinned = {version for torch, version in PINNED.items() if tuple(map(int, torch.split("."))) >= (2, 10)}
+    assert parts.keys() >= pinned | {compile_report.committed()[0]}
+    counts = Counter((row["kernel"], row["target"]) for row in table)
+    for version, part in parts.items():
+        lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+        targets = [cell.split()[0] for cell in lines[0][1:]]
+        found = {(row[0], target): cell for row in lines[1:] for target, cell in zip(targets, row[1:], strict=True)}
+        named = {(kernel.strip("_").removesuffix("_kernel"), target): n for (kernel, target), n in counts.items()}
+        assert {key: int(cell.split(";")[0]) for key, cell in found.items() if cell != "-"} == named, version
+        for (_, target), cell in found.items():
+            if cell != "-":
+                assert float(cell.split("; ")[1].split()[0]) <= compile_report.LIMITS[target] / 1024, version
+
+
+def test_a_version_renews_its_part_of_the_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_report, "SUMMARY", tmp_path / "summary.md")
+    row = {"target": "sm_90", "kernel": "_a_kernel", "case": "a", "shared": 2048, "loop_spills": 0, "tensor_core": 3}
+    compile_report.write_summary([row], "3.9.0")
+    compile_report.write_summary([{**row, "loop_spills": 2}], "3.10.0")
+    first = (tmp_path / "summary.md").read_text()
+    assert first.index("## Triton 3.10.0") < first.index("## Triton 3.9.0")
+    assert "| a | 1; 2 KB; 2; 1 |" in first
+    assert "- a: sm_90 (2 operations)" in first
+    compile_report.write_summary([row], "3.10.0")
+    again = (tmp_path / "summary.md").read_text()
+    assert again.count("| a | 1; 2 KB; 0; 1 |") == 2
+    compile_report.write_summary([row], "3.10.0")
+    assert (tmp_path / "summary.md").read_text() == again

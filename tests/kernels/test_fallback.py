@@ -60,10 +60,9 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """ "auto" is Triton on the interpreter too."""
     choose = backends.choose_backend
 
-    def chosen(operator: str, device: Any, backend: str, limit: Any = None) -> str:
-        if backend == "auto" and ops.why_not_triton(operator, device) is None and (limit is None or limit() is None):
-            backend = "triton"
-        return choose(operator, device, backend, limit)
+    def chosen(operator: str, device: Any, backend: str, limit: Any = None, size: Any = None) -> str:
+        can = ops.why_not_triton(operator, device, size) is None and (limit is None or limit() is None)
+        return choose(operator, device, "triton" if backend == "auto" and can else backend, limit, size)
 
     for name in ("attention", "decode", "layers", "loss", "sampling"):
         monkeypatch.setattr(f"fastgpt2_kernels.ops.{name}.choose_backend", chosen)
@@ -115,6 +114,37 @@ def test_auto_goes_on_and_triton_raises(
     fail(kernel, first=first)
     with pytest.raises(backends.KernelFailedError, match=f"Triton cannot launch {kernel} .OutOfResources"):
         case.run(Inputs(1, CPU, torch.float32), "triton")
+
+
+def test_a_failure_at_one_size_leaves_the_others(fail: Callable[..., None]) -> None:
+    """Forward and backward: another width, and another dtype, still run on the kernel; the warning is not repeated."""
+    kernels = {}
+    for name, first in (("_layer_norm_fwd_kernel", 0), ("_layer_norm_bwd_kernel", 1)):
+        fail(name, first=first)
+        module = importlib.import_module(KERNELS[name])
+        kernels[name] = getattr(module, name)
+
+    def norm(width: int) -> None:
+        x = torch.randn(3, width, requires_grad=True)
+        ops.layer_norm(x, torch.ones(width), torch.zeros(width), 1e-5).sum().backward()
+
+    with pytest.warns(UserWarning, match="layer_norm runs on PyTorch's operators from now on"):
+        norm(32)  # its forward kernel fails
+    for kernel in kernels.values():
+        kernel._left = 1
+    norm(64)
+    assert [kernel._left for kernel in kernels.values()] == [0, 0], "64 columns ran on the kernels"
+    kernels["_layer_norm_fwd_kernel"]._left = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        norm(96)  # its backward kernel fails
+        norm(32)
+        norm(96)
+    assert kernels["_layer_norm_fwd_kernel"]._left == 0
+    failed = backends._FAILED["layer_norm", "cpu", None]
+    assert [size[0] for size in failed] == [32, 96]
+    assert ops.why_not_triton("layer_norm", CPU, (64, torch.float32)) is None
+    assert "_layer_norm_bwd_kernel" in str(ops.why_not_triton("layer_norm", CPU, (96, torch.float32)))
 
 
 def test_every_kernel_has_a_failure() -> None:

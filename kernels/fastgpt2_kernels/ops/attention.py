@@ -154,8 +154,9 @@ def causal_attention(
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     _check_dropout(name, dropout_p, dropout_seed, q.device)
     options = AttentionOptions(scale, dropout_p, dropout_seed, upcast)
-    chosen = choose_backend(name, q.device, backend, lambda: _why_not_triton(q, k, v))
-    out, lse = run_operator(name, chosen, backend, q.device, q, k, v, options, lengths, return_lse)
+    size = (D, q.dtype)
+    chosen = choose_backend(name, q.device, backend, lambda: _why_not_triton(q, k, v), size)
+    out, lse = run_operator(name, chosen, backend, q.device, size, q, k, v, options, lengths, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -243,8 +244,11 @@ def causal_attention_packed(
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     _check_dropout(name, dropout_p, dropout_seed, qkv.device)
     options = AttentionOptions(scale, dropout_p, dropout_seed, upcast)
-    chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton(qkv, head_size=D))
-    out, lse = run_operator(name, chosen, backend, qkv.device, qkv, num_heads, options, lengths, documents, return_lse)
+    size = (D, qkv.dtype)
+    chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton(qkv, head_size=D), size)
+    out, lse = run_operator(
+        name, chosen, backend, qkv.device, size, qkv, num_heads, options, lengths, documents, return_lse
+    )
     return (out, lse) if return_lse else out
 
 
@@ -412,14 +416,15 @@ def cached_attention(
                 f"{name}: slot {slot} needs room for {past + count} tokens; the cache has {R} slots of {S}"
             )
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
-    chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache))
+    size = (D, qkv.dtype, k_cache.dtype)
+    chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache), size)
     if chosen == "triton" and plan.kernels is not None:
         try:
             return _cached_attention_kernels(qkv.detach(), k_cache, v_cache, plan, plan.kernels, scale, backend)
         except KernelFailedError as error:
             if backend != "auto":
                 raise
-            note_failure(name, qkv.device, error)  # what the caches have by now is written once more
+            note_failure(name, qkv.device, error, size)  # what the caches have by now is written once more
     return torch_decode.cached_attention(qkv, k_cache, v_cache, plan, AttentionOptions(scale, upcast=upcast))
 
 
@@ -491,13 +496,14 @@ def decode_attention(
     if slots is None and num_rows > num_slots:
         raise ValueError(f"{name}: row r is slot r without slots; got {num_rows} rows and {num_slots} cache slots")
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
-    chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache))
+    size = (D, qkv.dtype, k_cache.dtype)
+    chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache), size)
     qkv = qkv.detach()
     if chosen == "torch" or (qkv.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_rows(name, N, k_cache.shape[2], num_rows, lengths, starts, counts, slots)
     out = qkv.new_zeros((N, H * D)) if starts is not None else qkv.new_empty((N, H * D))
     rows = DecodeRows(starts, counts, slots, 1 if starts is None else MAX_DECODE_TOKENS)
-    run_operator(name, chosen, backend, qkv.device, qkv, k_cache, v_cache, out, lengths, rows, scale)
+    run_operator(name, chosen, backend, qkv.device, size, qkv, k_cache, v_cache, out, lengths, rows, scale)
     return out
 
 

@@ -106,9 +106,11 @@ def linear_decode(
     dtype = out_dtype or (product if residual is None else residual.dtype)
     if not dtype.is_floating_point:
         raise ValueError(f"{name}: out_dtype must be a float dtype; got {dtype}")
-    chosen = choose_backend(name, x.device, backend, lambda: _why_not_triton(product, activation, given))
+    # Tiles are chosen for classes of rows, the powers of two.
+    size = (R.bit_length(), K, N, product)
+    chosen = choose_backend(name, x.device, backend, lambda: _why_not_triton(product, activation, given), size)
     return run_operator(
-        name, chosen, backend, x.device, x, weight, bias, weight_scale, layer_norm, activation, residual, dtype
+        name, chosen, backend, x.device, size, x, weight, bias, weight_scale, layer_norm, activation, residual, dtype
     )
 
 

@@ -73,8 +73,9 @@ def layer_norm(
     tensors = {"x": x, "weight": weight, "bias": bias, **({} if residual is None else {"residual": residual})}
     _check_floats("layer_norm", tensors)
     widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors.values()))
-    chosen = choose_backend("layer_norm", x.device, backend, lambda: only_float32(widest))
-    return run_operator("layer_norm", chosen, backend, x.device, x, weight, bias, eps, residual)
+    size = (C, widest)
+    chosen = choose_backend("layer_norm", x.device, backend, lambda: only_float32(widest), size)
+    return run_operator("layer_norm", chosen, backend, x.device, size, x, weight, bias, eps, residual)
 
 
 def activation(x: Tensor, name: str, *, backend: str = "auto") -> Tensor:
@@ -136,8 +137,9 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str =
         lambda: (
             only_float32(widest) or (None if name in TRITON_ACTIVATIONS else f"{name} has no Triton kernel; use 'auto'")
         ),
+        (x.shape[-1], widest),
     )
-    return run_operator("bias_activation", chosen, backend, x.device, x, bias, name)
+    return run_operator("bias_activation", chosen, backend, x.device, (x.shape[-1], widest), x, bias, name)
 
 
 def linear(

@@ -143,9 +143,10 @@ def cross_entropy(
     options = CrossEntropyOptions(
         ignore_index, reduction, label_smoothing, z_loss, shift, fuse_backward, inplace_backward, return_stats
     )
-    chosen = choose_backend(name, logits.device, backend, lambda: only_float32(logits.dtype))
+    size = (logits.shape[-1], logits.dtype)
+    chosen = choose_backend(name, logits.device, backend, lambda: only_float32(logits.dtype), size)
     loss, stats = run_operator(
-        name, chosen, backend, logits.device, logits, targets, class_weight, options, counted, counted_weight
+        name, chosen, backend, logits.device, size, logits, targets, class_weight, options, counted, counted_weight
     )
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 
@@ -287,6 +288,7 @@ def linear_cross_entropy(
     flat_x = x.reshape(-1, x.shape[-1])
     flat_targets = (reference.shift_targets(targets, ignore_index) if shift else targets).reshape(-1)
     compute_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    size = (weight.shape[0], compute_dtype)
     options = LossOptions(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -294,8 +296,9 @@ def linear_cross_entropy(
         logit_scale=logit_scale,
         chunk_rows=chunk_rows or linear.chunk_rows(flat_x.shape[0], weight.shape[0], x.device),
         compute_dtype=compute_dtype,
-        use_triton=choose_backend(name, x.device, backend, lambda: only_float32(compute_dtype)) == "triton",
+        use_triton=choose_backend(name, x.device, backend, lambda: only_float32(compute_dtype), size) == "triton",
     )
+    fallback_size = size if backend == "auto" else None
     divisor = None
     if num_items_in_batch is not None:
         divisor = torch.as_tensor(num_items_in_batch, device=x.device).reshape(()).float()
@@ -305,14 +308,14 @@ def linear_cross_entropy(
     if reduction == "none" or accumulate_into_grad:
         rows_of = linear.AccumulatingRows.apply if accumulate_into_grad else linear.linear_cross_entropy_rows_op
         loss = call_allowing_fallback(
-            backend == "auto", rows_of, flat_x, weight, bias, flat_targets, class_weight, *options
+            fallback_size, rows_of, flat_x, weight, bias, flat_targets, class_weight, *options
         )
         return loss.view(targets.shape) if reduction == "none" else reference.reduce_loss(loss, reduction, divisor)
     if divisor is None:
         divisor = torch.ones((), device=x.device)
     arguments = (flat_x, weight, bias, flat_targets, divisor, class_weight)
     if not torch.compiler.is_compiling():
-        return call_allowing_fallback(backend == "auto", linear.LinearCrossEntropy.apply, *arguments, options)
+        return call_allowing_fallback(fallback_size, linear.LinearCrossEntropy.apply, *arguments, options)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in arguments[:3]]
     return linear.linear_cross_entropy_op(*arguments, *options, *needs)[0]
 

@@ -95,7 +95,8 @@ def sample(
         raise ValueError(f"{_NAME}: logits must be floating-point (R, V), 0 < V < 2^21; got {describe(logits)}")
     if backend == "auto" and logits.device.type == "cpu" and torch.compiler.is_compiling():
         backend = "torch"  # the compiler does not see into the native backend
-    chosen = choose_backend(_NAME, logits.device, backend, lambda: only_float32(logits.dtype))
+    size = (logits.shape[1], logits.dtype)
+    chosen = choose_backend(_NAME, logits.device, backend, lambda: only_float32(logits.dtype), size)
     R = len(logits)
     numbers: dict[str, float | Tensor | None] = {
         "temperature": temperature,
@@ -124,7 +125,7 @@ def sample(
         torch.empty(num_slots, dtype=torch.float32, device=logits.device),
     )
     settings |= {"keys": keys, "positions": positions, "penalty": penalty}
-    run_operator(_NAME, chosen, backend, logits.device, logits, ids, logprobs, slots, settings, seen, mark_seen)
+    run_operator(_NAME, chosen, backend, logits.device, size, logits, ids, logprobs, slots, settings, seen, mark_seen)
     if out is not None or slots is None:
         return ids, logprobs
     return ids[slots], logprobs[slots]

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt2_kernels.backends import KernelFailedError, implementation, may_fall_back
+from fastgpt2_kernels.backends import KernelFailedError, fallback_size, implementation
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.devices import float32_precision, launch_kernel
@@ -519,7 +519,7 @@ class Heads(NamedTuple):
         shape, strides, _ = self._falling_strides()
         is_aligned = all(stride * self.data.element_size() % 16 == 0 for stride in strides[:-1])
         falls = all(
-            outer % inner == 0 and outer >= size * inner
+            inner > 0 and outer % inner == 0 and outer >= size * inner
             for outer, inner, size in zip(strides, strides[1:], shape[1:], strict=False)
         )
         return self.data.data_ptr() % 16 == 0 and is_aligned and falls
@@ -843,7 +843,7 @@ def _(dout, qkv, *rest):
 
 def _save(ctx, inputs, output):
     q, k, v, lengths, doc_start, doc_end, seed, *ctx.options = inputs
-    ctx.may_fall_back = may_fall_back()
+    ctx.fallback_size = fallback_size()
     ctx.save_for_backward(q, k, v, *output, lengths, doc_start, doc_end, seed)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -869,11 +869,11 @@ def _plain_gradients(ctx, error, dout):
     def attend(q, k, v):
         return implementation(name, "torch")(q, k, v, options, lengths, False)[0]
 
-    return gradients(name, ctx.may_fall_back, error, attend, qkv, ctx.needs_input_grad[:3], dout)
+    return gradients(name, ctx.fallback_size, error, attend, qkv, ctx.needs_input_grad[:3], dout)
 
 
 def _save_packed(ctx, inputs, output):
-    ctx.may_fall_back = may_fall_back()
+    ctx.fallback_size = fallback_size()
     qkv, ctx.num_heads, lengths, doc_start, doc_end, seed, *ctx.options = inputs
     ctx.save_for_backward(qkv, *output, lengths, doc_start, doc_end, seed)
     ctx.mark_non_differentiable(*output[1:])
@@ -904,7 +904,7 @@ def _plain_packed_gradient(ctx, error, dout):
     def attend(qkv):
         return implementation(name, "torch")(qkv, ctx.num_heads, options, lengths, documents, False)[0]
 
-    return gradients(name, ctx.may_fall_back, error, attend, [qkv], [True], dout)[0]
+    return gradients(name, ctx.fallback_size, error, attend, [qkv], [True], dout)[0]
 
 
 def _no_second_derivative(ctx, *grads):

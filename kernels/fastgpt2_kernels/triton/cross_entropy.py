@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2_kernels import reference
-from fastgpt2_kernels.backends import KernelFailedError, implementation, may_fall_back, note_failure
+from fastgpt2_kernels.backends import KernelFailedError, fallback_size, implementation, note_failure
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Batch, Matrix
 from fastgpt2_kernels.triton.devices import launch_kernel
@@ -646,7 +646,7 @@ def _backward_into(
 
 def _save_rows(ctx, inputs, output):
     logits, targets, class_weight, *ctx.options, _with_stats, ctx.inplace = inputs
-    ctx.may_fall_back = may_fall_back()
+    ctx.fallback_size = fallback_size()
     ctx.save_for_backward(logits, targets, *output[1:4], class_weight)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -676,7 +676,7 @@ def _plain_gradient(ctx, error, dloss):
     def loss(logits):
         return implementation(name, "torch")(logits, targets, class_weight, options, None, None)[0]
 
-    return gradients(name, ctx.may_fall_back, error, loss, [logits], [True], dloss)[0]
+    return gradients(name, ctx.fallback_size, error, loss, [logits], [True], dloss)[0]
 
 
 cross_entropy_op.register_autograd(_rows_backward, setup_context=_save_rows)
@@ -691,7 +691,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, dloss, class_weight, *options):
         total, grad, *rows = cross_entropy_fused_op(logits, targets, dloss, class_weight, *options)
-        ctx.may_fall_back = may_fall_back()
+        ctx.fallback_size = fallback_size()
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(*rows)
         return total, *rows
@@ -703,9 +703,9 @@ class FusedCrossEntropy(torch.autograd.Function):
         try:
             scale_rows_op(grad, dtotal)
         except KernelFailedError as error:
-            if not ctx.may_fall_back:
+            if ctx.fallback_size is None:
                 raise
-            note_failure("cross_entropy", grad.device, error)
+            note_failure("cross_entropy", grad.device, error, ctx.fallback_size)
             grad.mul_(dtotal)
         return grad, *(None,) * 8
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastgpt2_kernels.backends import KernelFailedError, note_failure
+from fastgpt2_kernels.backends import KernelFailedError, Size, note_failure
 
 
 def gradients(
     operator: str,
-    may_fall_back: bool,
+    size: Size | None,
     error: KernelFailedError,
     function: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
@@ -20,9 +20,9 @@ def gradients(
     dout: Tensor,
 ) -> list[Tensor | None]:
     """The gradients of `function(*inputs)` in those inputs that need one; `error` again unless "auto" was asked for."""
-    if not may_fall_back:
+    if size is None:
         raise error
-    note_failure(operator, dout.device, error)
+    note_failure(operator, dout.device, error, size)
     with torch.enable_grad():
         leaves = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needed, strict=True)]
         wanted = [t for t in leaves if t is not None and t.requires_grad]

@@ -347,20 +347,24 @@ class LayerNormRow(NamedTuple):
         return OPTIONS if self.max_registers is None else {**OPTIONS, "maxnreg": self.max_registers}
 
 
+# Where a compiler by itself spills a few bytes to take fewer registers than there are: Triton 3.9 forward on sm_100,
+# 3.7.1 forward on sm_90, 3.6.0 backward on sm_100.
+_SPILLING_NORMS = (("forward", "sm_90"), ("forward", "sm_100"), ("backward", "sm_100"))
+
+
 def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
     """kernel "forward" or "backward".
 
     A thread holds 16 or 8 numbers of a row: 16 bytes of half precision twice, or once where five such rows (weight, its
     gradient, ...) stay in registers. As many programs as are resident together, each with a row on its way: 18 KB, more
     than memory's latency needs. More would wait for the first, and in the backward each writes a partial row.
-    Registers are said where the compiler by itself spills a few bytes to take 56 of them (Blackwell). The blocks of a
-    longer row are 4096 in the backward: 8192 spill (Ampere).
+    The blocks of a longer row are 4096 in the backward: 8192 spill (Ampere).
     """
     block = max(256, 1 << (width - 1).bit_length())
     lanes = 64 if is_amd(arch) else 32
     held, widest = (16, 16384) if kernel == "forward" else (8, 8192)
     num_warps = min(16, max(1, block // (held * lanes)))
-    registers = 80 if arch == "sm_100" and kernel == "forward" and block <= 4096 else None
+    registers = 80 if (kernel, arch) in _SPILLING_NORMS and block <= 4096 else None
     if kernel == "backward" and block > widest:
         return LayerNormRow(4096, 16 if lanes == 32 else 8, 2)
     return LayerNormRow(min(block, widest), num_warps, max(2, 24 // num_warps), registers)

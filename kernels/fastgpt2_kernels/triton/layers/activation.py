@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels.backends import KernelFailedError, implementation, may_fall_back
+from fastgpt2_kernels.backends import KernelFailedError, fallback_size, implementation
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.devices import launch_kernel
@@ -343,7 +343,7 @@ def _(dy, x, bias, name, needs_dx, needs_dbias):
 
 def _save(ctx, inputs, output):
     x, bias, ctx.name = inputs
-    ctx.may_fall_back = may_fall_back()
+    ctx.fallback_size = fallback_size()
     ctx.save_for_backward(x, bias)
 
 
@@ -363,7 +363,7 @@ def _plain_gradients(ctx, error, dy):
     def activate(x, bias):
         return implementation(operator, "torch")(x, bias, name)
 
-    return gradients(operator, ctx.may_fall_back, error, activate, ctx.saved_tensors, ctx.needs_input_grad[:2], dy)
+    return gradients(operator, ctx.fallback_size, error, activate, ctx.saved_tensors, ctx.needs_input_grad[:2], dy)
 
 
 bias_activation_op.register_autograd(_backward, setup_context=_save)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2_kernels.backends import KernelFailedError, implementation, may_fall_back
+from fastgpt2_kernels.backends import KernelFailedError, fallback_size, implementation
 from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Batch
 from fastgpt2_kernels.triton.devices import launch_kernel
@@ -444,7 +444,7 @@ def _(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, needs_ds, needs_dwe
 
 def _save(ctx, inputs, output):
     x, weight, bias, residual, ctx.eps = inputs
-    ctx.may_fall_back = may_fall_back()
+    ctx.fallback_size = fallback_size()
     _, s, *stats = output
     ctx.save_for_backward(x if residual is None else s, weight, *stats)
     ctx.dtypes = (x.dtype, bias.dtype, None if residual is None else residual.dtype)
@@ -478,7 +478,7 @@ def _plain_gradients(ctx, error, dy, ds_after, needs):
     def norm(s, weight, bias):
         return implementation(name, "torch")(s, weight, bias, ctx.eps, None)
 
-    ds, *rest = gradients(name, ctx.may_fall_back, error, norm, [s, weight, bias], needs, dy)
+    ds, *rest = gradients(name, ctx.fallback_size, error, norm, [s, weight, bias], needs, dy)
     return [ds if ds is None or ds_after is None else ds + ds_after, *rest]
 
 
