@@ -1,4 +1,4 @@
-"""What float32 may be rounded to in a matrix product."""
+"""Whether float32 matrix products may be rounded to tf32."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def is_float32_exact() -> bool:
-    """Whether products of float32 must not be rounded to tf32.
+    """Whether float32 matrix products must not be rounded to tf32.
 
     PyTorch has two switches, `torch.set_float32_matmul_precision` and `torch.backends.cuda.matmul.fp32_precision`. The
-    first sets the second as well, and cannot be read once the second was set by itself.
+    first also sets the second. It cannot be read after the second was set on its own, so this reads the second.
     """
     return torch.backends.cuda.matmul.fp32_precision != "tf32"
 

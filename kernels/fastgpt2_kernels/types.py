@@ -1,4 +1,4 @@
-"""What operators and backends hand to each other: options, plans of ragged rows, weights and slots of a decoding step.
+"""Data that operators and backends exchange: options, plans of ragged batches, weights and slots of a decode step.
 
 Plain data: nothing here computes, and nothing loads Triton.
 
@@ -23,9 +23,9 @@ class AttentionOptions(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Where documents laid end to end in T tokens lie: `ops.plan_documents` makes it once, every layer uses it.
+    """The borders of documents packed end to end into T tokens. `ops.plan_documents` makes it once for all layers.
 
-    cu_seqlens (documents + 1,) int32. starts, ends (T,) int32: the borders of each token's document.
+    cu_seqlens: (documents + 1,) int32. starts, ends: (T,) int32, where each token's document starts and ends.
     """
 
     cu_seqlens: Tensor
@@ -47,7 +47,7 @@ class DecodeRows(NamedTuple):
 
 
 class KernelPlan(NamedTuple):
-    """Which kernel takes which rows of a `RowPlan`; a row's kernel depends on nothing but the row.
+    """Which kernel handles which rows of a `RowPlan`. The choice for a row depends on that row alone.
 
     lengths: (slots,) int32, the tokens that each slot holds, up to the largest slot of the plan.
     decode: rows of few new tokens after cached ones; their kernel writes the cache.
@@ -78,7 +78,7 @@ class RowPlan(NamedTuple):
 
 
 class LossRows(NamedTuple):
-    """Of every row, zeros where the target is ignored. All but the loss are None unless they are asked for."""
+    """Results per row, zero where the target is ignored. All but `loss` are None unless requested."""
 
     loss: Tensor
     lse: Tensor | None = None
@@ -88,7 +88,7 @@ class LossRows(NamedTuple):
 
 
 class CrossEntropyOptions(NamedTuple):
-    """What `ops.cross_entropy` was asked for."""
+    """The options of `ops.cross_entropy`."""
 
     ignore_index: int
     reduction: str
@@ -101,7 +101,7 @@ class CrossEntropyOptions(NamedTuple):
 
 
 class LossOptions(NamedTuple):
-    """Of the linear cross-entropy."""
+    """The options of `ops.linear_cross_entropy`."""
 
     ignore_index: int
     label_smoothing: float
@@ -118,7 +118,7 @@ class LossOptions(NamedTuple):
 
 # -- a decoding step ----------------------------------------------------------------------------------------------
 
-# What a slot is: without a row, with one whose first token is yet to be appended, with one in the middle.
+# The status of a slot: no row; a row whose first token is yet to be appended; a row being decoded.
 IDLE, FRESH, RUNNING = 0, 1, 2
 
 
@@ -139,7 +139,7 @@ class LinearWeights(NamedTuple):
 
 
 def product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: LayerNormWeights | None) -> torch.dtype:
-    """What a linear map multiplies in: the weight's dtype, or for an int8 weight that of what is beside it."""
+    """The dtype of a linear layer's products: the weight's; for int8, that of the bias, else the LayerNorm, else x."""
     if weight.is_floating_point():
         return weight.dtype
     return next(t.dtype for t in (bias, None if layer_norm is None else layer_norm.weight, x) if t is not None)

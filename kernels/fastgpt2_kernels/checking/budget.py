@@ -1,4 +1,4 @@
-"""The 2x rule: a result's error against float64 is at most 2 x (the plain expression's + eps x the largest number)."""
+"""The 2x rule: the error against float64 is at most 2 x (the plain expression's error + eps x max|exact|)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def error_budget(plain_error: float, exact: Tensor, dtype: torch.dtype, terms: float = 0.0) -> float:
-    """The largest error that is right where the plain PyTorch expression in `dtype` is off by `plain_error`.
+    """The largest error allowed where the plain PyTorch expression in `dtype` has the error `plain_error`.
 
     Args:
         plain_error: The plain expression's error.
         exact: The result in float64.
-        dtype: The dtype under test: its eps counts.
-        terms: The size of what `exact` is a sum of; it counts where nine tenths of it cancel.
+        dtype: The dtype under test, whose eps is used.
+        terms: The magnitude of the terms that `exact` sums. It replaces max|exact| where over nine tenths of it cancel.
     """
     scale = exact.abs().max().item() if exact.numel() else 0.0
     scale = max(scale, terms if scale < terms / 10 else 0.0)
@@ -21,12 +21,12 @@ def error_budget(plain_error: float, exact: Tensor, dtype: torch.dtype, terms: f
 
 
 def largest_error(got: Tensor, exact: Tensor) -> float:
-    """max|got - exact|, NaN where one of them is. ValueError where their shapes differ."""
+    """max|got - exact|; NaN if either contains NaN. Raises ValueError if their shapes differ."""
     return _difference(got, exact).abs().max().item() if exact.numel() else 0.0
 
 
 def rms_error(got: Tensor, exact: Tensor) -> float:
-    """The root mean square of got - exact, which many roundings make far steadier than the largest."""
+    """The root mean square of got - exact. It averages many roundings, so it varies far less than the largest error."""
     return _difference(got, exact).square().mean().sqrt().item() if exact.numel() else 0.0
 
 

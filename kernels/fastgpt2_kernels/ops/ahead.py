@@ -1,4 +1,4 @@
-"""Compiling Triton's kernels before they are needed, also for a GPU that is not there."""
+"""Compile the Triton kernels ahead of time, even for a GPU that this machine does not have."""
 
 from __future__ import annotations
 
@@ -16,14 +16,28 @@ def _ahead() -> Any:
 
 
 def this_target() -> str:
-    """The target of the current GPU, such as "sm_90". RuntimeError where there is none."""
+    """The compilation target of the current GPU, such as "sm_90".
+
+    Raises:
+        RuntimeError: There is no GPU.
+        ImportError: Triton is not installed.
+    """
     return _ahead().this_target()
 
 
 def find_variants(target: str, run: Callable[[], None]) -> list[Any]:
-    """Every variant of a kernel that `run` launches on CPU tensors, as it is compiled for `target`; none is compiled.
+    """Record every kernel variant that `run` launches, without compiling any.
 
-    Each has `kernel`, its name. ValueError for a target that is none.
+    Args:
+        target: The compilation target, such as "sm_90".
+        run: A function that launches the kernels on CPU tensors.
+
+    Returns:
+        The variants as they are compiled for `target`. The attribute `kernel` of a variant is its kernel's name.
+
+    Raises:
+        ValueError: `target` is not a known target.
+        ImportError: Triton is not installed.
     """
     with _ahead().recorded(target) as variants:
         run()
@@ -31,5 +45,13 @@ def find_variants(target: str, run: Callable[[], None]) -> list[Any]:
 
 
 def compile_variants(variants: list[Any], jobs: int | None = None) -> None:
-    """Compile what `find_variants` found into Triton's cache, `jobs` at a time (None: one for each processor)."""
+    """Compile variants into Triton's cache.
+
+    Args:
+        variants: What `find_variants` returned.
+        jobs: How many are compiled at a time; None means one per processor.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
     _ahead().compile_all(variants, jobs)

@@ -1,4 +1,4 @@
-"""The checks that several operators share. Each raises, or says, one sentence: what was expected and what came."""
+"""Checks that several operators share. Each error or reason is one sentence: what was expected and what came."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def check_same(operator: str, *, check_dtype: bool = True, **tensors: Tensor) -> None:
+    """Raise ValueError unless the tensors share one device and, with `check_dtype`, one dtype."""
     if len({t.device for t in tensors.values()}) > 1:
         got = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
         raise ValueError(f"{operator}: all tensors must be on one device; got {got}")
@@ -20,5 +21,5 @@ def describe(tensor: Tensor) -> str:
 
 
 def only_float32(dtype: torch.dtype) -> str | None:
-    """Why tensors of `dtype` are none for a kernel that computes in float32."""
+    """Why a kernel that computes in float32 cannot take tensors of `dtype`; None if it can."""
     return "it computes in float32; got float64" if dtype == torch.float64 else None

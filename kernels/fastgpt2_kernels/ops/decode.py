@@ -1,4 +1,4 @@
-"""Decoding: linear maps of a few rows, and the step that is made of all the decoding kernels."""
+"""Decoding: linear layers for a few rows, and the decode step, which combines all the decoding kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight to 8 bits, with a scale for each output: weight is about int8 * scale.
+    """Quantize a weight to int8 with one scale per output, so that weight is approximately int8 * scale.
 
     Args:
         weight: (out, in), floating-point.
@@ -34,7 +34,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale 1.
 
     Raises:
-        ValueError: The weight is no floating-point matrix.
+        ValueError: The weight is not a floating-point matrix.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"quantize_rows: weight must be a float tensor (out, in); got {describe(weight)}")
@@ -58,23 +58,23 @@ def linear_decode(
 ) -> Tensor:
     """A linear layer for a few rows: activation(LN(x) weight^T + bias) + residual.
 
-    It is made to read the weight once, for 1 to about 64 rows. A row's result is the same to the bit whatever rows are
-    beside it. There are no gradients.
+    It is designed for 1 to about 64 rows and reads the weight once. A row's result is bitwise the same whatever other
+    rows are in the batch. There are no gradients.
 
     Args:
         x: (R, K), float32, bfloat16 or float16.
         weight: (N, K), of a floating-point dtype, or int8 with `weight_scale`.
         bias: (N,), or None.
         weight_scale: (N,) float32, for an int8 weight; see `quantize_rows`.
-        layer_norm: the LayerNorm that x goes through first, or None.
+        layer_norm: the LayerNorm applied to x first, or None.
         activation: a key of `ACTIVATIONS`.
         residual: (R, N), or None.
-        out_dtype: the result's dtype: by default the residual's, else that of the products.
+        out_dtype: the result's dtype; by default the residual's, or without a residual the products' dtype.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        The result (R, N). Products are in the weight's dtype (for int8 in the bias's, the LayerNorm's or x's); sums and
-        statistics are float32.
+        The result (R, N). Products are computed in the weight's dtype. For an int8 weight it is the dtype of the bias,
+        else of the LayerNorm's weight, else of x. Sums and statistics are float32.
 
     Raises:
         ValueError: Arguments do not go together, or the backend cannot be used.
@@ -134,10 +134,17 @@ def decode_step(
     packed: PackedWeights | None = None,
     backend: str = "auto",
 ) -> TritonStep | NativeStep:
-    """A decoding step of up to `max_rows` rows over the slots' state.
+    """Build a decode step for up to `max_rows` rows over the state of the slots.
 
     Args:
-        packed: What `pack_step_weights` made of `weights`, for the native backend; None: pack them now.
+        weights: The weights of the model.
+        slots: The state of every slot.
+        sampling: How the tokens of every slot are chosen.
+        stop_ids: The ids of the stop tokens.
+        max_rows: The most rows that a step decodes.
+        cache_dtype: The dtype of the key-value cache.
+        packed: The result of `pack_step_weights(weights)`, for the native backend. None packs the weights now.
+        backend: the backend, or "auto".
 
     Returns:
         `triton.decode.step.DecodeStep` on a GPU, `native.decode.DecodeStep` on a CPU.
@@ -152,6 +159,10 @@ def decode_step(
 
 
 def pack_step_weights(weights: StepWeights) -> PackedWeights:
-    """A copy of a step's weights in the layout of the native backend, which several steps can share."""
+    """Copy the weights of a decode step into the layout of the native backend. Several steps can share the copy.
+
+    Raises:
+        ValueError: The native backend cannot be used.
+    """
     choose_backend("decode_step", weights.wte.device, "native")
     return native_decode.pack_weights(weights)

@@ -1,4 +1,4 @@
-"""What a layer does beside attention: LayerNorm, activations, linear maps."""
+"""The parts of a layer other than attention: LayerNorm, activations, linear layers."""
 
 from __future__ import annotations
 
@@ -31,28 +31,29 @@ def layer_norm(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor | None = None, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm with bias over the last dimension (Ba et al. 2016), with the residual sum before it where there is one.
+    """LayerNorm with bias over the last dimension (Ba et al. 2016), optionally after adding a residual.
 
-    Statistics are float32 (float64 for float64 inputs, on PyTorch's operators). Everything is differentiable once. The
-    two gradients that meet in the sum are added where they are computed, and what is frozen costs nothing.
+    Statistics are computed in float32; float64 inputs run on PyTorch's operators, with float64 statistics. Every input
+    is differentiable once. The backward pass adds the two gradients of the residual sum where it computes them. Frozen
+    inputs cost nothing.
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.
         weight: (C,). Its dtype may differ from x's, and so may bias's and residual's.
         bias: (C,).
-        eps: what is added to the variance.
-        residual: in x's shape, or None.
+        eps: added to the variance; finite and >= 0.
+        residual: same shape as x, or None.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        y (..., C). With `residual` a pair (y, s): s = x + residual in the wider of their two dtypes, and y its
-        LayerNorm in that dtype.
+        y (..., C). With `residual`, the pair (y, s): s is x + residual in the wider of their two dtypes, and y is the
+        LayerNorm of s in that dtype.
 
     Raises:
         ValueError: Arguments do not go together, or the backend cannot be used.
 
     Notes:
-        Rows of (B, T, C) may lie at any strides if the last dimension's is 1. Otherwise the Triton backend first makes
+        x of shape (B, T, C) may have any strides as long as the last one is 1. Otherwise the Triton backend first makes
         a contiguous copy.
 
     Example:
@@ -78,11 +79,11 @@ def layer_norm(
 
 
 def activation(x: Tensor, name: str, *, backend: str = "auto") -> Tensor:
-    """An activation of x, elementwise.
+    """Apply an activation to every element of x.
 
     Args:
         x: any shape.
-        name: a key of `ACTIVATIONS`; the names are transformers'.
+        name: a key of `ACTIVATIONS`, which uses the names of transformers.
         backend: "auto" or "torch".
 
     Returns:
@@ -99,13 +100,13 @@ def activation(x: Tensor, name: str, *, backend: str = "auto") -> Tensor:
 def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str = "auto") -> Tensor:
     """activation(x + bias) in one pass.
 
-    It is computed in float32 and rounded once to x's dtype; PyTorch's operators also round the sum. It is
-    differentiable once, in x and bias; a frozen one costs nothing.
+    The Triton kernel computes in float32 and rounds once, to x's dtype; PyTorch's operators also round the sum. The
+    result is differentiable once, in x and bias. A frozen input costs nothing.
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.
         bias: (C,), or None. Its dtype may differ from x's.
-        name: a key of `ACTIVATIONS`. One without a Triton kernel runs on PyTorch's operators.
+        name: a key of `ACTIVATIONS`. An activation without a Triton kernel runs on PyTorch's operators.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -115,7 +116,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str =
         ValueError: Arguments do not go together, or the backend cannot be used.
 
     Notes:
-        The Triton backend copies an x that is no view of rows with a last stride of 1.
+        The Triton backend copies x unless it is a view of rows whose last stride is 1.
 
     Example:
         >>> bias_activation(torch.randn(4, 8), torch.zeros(8), "gelu_new").shape
@@ -150,9 +151,24 @@ def linear(
     residual: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """activation(x weight^T + bias) or x weight^T + bias + residual: x (..., in), weight (out, in) -> (..., out).
+    """A linear layer: activation(x weight^T + bias), or x weight^T + bias + residual.
 
-    The product is PyTorch's on every backend; with an activation, `backend` is that of the `bias_activation` after it.
+    PyTorch computes the matrix product on every backend. With an activation, `backend` chooses who computes the
+    `bias_activation` after the product.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,), or None.
+        activation: a key of `ACTIVATIONS`; "linear" is none. Any other excludes `residual`.
+        residual: (..., out), or None.
+        backend: the backend, or "auto".
+
+    Returns:
+        The result (..., out).
+
+    Raises:
+        ValueError: Arguments do not go together, or the backend cannot be used.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be one of {sorted(ACTIVATIONS)}; got {activation!r}")

@@ -19,9 +19,9 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class TargetCheck:
-    """Looks for targets that are neither ignored nor in the vocabulary, without waiting for the device.
+    """Finds targets that are neither ignored nor in the vocabulary, without synchronising with the device.
 
-    Pass one as `check_targets` to any number of calls, and call `raise_if_bad` where waiting for the device is fine.
+    Pass one as `check_targets` to any number of calls. Call `raise_if_bad` where a synchronisation is acceptable.
 
     Args:
         device: where the targets are.
@@ -31,7 +31,7 @@ class TargetCheck:
         self.flag = torch.zeros((), dtype=torch.int32, device=device)
 
     def raise_if_bad(self) -> None:
-        """Wait for the device, and raise if a target was bad since the last call.
+        """Wait for the device, and raise if any target was bad since the last call.
 
         Raises:
             ValueError: A target was neither `ignore_index` nor in the vocabulary.
@@ -46,15 +46,15 @@ class TargetCheck:
 
 
 class CrossEntropyStats(NamedTuple):
-    """What `cross_entropy` knows about every row, in the shape of the targets.
+    """Statistics of every row, in the shape of the targets.
 
-    There are no gradients, and rows whose target is ignored hold 0.
+    They have no gradients. Rows whose target is ignored hold 0.
 
     Attributes:
         lse: the log of the sum of exp(logits).
         logprob: the natural-log probability of the target.
         entropy: the entropy of the softmax, in nats.
-        correct: whether no logit is above the target's.
+        correct: whether no logit exceeds the target's.
     """
 
     lse: Tensor
@@ -80,7 +80,7 @@ def cross_entropy(
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-    """Softmax cross-entropy of logits, in float32. It means what `F.cross_entropy` means, with the additions below.
+    """Softmax cross-entropy of logits, in float32: `F.cross_entropy` with the additions below.
 
     Args:
         logits: (N, V) or (B, T, V), floating-point.
@@ -90,9 +90,9 @@ def cross_entropy(
         label_smoothing: in [0, 1), as in PyTorch.
         z_loss: adds z_loss * lse^2 to every counted row (PaLM, Chowdhery et al. 2022).
         class_weight: (V,). A mean then divides by the sum of the counted targets' weights.
-        shift: take each row's target from one position further on, without a copy. The last position of each row of B
+        shift: use the next position's target for each row, without a copy. The last position of each row of B
             does not count. Needs (B, T, V).
-        empty: what a mean over no rows is: "nan" (as in PyTorch) or "zero".
+        empty: the value of a mean over no rows: "nan" (as in PyTorch) or "zero".
         check_targets: what to do with a target that is neither `ignore_index` nor in [0, V). It is never used as an
             index. False: its row's loss and gradient are NaN. True: raise, which waits for the device. A `TargetCheck`:
             raise where you ask it to. None, the default, is True on a CPU and False on a GPU.

@@ -1,4 +1,4 @@
-"""Sampling: the next token of every row of logits, and the keys that make its noise a row's own."""
+"""Sampling: choose the next token of every row of logits, and make the keys that give each row its own noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 _NAME = "sample"
 _WORD = 0xFFFFFFFF
 _LIMIT = 2**21  # the kernel counts tokens in 21 bits
-# Of every setting: its dtype, what it must be in words, and the same as a predicate of numbers and tensors.
+# For each setting: its dtype, its valid range in words, and that range as a predicate of numbers and tensors.
 _SETTINGS: dict[str, tuple[torch.dtype, str, Callable]] = {
     "temperature": (torch.float32, "finite and >= 0", lambda x: (x >= 0) & (x < math.inf)),
     "top_k": (torch.int32, ">= 1", lambda x: x >= 1),
@@ -23,7 +23,7 @@ _SETTINGS: dict[str, tuple[torch.dtype, str, Callable]] = {
     "min_p": (torch.float32, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
     "repetition_penalty": (torch.float32, "finite and > 0", lambda x: (x > 0) & (x < math.inf)),
 }
-# What tensors of settings can hold. Temperatures go up to what the kernels compute with.
+# The range of each setting in a tensor. The kernels compute with temperatures of at most 1e30.
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**127
 _RANGES = {
     "temperature": (0.0, 1e30),
@@ -50,28 +50,46 @@ def sample(
     out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Choose a token for every row of logits (R, V): ids (R,) int64 and their log-probabilities (R,) float32.
+    """Sample one token for every row of logits.
 
-    The filters apply in this order: repetition penalty (Keskar et al. 2019) of the tokens `seen`, temperature, top-k,
-    top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). Tokens whose logits are equal stay or go together: top-k
-    keeps what is >= the k-th largest, top-p the fewest values whose tokens hold `top_p` of what top-k keeps. A setting
-    that is a number serves every row. Temperature 0, or top-k 1, is greedy: the lowest index of the largest logit.
+    The filters apply in this order: repetition penalty (Keskar et al. 2019) of the tokens in `seen`, temperature,
+    top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). Tokens with equal logits are kept or dropped
+    together. Temperature 0, or top-k 1, is greedy: it takes the lowest index of the largest logit.
 
-    What belongs to a row lies in tensors of S slots, row r's at `slots[r]`, (R,) int32; without `slots`, S = R and row
-    r's lies at r. They are the settings that differ from row to row, (S,) float32 (top_k int32, there <= 0 is off);
-    `keys` (S, 2) int64 or int32 (`row_keys`) and `positions` (S,) int32, the number of tokens before the one to be
-    chosen; `seen` (S, V) bool or uint8, in which `mark_seen=True` marks the token that is chosen. The noise is a
-    function of key, position and token alone: what a row becomes depends on no other row.
+    A setting given as a number applies to every row. Everything that belongs to one row lies in tensors with one entry
+    per slot, S slots in all; row r uses the entry `slots[r]`. Without `slots`, S = R and row r uses entry r. The noise
+    is a function of key, position and token alone, so a row's result does not depend on the other rows.
 
-    Log-probabilities are those of softmax(logits) as they come, before penalty, temperature and filters. A row with NaN
-    or +inf, or of -inf only, gives id 0 and NaN. `out` is (ids (S,) int64 or int32, log-probabilities (S,) float32), to
-    be written at `slots` and returned: with it and nothing but tensors, the Triton backend allocates nothing.
+    Args:
+        logits: (R, V), floating-point, V < 2^21.
+        temperature: a number, or (S,) float32; finite and >= 0.
+        top_k: keeps the logits >= the k-th largest. An int >= 1, (S,) int32 where <= 0 is off, or None (off).
+        top_p: in (0, 1]: keeps the fewest values whose tokens hold `top_p` of what top-k keeps. A number, (S,) float32,
+            or None (off).
+        min_p: in [0, 1]; a number, (S,) float32, or None (off).
+        repetition_penalty: finite and > 0; a number, or (S,) float32. 1 is off.
+        seen: (S, V) bool or uint8, the tokens that the penalty applies to.
+        mark_seen: mark the chosen token in `seen`.
+        keys: (S, 2) int64 or int32, from `row_keys`. Greedy sampling needs none.
+        positions: (S,) int32, the number of tokens before the one to choose. Greedy sampling needs none.
+        slots: (R,) int32, the slot of each row.
+        out: (ids (S,) int64 or int32, log-probabilities (S,) float32), to be written at `slots` and returned. With
+            `out`, and every setting a tensor, the Triton backend allocates nothing.
+        backend: the backend, or "auto".
 
-    Every setting that is accepted has a defined result, the same on every backend. A temperature above 1e30 is 1e30,
-    one that float32 holds as 0 is greedy; however small top_p is, the largest logit stays. Where the penalty makes the
-    largest logit infinite, the first of the largest is chosen.
+    Returns:
+        The ids (R,) int64 and their log-probabilities (R,) float32, or `out` if it was given. The log-probabilities are
+        those of softmax(logits) before penalty, temperature and filters. A row that contains NaN or +inf, or only -inf,
+        gives id 0 and NaN.
 
-    ValueError for arguments that do not fit. Values of tensors are looked at on a CPU only.
+    Raises:
+        ValueError: Arguments do not go together, or the backend cannot be used. Values of tensors are checked on a CPU
+            only.
+
+    Notes:
+        Every accepted setting has a defined result, which is the same on every backend. A temperature above 1e30 counts
+        as 1e30, and one that float32 rounds to 0 is greedy. However small top_p is, the largest logit stays. Where the
+        penalty makes the largest logit infinite, the first of the largest is chosen.
     """
     if logits.dim() != 2 or not logits.is_floating_point() or not 0 < logits.shape[1] < _LIMIT:
         raise ValueError(f"{_NAME}: logits must be floating-point (R, V), 0 < V < 2^21; got {describe(logits)}")
@@ -114,7 +132,7 @@ def sample(
 
 
 def _setting(name: str, value: float | Tensor | None, logits: Tensor, num_slots: int) -> Tensor | None:
-    """A setting as a tensor (S,); None if it changes nothing."""
+    """The setting as a tensor (S,), or None if it has no effect."""
     dtype, needed, is_valid = _SETTINGS[name]
     if value is None:
         if name in ("temperature", "repetition_penalty"):
@@ -136,13 +154,13 @@ def _setting(name: str, value: float | Tensor | None, logits: Tensor, num_slots:
 
 
 def in_range(name: str, value: float) -> float:
-    """A setting of sampling as a tensor of `sample` can hold it: the nearest number in its range."""
+    """Clamp a sampling setting to the range that a tensor passed to `sample` can hold."""
     low, high = _RANGES[name]
     return min(max(value, low), high)
 
 
 def _check_state(given: dict[str, Tensor], slots: Tensor | None, logits: Tensor, num_slots: int) -> None:
-    """Shapes, dtypes and devices of everything that lies in slots."""
+    """Check the shape, dtype and device of `slots` and of every tensor that has an entry per slot."""
     R, V = logits.shape
     int_types = (torch.int64, torch.int32)
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
@@ -169,10 +187,20 @@ def _check_state(given: dict[str, Tensor], slots: Tensor | None, logits: Tensor,
 
 
 def row_keys(seed: int, prompts: Sequence[int], samples: Sequence[int]) -> Tensor:
-    """The keys (N, 2) int64 that `sample` draws with, for sample `samples[i]` of prompt `prompts[i]`; on the CPU.
+    """The keys that `sample` draws its noise with, for sample `samples[i]` of prompt `prompts[i]`.
 
-    One call of Philox 4x32-7 each, keyed by `seed` and counted by (sample, prompt, 1): words 0 and 1. Seeds and prompts
-    are in [0, 2^64), samples in [0, 2^32).
+    Each key is words 0 and 1 of one call of Philox 4x32-7 with the key `seed` and the counter (sample, prompt, 1).
+
+    Args:
+        seed: in [0, 2^64).
+        prompts: N numbers in [0, 2^64).
+        samples: N numbers in [0, 2^32).
+
+    Returns:
+        The keys (N, 2) int64, on the CPU.
+
+    Raises:
+        ValueError: A number is out of range, or `prompts` and `samples` differ in length.
     """
     if len(prompts) != len(samples):
         raise ValueError(f"row_keys: prompts and samples must pair up; got {len(prompts)} and {len(samples)}")
