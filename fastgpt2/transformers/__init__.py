@@ -9,7 +9,7 @@ try:
     import transformers.masking_utils  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        'fastgpt2.transformers needs transformers 5 or newer; install it with pip install "fastgpt2[transformers]"'
+        'fastgpt2.transformers needs transformers 5.20 or newer; install it with pip install "fastgpt2[transformers]"'
     ) from error
 
 from fastgpt2.transformers import attention
