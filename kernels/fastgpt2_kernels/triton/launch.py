@@ -103,7 +103,7 @@ def cross_entropy_row(
         if capability is not None and has_extras:
             registers = 128 if element_size == 2 else None if capability[0] == 10 else 168
         elif capability is not None and capability < (9, 0):
-            registers = 64 if element_size == 2 else 80
+            registers = 72 if element_size == 2 else 80
         elif capability is not None and (element_size == 2 or capability >= (10, 0)):
             registers = 80
         return CrossEntropyRow(8192, 2048, 8, registers)
