@@ -79,7 +79,7 @@ class _DropoutAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):  # the backward pass, which computes P again, runs without it
             for start, end, seen in _query_blocks(q.shape[2], k.shape[2]):
                 probs = _causal_probs(wide_q[:, :, start:end], wide_k[:, :, :seen], scale)
-                dropped.append(torch.empty_like(probs, dtype=torch.bool).bernoulli_(dropout_p))
+                dropped.append(_draw_dropped(probs.shape, dropout_p))
                 probs.masked_fill_(dropped[-1], 0.0)
                 out[:, :, start:end] = (probs @ wide_v[:, :, :seen]) * _kept_factor(dropout_p)
         ctx.save_for_backward(q, k, v, *dropped)
@@ -135,6 +135,16 @@ def _causal_probs(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """(B, H, T, D) laid out in this order, in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def _draw_dropped(shape: torch.Size, dropout_p: float) -> Tensor:
+    """True with probability `dropout_p`, to within 2^-17: 16 random bits each, a third of the time of `bernoulli_`."""
+    count = shape.numel()
+    bits = (
+        torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count].view(shape)
+    )
+    threshold = round(dropout_p * 2**16) - 2**15
+    return bits < threshold if threshold < 2**15 else torch.ones(shape, dtype=torch.bool)
 
 
 def _kept_factor(dropout_p: float) -> float:
