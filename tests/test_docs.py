@@ -92,3 +92,18 @@ def test_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted
     assert not result.failed
+
+
+def test_the_figures_are_what_their_script_draws(tmp_path: Path) -> None:
+    """Each is on the kernels' page, with the same words in it (fonts differ between versions of matplotlib)."""
+    docs = ROOT / "docs"
+    runpy.run_path(str(docs / "figures.py"))["main"](tmp_path)
+    page = (docs / "kernels.md").read_text(encoding="utf-8")
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (docs / "img").glob("*.svg") if not path.is_symlink()}
+    for name in drawn:
+        assert f"(img/{name})" in page
+        new, kept = (
+            re.findall(r"<text[^>]*>([^<]*)", (folder / name).read_text()) for folder in (tmp_path, docs / "img")
+        )
+        assert new == kept, f"{name}: draw it again with python docs/figures.py"
