@@ -112,6 +112,25 @@ def check(kernel, case: dict, rng: random.Random, device: str) -> int:
     return rounded
 
 
+def check_exact_mass(kernel, device: str) -> None:
+    """A token of exactly half the mass is enough for top_p = 0.5: of masses 1, 0.5 and 0.5 only the first is drawn."""
+    N = 24
+    logits = torch.tensor([[0.0, -math.log(2), -math.log(2)]], device=device).repeat(N, 1)
+    ids, logprobs = torch.full((N,), -1, device=device), torch.zeros(N, device=device)
+    kernel.sample_rows(
+        logits, ids, logprobs, keys=ops.row_keys(3, range(N), [0] * N).to(device),
+        positions=torch.zeros(N, dtype=torch.int32, device=device),
+        temperature=torch.ones(N, device=device), top_p=torch.full((N,), 0.5, device=device),
+    )  # fmt: skip
+    assert ids.tolist() == [0] * N
+
+
+def test_top_p_needs_no_more_than_its_mass(triton_device):
+    from fastgpt2_kernels.triton import sampling as kernel
+
+    check_exact_mass(kernel, triton_device)
+
+
 def exact_logprobs(logits: Tensor) -> Tensor:
     """log_softmax, to the bits that adding 1 to what a confident row's largest logit leaves would round away."""
     largest, at = logits.max(-1, keepdim=True)

@@ -38,6 +38,7 @@ MUTATIONS = {
     "nothing is ever left out": ("third = tl.maximum(third, tl.minimum(y, second))", "third = third", "three"),
     "k + 1 tokens": ("k = tl.where(k <= 0, V, k)", "k = tl.where(k <= 0, V, k + 1)", "k"),
     "top-p forgotten": ("is_open = (mass_above >= limit)", "is_open = (mass_above < 0)", "p"),
+    "top-p takes a token that it can do without": ("(mass_above >= limit)", "(mass_above > limit)", "exact"),
     "top-p before temperature": ("tl.minimum(1.0 / temperature, MAX_INVERSE) * LOG2_E", "LOG2_E", "p"),
     "top-p before top-k": ("mass = _mass_from(row, end, low,", 'mass = _mass_from(row, end, float("-inf"),', "k and p"),
     "min-p before temperature": ("y_max + temperature * (LN_2", "y_max + (LN_2", "min"),
@@ -71,7 +72,10 @@ CASES = {
 
 
 def check(kernel: ModuleType, name: str, device: str) -> None:
-    """The random tests' check on a case, two times; or the rows that cannot be sampled, and confident ones."""
+    """The random tests' check on a case, two times; or one of the cases that are made by hand."""
+    if name == "exact":
+        sampling.check_exact_mass(kernel, device)
+        return
     if name != "rows":
         torch.manual_seed(7)
         rng = random.Random(11)
@@ -95,7 +99,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def test_interpreted_as_it_is(tmp_path: Path, interpreter: str) -> None:
     kernel = load(SOURCE, tmp_path)
-    for name in (*CASES, "rows"):
+    for name in (*CASES, "rows", "exact"):
         check(kernel, name, interpreter)
 
 
