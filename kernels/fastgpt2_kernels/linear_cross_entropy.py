@@ -83,7 +83,7 @@ def loss_chunks(
         loss_N = torch.empty(N, dtype=wide, device=x.device)
         weight_VC = weight.to(compute)
         bias_V = x.new_zeros((), dtype=compute) if bias is None else bias.to(compute)
-        use_onednn = _use_onednn(x, weight_VC, bias)
+        use_onednn = not options.use_triton and _use_onednn(x, weight_VC, bias)
         buffer = torch.empty(0 if use_onednn else min(options.chunk_rows, N), width, dtype=compute, device=x.device)
         for start in range(0, N, options.chunk_rows):
             rows = slice(start, min(start + options.chunk_rows, N))
