@@ -130,17 +130,20 @@ def _wide_products(a: Tensor, out: Tensor) -> bool:
     return out.dtype == torch.float32 and _has_wide_products(a.device.type)
 
 
+ONEDNN_NUMBERS = 1 << 20  # of a weight
+
+
 def _use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the logits come from oneDNN's float32 product, by the operator that torch.compile calls for it.
 
     A vocabulary that is odd leaves the rows of the logits unaligned. PyTorch's own product, MKL's, then takes twice as
-    long on a CPU.
+    long on a CPU. Small products gain nothing.
     """
     return (
         x.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.is_contiguous()
-        and min(weight.shape) > 0
+        and weight.numel() >= ONEDNN_NUMBERS
         and (bias is None or bias.dtype == torch.float32)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -317,6 +317,31 @@ def test_the_chunk_rule() -> None:
     assert linear.chunk_rows(32768, 50257, torch.device("cuda")) == 2048
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_a_large_weight_on_a_cpu(seed: int, scale: float) -> None:
+    """Its logits are oneDNN's: the 2x rule at that size, with a vocabulary that is odd."""
+    torch.manual_seed(seed)
+    N, C, V = 40, 512, 2051
+    assert linear._use_onednn(torch.zeros(N, C), torch.zeros(V, C), None)
+    x, weight, bias = torch.randn(N, C), torch.randn(V, C) / 16, torch.randn(V)
+    targets = torch.randint(V, (N,))
+
+    def results(of, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        loss = of(*inputs)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight, bias) * scale, targets)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(x, weight, targets, bias, logit_scale=scale, backend="torch")
+
+    found = (results(ours, torch.float32), results(plain, torch.float32), results(plain, torch.float64))
+    for name, got, rounded, exact in zip(("loss", "x", "weight", "bias"), *found, strict=True):
+        assert_rms_within_budget(got, [rounded], exact, name)
+
+
 @pytest.mark.parametrize(
     ("needed", "products"), [("", 1), ("x", 2), ("weight", 2), ("bias", 1), ("x weight", 3), ("x weight bias", 3)]
 )
