@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,16 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_own(name: str, is_toy: bool) -> int:
-    """Run a part in this process; its result is the last line of output."""
+    """Run a part in this process; its result is the last line of output, or a traceback if it fails."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         found = PARTS[name][1](Place(device, is_toy))
         result = {"status": "skipped" if "skipped" in found else "ok", "found": found}
     except WrongError as wrong:
         result = {"status": "wrong", "found": {"wrong": str(wrong)}}
-    except Exception as error:
-        traceback.print_exc()
-        result = {"status": "failed", "found": {"error": f"{type(error).__name__}: {error}"[:2000]}}
     print(json.dumps(result), flush=True)
     return 0 if result["status"] in ("ok", "skipped") else 1
 
@@ -162,6 +158,8 @@ def run_part(name: str, part: Part, out: Path, key: dict[str, Any]) -> dict[str,
     found = last_object(kept.decode("utf-8", "replace")) if status != "out of time" else None
     if name in PARTS and found is not None:
         status, result["found"] = found["status"], found["found"]
+    elif status == "failed" and (lines := kept.decode("utf-8", "replace").strip().splitlines()):
+        result["found"] = {"error": lines[-1][:2000]}
     result |= {"status": status, "seconds": time.perf_counter() - begin}
     write_result(out, name, result)
     return result

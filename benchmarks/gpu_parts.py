@@ -6,6 +6,7 @@ A part that finds something wrong raises `WrongError`. With `is_toy` sizes are t
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import random
 import statistics
@@ -117,8 +118,8 @@ def attention(place: Place) -> dict[str, Any]:
         _require(share <= 1, f"{name} is off by {share:.2f} of what rounding explains")
     turns = place.pick(20, 1)
     for name, run in (("ours", ours), ("PyTorch", sdpa)):
-        found[f"forward ms, {name}"] = 1e3 * _seconds(lambda run=run: run(qkv), place.device, turns)  # type: ignore[misc]
-        both = _seconds(lambda run=run: gradient(run), place.device, turns)  # type: ignore[misc]
+        found[f"forward ms, {name}"] = 1e3 * _seconds(functools.partial(run, qkv), place.device, turns)
+        both = _seconds(functools.partial(gradient, run), place.device, turns)
         found[f"forward and backward ms, {name}"] = 1e3 * both
     return found
 
@@ -291,7 +292,7 @@ def training(place: Place) -> dict[str, Any]:
         model = _model(place, "gpt2", torch.float32).train()
         run: Any = torch.compile(model) if is_compiled else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-        scaler = torch.amp.GradScaler(place.device.type, enabled=dtype == torch.float16)  # type: ignore[attr-defined]
+        scaler = torch.amp.GradScaler(place.device.type, enabled=dtype == torch.float16)
         tokens = torch.randint(model.config.vocab_size, (B, T + 1), device=place.device)
         losses = []
 

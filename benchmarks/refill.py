@@ -7,6 +7,7 @@ python -m benchmarks.refill [--rows 8 32] [--new 64] [--dtype float32]. GPT-2 12
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import statistics
 import time
@@ -46,8 +47,7 @@ def prefill_and_step(model: GPT2, rows: int) -> tuple[float, float]:
     )
     prompts = [[7] * TOKENS] * rows
     one, all_rows = (
-        seconds(lambda n=n: session.prefill(range(n), prompts[:n]), model.device)  # type: ignore[misc]
-        for n in (1, rows)
+        seconds(functools.partial(session.prefill, range(n), prompts[:n]), model.device) for n in (1, rows)
     )
     logits = session.prefill(range(rows), prompts)
     session.begin([NewRow(row, ids, (row, 0), 10_000) for row, ids in enumerate(prompts)], logits)

@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -30,24 +32,42 @@ WEIGHTS = ("float32", "bfloat16", "int8")
 PROMPT, NEW = 64, 128  # tokens, as in the benchmark of generation
 
 
-@contextmanager
-def _timed_steps() -> Iterator[tuple[torch.Tensor, list[tuple[float, float, int]]]]:
-    """The seconds of the phases of all steps meanwhile, and every call's begin, end and number of steps."""
-    times, calls, run = torch.zeros(len(PHASES), dtype=torch.float64), [], ops.NativeStep.run
+@dataclass
+class _Times:
+    """What the native step was seen to do."""
 
-    def timed(step: ops.NativeStep, slots: torch.Tensor, steps: int = 1) -> int:
-        step.times = times
+    phases: torch.Tensor  # seconds of each of PHASES
+    calls: list[tuple[float, float, int]]  # begin, end and number of steps
+
+
+@contextmanager
+def _timed(method: str) -> Iterator[_Times]:
+    """The times of all calls of a method of the native step, `run` or `prefill`, meanwhile."""
+    times, original = _Times(torch.zeros(len(PHASES), dtype=torch.float64), []), getattr(ops.NativeStep, method)
+
+    def timed(step: ops.NativeStep, *args: Any, **options: Any) -> Any:
+        step.times = times.phases
         begin = time.perf_counter()
-        done = run(step, slots, steps)
-        calls.append((begin, time.perf_counter(), done))
-        step.times = None
+        try:
+            done = original(step, *args, **options)
+        finally:
+            step.times = None
+        times.calls.append((begin, time.perf_counter(), done if isinstance(done, int) else 1))
         return done
 
-    ops.NativeStep.run = timed  # type: ignore[method-assign]
-    try:
-        yield times, calls
-    finally:
-        ops.NativeStep.run = run  # type: ignore[method-assign]
+    with mock.patch.object(ops.NativeStep, method, timed):
+        yield times
+
+
+def _fastest(turns: int, turn: Callable[[], tuple[torch.Tensor, float]]) -> dict[str, float]:
+    """Milliseconds of each phase, and of the host, in the fastest turn but the first, which packs the weights."""
+    found = []
+    for _ in range(turns + 1):
+        phases, host = turn()
+        found.append(
+            {name: 1e3 * seconds for name, seconds in zip((*PHASES, "host"), (*phases.tolist(), host), strict=True)}
+        )
+    return min(found[1:], key=lambda times: sum(times.values()))
 
 
 def profile(
@@ -55,49 +75,31 @@ def profile(
 ) -> dict[str, float]:
     """Milliseconds a step by phase, and of the host, in the fastest of some turns."""
     prompts = torch.randint(model.config.vocab_size, (num_rows, prompt))
-    best: dict[str, float] = {}
-    for turn in range(turns + 1):  # the first one packs the weights
-        with _timed_steps() as (times, calls):
+
+    def turn() -> tuple[torch.Tensor, float]:
+        with _timed("run") as times:
             model.generate(
                 prompts, max_new_tokens=new, temperature=0, stop_token_ids=(), batch_size=num_rows,
                 weight_dtype="int8" if weights == "int8" else None,
             )  # fmt: skip
-        steps = sum(done for *_, done in calls)
-        host = sum(later[0] - earlier[1] for earlier, later in itertools.pairwise(calls))
-        by_phase = {**dict(zip(PHASES, times.tolist(), strict=True)), "host": host}
-        found = {name: 1e3 * seconds / steps for name, seconds in by_phase.items()}
-        if turn > 0 and (not best or sum(found.values()) < sum(best.values())):
-            best = found
-    return best
+        steps = sum(done for *_, done in times.calls)
+        host = sum(later[0] - earlier[1] for earlier, later in itertools.pairwise(times.calls))
+        return times.phases / steps, host / steps
+
+    return _fastest(turns, turn)
 
 
 def profile_prefill(model: GPT2, prompt: int, weights: str, turns: int = 6) -> dict[str, float]:
     """Milliseconds of the first token of one prompt by phase, and of the host, in the fastest of some turns."""
-    best: dict[str, float] = {}
-    times, prefill = torch.zeros(len(PHASES), dtype=torch.float64), ops.NativeStep.prefill
-
-    def timed(step: ops.NativeStep, *args: Any, **options: Any) -> Any:
-        step.times = times
-        try:
-            return prefill(step, *args, **options)
-        finally:
-            step.times = None
-
     prompts = torch.randint(model.config.vocab_size, (1, prompt))
-    ops.NativeStep.prefill = timed  # type: ignore[method-assign]
-    try:
-        for turn in range(turns + 1):  # the first one packs the weights
-            times.zero_()
-            begin = time.perf_counter()
+
+    def turn() -> tuple[torch.Tensor, float]:
+        begin = time.perf_counter()
+        with _timed("prefill") as times:
             model.generate(prompts, max_new_tokens=1, temperature=0, weight_dtype="int8" if weights == "int8" else None)
-            host = time.perf_counter() - begin - float(times.sum())
-            by_phase = {**dict(zip(PHASES, times.tolist(), strict=True)), "host": host}
-            found = {name: 1e3 * seconds for name, seconds in by_phase.items()}
-            if turn > 0 and (not best or sum(found.values()) < sum(best.values())):
-                best = found
-    finally:
-        ops.NativeStep.prefill = prefill  # type: ignore[method-assign]
-    return best
+        return times.phases, time.perf_counter() - begin - float(times.phases.sum())
+
+    return _fastest(turns, turn)
 
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
