@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.generation import GenerationMixin
 from transformers.generation import logits_process as processes
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -53,7 +54,7 @@ _ATTENTION = {None, "eager", "sdpa", "fastgpt2", "flash_attention_2", "flash_att
 _LOOP_METHODS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill")
 
 
-class FastGenerationMixin:
+class FastGenerationMixin(GenerationMixin):
     """Greedy decoding and sampling by `generate`, as fast as `fastgpt2.GPT2` generates.
 
     To stand before a GPT-2 class of transformers among a class's bases. What differs from transformers:
@@ -87,25 +88,25 @@ class FastGenerationMixin:
         if reason is not None:
             _LOGGER.info("generate runs in transformers' own loop: %s", reason)
         if rows is None or (reason is not None and rows.is_left_padded):
-            return super()._sample(  # type: ignore[misc]
+            return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
         processors = rows.left_padded_processors(logits_processor)
         if reason is not None:
             model_kwargs |= rows.left_padded_inputs()
-            result = super()._sample(  # type: ignore[misc]
+            result = super()._sample(
                 rows.ids, processors, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
         else:
-            engine = _ENGINES[self].model  # type: ignore[index]
+            engine = _ENGINES[self].model
             run = _Run(engine, rows, processors, stopping_criteria, generation_config, streamer)
             result = run.result(_cache_of(inputs))
         return rows.as_given(result)
 
     def train(self, mode: bool = True) -> Any:
         if mode:
-            _ENGINES.pop(self, None)  # type: ignore[call-overload]  # its weights are about to change
-        return super().train(mode)  # type: ignore[misc]
+            _ENGINES.pop(self, None)  # its weights are about to change
+        return super().train(mode)
 
 
 # -- whether the step can serve a call --------------------------------------------------------------------------------

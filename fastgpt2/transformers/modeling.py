@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -169,16 +170,16 @@ class GPT2Block(hf.GPT2Block):
         return hidden_states + self.mlp(normed)
 
 
-class _Accelerated:
+class _Accelerated(hf.GPT2PreTrainedModel):
     """What the models share: their modules are ours, and their attention too unless another is asked for."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        become_ours(self)  # type: ignore[arg-type]
+        super().__init__(config, *args, **kwargs)
+        become_ours(self)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         chosen = NAME if requested_attention is None else requested_attention
-        return super().get_correct_attn_implementation(chosen, is_init_check)  # type: ignore[misc]
+        return super().get_correct_attn_implementation(chosen, is_init_check)
 
 
 class GPT2Model(_Accelerated, hf.GPT2Model):
@@ -207,14 +208,21 @@ _NAMES = {
 }
 
 
-def _signature_with_skip_logits(theirs: type) -> inspect.Signature:
-    signature = inspect.signature(theirs.forward)  # type: ignore[attr-defined]
+def _takes_skip_logits(theirs: Any) -> Callable[[Any], Any]:
+    """Give a `forward` the signature of transformers' and `skip_logits`: editors and `help` see it, and Trainer, which
+    passes on the columns that it names."""
+    signature = inspect.signature(theirs.forward)
     *parameters, rest = signature.parameters.values()
     more = inspect.Parameter("skip_logits", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
-    return signature.replace(parameters=[*parameters, more, rest])
+
+    def named(forward: Any) -> Any:
+        forward.__signature__ = signature.replace(parameters=[*parameters, more, rest])
+        return forward
+
+    return named
 
 
-class _SkipsLogits:
+class _SkipsLogits(_Accelerated):
     """What the models share that have a language modelling loss.
 
     With `labels` the loss is computed without the logits. `skip_logits`, an argument of `forward` or an attribute of
@@ -228,10 +236,10 @@ class _SkipsLogits:
         if asked and not has_labels:
             raise ValueError(f"{type(self).__name__}: skip_logits=True needs labels; without them there is no loss")
         skip = self.skip_logits if asked is None else asked
-        return has_labels and returns_dict and (self.training if skip is None else skip)  # type: ignore[attr-defined]
+        return has_labels and returns_dict and (self.training if skip is None else skip)
 
 
-class GPT2LMHeadModel(_SkipsLogits, _Accelerated, FastGenerationMixin, hf.GPT2LMHeadModel):
+class GPT2LMHeadModel(_SkipsLogits, FastGenerationMixin, hf.GPT2LMHeadModel):
     """transformers' GPT2LMHeadModel on fastgpt2's operators.
 
     With `labels` the loss is computed without the logits. Whether `logits` are computed too, and are in the output,
@@ -239,6 +247,7 @@ class GPT2LMHeadModel(_SkipsLogits, _Accelerated, FastGenerationMixin, hf.GPT2LM
     training mode. A tuple (`return_dict=False`) always holds them.
     """
 
+    @_takes_skip_logits(hf.GPT2LMHeadModel)
     def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
         """As transformers' `GPT2LMHeadModel.forward`, and one argument more.
 
@@ -284,9 +293,6 @@ class GPT2LMHeadModel(_SkipsLogits, _Accelerated, FastGenerationMixin, hf.GPT2LM
             cross_attentions=outputs.cross_attentions,
         )
         return result if returns_dict else result.to_tuple()
-
-    # What editors, `help` and Trainer, which passes on the columns that forward names, see.
-    forward.__signature__ = _signature_with_skip_logits(hf.GPT2LMHeadModel)  # type: ignore[attr-defined]
 
 
 def _has_plain_loss(model: Any) -> bool:
@@ -336,16 +342,16 @@ def _defined_padding(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, "attention_mask": causal_mask_4d(mask.flatten(0, -2))}
 
 
-def _with_defined_padding(theirs: type) -> Any:
-    @functools.wraps(theirs.forward)  # type: ignore[attr-defined]
+def _with_defined_padding(theirs: Any) -> Any:
+    @functools.wraps(theirs.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(_NAMES[theirs], args, strict=False)), **kwargs}
-        return theirs.forward(self, **_defined_padding(given))  # type: ignore[attr-defined]
+        return theirs.forward(self, **_defined_padding(given))
 
     return forward
 
 
-class GPT2DoubleHeadsModel(_SkipsLogits, _Accelerated, FastGenerationMixin, hf.GPT2DoubleHeadsModel):
+class GPT2DoubleHeadsModel(_SkipsLogits, FastGenerationMixin, hf.GPT2DoubleHeadsModel):
     """transformers' GPT2DoubleHeadsModel on fastgpt2's operators.
 
     `skip_logits` is what it is for `GPT2LMHeadModel`: in training mode `logits` is None unless it is False.
@@ -353,6 +359,7 @@ class GPT2DoubleHeadsModel(_SkipsLogits, _Accelerated, FastGenerationMixin, hf.G
 
     _theirs = _with_defined_padding(hf.GPT2DoubleHeadsModel)
 
+    @_takes_skip_logits(hf.GPT2DoubleHeadsModel)
     def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
         """As transformers' `GPT2DoubleHeadsModel.forward`; `skip_logits` as for `GPT2LMHeadModel.forward`."""
         given = {**dict(zip(_NAMES[hf.GPT2DoubleHeadsModel], args, strict=False)), **kwargs}
@@ -384,8 +391,6 @@ class GPT2DoubleHeadsModel(_SkipsLogits, _Accelerated, FastGenerationMixin, hf.G
             attentions=outputs.attentions,
         )
         return result if returns_dict else result.to_tuple()
-
-    forward.__signature__ = _signature_with_skip_logits(hf.GPT2DoubleHeadsModel)  # type: ignore[attr-defined]
 
 
 class GPT2ForSequenceClassification(_Accelerated, hf.GPT2ForSequenceClassification):
