@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder appears on disk whole, or not at all."""
+"""Atomic writes: a file or folder appears on disk whole, or not at all. Reading what `torch.save` wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import zipfile
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import torch
 
 from fastgpt2.messages import first_line
 
@@ -158,10 +160,34 @@ def check_archive(path: str | PathLike[str]) -> None:
                     with archive.open(record) as file:
                         while file.read(1 << 20):
                             pass
+    # All that zipfile raises where bytes are damaged: a flag that says "encrypted" is a RuntimeError, a version or a
+    # method that it does not know a NotImplementedError, a name that is no UTF-8 a UnicodeDecodeError.
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the archive
         raise ValueError(f"{path}: is damaged ({first_line(error)}); fetch or write it anew") from error
+
+
+def load_torch_file(path: str | PathLike[str], *, mmap: bool, what: str, advice: str) -> Any:
+    """What `torch.save` wrote to a file, on the CPU. No code of the file is run.
+
+    Args:
+        path: The file.
+        mmap: Map the tensors into memory where the format allows it.
+        what: What the file should be, for the error.
+        advice: What to do about a file that is not, for the error.
+
+    Raises:
+        ValueError: The file is damaged or holds something else.
+        OSError: The file cannot be opened.
+    """
+    try:
+        # Only zip archives can be memory-mapped, and files from before PyTorch 1.6 are not zip archives.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the file
+        raise ValueError(f"{path}: not a readable {what} ({first_line(error)}); {advice}") from error
 
 
 def link_file(path: Path, link: Path) -> None:

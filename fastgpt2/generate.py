@@ -304,7 +304,8 @@ def lists_options(function: _Function) -> _Function:
         )
         for name, annotation in GenerateOptions.__annotations__.items()
     ]
-    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    attributes: Any = function
+    attributes.__signature__ = signature.replace(parameters=[*own, *options])
     return function
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt2.files import load_torch_file
 from fastgpt2.formats.weights import canonical_name, checked_dtype, is_mask_buffer
 from fastgpt2.messages import first_line, listed
 
@@ -42,13 +43,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 def torch_load(path: Path) -> dict[str, Any]:
     """Load a file that `torch.save` wrote; ValueError if it is not a dictionary whose keys are strings."""
-    try:
-        # Only zip archives can be memory-mapped, and files from before PyTorch 1.6 are not zip archives.
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # damaged bytes can make the unpickler raise anything
-        if isinstance(error, OSError) and error.filename is not None:
-            raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the file
-        raise ValueError(f"{path}: not a readable file of tensors ({first_line(error)}); is it whole?") from error
+    contents = load_torch_file(path, mmap=True, what="file of tensors", advice="is it whole?")
     if not isinstance(contents, dict) or not all(isinstance(key, str) for key in contents):
         raise ValueError(f"{path}: must hold a dictionary of tensors; got {type(contents).__name__}")
     return contents

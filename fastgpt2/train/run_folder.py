@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt2.files import atomic_file, check_archive, link_file, remove_leftovers, staging_path, sync
+from fastgpt2.files import atomic_file, check_archive, link_file, load_torch_file, remove_leftovers, staging_path, sync
 from fastgpt2.messages import listed
 from fastgpt2.tokenizer import Tokenizer
 from fastgpt2.train import sharding
@@ -68,12 +68,7 @@ def read_progress(path: str | PathLike[str], processes: Processes | None = None)
 
 def _read_file(path: str | PathLike[str]) -> dict[str, Any]:
     check_archive(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what an unpickler stumbles over, and so what it raises, is up to the file's bytes
-        if isinstance(error, OSError) and error.filename is not None:
-            raise  # the file itself cannot be opened; without a name it is a place that the bytes name
-        raise ValueError(f"{path}: not a readable checkpoint; remove it to continue from the one before") from error
+    state = load_torch_file(path, mmap=False, what="checkpoint", advice="remove it to continue from the one before")
     return _checked(path, state, (*_PROGRESS, "model", "optimizer"))
 
 
