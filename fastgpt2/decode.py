@@ -7,7 +7,6 @@ limits, a full context). The host learns of it when it reads that step's tokens;
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
 import weakref
@@ -21,6 +20,7 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
 from fastgpt2.layers import MLP, Attention, Block, LayerNorm, Linear, Transformer
 from fastgpt2.model import GPT2Base
+from fastgpt2.step_inputs import dequantized, slot_sampling, step_weights
 from fastgpt2.weights_mark import WeightsMark
 from fastgpt2_kernels import ops
 
@@ -346,7 +346,7 @@ class DecodeSession:
         ops.note_failure("decode_step", model.device, error, _size(model))
         self._is_plain, self.use_graphs = True, False
         if (weights := self._kernels.weights).head.scale is not None:
-            self._plain_model = _dequantized(model, weights)
+            self._plain_model = dequantized(model, weights)
 
     @torch.no_grad()
     def _run_plain(self, rows: Tensor) -> None:
@@ -566,80 +566,3 @@ def _fits(
     weights = [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
     flags = (*filters, sampling.repetition_penalty == 1.0, ops.is_float32_exact(), model.backend)
     return num_slots, flags, tuple(stop_ids), tuple(weights), weight_dtype, id(packed)
-
-
-# -- what a session is made of --------------------------------------------------------------------------------------
-
-
-def step_weights(model: GPT2Base, weight_dtype: torch.dtype | None = None) -> ops.StepWeights:
-    """The model's weights as a step reads them: where they lie, or with torch.int8 the linear layers' in 8 bits."""
-
-    def linear(layer: Linear) -> ops.LinearWeights:
-        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-        if weight_dtype == torch.int8:
-            weight, scale = ops.quantize_rows(weight)
-            return ops.LinearWeights(weight, bias, scale)
-        return ops.LinearWeights(weight, bias)
-
-    def layer_norm(layer: LayerNorm) -> ops.LayerNormWeights:
-        return ops.LayerNormWeights(layer.weight.detach(), layer.bias.detach(), layer.eps)
-
-    def block_weights(block: Block) -> ops.LayerWeights:
-        return ops.LayerWeights(
-            ln_1=layer_norm(block.ln_1),
-            qkv=linear(block.attn.c_attn),
-            projection=linear(block.attn.c_proj),
-            ln_2=layer_norm(block.ln_2),
-            up=linear(block.mlp.c_fc),
-            down=linear(block.mlp.c_proj),
-            attention_scale=block.scale,
-        )
-
-    transformer = model.transformer
-    return ops.StepWeights(
-        wte=transformer.wte.weight.detach(),
-        wpe=transformer.wpe.weight.detach(),
-        layers=tuple(block_weights(block) for block in transformer.h if isinstance(block, Block)),
-        ln_f=layer_norm(transformer.ln_f),
-        head=linear(model.lm_head),
-        num_heads=model.config.num_heads,
-        activation=ops.TRITON_ACTIVATIONS.get(model.config.activation_function, "linear"),
-    )
-
-
-@torch.no_grad()
-def _dequantized(model: GPT2Base, weights: ops.StepWeights) -> GPT2Base:
-    """A copy of the model whose linear layers hold what the 8-bit weights of its step say."""
-    twin = copy.deepcopy(model)
-    pairs: list[tuple[Linear, ops.LinearWeights]] = [(twin.lm_head, weights.head)]
-    for block, layer in zip(twin.transformer.h, weights.layers, strict=True):
-        if isinstance(block, Block):
-            pairs += [(block.attn.c_attn, layer.qkv), (block.attn.c_proj, layer.projection)]
-            pairs += [(block.mlp.c_fc, layer.up), (block.mlp.c_proj, layer.down)]
-    for linear, held in pairs:
-        if held.scale is not None:
-            exact = held.weight.float() * held.scale[:, None]
-            linear.weight = nn.Parameter(exact.to(model.dtype), requires_grad=False)  # the head is tied no longer
-    return twin
-
-
-def slot_sampling(
-    config: SamplingConfig, num_slots: int, seen: Tensor | None, device: torch.device
-) -> ops.SlotSampling:
-    """`config` for every slot. A filter that is off is None, so that the kernel has no code for it."""
-
-    def full(name: str, value: float) -> Tensor:
-        dtype = torch.int32 if name == "top_k" else torch.float32
-        return torch.full((num_slots,), ops.in_range(name, value), dtype=dtype, device=device)
-
-    penalty = None if seen is None else full("repetition_penalty", config.repetition_penalty)
-    if config.is_greedy:
-        return ops.SlotSampling(penalty=penalty, seen=seen)
-    return ops.SlotSampling(
-        temperature=full("temperature", config.temperature),
-        top_k=None if config.top_k is None else full("top_k", config.top_k),
-        top_p=None if config.top_p is None or config.top_p >= 1.0 else full("top_p", config.top_p),
-        min_p=full("min_p", config.min_p) if config.min_p else None,
-        penalty=penalty,
-        seen=seen,
-    )

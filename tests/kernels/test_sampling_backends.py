@@ -200,7 +200,7 @@ def test_strange_settings_have_one_result(triton_device, seed, name):
 
 def _slot_settings(config: dict[str, Any]) -> list[Tensor]:
     """What a decoding session makes of the settings."""
-    from fastgpt2.decode import slot_sampling
+    from fastgpt2.step_inputs import slot_sampling
 
     seen = torch.zeros(1, 70, dtype=torch.bool)
     settings = slot_sampling(SamplingConfig(**config), 1, seen, torch.device("cpu"))

@@ -30,11 +30,15 @@ READS = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select,
 CONFIG = GPT2Config(vocab_size=61, context_length=64, hidden_size=32, num_layers=2, num_heads=2, attention_dropout=0.1)
 
 
-class _Operators(TorchDispatchMode):
+class _Notes:
+    """A mode of PyTorch that notes where the host waits."""
+
     def __init__(self, waits: list[str]) -> None:
         super().__init__()
         self.waits = waits
 
+
+class _Operators(_Notes, TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.overloadpacket in READS and args[0].device.type != "cpu":
@@ -56,12 +60,8 @@ class _Operators(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class _Constructors(TorchFunctionMode):
+class _Constructors(_Notes, TorchFunctionMode):
     """`torch.tensor(numbers, device=...)` copies from pageable memory where no operator is seen."""
-
-    def __init__(self, waits: list[str]) -> None:
-        super().__init__()
-        self.waits = waits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

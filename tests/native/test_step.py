@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import GPT2
-from fastgpt2.decode import step_weights
+from fastgpt2.step_inputs import step_weights
 from fastgpt2_kernels import native, ops
 from fastgpt2_kernels.native.decode import MAX_STEPS, DecodeStep, why_not_step
 from tests.helpers import TINY, assert_rms_within_budget, assert_within_budget, random_ids, random_model
