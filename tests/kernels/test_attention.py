@@ -605,7 +605,7 @@ BAD = {
     ),
     "a wide head in float32": (
         lambda q: ops.causal_attention(*[q.new_zeros(1, 1, 4, 200)] * 3, backend="triton"),
-        "float32 head sizes up to 128, beyond that in tf32; got 200",
+        "float32 head sizes up to 128, and larger ones only in tf32; got 200",
     ),
     "a strided last dimension": (
         lambda q: ops.causal_attention(q, q.new_zeros(1, 1, 16, 4).mT, q, backend="triton"),

@@ -528,11 +528,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a slot in two rows": ({"slots": torch.tensor([1, 1])}, r"in one row only; got slots \[1, 1\]"),
     "nine tokens": (
         {"qkv": torch.zeros(9, 48), "starts": torch.tensor([0]), "counts": torch.tensor([9])},
-        "a row has 0 to 8 of the 9 tokens; got 9 from token 0 on",
+        "a row must have 0 to 8 of the 9 tokens; got 9 tokens from token 0 on",
     ),
     "tokens that are not": (
         {"starts": torch.tensor([0, 1]), "counts": torch.tensor([1, 2])},
-        "a row has 0 to 8 of the 2 tokens; got 2 from token 1 on",
+        "a row must have 0 to 8 of the 2 tokens; got 2 tokens from token 1 on",
     ),
 }
 
@@ -556,7 +556,7 @@ def test_refused(what):
 CANNOT: dict[str, tuple[Any, str]] = {
     "float64": (lambda k, q: (q.double(), k.double()), "float32, bfloat16 and float16; got torch.float64"),
     "a wide head": (lambda k, q: (q.new_zeros(1, 3 * 257), k.new_zeros(1, 1, 4, 257)), "up to 256; got 257"),
-    "caches with gaps": (lambda k, q: (q, k.new_zeros(1, 1, 4, 32)[..., :16]), "must lie without gaps"),
+    "caches with gaps": (lambda k, q: (q, k.new_zeros(1, 1, 4, 32)[..., :16]), "must be contiguous"),
     "tokens with gaps": (lambda k, q: (q.new_zeros(1, 96)[:, ::2], k), "qkv must have stride 1"),
 }
 

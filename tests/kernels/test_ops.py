@@ -130,7 +130,7 @@ IDS = torch.zeros(3, dtype=torch.int64)
 REFUSED: dict[str, tuple[Any, str]] = {
     "q of 3 dimensions": (lambda: ops.causal_attention(Q[0], Q, Q), r"q must be \(B, H, T, D\)"),
     "k and v differ": (lambda: ops.causal_attention(Q, Q, Q[:, :, :2]), r"v \(1, 2, 2, 4\)"),
-    "fewer keys than queries": (lambda: ops.causal_attention(Q, Q[:, :, :2], Q[:, :, :2]), "got 2 < 3"),
+    "fewer keys than queries": (lambda: ops.causal_attention(Q, Q[:, :, :2], Q[:, :, :2]), "got 2 keys and 3 queries"),
     "two dtypes": (lambda: ops.causal_attention(Q, Q.double(), Q.double()), "one dtype; got q torch.float32, k"),
     "dropout of 1": (lambda: ops.causal_attention(Q, Q, Q, dropout_p=1.0), r"dropout_p must be in \[0, 1\); got 1"),
     "width no multiple": (lambda: ops.causal_attention_packed(X[None], 3), r"got \(1, 3, 4\) with num_heads=3"),
