@@ -219,7 +219,7 @@ def test_decoding_on_triton_by_name_raises(fail: Callable[..., None], interprete
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (OUT_OF_MEMORY, "too little"),
+        (OUT_OF_MEMORY, "too few resources"),
         (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "install gcc"),
         (subprocess.CalledProcessError(1, ["gcc", "main.c"]), "install gcc"),
         (PermissionError(13, "Permission denied", "cache"), "TRITON_CACHE_DIR"),
