@@ -57,7 +57,7 @@ def test_the_variable_chooses_the_instruction_set(monkeypatch):
 
 def test_without_the_extension_it_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastgpt2_kernels.native._native", None)
-    assert "without a C++ compiler" in native._extension.__wrapped__()[1]
+    assert "without a suitable C++ compiler" in native._extension.__wrapped__()[1]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
