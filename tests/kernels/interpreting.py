@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-# How many products are summed in pairs before the sum is added to the accumulator. A tensor core takes 16 of K at a
-# time.
+# So many products are summed in pairs before the sum is added to the accumulator: a tensor core takes 16 of K at once.
 DOT_STEP = 16
 
 

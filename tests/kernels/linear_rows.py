@@ -105,7 +105,6 @@ def _case(arch: str, prologue: str, product: str, R: int, N: int, K: int, change
     kinds = [*(["int8"] if types["weight"] == "i8" else []), *(name for name in changes if name.isupper())]
     tile = f"{row.block_r}x{row.block_n}x{row.block_k}"
     label = " ".join([f"linear_decode {prologue} {product} {K} to {N}, {R} rows, {tile}", *kinds])
-    # Weights as in nn.Linear, and the step's buffers. The number of a head's outputs need not be a multiple of
-    # anything.
+    # Weights as in nn.Linear, and the step's buffers. A head may have any number of outputs.
     aligned = (*pointers_and_strides(signature), "sizes.K")
     return Case(label, _KERNEL, signature, {"META": meta}, row.num_warps, {"num_stages": 1, **launch.OPTIONS}, aligned)

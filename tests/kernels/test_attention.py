@@ -416,8 +416,7 @@ def test_dropout_rate_and_seed(triton_device, seed):
     def run(**options):
         return ops.causal_attention(q, q, v, dropout_p=p, backend="triton", **options)
 
-    # With equal weights every output is the share kept / (1 - p), with mean 1 and the spread of a binomial
-    # distribution.
+    # With equal weights every output is the share kept / (1 - p), with mean 1 and a binomial spread.
     share = run(dropout_seed=torch.tensor([3, 0], device=triton_device))[0, 0, :, 0] * (1 - p)
     kept = (share * torch.arange(1, T + 1, device=triton_device)).sum().item()
     weights = T * (T + 1) / 2

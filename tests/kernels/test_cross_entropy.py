@@ -46,8 +46,7 @@ def random_case(rng: random.Random) -> dict:
 def check(case: dict, device: str) -> None:
     B, T, V = case["shape"]
     dtype = case["dtype"]
-    # The logits lie in the middle of a larger buffer, with any alignment, any row stride, and canaries around every
-    # row.
+    # The logits lie in the middle of a larger buffer, with any alignment and row stride, and canaries around every row.
     width = case["offset"] + V + case["padding"]
     buffer = torch.full((B, T, width), CANARY, dtype=dtype)
     at = slice(case["offset"], case["offset"] + V)

@@ -1,7 +1,6 @@
 """The backend "native": C++ kernels for decoding on a CPU, compiled for several instruction sets at installation.
 
-`import torch` comes before the extension, so that both share the OpenMP library that PyTorch has loaded, and its
-threads.
+`import torch` comes before the extension, so that both share PyTorch's OpenMP library and its threads.
 """
 
 from __future__ import annotations

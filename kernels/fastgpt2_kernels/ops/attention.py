@@ -263,7 +263,7 @@ def _why_not_triton(*tensors: Tensor, head_size: int | None = None) -> str | Non
         return f"it takes float32, bfloat16 and float16; got {dtype}"
     if D > MAX_HEAD_SIZE:
         return f"it takes head sizes up to {MAX_HEAD_SIZE}; got {D}"
-    if D > MAX_FLOAT32_HEAD_SIZE and dtype == torch.float32 and torch.version.hip:  # not all of AMD's have tf32
+    if D > MAX_FLOAT32_HEAD_SIZE and dtype == torch.float32 and torch.version.hip:  # not all have tf32
         return f"on AMD's GPUs it takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}; got {D}"
     if D > MAX_FLOAT32_HEAD_SIZE and dtype == torch.float32 and is_float32_exact():
         return (

@@ -59,8 +59,7 @@ def cross_entropy_rows(
     if z_loss and lse is not None:
         loss = loss + z_loss * lse.square()
     if logits.device.type != "cpu" or torch.compiler.is_compiling() or is_bad.any():
-        # A bad target makes its row's loss NaN. The loss depends on all logits of the row, so their gradient is NaN
-        # too.
+        # With a bad target the loss is NaN times the sum of the row's logits, so their gradient is NaN too.
         rows = flat.masked_fill(~is_bad.reshape(-1, 1), 0.0).sum(-1).view(targets.shape)
         loss = torch.where(is_bad, rows * float("nan"), loss)
     if not with_stats or lse is None:

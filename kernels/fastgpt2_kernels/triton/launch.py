@@ -159,8 +159,8 @@ class AttentionRow(NamedTuple):
 # and "ieee" (exact float32). Registers decide nearly everywhere: a tile's accumulators must fit beside its scores
 # without spilling.
 # - half, 64: in the forward, 32 rows per warp keep the exponentials and the tensor cores equally busy, with two
-# programs   on a multiprocessor. Pointers instead of descriptors cost a third more instructions. The backward is
-# limited by shared   memory: the program's own tile is as large as two score tiles and one or two accumulators allow.
+#   programs on a multiprocessor. Pointers instead of descriptors cost a third more instructions. The backward is
+#   limited by shared memory: the program's own tile is as large as two score tiles and one or two accumulators allow.
 # - half, wider heads: the tile of the loop shrinks as the accumulators grow.
 # - dropout: drawing the mask takes as many registers as half a tile of scores.
 # - ieee: these products run outside the tensor cores, unrolled. With more warps, each thread needs fewer registers.
@@ -275,7 +275,7 @@ def decode_row(element_size: int, block_d: int) -> DecodeRow:
     return DecodeRow(64 if row_bytes <= 512 else 32, 4, 8)
 
 
-# -- linear maps of a few rows -------------------------------------------------------------------------------------
+# -- linear layers for a few rows ----------------------------------------------------------------------------------
 
 
 SPLIT_K = 8  # how many shares K is split into; each has one warp
@@ -405,8 +405,7 @@ class ActivationRow(NamedTuple):
     programs: int
 
 
-# 256 divides the inner width of every GPT-2, even 6400. In half precision 256 columns are 512 bytes, one access of a
-# warp.
+# 256 divides the inner width of every GPT-2, even 6400. In half precision 256 columns are 512 bytes: one warp's access.
 ACTIVATION = ActivationRow(16, 8, 256, 4, 8)
 
 

@@ -119,8 +119,7 @@ def _find_cache(cache, table_ptr, layer, slot, h, D: tl.constexpr):
     """Pointers to the keys and the values of a slot's head."""
     slot, h = tl.cast(slot, tl.int64), tl.cast(h, tl.int64)
     if table_ptr is not None:
-        # All strides are multiples of D. Stated here, with the alignment of the addresses, this allows 128-bit
-        # accesses.
+        # All strides are multiples of D. To state this and the alignment of addresses allows 128-bit accesses.
         ALIGN: tl.constexpr = 16 if D % 16 == 0 else 8 if D % 8 == 0 else 1
         BYTES: tl.constexpr = 16
         stride_layer = tl.multiple_of(tl.load(table_ptr + 2), ALIGN)
