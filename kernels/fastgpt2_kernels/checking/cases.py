@@ -333,14 +333,14 @@ CASES = (
         )
         for kind in ("plain rows", "lengths", "documents", "dropout")
     ),
-    Case("cached_attention", "fresh rows and rows with a past", _cached_attention),
+    Case("cached_attention", "rows with and without cached tokens", _cached_attention),
     *(
         Case("decode_attention", title, functools.partial(_decode_attention, several=several))
-        for title, several in (("a token a row", False), ("several tokens a row", True))
+        for title, several in (("one token per row", False), ("several tokens per row", True))
     ),
     *(
         Case("layer_norm", title, functools.partial(_layer_norm, width=width, of_sum=of_sum))
-        for title, width, of_sum in (("C=96", 96, False), ("of a sum, C=96", 96, True), ("C=17000", 17_000, False))
+        for title, width, of_sum in (("C=96", 96, False), ("residual, C=96", 96, True), ("C=17000", 17_000, False))
     ),
     Case("activation", "every name", _activation),
     *(
@@ -353,7 +353,7 @@ CASES = (
     ),
     Case("linear_decode", "8-bit weights", functools.partial(_linear_decode, rows=3, int8=True), _FLOAT32),
     Case("decode_step", "a first token", _decode_step),
-    Case("cross_entropy", "every row's loss", functools.partial(_cross_entropy, fuse=False)),
+    Case("cross_entropy", "a loss per row", functools.partial(_cross_entropy, fuse=False)),
     Case("cross_entropy", "mean, fused backward", functools.partial(_cross_entropy, fuse=True)),
     Case("linear_cross_entropy", "chunks of 4 rows", _linear_cross_entropy),
     Case("sample", "greedy", functools.partial(_sample, temperature=0.0), _FLOAT32),
