@@ -42,7 +42,7 @@ def forkserver() -> Iterator[BaseContext]:
 
     context = multiprocessing.get_context("forkserver")
     # torch._dynamo: what AdamW's constructor imports, in seconds.
-    packages = ["fastgpt2.cli.main", "fastgpt2.cli.generate", "fastgpt2.cli.train", "fastgpt2.checkpoint"]
+    packages = ["fastgpt2.cli.parser", "fastgpt2.cli.generate", "fastgpt2.cli.train", "fastgpt2.checkpoint"]
     libraries = ["tokenizers", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"]
     context.set_forkserver_preload(packages + libraries)
     with pytest.MonkeyPatch.context() as patch:

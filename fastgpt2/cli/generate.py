@@ -27,8 +27,6 @@ from fastgpt2.sample_files import CONTINUATION, WHOLE, SampleRecord, sample_form
 from fastgpt2.scoring import score
 from fastgpt2.tokenizer import Tokenizer
 
-HELP = "continue prompts with a model"
-
 # The embedded model knows Python; without a prompt it shows that.
 DEFAULT_PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a file'
 

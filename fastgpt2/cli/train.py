@@ -22,8 +22,6 @@ from fastgpt2.gpt2 import GPT2
 from fastgpt2.messages import counted, first_line
 from fastgpt2.tokenizer import Tokenizer, check_vocab_size
 
-HELP = "train a model on text"
-
 # Sizes where neither --preset nor --init-from says otherwise: a few million parameters, minutes on a CPU.
 _DEFAULT_SIZES = {"num_layers": 6, "hidden_size": 256, "num_heads": 4, "context_length": 256}
 _DEFAULT_VOCAB_SIZE = 4096
