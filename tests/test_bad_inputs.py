@@ -359,7 +359,7 @@ def test_spoilt_checkpoints(spoil, tmp_path):
         (["generate", "x", "--model", "./none/here"], "no such file or folder"),
         (["generate", "x", "--temperature", "-1"], "temperature must be finite and >= 0"),
         (["generate", "--prompts", "none.txt"], "none.txt"),
-        (["train", "--out", "x"], "give the text to train on with --data PATH"),
+        (["train", "--out", "x"], "there is no text to train on; give it with --data PATH"),
         (["train", "--data", "no/such/text", "--out", "x"], "no/such/text: no such file or directory"),
         (
             ["train", "--data", "stdlib", "--out", "x", "--steps", "5", "--minutes", "1"],

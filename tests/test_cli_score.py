@@ -153,9 +153,9 @@ def test_another_run_is_not_resumed(command, sequences, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{in}", "--resume"], "score: --resume goes with --out FILE; give one"),
-        (["{in}", "--shard", "0/2"], "score: --shard goes with --out FILE; give one"),
-        (["{in}", "--dedupe"], "score: --dedupe goes with --out FILE; give one"),
+        (["{in}", "--resume"], "score: --resume needs --out FILE; give both"),
+        (["{in}", "--shard", "0/2"], "score: --shard needs --out FILE; give both"),
+        (["{in}", "--dedupe"], "score: --dedupe needs --out FILE; give both"),
         (["{in}", "--out", "{in}", "--overwrite"], "in.jsonl: holds the sequences and cannot be the output"),
         (["{in}", "--out", "{tmp}/o.tsv"], "o.tsv: an output must end in .jsonl, .fasta, .txt; got '.tsv'"),
         (["{in}", "--out", "{tmp}/o.txt", "--logprobs"], "need a .jsonl output; got '.txt'"),

@@ -1,4 +1,4 @@
-"""Entry point: the subcommands' parsers, and errors as one line on stderr with exit status 2."""
+"""The entry point: it parses the arguments, runs a command, and reports an error in one line on stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMANDS = ("generate", "score", "select", "train", "plot", "eval", "check", "wa
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors are one line too, like all others; the usage is for `--help`."""
+    """A parser that reports an error in one line, like the commands do; only `--help` shows the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"fastgpt2: {' '.join(message.split())}; see {self.prog} --help\n")
@@ -35,7 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (0, 2 for an error, 130 after Ctrl-C)."""
+    """Run a command.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+
+    Returns:
+        The exit status: the command's own (0 if all went well), 2 after an error, 130 after Ctrl-C.
+    """
     debug = False
     with _noticed_interrupts() as interrupts:
         try:
@@ -54,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _noticed_interrupts() -> Iterator[list[int]]:
-    """A list that a Ctrl-C within the block is added to, beside its KeyboardInterrupt."""
+    """Yield a list that records every Ctrl-C in the block. A Ctrl-C still raises KeyboardInterrupt."""
     interrupts: list[int] = []
 
     def on_interrupt(number: int, frame: object) -> None:
@@ -75,9 +82,9 @@ def _noticed_interrupts() -> Iterator[list[int]]:
 
 
 def _failed(error: Exception, debug: bool) -> int:
-    """Say what went wrong; the exit status. What is no error of input or machine is raised."""
+    """Report an error of the input or the machine and return the exit status; raise any other error again."""
     if isinstance(error, BrokenPipeError):
-        # The reader of our output has left (`fastgpt2 generate | head`): nothing to say, and nobody to say it to.
+        # The reader of our output has gone, as in `fastgpt2 generate | head`. There is nothing to report.
         sys.stderr.close()
         return 0
     expected = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
@@ -88,9 +95,9 @@ def _failed(error: Exception, debug: bool) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     text = " ".join(str(error).split())
-    # torch.OutOfMemoryError is a RuntimeError of that name; on a CPU PyTorch raises a plain one.
+    # On a GPU PyTorch raises torch.OutOfMemoryError, on a CPU a plain RuntimeError.
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or "can't allocate memory" in text or "not enough memory" in text:
         return "there is not enough memory for this; use a smaller model, batch or context"
