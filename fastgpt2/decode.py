@@ -213,7 +213,7 @@ class DecodeSession:
         old, device = self._step.sampling, self.slots.tokens.device
         new = slot_sampling(sampling, len(self.slots.tokens), self.seen, device)
         if [t is None for t in old] != [t is None for t in new]:
-            raise ValueError("DecodeSession: made for another set of filters; make a new one")
+            raise ValueError("DecodeSession: it was made for other sampling filters; make a new one")
         for to, of in zip(old, new, strict=True):
             if to is not None and of is not None and to is not self.seen:
                 to.copy_(of)
@@ -239,7 +239,7 @@ class DecodeSession:
             return logits
         model = self._model()
         if model is None:
-            raise RuntimeError("DecodeSession: its model is gone")
+            raise RuntimeError("DecodeSession: its model no longer exists; keep a reference to the model")
         plan = ops.plan_rows(slots, counts, pasts, token_ids.device)
         hidden = model.extend(token_ids, plan, self.cache)
         last = [end - 1 for end in itertools.accumulate(counts)]
@@ -252,7 +252,7 @@ class DecodeSession:
         """
         for row in rows:
             if not 0 <= row.slot < self.num_slots:
-                raise ValueError(f"DecodeSession: slots are 0 .. {self.num_slots - 1}; got {row.slot}")
+                raise ValueError(f"DecodeSession: slots must be in 0 .. {self.num_slots - 1}; got {row.slot}")
             if not 0 < len(row.prompt_ids) <= self.cache.capacity:
                 raise ValueError(
                     f"DecodeSession: slot {row.slot} cannot hold {len(row.prompt_ids)} tokens; the cache has room for "
@@ -285,7 +285,9 @@ class DecodeSession:
         most: on a CPU up to so many steps follow each other without the host, until a row has ended.
         """
         if not 0 < len(slots) <= self.num_slots or len(set(slots)) != len(slots):
-            raise ValueError(f"DecodeSession: a step takes 1 .. {self.num_slots} different slots; got {list(slots)}")
+            raise ValueError(
+                f"DecodeSession: a step must have 1 to {self.num_slots} different slots; got {list(slots)}"
+            )
         self._find_cache()
         bucket = self._bucket(len(slots))
         rows = self._device_rows(bucket, slots)
@@ -315,7 +317,9 @@ class DecodeSession:
         ValueError for a session with a repetition penalty, which has marked its own choice already.
         """
         if self.seen is not None:
-            raise ValueError("DecodeSession: with a repetition penalty tokens cannot be replaced; make it without one")
+            raise ValueError(
+                "DecodeSession: tokens cannot be replaced with a repetition penalty; make a session without one"
+            )
         at = ops.to_device(list(slots), self.slots.tokens.device, torch.int64)
         self.slots.tokens[at] = tokens.to(self.slots.tokens)
 
@@ -353,7 +357,7 @@ class DecodeSession:
         """A step on the operators of the model's own backend: as the kernels, but it waits for the device."""
         state, model, at = self.slots, self._plain_model or self._model(), rows.long()
         if model is None:
-            raise RuntimeError("DecodeSession: its model is gone")
+            raise RuntimeError("DecodeSession: its model no longer exists; keep a reference to the model")
         went_on = (state.status[at] == ops.RUNNING).int()
         past, produced = state.lengths[at] + went_on, state.produced[at] + went_on
         goes_on = (state.status[at] != ops.IDLE) & ~torch.isin(state.tokens[at], self._stop_ids)
@@ -445,7 +449,9 @@ class DecodeSession:
             self._graphs[bucket] = self._captured(rows, self.use_pdl)
         except self._kernels.errors as error:
             self.use_graphs = False
-            warnings.warn(f"DecodeSession: no CUDA graph ({error}); steps are launched one by one", stacklevel=4)
+            warnings.warn(
+                f"DecodeSession: a CUDA graph cannot be used ({error}); kernels are launched one by one", stacklevel=4
+            )
         finally:
             rows.copy_(held)
 

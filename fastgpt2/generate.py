@@ -184,7 +184,7 @@ def _without_padding(model: GPT2Base, prompts: Prompts, mask: Tensor | None) -> 
     """The rows of a tensor of prompts; ValueError where there may be padding that no mask tells of."""
     if not isinstance(prompts, Tensor):
         raise ValueError(
-            f"generate: attention_mask goes with a tensor of prompts; got {type(prompts).__name__}, which needs none"
+            f"generate: attention_mask needs a tensor of prompts; got {type(prompts).__name__}: leave the mask out"
         )
     if prompts.dim() != 2 or prompts.is_floating_point():
         raise ValueError(
@@ -272,7 +272,9 @@ def prompt_token_ids(
     if not ids and config.bos_token_id is not None:
         ids = (config.bos_token_id,)
     if not ids:
-        raise ValueError(f"generate: {name} is empty, and the model has no bos_token_id to begin with; give a token")
+        raise ValueError(
+            f"generate: {name} is empty, and the model has no bos_token_id to begin with; give at least one token"
+        )
     if most is not None:
         ids = ids[-most:]
     if len(ids) > config.context_length:

@@ -174,7 +174,9 @@ class Scheduler:
             self.session = acquire_session(model, batch_size, chooses, sorted(self.stop_ids), weight_dtype)
             self.cache = self.session.cache
         elif weight_dtype is not None:
-            raise ValueError(f"generate: weight_dtype={str(weight_dtype)!r} needs a decoding step: {reason}")
+            raise ValueError(
+                f"generate: weight_dtype={str(weight_dtype)!r} needs a decoding step, which cannot be used: {reason}"
+            )
         else:
             dtype = KVCache.best_dtype(model.dtype, model.device)
             self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
@@ -349,7 +351,7 @@ class Scheduler:
 
     def _check_weights(self) -> None:
         if not self.weights.still_hold():
-            raise RuntimeError("generate: the model's weights changed during the run; begin another run with them")
+            raise RuntimeError("generate: the model's weights changed during the run; start a new run")
 
     @torch.no_grad()
     def _head(self, hidden: Tensor) -> Tensor:

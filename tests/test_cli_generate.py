@@ -98,7 +98,9 @@ def test_another_run_is_not_resumed(command, prompts_file, tmp_path, capsys):
     lines = out.read_text(encoding="utf-8")
     out.write_text(lines + '{"prompt_index": 0, "sample_index": 3}\n', encoding="utf-8")
     assert command("--prompts", prompts_file, "--out", out, "--resume") == 2
-    assert "it holds sample 3 of prompt 0, not of this run; it cannot be resumed" in capsys.readouterr().err
+    assert (
+        "it holds sample 3 of prompt 0, which is not part of this run; it cannot be resumed" in capsys.readouterr().err
+    )
     out.write_text(lines, encoding="utf-8")
     prompts_file.write_text('{"prompt": "other"}\n', encoding="utf-8")
     assert command("--prompts", prompts_file, "--out", out, "--resume") == 2

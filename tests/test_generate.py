@@ -347,7 +347,7 @@ def test_weights_that_change_during_a_run_end_it(seed):
             next(events)
         with torch.no_grad():
             model.transformer.h[1].mlp.c_fc.bias.add_(1.0)
-        with pytest.raises(RuntimeError, match="the model's weights changed during the run; begin another run"):
+        with pytest.raises(RuntimeError, match="the model's weights changed during the run; start a new run"):
             list(events)
         assert len(model.generate([[1]], max_new_tokens=2, stop_token_ids=())[0].token_ids) == 2
 

@@ -110,7 +110,7 @@ def stdin_source(most_bytes: int, instead: str) -> Source:
 def read_at_most(file: BinaryIO, name: str, most_bytes: int) -> bytes:
     data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
-        raise ValueError(f"{name}: must hold at most {most_bytes:,} bytes; it holds more: split it")
+        raise ValueError(f"{name}: must hold at most {most_bytes:,} bytes; it has more: split it")
     return data
 
 

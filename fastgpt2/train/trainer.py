@@ -100,7 +100,9 @@ class Trainer:
         if config.early_stopping and (data.val is None or len(data.val) < 2):
             raise ValueError("Trainer: early_stopping needs a validation set; give a val_fraction > 0 or leave it out")
         if config.optimizer == "muon" and self.config.dtype == "fp16":
-            raise ValueError("Trainer: optimizer 'muon' goes with dtype bf16 or fp32; got fp16, which skips steps")
+            raise ValueError(
+                "Trainer: optimizer 'muon' needs dtype bf16 or fp32; got fp16, which skips steps that overflow"
+            )
         if model.dtype != torch.float32:
             raise ValueError(
                 f"Trainer: the model's weights must be float32 (config.dtype is autocast's); got {model.dtype}"
@@ -108,8 +110,8 @@ class Trainer:
         check_config(config)
         if config.parallel == "fsdp" and self.processes.count != dist.get_world_size():
             raise ValueError(
-                f"Trainer: parallel 'fsdp' shares the weights among all {dist.get_world_size()} processes; got "
-                f"processes with a count of {self.processes.count}: give Processes.start()"
+                f"Trainer: parallel 'fsdp' needs all {dist.get_world_size()} processes; got a Processes of "
+                f"{self.processes.count}: pass Processes.start()"
             )
         if config.lora_rank:
             add_adapters(model, config.lora_rank, config.lora_alpha, config.seed)
@@ -542,7 +544,7 @@ class Trainer:
         # The scaler of fp16 leaves out steps that overflow, perhaps all so far.
         for optimizer in () if self.scaler.is_enabled() else self.optimizers:
             if len(optimizer.state) != sum(len(group["params"]) for group in optimizer.param_groups):
-                raise ValueError("the optimizer's state is not that of the model's parameters")
+                raise ValueError("the optimizer's state does not belong to the model's parameters")
         self.scaler.load_state_dict(state["scaler"])
         self.step = operator.index(state["step"])
         self.best_loss = float(state["best_loss"])

@@ -169,7 +169,7 @@ def attention_forward(
     for name, what in _REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(
-                f'attn_implementation="{NAME}" has no {name} ({what}), which {type(module).__name__} asks for; '
+                f'attn_implementation="{NAME}" does not support {name} ({what}), which {type(module).__name__} uses; '
                 'choose "eager"'
             )
     T, S = query.shape[2], key.shape[2]
@@ -184,8 +184,8 @@ def attention_forward(
     if not is_ours:
         if isinstance(attention_mask, Ragged):
             raise ValueError(
-                f'attn_implementation="{NAME}": {type(module).__name__} attends with a causal mask of '
-                f'{attention_mask.shape[1]} tokens in another way than causally among them; choose "sdpa"'
+                f'attn_implementation="{NAME}": {type(module).__name__} must attend causally among the '
+                f'{attention_mask.shape[1]} tokens of its padding mask; it attends differently: choose "sdpa"'
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
     groups = query.shape[1] // key.shape[1]

@@ -264,7 +264,7 @@ class _Rows(NamedTuple):
         if not bool(keep.any(1).all()):
             row = int(keep.any(1).int().argmin())
             raise ValueError(
-                f"generate: row {row} of the batch is padding only; give it a token to begin with, say bos_token_id"
+                f"generate: row {row} of the batch is padding only; give it a token to begin with, such as bos_token_id"
             )
         order = keep.long().argsort(dim=1, stable=True)
         return cls(input_ids.gather(1, order), keep.gather(1, order), input_ids, keep, order)

@@ -190,7 +190,7 @@ class GPT2Model(_Accelerated, hf.GPT2Model):
         wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if wants_attentions and self.config._attn_implementation == NAME:
             raise ValueError(
-                f'GPT2Model: output_attentions needs attn_implementation="eager", for "{NAME}" has no attention '
+                f'GPT2Model: output_attentions needs attn_implementation="eager", as "{NAME}" has no attention '
                 'weights; call model.set_attn_implementation("eager") first'
             )
         return super().forward(*args, **kwargs)

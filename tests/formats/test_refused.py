@@ -193,8 +193,8 @@ def test_bad_arguments(tmp_path: Path, model: GPT2) -> None:
         load_pretrained(tmp_path / "good", n_layers=3)
     with pytest.raises(ValueError, match=r"dtype must be a floating-point torch.dtype; got torch.int64"):
         load_pretrained(tmp_path / "good", dtype=torch.int64)
-    with pytest.raises(ValueError, match="revision is for hub names"):
+    with pytest.raises(ValueError, match="revision needs a name on the hub"):
         load_pretrained(tmp_path / "good", revision="main")
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="a checkpoint is a folder"):
+    with pytest.raises(NotADirectoryError, match="must be a folder, as a checkpoint is one"):
         save_pretrained(model, tmp_path / "file")

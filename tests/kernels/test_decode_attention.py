@@ -521,18 +521,21 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "starts alone": ({"starts": torch.tensor([0, 1])}, "give starts and counts together; got only starts"),
     "lengths of another cache": ({"lengths": torch.tensor([1])}, r"lengths must be int32 or int64 of shape \(2,\)"),
     "lengths as floats": ({"lengths": torch.zeros(2)}, "got torch.float32"),
-    "more rows than slots": ({"qkv": torch.zeros(3, 48)}, "got 3 rows and 2 cache slots"),
+    "more rows than slots": (
+        {"qkv": torch.zeros(3, 48)},
+        "there must be at most 2 rows, one for each cache slot; got 3",
+    ),
     "a scale of 0": ({"scale": 0.0}, "scale must be finite and > 0"),
     "a full slot": ({"lengths": torch.tensor([1, 4])}, "slot 1 holds 4 tokens and gets 1; the cache has room for 4"),
     "a slot that is not": ({"slots": torch.tensor([0, 2])}, r"slots must be in \[0, 2\); got 2"),
     "a slot in two rows": ({"slots": torch.tensor([1, 1])}, r"in one row only; got slots \[1, 1\]"),
     "nine tokens": (
         {"qkv": torch.zeros(9, 48), "starts": torch.tensor([0]), "counts": torch.tensor([9])},
-        "a row has 0 to 8 of the 9 tokens; got 9 from token 0 on",
+        "a row must have 0 to 8 of the 9 tokens; got 9 from token 0 on",
     ),
     "tokens that are not": (
         {"starts": torch.tensor([0, 1]), "counts": torch.tensor([1, 2])},
-        "a row has 0 to 8 of the 2 tokens; got 2 from token 1 on",
+        "a row must have 0 to 8 of the 2 tokens; got 2 from token 1 on",
     ),
 }
 

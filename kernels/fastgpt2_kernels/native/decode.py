@@ -103,7 +103,7 @@ def pack_linear(linear: LinearWeights, into: Tensor | None = None) -> PackedLine
         )
     n, k = weight.shape
     if (scale is not None) != (weight.dtype == torch.int8):
-        raise ValueError("pack_linear: scale belongs to int8 weights, and they need one")
+        raise ValueError("pack_linear: int8 weights need a scale, and other weights take none")
     for name, tensor in (("bias", bias), ("scale", scale)):
         if tensor is not None and tensor.shape != (n,):
             raise ValueError(f"pack_linear: {name} must be ({n},); got {tuple(tensor.shape)}")
@@ -247,7 +247,7 @@ def _num_parts(num_rows: int, num_heads: int, capacity: int, head_size: int, lay
 def _check_rows_of(name: str, slots: Sequence[int], counts: Sequence[int], pasts: Sequence[int]) -> None:
     if not len(slots) == len(counts) == len(pasts) or len(set(slots)) != len(slots) or min(counts, default=1) < 1:
         raise ValueError(
-            f"{name}: slots (all different), counts (1 or more) and pasts must have one entry a row; "
+            f"{name}: slots (all different), counts (1 or more) and pasts must have one entry per row; "
             f"got {list(slots)}, {list(counts)} and {list(pasts)}"
         )
 
@@ -313,7 +313,7 @@ def _sampling_struct(sampling: SlotSampling, num_slots: int, vocab: int) -> stru
                 f"{tensor.device}"
             )
     if sampling.penalty is not None and sampling.seen is None:
-        raise ValueError("a repetition penalty needs the tokens that were seen")
+        raise ValueError("sample: a repetition penalty needs `seen`, the tokens that have occurred")
     stride = 0 if sampling.seen is None else sampling.seen.stride(0)
     return structs.Sampling(*(_address(t) for t in sampling), stride)
 
@@ -533,7 +533,7 @@ class DecodeStep:
     def step_logits(self, num_rows: int) -> Tensor:
         """Logits (R, V) of the last `run` for those of its rows that went on, in their order; `run` overwrites them."""
         if self._step is None:
-            raise ValueError("step_logits: no step was run")
+            raise ValueError("step_logits: no step has run; call run first")
         return self._step[0].logits[:num_rows]
 
     def prefill(
@@ -557,7 +557,7 @@ class DecodeStep:
         for slot, count, past in zip(slots, counts, pasts, strict=True):
             if not 0 <= slot < self._cache.slots or past < 0 or past + count > room:
                 raise ValueError(
-                    f"prefill: slots are 0 .. {self._cache.slots - 1} with room for {room} tokens; "
+                    f"prefill: slots must be in 0 .. {self._cache.slots - 1} with room for {room} tokens; "
                     f"got slot {slot}, {past} tokens and {count} more"
                 )
         token_ids = token_ids.contiguous()

@@ -149,7 +149,7 @@ def causal_attention(
     q, k, v = (_autocast(x) for x in (q, k, v))
     check_same(name, q=q, k=k, v=v)
     if lengths is not None and S != T:
-        raise ValueError(f"{name}: lengths are for as many keys as queries; got {S} keys and {T} queries")
+        raise ValueError(f"{name}: lengths need as many keys as queries; got {S} keys and {T} queries")
     lengths = _check_lengths(name, lengths, B, T, q.device)
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     _check_dropout(name, dropout_p, dropout_seed, q.device)
@@ -239,7 +239,9 @@ def causal_attention_packed(
         if documents.starts.shape[0] != T:
             raise ValueError(f"{name}: the documents were planned for {documents.starts.shape[0]} tokens; got {T}")
         if documents.starts.device != qkv.device:
-            raise ValueError(f"{name}: qkv is on {qkv.device}, cu_seqlens on {documents.starts.device}")
+            raise ValueError(
+                f"{name}: qkv and cu_seqlens must be on one device; got {qkv.device} and {documents.starts.device}"
+            )
     lengths = _check_lengths(name, lengths, B, T, qkv.device)
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     _check_dropout(name, dropout_p, dropout_seed, qkv.device)
@@ -287,7 +289,7 @@ def _check_lengths(operator: str, lengths: Tensor | None, B: int, T: int, device
     if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{operator}: lengths must be int32 or int64 of shape ({B},); got {describe(lengths)}")
     if lengths.device != device:
-        raise ValueError(f"{operator}: the inputs are on {device}, lengths on {lengths.device}")
+        raise ValueError(f"{operator}: lengths must be on {device}, like the inputs; got {lengths.device}")
     if device.type == "cpu" and not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > T)).any():
         raise ValueError(f"{operator}: lengths must be in [0, T={T}]; got {lengths.tolist()}")
     return lengths.to(torch.int32)
@@ -494,7 +496,7 @@ def decode_attention(
         for what, given in (("starts", starts), ("counts", counts), ("slots", slots))
     )
     if slots is None and num_rows > num_slots:
-        raise ValueError(f"{name}: row r is slot r without slots; got {num_rows} rows and {num_slots} cache slots")
+        raise ValueError(f"{name}: there must be at most {num_slots} rows, one for each cache slot; got {num_rows}")
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     size = (D, qkv.dtype, k_cache.dtype)
     chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache), size)
@@ -526,7 +528,7 @@ def _check_rows(
     for slot, start, count in zip(slot_R, start_R, count_R, strict=True):
         if not 0 <= count <= MAX_DECODE_TOKENS or start < 0 or start + count > N:
             raise ValueError(
-                f"{name}: a row has 0 to {MAX_DECODE_TOKENS} of the {N} tokens; got {count} from token {start} on"
+                f"{name}: a row must have 0 to {MAX_DECODE_TOKENS} of the {N} tokens; got {count} from token {start} on"
             )
         if not 0 <= slot < len(held):
             raise ValueError(f"{name}: slots must be in [0, {len(held)}); got {slot}")
@@ -554,7 +556,7 @@ def _check_cache(name: str, qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> tu
     if k_cache.dtype not in (qkv.dtype, torch.float32):
         raise ValueError(f"{name}: the caches must be {qkv.dtype} as qkv or float32; got {k_cache.dtype}")
     if k_cache.device != qkv.device:
-        raise ValueError(f"{name}: qkv is on {qkv.device}, the caches are on {k_cache.device}")
+        raise ValueError(f"{name}: the caches must be on {qkv.device}, like qkv; got {k_cache.device}")
     return tuple(k_cache.shape)
 
 

@@ -123,14 +123,14 @@ def cross_entropy(
     if logits.shape[-1] == 0:
         raise ValueError(f"{name}: the vocabulary must not be empty; got logits {tuple(logits.shape)}")
     if shift and logits.dim() != 3:
-        raise ValueError(f"{name}: shift=True needs to know the rows: logits (B, T, V); got {tuple(logits.shape)}")
+        raise ValueError(f"{name}: shift=True needs logits (B, T, V); got {tuple(logits.shape)}")
     _check_loss_options(name, logits.shape[-1], reduction, label_smoothing, z_loss, class_weight, empty)
     if fuse_backward and reduction == "none":
         raise ValueError(
-            f"{name}: fuse_backward needs reduction 'mean' or 'sum': with 'none' every row's factor is open"
+            f"{name}: fuse_backward needs reduction 'mean' or 'sum': with 'none' the rows' factors are not known yet"
         )
     if fuse_backward and inplace_backward:
-        raise ValueError(f"{name}: choose fuse_backward or inplace_backward; both were given")
+        raise ValueError(f"{name}: give fuse_backward or inplace_backward, not both")
     given = {
         "logits": logits,
         "targets": targets,
@@ -269,7 +269,7 @@ def linear_cross_entropy(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias must be ({weight.shape[0]},); got {tuple(bias.shape)}")
     if shift and x.dim() != 3:
-        raise ValueError(f"{name}: shift=True needs to know the rows: x (B, T, C); got {tuple(x.shape)}")
+        raise ValueError(f"{name}: shift=True needs x (B, T, C); got {tuple(x.shape)}")
     _check_loss_options(name, weight.shape[0], reduction, label_smoothing, z_loss, class_weight, empty)
     if not -math.inf < logit_scale < math.inf:  # isfinite cannot be traced with dynamic sizes
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale}")
@@ -277,7 +277,7 @@ def linear_cross_entropy(
         raise ValueError(f"{name}: chunk_rows must be >= 1; got {chunk_rows}")
     _check_num_items(name, num_items_in_batch, reduction)
     if accumulate_into_grad and (not weight.is_leaf or torch.compiler.is_compiling()):
-        raise ValueError(f"{name}: accumulate_into_grad needs a leaf as weight, and eager mode; leave it out here")
+        raise ValueError(f"{name}: accumulate_into_grad needs a leaf tensor as weight, in eager mode; leave it out")
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     tensors = {"x": x, "weight": weight, **({"bias": bias} if bias is not None else {})}
     check_same(name, check_dtype=not autocast, **tensors)
@@ -324,7 +324,9 @@ def _check_num_items(operator: str, num_items: int | Tensor | None, reduction: s
     if num_items is None:
         return
     if reduction != "mean":
-        raise ValueError(f"{operator}: num_items_in_batch is what a mean divides by; got it with {reduction!r}")
+        raise ValueError(
+            f"{operator}: num_items_in_batch needs reduction 'mean', which divides by it; got {reduction!r}"
+        )
     if num_items.numel() != 1 if isinstance(num_items, Tensor) else num_items < 1:
         got = describe(num_items) if isinstance(num_items, Tensor) else num_items
         raise ValueError(f"{operator}: num_items_in_batch must be >= 1, or a tensor of one element; got {got}")
