@@ -53,6 +53,6 @@ def _new_ours(cls: type, *args: Any, **kwargs: Any) -> Any:
     return object.__new__(MODELS.get(cls, cls))
 
 
-# Python calls object's own __new__ with the arguments of __init__ once a class has had another: it stays replaced.
+# Once a class has had a __new__, Python would pass __init__'s arguments to object.__new__. So it stays replaced.
 def _new_theirs(cls: type, *args: Any, **kwargs: Any) -> Any:
     return object.__new__(cls)
