@@ -159,7 +159,7 @@ def test_without_transformers_it_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(ops.why_not_native("decode_step", CPU) is not None, reason="no native backend here")
 def test_decoding_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It notices a step with wrong log-probabilities, and one whose rows depend on the batch size."""
+    """The check notices a step with wrong log-probabilities, and one whose rows depend on the batch size."""
     read = fastgpt2.decode.Results.read
     monkeypatch.setattr(
         fastgpt2.decode.Results, "read", lambda self: (read(self)[0], [p - 0.01 for p in read(self)[1]])

@@ -148,7 +148,7 @@ def test_bad_prompts_stop_the_run_before_it_begins_or_are_skipped(command, tmp_p
     path.write_text("\n".join([lines[0], lines[1], lines[4]]), encoding="utf-8")
     assert command("--prompts", path, "--out", out, "--overwrite", "--truncate", "left") == 0
     assert {row["prompt_index"] for row in read_rows(out)} == {0, 1, 2}
-    # What was skipped changes nothing for the others: the same prompts at the same places give the same samples.
+    # Skipped prompts do not change the others: the same prompt at the same index gives the same samples.
     path.write_text(
         "\n".join([lines[0], '{"prompt": "a"}', '{"prompt": "b"}', '{"prompt": "c"}', lines[4]]), encoding="utf-8"
     )

@@ -1,7 +1,8 @@
-"""`accelerate`: our classes for models of transformers that are there already, and for those that will be built.
+"""`accelerate`: use our classes for existing models of transformers, and for those that will be built.
 
-Ours are subclasses of transformers' classes that add no state, so an object becomes ours, and theirs again, by its
-`__class__`: it keeps its parameters, buffers, hooks and attributes. New objects become ours by the classes' `__new__`.
+Our classes are subclasses of transformers' classes that add no state. So changing an object's `__class__` makes it
+ours, or theirs again. It keeps its parameters, buffers, hooks and attributes. New objects become ours through the
+classes' `__new__`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from tests.helpers import TINY
 
 
 def compress_archive(path: Path) -> None:
-    """The same records, compressed, as a tool that packs files anew leaves them."""
+    """The same records, but compressed, as a tool that repacks files would leave them."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
