@@ -1,9 +1,9 @@
-"""Which rows are decoded together: prefill, then a decode loop over a changing set of rows, without padding.
+"""Continuous batching: prefill, then a decode loop over a changing set of rows, without padding.
 
-A prompt is prefilled once, whatever the number of its samples, and so is what prompts have in common: the rest is
-copied within the cache. A row that ends leaves its cache slot at once to the next sample of its prompt (whose prefix
-lies there already). For the next prompts free slots wait for each other a little, so that several are prefilled
-together.
+A prompt is prefilled once for all its samples, and a prefix that several prompts share is computed once. Both are then
+copied within the cache. When a row ends, its cache slot goes at once to the next sample of the same prompt, whose
+prefix is already there. Before other prompts start, free slots wait a little for each other, so that several prompts
+are prefilled together.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from fastgpt2.text_stream import TextStream
 from fastgpt2.weights_mark import ChangeCounts
 from fastgpt2_kernels import ops
 
-# Prompt tokens prefilled in one forward: enough for efficient matrix products, little enough for their activations.
+# Prompt tokens per prefill: enough for efficient matrix products, few enough that their activations fit in memory.
 PREFILL_TOKENS = 4096
 # Steps that a CPU takes in one call, if no row ends meanwhile.
 MOST_STEPS = 16
-# What a prefill costs however few its tokens are, in steps of a full batch: `python -m benchmarks.refill` measures it.
+# The fixed cost of a prefill, in steps of a full batch. `python -m benchmarks.refill` measures it.
 PREFILL_STEPS = {"triton": 8.0, "native": 0.5, "torch": 1.0}
-# The most steps that a slot which has become free waits for others.
+# The most steps that a free slot waits for others.
 MOST_WAITING = 64
 
 
@@ -52,10 +52,15 @@ MOST_WAITING = 64
 class Sample:
     """One continuation of one prompt.
 
-    token_ids and logprobs: the new tokens (the stop token among them, when there was one) and their natural-log
-    probabilities under the model itself (temperature 1, nothing filtered). text: the new tokens' text without the
-    stop token or stop string; None without a tokenizer. finish_reason: "stop" for a stop token or string, "length"
-    for max_new_tokens or a full context.
+    Attributes:
+        prompt_index: The prompt's index.
+        sample_index: The sample's index among those of its prompt.
+        prompt_ids: The token ids of the prompt.
+        token_ids: The new tokens, including the stop token if there was one.
+        logprobs: The natural-log probabilities of the new tokens under the model itself: at temperature 1, before any
+            filter.
+        finish_reason: "stop" for a stop token or stop string, "length" for `max_new_tokens` or a full context.
+        text: The text of the new tokens, without the stop token or stop string; None without a tokenizer.
     """
 
     prompt_index: int
@@ -69,7 +74,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token as it was chosen. `text` is the text it completes, "" while a character or stop string is undecided."""
+    """A token that was chosen. `text` is the text it completes, "" while a character or stop string is undecided."""
 
     prompt_index: int
     sample_index: int
@@ -83,8 +88,11 @@ class TokenEvent:
 class Request:
     """A prompt whose samples are wanted.
 
-    index: the prompt's place among all; identity: what its random numbers depend on; pending: the indices of its
-    samples that have no row yet.
+    Attributes:
+        index: The prompt's index.
+        identity: The id that its random numbers depend on.
+        ids: Its token ids.
+        pending: The indices of its samples that have no row yet.
     """
 
     index: int
@@ -95,7 +103,7 @@ class Request:
 
 @dataclass
 class _Prefilled(Request):
-    """A request whose prompt is in the cache. logits (V,): of the first new token."""
+    """A request whose prompt is in the cache. `logits` (V,) are those of its first new token."""
 
     logits: Tensor
 
@@ -108,16 +116,17 @@ class _Row:
     prompt: _Prefilled
     sample: Sample
     text: TextStream | None
-    asked: int = 0  # tokens that the device was asked for, whether or not they have arrived
+    asked: int = 0  # tokens that were requested from the device, whether or not they have arrived
 
 
 @dataclass
 class _Waiting:
-    """How long free slots wait for others: until their steps without a row cost what a prefill costs by itself.
+    """How long free slots wait for others: until their idle steps cost as much as a prefill does.
 
-    It depends on the rows' lengths alone: a run that is repeated prefills the same prompts together, to the same bits.
+    This depends only on the rows' lengths. So a repeated run prefills the same prompts together, with the same bits.
 
-    most: what a prefill costs, in steps of one slot.
+    Attributes:
+        most: The fixed cost of a prefill, in steps of one slot.
     """
 
     most: float
@@ -145,7 +154,7 @@ class _Waiting:
 
 
 class Scheduler:
-    """The rows of a run and their cache. One step: fill free slots, choose a token for every row, append them."""
+    """The rows of a run and their cache. A step fills free slots, chooses a token for every row and appends it."""
 
     def __init__(
         self,
@@ -169,19 +178,21 @@ class Scheduler:
             reason = "it packs the weights, and pack_weights is False"
         self.constraints = Constraints(sampling, processor, self.stop_ids, model.config.vocab_size, model.device)
         if reason is None:
-            # With constraints the session's own choice is replaced.
+            # With constraints the scheduler chooses the tokens, and replaces those that the session chose.
             chooses = sampling if self.constraints.is_empty else SamplingConfig(temperature=0)
             self.session = acquire_session(model, batch_size, chooses, sorted(self.stop_ids), weight_dtype)
             self.cache = self.session.cache
         elif weight_dtype is not None:
-            raise ValueError(f"generate: weight_dtype={str(weight_dtype)!r} needs a decoding step: {reason}")
+            raise ValueError(
+                f"generate: weight_dtype={str(weight_dtype)!r} needs a decoding step, which cannot be used: {reason}"
+            )
         else:
             dtype = KVCache.best_dtype(model.dtype, model.device)
             self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
         self.free = list(reversed(range(batch_size)))
         backend = "torch" if self.session is None else decode_backend(model)
         self.waiting = _Waiting(PREFILL_STEPS[backend] * batch_size)
-        self.held: dict[int, tuple[int, ...]] = {}  # the prompt that each slot begins with, free slots' too
+        self.held: dict[int, tuple[int, ...]] = {}  # the prompt that each slot, even a free one, begins with
         self.rows: list[_Row] = []
         self.on_device: tuple[list[_Row], Results] | None = None  # the step that runs now
         # Which tokens each slot's sequence holds, for the repetition penalty; a session that chooses keeps its own.
@@ -226,7 +237,7 @@ class Scheduler:
         asked = None
         if rows:
             self._check_weights()
-            # Nobody looks at the tokens one by one.
+            # If nobody looks at single tokens, several steps can run in one call.
             most = 1 if self.want_text else min(MOST_STEPS, self.waiting.steps_left(len(self.free)))
             results = session.step([row.slot for row in rows], most=most)
             self.waiting.note(len(self.free), results.num_steps)
@@ -325,7 +336,7 @@ class Scheduler:
         return [logits[prompt.slot] for prompt in prompts]
 
     def _extend(self, slots: list[int], new: list[tuple[int, ...]], pasts: list[int]) -> Tensor:
-        """Append new tokens to slots that hold `pasts` tokens; logits (R, V) after the last ones."""
+        """Append new tokens to slots that hold `pasts` tokens; returns the logits (R, V) after the last ones."""
         if self.session is not None:
             return self.session.prefill(slots, new, pasts)
         counts = [len(ids) for ids in new]
@@ -336,7 +347,7 @@ class Scheduler:
         return self._head(hidden[ops.to_device(last, hidden.device)])
 
     def _decode(self, rows: list[_Row]) -> Tensor:
-        """Append each row's latest token; logits (R, V) of the next."""
+        """Append each row's latest token; returns the logits (R, V) of the next one."""
         self._check_weights()
         slots = [row.slot for row in rows]
         if self.session is not None:
@@ -349,7 +360,7 @@ class Scheduler:
 
     def _check_weights(self) -> None:
         if not self.weights.still_hold():
-            raise RuntimeError("generate: the model's weights changed during the run; begin another run with them")
+            raise RuntimeError("generate: the model's weights changed during the run; start a new run")
 
     @torch.no_grad()
     def _head(self, hidden: Tensor) -> Tensor:
@@ -360,7 +371,7 @@ class Scheduler:
     def _choose(self, rows: list[_Row], logits: Tensor | list[Tensor]) -> Iterator[TokenEvent]:
         """Choose the next token of `rows` from logits (R, V). Rows that end leave, and other rows take their slots.
 
-        The first logits of a row that takes a slot are there already, so it chooses its first token here as well.
+        The first logits of a row that takes a slot already exist, so its first token is chosen here as well.
         """
         while rows:
             stacked = torch.stack(logits) if isinstance(logits, list) else logits
@@ -392,7 +403,7 @@ class Scheduler:
     @torch.no_grad()
     def _sample(self, rows: list[_Row], logits: Tensor) -> tuple[list[int], list[float]]:
         """The rows' next tokens and their log-probabilities, NaN where the logits are not finite."""
-        if self.session is not None and not rows[0].sample.token_ids:  # all are new, or none
+        if self.session is not None and not rows[0].sample.token_ids:  # either all rows are new or none is
             results = self._begin_on_device(self.session, rows, logits)
             if self._session_chooses:
                 return results
@@ -422,7 +433,7 @@ class Scheduler:
         )
         if self.seen is not None:
             self.seen[slots, ids] = True
-        if changed is not logits:  # log-probabilities are the model's own, but where nothing was left to choose from
+        if changed is not logits:  # log-probabilities are the model's own; NaN if no token was left to choose
             own = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
             logprobs = own.where(logprobs.isfinite(), math.nan)
         if self.session is not None:
@@ -432,7 +443,7 @@ class Scheduler:
     def _begin_on_device(
         self, session: DecodeSession, rows: list[_Row], logits: Tensor
     ) -> tuple[list[int], list[float]]:
-        """Start new rows in the session; their first tokens and log-probabilities."""
+        """Start new rows in the session; returns their first tokens and log-probabilities."""
         identities = [row.prompt.identity for row in rows]
         keys = ops.row_keys(self.sampling.seed, identities, [row.sample.sample_index for row in rows]).tolist()
         new = [

@@ -23,7 +23,7 @@ SNIPPETS = [
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SLOW_EXAMPLES = {"ray_generate"}  # starting Ray takes ten seconds
-# What an example is called with and reads from stdin, so that it is quick; without, it does more of the same.
+# The arguments and stdin that make an example quick. Without them it does more of the same.
 ARGUMENTS = {"generate_batch": ["--num-samples", "2", "--max-new-tokens", "4"], "train_from_scratch": ["--steps", "2"]}
 ARGUMENTS |= {
     "stream_chat": ["--max-new-tokens", "4"],

@@ -73,7 +73,7 @@ def assert_same(model: GPT2, one: list[Sample], other: list[Sample]) -> None:
 
 
 def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig) -> int:
-    """`got` is what the loop of every introduction gives: whole forward, choose, append. No cache, no batch.
+    """`got` is what the introductory loop gives: a whole forward pass, choose, append. No cache, no batch.
 
     Returns at how many tokens rounding decides: the loop's logits, moved by a few roundings, give either token there
     (two logits or probabilities that nearly tie). Any other difference fails.
@@ -117,7 +117,7 @@ def test_greedy_equals_transformers_on_ragged_batches(seed, dtype):
         )
         expected = generated[0, ids.shape[1] :].tolist()
         if got.token_ids != expected:
-            # The only excuse is a tie: where they part, their own logits of the two tokens are equal to rounding.
+            # The tokens may differ only at a tie: where the own logits of both tokens are equal up to rounding.
             pairs = zip(got.token_ids, expected, strict=False)
             at, mine, other = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
             logits = theirs(generated[:, : ids.shape[1] + at]).logits[0, -1]
@@ -299,7 +299,7 @@ def test_prompts_are_read_as_room_becomes_free(seed):
 
 
 def paths(seed: int, **changes) -> list[GPT2]:
-    """A model that a decoding step serves, where there is one, and its twin on PyTorch's operators."""
+    """A model that uses a decoding step, if there is one here, and its twin on PyTorch's operators."""
     stepped = tiny_model(seed, **changes)
     plain = GPT2(stepped.config, backend="torch").eval()
     plain.load_state_dict(stepped.state_dict())
@@ -347,13 +347,13 @@ def test_weights_that_change_during_a_run_end_it(seed):
             next(events)
         with torch.no_grad():
             model.transformer.h[1].mlp.c_fc.bias.add_(1.0)
-        with pytest.raises(RuntimeError, match="the model's weights changed during the run; begin another run"):
+        with pytest.raises(RuntimeError, match="the model's weights changed during the run; start a new run"):
             list(events)
         assert len(model.generate([[1]], max_new_tokens=2, stop_token_ids=())[0].token_ids) == 2
 
 
 def test_a_seed_draws_the_same_samples_on_every_path(seed):
-    """A decoding step and PyTorch's operators: the same tokens, but where rounding decides."""
+    """A decoding step and PyTorch's operators give the same tokens, except where rounding decides."""
     prompts = random_prompts(random.Random(seed), 12)
     differing = 0
     for options in ({}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 30, "repetition_penalty": 1.3}):
@@ -417,7 +417,7 @@ def test_free_slots_wait_for_each_other_and_not_for_ever(seed, monkeypatch):
     prefill = Scheduler._prefill
 
     def counted(self, prompts):
-        # None has waited longer than it may: a step more than what a prefill costs, of all free slots together.
+        # No slot has waited too long: all free slots together at most a step longer than a prefill costs.
         assert not self.rows or self.waiting.idle < self.waiting.most + self.cache.num_slots
         prefills.append(len(prompts))
         return prefill(self, prompts)
@@ -441,7 +441,7 @@ def test_free_slots_wait_for_each_other_and_not_for_ever(seed, monkeypatch):
 
 
 def test_waiting_ends():
-    """By what it has cost, or by its steps; without free slots, or prompts, nothing waits."""
+    """Waiting ends by its cost or by its steps. Without free slots or without prompts nothing waits."""
     waiting = _Waiting(8.0)
     assert not waiting.is_over
     assert waiting.steps_left(0) == MOST_WAITING
@@ -461,7 +461,7 @@ def test_waiting_ends():
 
 
 def test_prompts_that_are_too_long_are_truncated_on_the_left(seed):
-    """To what leaves room for all new tokens, but to no less than half the context."""
+    """A prompt is truncated to leave room for all new tokens, but never to less than half the context."""
     rng = random.Random(seed)
     model = tiny_model(seed)
     context = SIZES["context_length"]

@@ -79,7 +79,7 @@ def worker(rank: int, count: int, port: int, folder: Path, jobs: list[Job]) -> N
             (folder / f"rank-{rank}").mkdir(exist_ok=True)
             assert (folder / "rank-0").exists()
         strangers = Processes(rank, count + 1, processes.device)
-        with pytest.raises(ValueError, match=f"among all {count} processes; got processes with a count of {count + 1}"):
+        with pytest.raises(ValueError, match=f"needs all {count} processes; got a Processes of {count + 1}"):
             Job(folder / "none", changes={"parallel": "fsdp"}).do(folder, strangers)
         for job in jobs:
             job.do(folder, processes)

@@ -59,8 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_arguments(parser)
 
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FILE", help=".jsonl, .fasta or .txt (default: the screen)")
-    output.add_argument("--resume", action="store_true", help="keep what --out holds and score what is missing")
+    output.add_argument("--out", metavar="FILE", help=".jsonl, .fasta, .txt, .csv or .parquet (default: the screen)")
+    output.add_argument(
+        "--resume", action="store_true", help="keep the scores that --out holds and score what is missing"
+    )
     output.add_argument("--overwrite", action="store_true", help="replace --out")
     output.add_argument(
         "--batch-tokens",
@@ -69,8 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per forward pass (default: %(default)s)",
     )
-    output.add_argument("--token-ids", action="store_true", help="write the ids of the scored tokens (.jsonl only)")
-    output.add_argument("--logprobs", action="store_true", help="write each token's log-probability (.jsonl only)")
+    output.add_argument(
+        "--token-ids", action="store_true", help="write the ids of the scored tokens (not in .fasta or .txt)"
+    )
+    output.add_argument(
+        "--logprobs", action="store_true", help="write each token's log-probability (not in .fasta or .txt)"
+    )
     options.add_shard_argument(output)
     options.add_selection_arguments(parser)
 
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if records is None:
         return _show(model, reader, args)
     if model.tokenizer is None and records.suffix != ".jsonl":
-        raise ValueError(f"{records}: holds text, and the model {args.model} has no tokenizer; use a .jsonl output")
+        raise ValueError(f"{records}: needs text, but the model {args.model} has no tokenizer; use a .jsonl output")
     special = options.special_tokens(model)
     settings = {
         "weights": options.weights_digest(model),
@@ -261,7 +267,7 @@ def _write(
     model: GPT2, reader: _Reader, args: argparse.Namespace, output: RecordFile[ScoreRecord], shard: Shard
 ) -> None:
     if output.done:
-        print(f"fastgpt2: {output.path} holds {len(output.done):,} scores", file=sys.stderr)
+        print(f"fastgpt2: {output.path} already holds {len(output.done):,} scores", file=sys.stderr)
     tally = _Tally()
     with tqdm(initial=len(output.done), unit="sequence", disable=None, dynamic_ncols=True) as bar:
         try:
