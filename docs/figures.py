@@ -87,8 +87,8 @@ def cross_entropy_traffic(ax: Axes) -> None:
         "cross_entropy",
         "cross_entropy, gradient\nwanted at once",
     ]
-    # Log-softmax reads x and writes log p. Its backward pass writes a gradient that is zero except at the targets, reads
-    # it and log p, and writes dx.
+    # Log-softmax reads x and writes log p. Its backward pass writes a gradient that is zero except at the targets,
+    # reads it and log p, and writes dx.
     # Ours reads x; its backward pass reads x and writes dx. In a single launch the second read comes from the L2 cache.
     bars(ax, names, {"read": [3, 2, 1], "written": [3, 1, 1]}, "times that the (N, V) logits cross the memory bus")
 
