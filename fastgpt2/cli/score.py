@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         options.check_needs_no_output(args, shard, ("resume", "overwrite"))
     sources = _sources(args, {path for path in (out, records) if path is not None})
     reader = _Reader(args, sources)
-    next(reader.entries(), None)  # reports a bad first file before a model is loaded
+    if next(reader.entries(), None) is None:  # a bad first file is reported here, before a model is loaded
+        raise ValueError(f"{sources[0].name}: there are no sequences in it; give at least one")
     model = options.load(args)
     reader.model = model
     if records is None:
