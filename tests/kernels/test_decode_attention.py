@@ -521,7 +521,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "starts alone": ({"starts": torch.tensor([0, 1])}, "give starts and counts together; got only starts"),
     "lengths of another cache": ({"lengths": torch.tensor([1])}, r"lengths must be int32 or int64 of shape \(2,\)"),
     "lengths as floats": ({"lengths": torch.zeros(2)}, "got torch.float32"),
-    "more rows than slots": ({"qkv": torch.zeros(3, 48)}, "got 3 rows and 2 cache slots"),
+    "more rows than slots": (
+        {"qkv": torch.zeros(3, 48)},
+        "there must be at most 2 rows, one for each cache slot; got 3",
+    ),
     "a scale of 0": ({"scale": 0.0}, "scale must be finite and > 0"),
     "a full slot": ({"lengths": torch.tensor([1, 4])}, "slot 1 holds 4 tokens and gets 1; the cache has room for 4"),
     "a slot that is not": ({"slots": torch.tensor([0, 2])}, r"slots must be in \[0, 2\); got 2"),

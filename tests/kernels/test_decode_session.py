@@ -101,7 +101,7 @@ def test_tokens_chosen_outside_the_step_are_the_reference_paths(device):
 def test_tokens_that_a_penalty_has_marked_cannot_be_replaced(device):
     ours, _ = pair(device, context_length=24, **TINIEST)
     session, _ = begun(ours, [[1, 2]], sampling=SamplingConfig(temperature=0, repetition_penalty=2.0))
-    with pytest.raises(ValueError, match="with a repetition penalty tokens cannot be replaced"):
+    with pytest.raises(ValueError, match="tokens cannot be replaced with a repetition penalty"):
         session.replace_tokens([0], torch.tensor([3]))
 
 
@@ -268,6 +268,16 @@ def test_generation_is_the_hosts(device, batch_size):
     assert {s.finish_reason for s in got} == {"stop", "length"}
 
 
+def test_a_shifted_context_is_the_hosts(device):
+    """Rows go on from their last tokens, with what they have seen and their place in the random numbers."""
+    ours, plain = pair(device, 4, context_length=6, **TINIEST)
+    options = {"max_new_tokens": 9, "num_samples": 2, "stop_token_ids": (), "context_shift": True}
+    options |= {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.7}
+    got, want = (model.generate([[1, 2, 3], [4]], batch_size=3, **options) for model in (ours, plain))
+    assert [s.token_ids for s in got] == [s.token_ids for s in want]
+    assert {len(s.token_ids) for s in got} == {9}
+
+
 def test_stop_strings_and_text(device):
     """A stop string is found on the host, one step late. The sample still ends at the string."""
     tokenizer = Tokenizer.train(["def add(a, b):\n    return a + b\n"] * 4, 280)
@@ -419,7 +429,7 @@ def test_a_failed_capture_costs_a_warning_only(device, monkeypatch):
 
     monkeypatch.setattr(session, "_captured", refuse)
     session.use_pdl = False
-    with pytest.warns(UserWarning, match="no CUDA graph .*not permitted"):
+    with pytest.warns(UserWarning, match="a CUDA graph cannot be used .*not permitted"):
         got = [*first, session.step([0]).read()[0][0]]
     got += [session.step([0]).read()[0][0] for _ in range(2)]
     assert got == want
@@ -444,13 +454,13 @@ def test_bad_inputs(device):
         DecodeSession(ours, KVCache(ours.config, 2, 8, dtype=torch.float16, device=device), GREEDY)
     session = DecodeSession(ours, cache, GREEDY)
     logits = torch.zeros(1, TINY.vocab_size, device=device)
-    with pytest.raises(ValueError, match=r"slots are 0 .. 1; got 2"):
+    with pytest.raises(ValueError, match=r"slots must be in 0 .. 1; got 2"):
         session.begin([NewRow(2, [1], (0, 0), 5)], logits)
     with pytest.raises(ValueError, match=r"slot 1 cannot hold 25 tokens; the cache has room for 24"):
         session.begin([NewRow(1, [1] * 25, (0, 0), 5)], logits)
     with pytest.raises(ValueError, match=r"logits must be float32 of shape \(1, 61\); got torch.float16 \(1, 61\)"):
         session.begin([NewRow(1, [1], (0, 0), 5)], logits.half())
-    with pytest.raises(ValueError, match=r"a step takes 1 .. 2 different slots; got \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"a step must have 1 to 2 different slots; got \[0, 1, 2\]"):
         session.step([0, 1, 2])
     with pytest.raises(ValueError, match="different slots"):
         session.step([0, 0])

@@ -216,7 +216,7 @@ def test_graphs_and_events_are_on_the_sessions_device(driver: Driver, on_second_
 )
 def test_a_capture_that_fails_leaves_the_users_stream(driver: Driver, on_second_gpu: Any, error: Exception) -> None:
     session, _, _ = on_second_gpu(error)
-    with pytest.warns(UserWarning, match="no CUDA graph"):
+    with pytest.warns(UserWarning, match="a CUDA graph cannot be used"):
         session.step([0])
     assert not session.use_graphs
     assert (driver.current, driver.stream) == (0, "the user's")

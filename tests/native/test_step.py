@@ -345,7 +345,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(seed):
         (lambda: step.run(torch.zeros(3, dtype=torch.int32)), "up to 2"),
         (lambda: step.run(torch.tensor([5], dtype=torch.int32)), "out of range"),
         (lambda: step.run(torch.tensor([0])), "int32"),
-        (lambda: step.prefill(ids, [2], [3]), "slots are"),
+        (lambda: step.prefill(ids, [2], [3]), "slots must be in"),
         (lambda: step.prefill(ids, [0], [2]), "token_ids"),
         (lambda: step.prefill(ids, [0], [3], [22]), "room for 24"),
         (lambda: step.prefill(ids + 61, [0], [3]), "token ids"),

@@ -601,7 +601,7 @@ class DecodeStep:
         for slot, count, past in zip(slots, counts, pasts, strict=True):
             if not 0 <= slot < self._cache.slots or past < 0 or past + count > room:
                 raise ValueError(
-                    f"prefill: slots are 0 .. {self._cache.slots - 1} with room for {room} tokens; "
+                    f"prefill: slots must be in 0 .. {self._cache.slots - 1} with room for {room} tokens; "
                     f"got slot {slot}, {past} tokens and {count} more"
                 )
         token_ids = token_ids.contiguous()

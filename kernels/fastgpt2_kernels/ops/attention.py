@@ -243,7 +243,9 @@ def causal_attention_packed(
         if documents.starts.shape[0] != T:
             raise ValueError(f"{name}: the documents were planned for {documents.starts.shape[0]} tokens; got {T}")
         if documents.starts.device != qkv.device:
-            raise ValueError(f"{name}: qkv is on {qkv.device}, cu_seqlens on {documents.starts.device}")
+            raise ValueError(
+                f"{name}: qkv and cu_seqlens must be on one device; got {qkv.device} and {documents.starts.device}"
+            )
     lengths = _check_lengths(name, lengths, B, T, qkv.device)
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     _check_dropout(name, dropout_p, dropout_seed, qkv.device)
@@ -292,7 +294,7 @@ def _check_lengths(operator: str, lengths: Tensor | None, B: int, T: int, device
     if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{operator}: lengths must be int32 or int64 of shape ({B},); got {describe(lengths)}")
     if lengths.device != device:
-        raise ValueError(f"{operator}: the inputs are on {device}, lengths on {lengths.device}")
+        raise ValueError(f"{operator}: lengths must be on {device}, like the inputs; got {lengths.device}")
     if device.type == "cpu" and not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > T)).any():
         raise ValueError(f"{operator}: lengths must be in [0, T={T}]; got {lengths.tolist()}")
     return lengths.to(torch.int32)
@@ -585,7 +587,7 @@ def _check_cache(name: str, qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> tu
     if k_cache.dtype not in (qkv.dtype, torch.float32):
         raise ValueError(f"{name}: the caches must be {qkv.dtype} as qkv or float32; got {k_cache.dtype}")
     if k_cache.device != qkv.device:
-        raise ValueError(f"{name}: qkv is on {qkv.device}, the caches are on {k_cache.device}")
+        raise ValueError(f"{name}: the caches must be on {qkv.device}, like qkv; got {k_cache.device}")
     return tuple(k_cache.shape)
 
 

@@ -174,7 +174,7 @@ def linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be one of {sorted(ACTIVATIONS)}; got {activation!r}")
     if activation != "linear" and residual is not None:
-        raise ValueError("linear: takes an activation or a residual, not both")
+        raise ValueError("linear: give an activation or a residual, not both")
     chosen = choose_backend("linear" if activation == "linear" else "bias_activation", x.device, backend)
     if chosen == "triton":
         return bias_activation(F.linear(x, weight), bias, activation, backend=backend)
