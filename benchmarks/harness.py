@@ -1,4 +1,4 @@
-"""A case and its contenders: first they must agree, then they take turns, and what was measured becomes `Result`s.
+"""A case and its contenders. They must agree before they are timed in turns. The measurements become `Result`s.
 
 Agreement is the tests' rule: a contender's error against float64 is at most 2 x (the plain PyTorch expression's own
 error in the same dtype + eps x max|exact|). One that is over it is "wrong" and never timed. Turns alternate in one

@@ -439,7 +439,7 @@ class DecodeSession:
         self._run(rows)
 
     def _capture(self, bucket: int, rows: Tensor) -> None:
-        """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
+        """Capture the step of `bucket` rows. If that fails, the session warns and continues without graphs."""
         held = rows.clone()
         # All rows are idle meanwhile, so the launches can compile and the self-test can run without advancing any row.
         torch.arange(self.num_slots, self.num_slots + bucket, out=rows)
