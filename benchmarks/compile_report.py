@@ -27,11 +27,13 @@ REPORT = Path(__file__).with_name("COMPILE_REPORT.md")
 SUMMARY = Path(__file__).with_name("COMPILE_SUMMARY.md")
 SUMMARY_HEAD = """# What compiles where
 
-A table for each version of Triton that a PyTorch for GPUs pins, and for the newest: every launch row for every target,
-compiled without a GPU. `python -m benchmarks compile-report --summary` renews the part of the Triton that is installed;
-a row that does not compile ends it. In a cell: the rows that compile; the most shared memory that one of them takes, to
-be held against the target's limit; operations that spill registers in a loop; rows that use tensor cores (AMD: matrix
-cores). Row by row, for the newest: COMPILE_REPORT.md.
+Every launch row is compiled for every target, without a GPU. There is a table for each version of Triton that a PyTorch
+for GPUs pins, and for the newest version. The columns are targets, with their limit of shared memory. A cell holds four
+figures: how many rows compile; the most shared memory that one of them needs; how many operations spill registers in a
+loop; and how many rows use tensor cores (AMD: matrix cores). COMPILE_REPORT.md has every row, for the newest version.
+
+`python -m benchmarks compile-report --summary` renews the table of the installed Triton. It fails if a row does not
+compile.
 """
 COLUMNS = (
     "case", "warps", "registers", "spilled bytes", "shared bytes", "programs", "tensor core", "128-bit loads",
@@ -100,8 +102,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "# Compile report"
     yield ""
     yield f"Every launch row as Triton {version('triton')} compiles it, without a GPU:"
-    yield "`python -m benchmarks compile-report --write`. Instructions are counted in the code, not as they run."
-    yield "Programs: how many fit a multiprocessor at once. Seconds: of compiling, on the machine that wrote this."
+    yield "`python -m benchmarks compile-report --write`. Instructions are counted in the code, not while it runs."
+    yield "Programs: how many fit on a multiprocessor at once. Seconds: compile time on the machine that wrote this."
     for name, target in TARGETS.items():
         yield ""
         yield f"## {name} ({target.name})"

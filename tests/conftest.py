@@ -42,9 +42,9 @@ def forkserver() -> Iterator[BaseContext]:
 
     context = multiprocessing.get_context("forkserver")
     # torch._dynamo: what AdamW's constructor imports, in seconds.
-    packages = ["fastgpt2.cli.main", "fastgpt2.cli.generate", "fastgpt2.cli.train", "fastgpt2.checkpoint"]
+    commands = [f"fastgpt2.cli.{name}" for name in ("parser", "generate", "score", "train", "convert")]
     libraries = ["tokenizers", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"]
-    context.set_forkserver_preload(packages + libraries)
+    context.set_forkserver_preload(["fastgpt2.checkpoint", *commands, *libraries])
     with pytest.MonkeyPatch.context() as patch:
         # Older Pythons do not pass our sys.path to the server, and then it silently imports nothing.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

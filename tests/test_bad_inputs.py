@@ -167,7 +167,11 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "class_weight must be floating-point (8,)",
     ),
     "empty option": (lambda: cross_entropy(X, T, empty="one"), ValueError, "empty must be 'nan' or 'zero'; got 'one'"),
-    "shift of rows": (lambda: cross_entropy(X, T, shift=True), ValueError, "shift=True needs logits (B, T, V)"),
+    "shift of rows": (
+        lambda: cross_entropy(X, T, shift=True),
+        ValueError,
+        "shift=True needs logits of shape (B, T, V)",
+    ),
     "no vocabulary": (lambda: cross_entropy(X[:, :0], T), ValueError, "the vocabulary must not be empty"),
     "integer logits": (
         lambda: cross_entropy(X.long(), T),

@@ -27,8 +27,6 @@ from fastgpt2.sample_files import CONTINUATION, WHOLE, SampleRecord, sample_form
 from fastgpt2.scoring import score
 from fastgpt2.tokenizer import Tokenizer
 
-HELP = "continue prompts with a model"
-
 # The embedded model was trained on Python code, so it continues some if no prompt is given.
 DEFAULT_PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a file'
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from fastgpt2.train import plot_runs
 
-HELP = "draw the loss, learning rate and speed of training runs"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a training run")

@@ -33,8 +33,6 @@ from fastgpt2.sample_files import CONTINUATION, WHOLE
 from fastgpt2.score_files import ScoreLines, ScoreRecord, score_format
 from fastgpt2.scoring import BATCH_TOKENS, Score, score_all, unscored
 
-HELP = "log-probability and perplexity of given sequences"
-
 # Sequences are always packed within groups of this size. Neighbours in a batch may change the last bit of a result, and
 # a resumed run, or a run of several processes, must write the same results as an uninterrupted one.
 GROUP = 256

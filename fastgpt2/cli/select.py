@@ -8,8 +8,6 @@ from pathlib import Path
 from fastgpt2.cli.options import add_selection_arguments, find_selection, known_spellings, say_selected
 from fastgpt2.selection import check_output, select
 
-HELP = "keep the best of generated or scored records"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("records", metavar="IN", help="a .jsonl that fastgpt2 generate or score wrote")

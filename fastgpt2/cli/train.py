@@ -22,8 +22,6 @@ from fastgpt2.gpt2 import GPT2
 from fastgpt2.messages import counted, first_line
 from fastgpt2.tokenizer import Tokenizer, check_vocab_size
 
-HELP = "train a model on text"
-
 # Sizes if neither --preset nor --init-from is given: a few million parameters, which train in minutes on a CPU.
 _DEFAULT_SIZES = {"num_layers": 6, "hidden_size": 256, "num_heads": 4, "context_length": 256}
 _DEFAULT_VOCAB_SIZE = 4096
