@@ -87,12 +87,15 @@ class NewRow(NamedTuple):
     Attributes:
         key: The two words that its random numbers depend on (`ops.row_keys`).
         limit: The most new tokens.
+        produced: How many new tokens it already has, if the row continues from its last tokens, which are then its
+            prompt.
     """
 
     slot: int
     prompt_ids: Sequence[int]
     key: tuple[int, int]
     limit: int
+    produced: int = 0
 
 
 class Results(NamedTuple):
@@ -257,9 +260,10 @@ class DecodeSession:
         return model.logits(hidden[ops.to_device(last, hidden.device)]).float()
 
     def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
-        """Put rows into their slots and choose their first tokens from logits (rows, V) float32.
+        """Put rows into their slots and choose their next tokens from logits (rows, V) float32.
 
-        What the slots held is forgotten. ValueError for a slot or a prompt that does not fit.
+        What the slots held is forgotten, but for the tokens that a row which goes on has seen. ValueError for a slot or
+        a prompt that does not fit.
         """
         for row in rows:
             if not 0 <= row.slot < self.num_slots:
@@ -275,19 +279,19 @@ class DecodeSession:
                 f"got {logits.dtype} {tuple(logits.shape)}"
             )
         state, device = self.slots, self.slots.tokens.device
-        columns = [[row.slot, len(row.prompt_ids), row.limit, *row.key] for row in rows]
-        slots, lengths, limits, *key = ops.to_device(columns, device, torch.int64).unbind(1)
+        columns = [[row.slot, len(row.prompt_ids), row.limit, row.produced, *row.key] for row in rows]
+        slots, lengths, limits, produced, *key = ops.to_device(columns, device, torch.int64).unbind(1)
         state.lengths[slots] = lengths.int()
         state.limits[slots] = limits.int()
         state.keys[slots] = torch.stack(key, 1)
         state.status[slots] = ops.FRESH
-        state.produced[slots] = 0  # the position of the token that is chosen now
-        if self.seen is not None:
-            self.seen[slots] = False
-            seen = [(row.slot, token) for row in rows for token in set(row.prompt_ids)]
+        state.produced[slots] = produced.int()  # the position of the token that is chosen now
+        if self.seen is not None and (new := [row for row in rows if not row.produced]):
+            self.seen[ops.to_device([row.slot for row in new], device, torch.int64)] = False
+            seen = [(row.slot, token) for row in new for token in set(row.prompt_ids)]
             self.seen[tuple(ops.to_device(seen, device).unbind(1))] = True
         self._choose(logits, slots.int())
-        state.produced[slots] = 1
+        state.produced[slots] += 1
         return self._results()
 
     def step(self, slots: Sequence[int], most: int = 1) -> Results:

@@ -17,7 +17,7 @@ from fastgpt2.constraints import LogitsProcessor
 from fastgpt2.devices import why_not_bfloat16
 from fastgpt2.messages import shown
 from fastgpt2.model import GPT2Base
-from fastgpt2.scheduler import Request, Sample, Scheduler, TokenEvent
+from fastgpt2.scheduler import Request, Sample, Scheduler, TokenEvent, half_context
 from fastgpt2.tokenizer import as_token_id
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "lists_options",
     "prompt_token_ids",
     "stream",
+    "token_events",
 ]
 
 Prompts = Iterable[str] | Iterable[Sequence[int]] | Tensor
@@ -47,6 +48,7 @@ class GenerateOptions(TypedDict, total=False):
     num_samples: int
     batch_size: int | str
     truncate: str
+    context_shift: bool
     sample_ids: Iterable[int] | None
     skip: Container[tuple[int, int]]
     pack_weights: bool
@@ -79,9 +81,10 @@ def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateO
     """Continue every prompt; yields each sample when it ends.
 
     A sample's random numbers depend only on (seed, prompt id, sample index). The prompt id is the prompt's index, or
-    what `sample_ids` says. Where a decoding step serves the model (`fastgpt2.decode.why_not_decode`), tokens and
-    log-probabilities are bit-identical whatever other rows are in the batch, on one machine with one number of threads.
-    PyTorch's own operators round a row differently for different batch sizes. Log-probabilities may then differ in
+    what `sample_ids` says. If the native backend decodes, on a CPU, tokens and log-probabilities are bit-identical
+    whatever other rows are in the batch and whatever shares a prefix, on one machine with one number of threads.
+    PyTorch's matrix products round a row differently for different numbers of rows. On a GPU prompts go through them,
+    and without a decoding step (`fastgpt2.decode.why_not_decode`) all tokens do. Log-probabilities may then differ in
     their last bits, and a token where two tokens nearly tie.
 
     Dropout is always off, and the model's mode does not change. The weights must not change during a run.
@@ -98,6 +101,10 @@ def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateO
         truncate: What happens to a prompt that is too long. "error", the default, refuses one that does not fit the
             context. "left" drops the first tokens of a prompt that leaves no room for `max_new_tokens`, but keeps at
             least half a context. `Sample.prompt_ids` holds the tokens that were kept.
+        context_shift: What happens to a row that has filled the context. False, the default, ends it. True continues
+            from its last tokens, half a context, as if they were the prompt: they are computed again, at positions from
+            0, and so on whenever the context is full. Repetition penalty, bans and `logits_processor` still see all of
+            the row's tokens.
         sample_ids: An int >= 0 for each prompt, instead of its index.
         skip: (prompt id, sample index) pairs that are not generated.
         pack_weights: On a CPU, pack the weights for speed. This takes their memory once more. On by default.
@@ -112,7 +119,12 @@ def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateO
         RuntimeError: Logits are not finite, or the weights were changed in place during the run. PyTorch counts such
             changes, except those through `.data`, whose results are undefined.
     """
-    return (event.finished for event in _run(model, prompts, **options) if event.finished is not None)
+    return (event.finished for event in token_events(model, prompts, **options) if event.finished is not None)
+
+
+def token_events(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[TokenEvent]:
+    """Continue every prompt; yields each token, without its text, when it arrives. Arguments as for `generate_iter`."""
+    return _run(model, prompts, **options)
 
 
 def stream(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[TokenEvent]:
@@ -131,6 +143,7 @@ def _run(
     num_samples: int = 1,
     batch_size: int | str = "auto",
     truncate: str = "error",
+    context_shift: bool = False,
     sample_ids: Iterable[int] | None = None,
     skip: Container[tuple[int, int]] = (),
     logits_processor: LogitsProcessor | None = None,
@@ -170,6 +183,8 @@ def _run(
     int8 = None if weight_dtype is None else torch.int8
     if model.dtype == torch.bfloat16 and (reason := why_not_bfloat16(model.device)) is not None:
         warnings.warn(f"generate: {reason}: PyTorch emulates it, slowly; load the model in float16", stacklevel=4)
+    if not isinstance(context_shift, bool):
+        raise ValueError(f"generate: context_shift must be True or False; got {shown(context_shift)}")
     most = kept_prompt_tokens(model, truncate, sampling.max_new_tokens)
     rows = len(prompts) * num_samples if isinstance(prompts, Sized) else None
     if not isinstance(batch_size, int):
@@ -177,7 +192,10 @@ def _run(
     elif rows is not None:
         batch_size = max(1, min(batch_size, rows))
     source = _read_prompts(model, prompts, num_samples, sample_ids, skip, most)
-    return Scheduler(model, source, sampling, batch_size, pack_weights, int8, logits_processor, want_text).run()
+    scheduler = Scheduler(
+        model, source, sampling, batch_size, pack_weights, int8, logits_processor, want_text, context_shift
+    )
+    return scheduler.run()
 
 
 def _without_padding(model: GPT2Base, prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
@@ -246,7 +264,7 @@ def kept_prompt_tokens(model: GPT2Base, truncate: str, max_new_tokens: int) -> i
         raise ValueError(f"generate: truncate must be 'error' or 'left'; got {shown(truncate)}")
     context = model.config.context_length
     # The last new token needs no place in the context.
-    return None if truncate == "error" else max(context + 1 - max_new_tokens, -(-context // 2))
+    return None if truncate == "error" else max(context + 1 - max_new_tokens, half_context(context))
 
 
 def prompt_token_ids(

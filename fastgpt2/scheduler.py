@@ -3,7 +3,8 @@
 A prompt is prefilled once for all its samples, and a prefix that several prompts share is computed once. Both are then
 copied within the cache. When a row ends, its cache slot goes at once to the next sample of the same prompt, whose
 prefix is already there. Before other prompts start, free slots wait a little for each other, so that several prompts
-are prefilled together.
+are prefilled together. With `context_shift`, a row that has filled the context continues from its last tokens,
+which are prefilled again.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Sample:
         token_ids: The new tokens, including the stop token if there was one.
         logprobs: The natural-log probabilities of the new tokens under the model itself: at temperature 1, before any
             filter.
-        finish_reason: "stop" for a stop token or stop string, "length" for `max_new_tokens` or a full context.
+        finish_reason: "stop" for a stop token or stop string, "length" for `max_new_tokens` or a full context
+            (without context_shift).
         text: The text of the new tokens, without the stop token or stop string; None without a tokenizer.
     """
 
@@ -116,7 +118,19 @@ class _Row:
     prompt: _Prefilled
     sample: Sample
     text: TextStream | None
+    window: tuple[int, ...]  # the tokens at its last prefill: the prompt, or after a context shift the last tokens
+    before: int = 0  # how many of the sample's tokens there were then
     asked: int = 0  # tokens that were requested from the device, whether or not they have arrived
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether it has chosen no token since its prefill."""
+        return len(self.sample.token_ids) == self.before
+
+    @property
+    def num_tokens(self) -> int:
+        """Its tokens that are in the cache, and the latest one, which is not."""
+        return len(self.window) + len(self.sample.token_ids) - self.before
 
 
 @dataclass
@@ -153,6 +167,11 @@ class _Waiting:
         return max(1, min(MOST_WAITING - self.steps, math.ceil((self.most - self.idle) / num_free)))
 
 
+def half_context(context_length: int) -> int:
+    """How many of its last tokens a row keeps when it has filled the context, and a prompt at least."""
+    return -(-context_length // 2)
+
+
 class Scheduler:
     """The rows of a run and their cache. A step fills free slots, chooses a token for every row and appends it."""
 
@@ -166,9 +185,11 @@ class Scheduler:
         weight_dtype: torch.dtype | None,
         processor: LogitsProcessor | None,
         want_text: bool,
+        context_shift: bool = False,
     ) -> None:
         self.model, self.source, self.sampling = model, source, sampling
         self.want_text = want_text or bool(sampling.stop_strings)
+        self.context_shift = context_shift
         stop = sampling.stop_token_ids
         self.stop_ids = frozenset(model.config.eos_token_ids if stop is None else stop)
         self.session = None
@@ -193,6 +214,7 @@ class Scheduler:
         backend = "torch" if self.session is None else decode_backend(model)
         self.waiting = _Waiting(PREFILL_STEPS[backend] * batch_size)
         self.held: dict[int, tuple[int, ...]] = {}  # the prompt that each slot, even a free one, begins with
+        self.again: deque[Request] = deque()  # prompts that are prefilled once more, before those of `source`
         self.rows: list[_Row] = []
         self.on_device: tuple[list[_Row], Results] | None = None  # the step that runs now
         # Which tokens each slot's sequence holds, for the repetition penalty; a session that chooses keeps its own.
@@ -215,6 +237,9 @@ class Scheduler:
                     while started := self._start_rows():
                         yield from self._choose(started, [row.prompt.logits for row in started])
                     self.waiting.begin()
+                if full := [row for row in self.rows if self._is_full(row)]:
+                    yield from self._shift(full)
+                    continue  # all rows may have ended
                 if self.session is not None and self._session_chooses:
                     if not (yield from self._step_ahead(self.session)):
                         return
@@ -256,8 +281,13 @@ class Scheduler:
         return ready is not None or asked is not None
 
     def _limit(self, row: _Row) -> int:
-        """The most new tokens that the row can have: the last one needs no room in the context."""
-        return min(self.sampling.max_new_tokens, self.model.config.context_length - len(row.prompt.ids) + 1)
+        """The most new tokens that the row can have in its window: the last one needs no room in the context."""
+        room = self.model.config.context_length - len(row.window) + 1
+        return min(self.sampling.max_new_tokens, row.before + room)
+
+    def _is_full(self, row: _Row) -> bool:
+        """Whether the row's latest token has no room in the context."""
+        return row.num_tokens > self.model.config.context_length
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -268,7 +298,7 @@ class Scheduler:
         index: PrefixIndex | None = None
         free = len(self.free)
         tokens = 0
-        while free > 0 and tokens < PREFILL_TOKENS and (request := next(self.source, None)) is not None:
+        while free > 0 and tokens < PREFILL_TOKENS and (request := self._next_request()) is not None:
             index = PrefixIndex(self.held) if index is None else index
             fresh.append((index.add(request.ids), request))
             free -= len(request.pending)
@@ -288,6 +318,9 @@ class Scheduler:
         self.rows = self.rows + started
         return started
 
+    def _next_request(self) -> Request | None:
+        return self.again.popleft() if self.again else next(self.source, None)
+
     def _assign_slots(self, prompts: list[Holder]) -> None:
         """Give each a free slot: the one where its prefix lies, if that is free."""
         for prompt in prompts:
@@ -304,16 +337,35 @@ class Scheduler:
             self.seen[slot].index_fill_(0, ops.to_device(list(prompt.ids), self.seen.device), True)
         tokenizer = self.model.tokenizer
         text = TextStream(tokenizer, self.sampling.stop_strings) if self.want_text and tokenizer else None
-        return _Row(slot, prompt, Sample(prompt.index, prompt.pending.popleft(), prompt.ids), text)
+        return _Row(slot, prompt, Sample(prompt.index, prompt.pending.popleft(), prompt.ids), text, prompt.ids)
 
     def _leave(self, row: _Row) -> _Row | None:
         """Give the slot of a row that has ended to its prompt's next sample, which is returned, or free it."""
-        if not row.prompt.pending:
+        prompt = row.prompt
+        if row.before and prompt.pending:  # the slot no longer begins with the prompt, which is prefilled anew
+            self.again.append(Request(prompt.index, prompt.identity, prompt.ids, deque(prompt.pending)))
+            prompt.pending.clear()
+            self.waiting.is_needless = False
+        if not prompt.pending:
             self.cache.free(row.slot)
             self.free.append(row.slot)
             return None
         self.cache.lengths[row.slot] = len(row.prompt.ids)
         return self._new_row(row.slot, row.prompt)
+
+    def _shift(self, rows: list[_Row]) -> Iterator[TokenEvent]:
+        """Prefill the last tokens of rows that have filled the context, half of it, and choose their next tokens."""
+        self._check_weights()
+        keep = half_context(self.model.config.context_length)
+        for row in rows:
+            row.window = (*row.sample.prompt_ids, *row.sample.token_ids)[-keep:]
+            row.before = len(row.sample.token_ids)
+            self.held[row.slot] = row.window
+        at_once = max(1, PREFILL_TOKENS // keep)
+        for start in range(0, len(rows), at_once):
+            now = rows[start : start + at_once]
+            logits = self._extend([row.slot for row in now], [row.window for row in now], [0] * len(now))
+            yield from self._choose(now, logits)
 
     # -- the model ----------------------------------------------------------------------------------------------
 
@@ -403,7 +455,7 @@ class Scheduler:
     @torch.no_grad()
     def _sample(self, rows: list[_Row], logits: Tensor) -> tuple[list[int], list[float]]:
         """The rows' next tokens and their log-probabilities, NaN where the logits are not finite."""
-        if self.session is not None and not rows[0].sample.token_ids:  # either all rows are new or none is
+        if self.session is not None and rows[0].is_prefilled:  # either all rows are prefilled or none is
             results = self._begin_on_device(self.session, rows, logits)
             if self._session_chooses:
                 return results
@@ -443,16 +495,16 @@ class Scheduler:
     def _begin_on_device(
         self, session: DecodeSession, rows: list[_Row], logits: Tensor
     ) -> tuple[list[int], list[float]]:
-        """Start new rows in the session; returns their first tokens and log-probabilities."""
+        """Start prefilled rows in the session; returns their next tokens and log-probabilities."""
         identities = [row.prompt.identity for row in rows]
         keys = ops.row_keys(self.sampling.seed, identities, [row.sample.sample_index for row in rows]).tolist()
         new = [
-            NewRow(row.slot, row.prompt.ids, (key[0], key[1]), self._limit(row))
+            NewRow(row.slot, row.window, (key[0], key[1]), self._limit(row), row.before)
             for row, key in zip(rows, keys, strict=True)
         ]
         tokens, logprobs = session.begin(new, logits).read()
         for row in rows:
-            row.asked = 1
+            row.asked = row.before + 1
         return [tokens[row.slot] for row in rows], [logprobs[row.slot] for row in rows]
 
     def _accept(self, row: _Row, token: int, logprob: float) -> TokenEvent:
@@ -465,10 +517,7 @@ class Scheduler:
             row.text.push(token)
         if is_stop or (row.text is not None and row.text.stopped):
             current.finish_reason = "stop"
-        elif (
-            len(current.token_ids) == self.sampling.max_new_tokens
-            or len(current.prompt_ids) + len(current.token_ids) > self.model.config.context_length
-        ):
+        elif len(current.token_ids) == self.sampling.max_new_tokens or (not self.context_shift and self._is_full(row)):
             current.finish_reason = "length"
         finished = current if current.finish_reason is not None else None
         if finished is not None:

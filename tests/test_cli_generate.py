@@ -166,6 +166,21 @@ def test_one_prompt_streams_to_the_screen(command, tiny_checkpoint, capsys):
     assert "1 sample, " in printed.err
 
 
+def test_samples_longer_than_the_context(command, tiny_checkpoint, prompts_file, tmp_path, capsys):
+    model, out = GPT2.from_pretrained(tiny_checkpoint), tmp_path / "out.jsonl"
+    longest = model.config.context_length + 30
+    arguments = ("--max-new-tokens", longest, "--temperature", 1, "--stop-token-id", 0, "--context-shift")
+    options = {"max_new_tokens": longest, "seed": 5, "stop_token_ids": [0], "context_shift": True}
+    assert command("--prompts", prompts_file, "--out", out, "--token-ids", *arguments) == 0
+    expected = generate(model, PROMPTS, num_samples=3, **options)
+    assert [row["token_ids"] for row in read_rows(out)] == [sample.token_ids for sample in expected]
+    assert max(len(sample.token_ids) for sample in expected) == longest
+    assert command("--prompts", prompts_file, "--out", out, "--resume", "--token-ids", *arguments[:-1]) == 2
+    assert "context_shift was True and is False" in capsys.readouterr().err
+    assert command("def add", "--num-samples", 1, *arguments) == 0
+    assert capsys.readouterr().out == f"def add{expected[0].text}\n"
+
+
 def test_several_samples_on_the_screen(command, capsys):
     assert command("def", "--num-samples", 2) == 0
     out = capsys.readouterr().out

@@ -72,19 +72,23 @@ def assert_same(model: GPT2, one: list[Sample], other: list[Sample]) -> None:
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
 
 
-def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig) -> int:
+def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig, *, context_shift: bool = False) -> int:
     """`got` is what the introductory loop gives: a whole forward pass, choose, append. No cache, no batch.
 
+    With `context_shift` the forward takes the last half of the context when there is no room for all tokens since then.
     Returns at how many tokens rounding decides: the loop's logits, moved by a few roundings, give either token there
     (two logits or probabilities that nearly tie). Any other difference fails.
     """
     ids, stop, ties = list(got.prompt_ids), config.stop_token_ids or (), 0
+    context, first = model.config.context_length, 0
     for position, token in enumerate(got.token_ids):
         assert position < config.max_new_tokens
-        assert len(ids) <= model.config.context_length
+        if context_shift and len(ids) - first > context:
+            first = len(ids) - -(-context // 2)
+        assert len(ids) - first <= context
         assert position == 0 or ids[-1] not in stop
         with torch.no_grad():
-            logits = model(torch.tensor([ids]))[:, -1]
+            logits = model(torch.tensor([ids[first:]]))[:, -1]
         seen = torch.zeros(1, V, dtype=torch.bool)
         seen[0, ids] = True
         row = (got.prompt_index, got.sample_index, position)
@@ -93,8 +97,8 @@ def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig) -> int
             assert token in choose(moved, config, row, seen.expand(200, V)).tolist()
             ties += 1
         ids.append(token)
-    ended = ids[-1] in stop or len(got.token_ids) == config.max_new_tokens or len(ids) > model.config.context_length
-    assert ended
+    is_full = not context_shift and len(ids) > context
+    assert ids[-1] in stop or len(got.token_ids) == config.max_new_tokens or is_full
     return ties
 
 
@@ -221,6 +225,71 @@ def test_a_full_context_ends_a_row_and_harms_no_other(seed):
     assert [len(s.token_ids) for s in samples] == [1, 7, 40]
     assert {s.finish_reason for s in samples} == {"length"}
     assert samples[2].token_ids == model.generate([[1]], max_new_tokens=40, temperature=0)[0].token_ids
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "late"])
+def test_a_shifted_context_goes_on_from_its_last_tokens(backend, seed, monkeypatch):
+    """As the plain loop that does the same; with any rows beside, also samples that follow in a shifted row's slot."""
+    if backend == "late":  # a step is read when the next one has begun, as on a GPU
+        monkeypatch.setattr(DecodeSession, "is_asynchronous", True)
+        backend = "auto"
+    rng = random.Random(seed)
+    ties = shifted = 0
+    for trial in range(6):
+        context = 1 if trial == 0 else rng.randint(2, 16)
+        model = tiny_model(seed + trial, context_length=context, backend=backend)
+        prompts = random_prompts(rng, rng.randint(1, 4), longest=context)
+        options = {
+            "temperature": rng.choice([0, 1.0]),
+            "top_k": rng.choice([None, 20]),
+            "repetition_penalty": rng.choice([1.0, 1.3]),
+            "max_new_tokens": rng.randint(1, 4 * context),
+            "stop_token_ids": rng.choice([(), (3,)]),
+            "seed": rng.randrange(2**64),
+        }
+        other = {"num_samples": rng.randint(1, 3), "context_shift": True}
+        samples = model.generate(prompts, batch_size=rng.randint(1, 8), **options, **other)
+        assert [(s.prompt_index, s.sample_index) for s in samples] == list(
+            itertools.product(range(len(prompts)), range(other["num_samples"]))
+        )
+        for got in samples:
+            ties += assert_step_by_step(model, got, SamplingConfig(**options), context_shift=True)
+            shifted += len(got.prompt_ids) + len(got.token_ids) > context + 1
+        assert_same(model, samples, model.generate(prompts, batch_size=rng.randint(1, 8), **options, **other))
+        streamed = list(model.stream(prompts, batch_size=rng.randint(1, 8), **options, **other))
+        for got in samples:
+            events = [e for e in streamed if (e.prompt_index, e.sample_index) == (got.prompt_index, got.sample_index)]
+            assert [e.token_id for e in events] == got.token_ids
+    assert shifted > 0
+    assert ties <= 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_prefix_is_not_copied_from_where_a_shift_has_replaced_it(batch_size, seed):
+    model, rng = tiny_model(seed, context_length=32), random.Random(seed)
+    common = [rng.randrange(V) for _ in range(20)]
+    prompts = [[*common, *prompt] for prompt in random_prompts(rng, 5, longest=6)]
+    options = {"max_new_tokens": 24, "stop_token_ids": (), "context_shift": True, "num_samples": 2, "seed": seed}
+    together = model.generate(prompts, batch_size=batch_size, **options)
+    alone = [s for i, prompt in enumerate(prompts) for s in model.generate([prompt], sample_ids=[i], **options)]
+    assert [s.token_ids for s in together] == [s.token_ids for s in alone]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_bans_and_processors_look_at_what_a_shift_has_left_behind(backend, seed):
+    model, seen = tiny_model(seed, context_length=8, backend=backend), []
+
+    def looking(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        seen.append(ids[0].tolist())
+        return logits
+
+    options = {"max_new_tokens": 40, "stop_token_ids": (), "no_repeat_ngram_size": 1, "temperature": 0}
+    (got,) = model.generate([[1, 2, 3]], context_shift=True, logits_processor=looking, **options)
+    whole = [*got.prompt_ids, *got.token_ids]
+    assert len(set(whole)) == len(whole) == 43
+    assert seen == [whole[:length] for length in range(3, 43)]
+    with pytest.raises(ValueError, match="context_shift must be True or False; got 8"):
+        model.generate([[1]], context_shift=8)
 
 
 def test_stop_tokens(seed):

@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fastgpt2.checkpoint import EMBEDDED
 from fastgpt2.cli import options
+from fastgpt2.cli.progress import Progress
 from fastgpt2.config import SamplingConfig
 from fastgpt2.devices import find_device
-from fastgpt2.generate import generate_iter, kept_prompt_tokens, prompt_token_ids, stream
+from fastgpt2.generate import kept_prompt_tokens, prompt_token_ids, stream, token_events
 from fastgpt2.gpt2 import GPT2
 from fastgpt2.input_files import PROMPTS, Entry, EntryError, Source, digest, find_sources, read_entries
 from fastgpt2.messages import counted, shown
@@ -58,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do with a prompt that is too long. left: drop its first tokens to make room for "
         "--max-new-tokens, but keep at least half a context; error: refuse a prompt longer than the context "
         "(default: error)",
+    )
+
+    what.add_argument(
+        "--context-shift",
+        action="store_true",
+        help="go on when the context is full, from the last tokens (half the context) as if they were the prompt "
+        "(default: end there)",
     )
 
     options.add_model_arguments(parser).add_argument(
@@ -189,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
         **asdict(sampling),
         **{
             name: getattr(args, name)
-            for name in ("truncate", "weight_dtype", "with_prompt", "token_ids", "logprobs", "score")
+            for name in ("truncate", "context_shift", "weight_dtype", "with_prompt", "token_ids", "logprobs", "score")
         },
     }
     indices = {item.prompt.index for item in usable}
@@ -319,19 +325,17 @@ def _write(
         print(f"fastgpt2: {output.path} already holds {there} of {total} samples", file=sys.stderr)
     started = time.perf_counter()
     num_samples = num_tokens = 0
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=total, initial=there, unit="sample", disable=None, dynamic_ncols=True) as bar:
-        try:
+    try:
+        with Progress(total, there, "sample") as progress:
             chosen = _options(usable, sampling, args) | {"skip": output.done}
-            for record in _records(model, usable, chosen, with_prompt=args.with_prompt, whole=args.score == WHOLE):
+            for record in _records(
+                model, usable, chosen, progress, with_prompt=args.with_prompt, whole=args.score == WHOLE
+            ):
                 output.write(record)
                 num_samples += 1
                 num_tokens += len(record.sample.token_ids)
-                bar.update()
-                bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
-        finally:
-            bar.close()
-            _summarize(num_samples, num_tokens, time.perf_counter() - started)
+    finally:
+        _summarize(num_samples, num_tokens, time.perf_counter() - started)
 
 
 def _options(usable: list[_Usable], sampling: SamplingConfig, args: argparse.Namespace) -> dict[str, Any]:
@@ -339,6 +343,7 @@ def _options(usable: list[_Usable], sampling: SamplingConfig, args: argparse.Nam
     return {
         "sampling": sampling,
         "weight_dtype": args.weight_dtype,
+        "context_shift": args.context_shift,
         "num_samples": args.num_samples,
         "batch_size": args.batch_size,
         "sample_ids": [item.prompt.index for item in usable],
@@ -346,10 +351,21 @@ def _options(usable: list[_Usable], sampling: SamplingConfig, args: argparse.Nam
 
 
 def _records(
-    model: GPT2, usable: list[_Usable], options: dict[str, Any], *, with_prompt: bool, whole: bool = False
+    model: GPT2,
+    usable: list[_Usable],
+    options: dict[str, Any],
+    progress: Progress | None = None,
+    *,
+    with_prompt: bool,
+    whole: bool = False,
 ) -> Iterator[SampleRecord]:
     prompt_logprobs: dict[int, list[float]] = {}
-    for sample in generate_iter(model, [item.ids for item in usable], **options):
+    for event in token_events(model, [item.ids for item in usable], **options):
+        sample = event.finished
+        if progress is not None:
+            progress.add((event.prompt_index, event.sample_index), 1, ends=sample is not None)
+        if sample is None:
+            continue
         item = usable[sample.prompt_index]
         text = sample.text
         if with_prompt and text is not None and model.tokenizer is not None:

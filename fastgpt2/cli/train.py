@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fastgpt2 import data, train
 from fastgpt2.checkpoint import load_pretrained
+from fastgpt2.cli.options import weights_digest
 from fastgpt2.config import PRESETS, GPT2Config, TrainConfig
 from fastgpt2.files import atomic_file, locked_folder
 from fastgpt2.gpt2 import GPT2
@@ -124,11 +125,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     given = vars(args)
-    if "minutes" in given and "steps" in given:
-        raise ValueError("train: give --steps or --minutes, not both")
     processes = train.Processes.start(args.device)
     try:
-        resumes = bool(train.checkpoint_paths(args.out))
+        checkpoints = train.checkpoint_paths(args.out)
+        last = checkpoints[-1].name if checkpoints else None
+        # First of all: processes with other options would wait for each other in other places.
+        options = {
+            name: value for name, value in given.items() if name in _KEPT or name in ("out", "resume", "backend")
+        }
+        processes.check_same({**options, f"the last checkpoint in {args.out}": last})
+        if "minutes" in given and "steps" in given:
+            raise ValueError("train: give --steps or --minutes, not both")
+        resumes = bool(checkpoints)
         if resumes and not args.resume:
             raise ValueError(f"train: {args.out} holds a run; continue it with --resume or choose another --out")
         kept = _kept_options(args.out) if args.resume else None
@@ -266,6 +274,8 @@ def _begun(args: argparse.Namespace, plan: _Plan, processes: train.Processes) ->
             _keep_options(args.out, plan.options)
         tokens, tokenizer = _prepared(Path(args.out, "data"), plan)
     torch.manual_seed(plan.config.seed)
+    if plan.initial:
+        processes.check_same({"the hash of --init-from": weights_digest(plan.initial)})
     model = plan.initial or GPT2(_model_config(plan.wanted, plan.sizes, tokenizer), backend=args.backend)
     return train.Trainer(model, tokens, plan.config, args.out, tokenizer=tokenizer, processes=processes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgpt2.config import TrainConfig
 from fastgpt2.devices import find_device
+from fastgpt2.messages import shown
 
 T = TypeVar("T")
 
@@ -87,6 +88,21 @@ class Processes:
         if self.count > 1:
             dist.broadcast_object_list(value, src=0)
         return cast(T, value[0])
+
+    def check_same(self, settings: Mapping[str, object]) -> None:
+        """ValueError in all processes, naming the first setting that is not the same in every one of them."""
+        if self.count == 1 or not dist.is_initialized():
+            return
+        of_all: list[dict[str, object]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(of_all, dict(settings))
+        first = of_all[0]
+        for rank, other in enumerate(of_all):
+            for name in sorted({*first, *other}):
+                if first.get(name) != other.get(name):
+                    raise ValueError(
+                        f"train: {name} must be the same in every process; got {shown(first.get(name))} in process 0 "
+                        f"and {shown(other.get(name))} in process {rank}"
+                    )
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -103,6 +103,10 @@ class Trainer:
         self.data = data
         self.tokenizer = tokenizer
         self.context = model.config.context_length
+        self._fingerprint = data.train.fingerprint()
+        self._val_fingerprint = data.val.fingerprint() if data.val is not None else None
+        # First of all: an error that only one process finds would leave the others waiting for it.
+        self.processes.check_same(self._settings(model.config))
         data.train.windows_per_epoch(self.context)  # raises when the text is too short
         if data.meta is not None and data.meta.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -146,8 +150,16 @@ class Trainer:
         self.stop_requested = False
         self._logger: Logger | None = None
         self._val_bytes: int | None = None
-        self._fingerprint = data.train.fingerprint()
-        self._val_fingerprint = data.val.fingerprint() if data.val is not None else None
+
+    def _settings(self, model_config: GPT2Config) -> dict[str, object]:
+        """What has to be the same in every process."""
+        return {
+            **asdict(self.config),
+            **{f"the model's {name}": value for name, value in asdict(model_config).items()},
+            "the hash of train.bin": self._fingerprint,
+            "the hash of val.bin": self._val_fingerprint,
+            "the tokenizer's hash": None if self.tokenizer is None else self.tokenizer.digest(),
+        }
 
     # -- a run ----------------------------------------------------------------------------------------------------
 

@@ -268,6 +268,16 @@ def test_generation_is_the_hosts(device, batch_size):
     assert {s.finish_reason for s in got} == {"stop", "length"}
 
 
+def test_a_shifted_context_is_the_hosts(device):
+    """Rows go on from their last tokens, with what they have seen and their place in the random numbers."""
+    ours, plain = pair(device, 4, context_length=6, **TINIEST)
+    options = {"max_new_tokens": 9, "num_samples": 2, "stop_token_ids": (), "context_shift": True}
+    options |= {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.7}
+    got, want = (model.generate([[1, 2, 3], [4]], batch_size=3, **options) for model in (ours, plain))
+    assert [s.token_ids for s in got] == [s.token_ids for s in want]
+    assert {len(s.token_ids) for s in got} == {9}
+
+
 def test_stop_strings_and_text(device):
     """A stop string is found on the host, one step late. The sample still ends at the string."""
     tokenizer = Tokenizer.train(["def add(a, b):\n    return a + b\n"] * 4, 280)
