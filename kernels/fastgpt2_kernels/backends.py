@@ -99,6 +99,9 @@ TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # searches
 def backends_of(operator: str) -> dict[str, str]:
     """Say which backends have `operator`.
 
+    Args:
+        operator: a name of `OPERATORS`.
+
     Returns:
         The function that each of them runs, as "module:name", by backend.
 
@@ -163,9 +166,15 @@ def fallback_size() -> Size | None:
 
 
 def note_failure(operator: str, device: torch.device, error: KernelFailedError, size: Size) -> None:
-    """Make "auto" take PyTorch's operators for `operator` of this `size` on `device` from now on.
+    """Make "auto" take PyTorch's operators from now on, where a kernel has failed.
 
     Warns when an operator fails on a device for the first time.
+
+    Args:
+        operator: a name of `OPERATORS`.
+        device: where its tensors are.
+        error: why its kernel failed.
+        size: the size at which it failed. At other sizes the kernel is still used.
     """
     failed = _FAILED.setdefault((operator, device.type, device.index), {})
     if not failed:
@@ -243,6 +252,10 @@ def _why_not_gpu(index: int) -> str | None:
 def why_not_native(operator: str, device: torch.device | str) -> str | None:
     """Say why `operator` cannot run on the native backend for tensors on `device`.
 
+    Args:
+        operator: a name of `OPERATORS`.
+        device: where the tensors are.
+
     Returns:
         The reason in one sentence, or None if the operator can run.
 
@@ -264,7 +277,14 @@ def interpreter_is_on() -> bool:
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is a name of `BACKENDS`."""
+    """Check the name of a backend.
+
+    Args:
+        backend: what the caller asked for.
+
+    Raises:
+        ValueError: It is not a name of `BACKENDS`.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
 

@@ -51,6 +51,6 @@ def sampling_cases(arch: str) -> Iterator[Case]:
             "META": "constexpr",
         }
         aligned = pointers_and_strides(signature)
-        options = dict(launch.OPTIONS)
+        options = dict(row.options)
         title = " ".join(["sample", dtype, f"block {row.block_v}", *flags])
         yield Case(title, kernel, signature, {"META": meta}, row.num_warps, options, aligned)

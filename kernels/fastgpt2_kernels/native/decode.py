@@ -517,7 +517,11 @@ class DecodeStep:
         return Layout.of(self.vocab, self.context, self.width // self.num_heads, max(self.width, self.inner))
 
     def use_cache(self, keys: Tensor, values: Tensor) -> None:
-        """Use this cache from now on: keys and values (L, S, H, T, D), which must have the same strides."""
+        """Use this cache from now on: keys and values (L, S, H, T, D), which must have the same strides.
+
+        Raises:
+            ValueError: The cache does not fit the model or `cache_dtype`, or the strides differ.
+        """
         cache = cache_struct(keys, values)
         L, _, H, _, D = keys.shape
         if (len(self._layers), self.num_heads, self.width // self.num_heads, self.cache_dtype) != (L, H, D, keys.dtype):

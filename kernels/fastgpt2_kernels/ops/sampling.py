@@ -154,7 +154,15 @@ def _setting(name: str, value: float | Tensor | None, logits: Tensor, num_slots:
 
 
 def in_range(name: str, value: float) -> float:
-    """Clamp a sampling setting to the range that a tensor passed to `sample` can hold."""
+    """Clamp a sampling setting to the range that a tensor passed to `sample` can hold.
+
+    Args:
+        name: the name of the setting, an argument of `sample`.
+        value: its value.
+
+    Returns:
+        The value in that range.
+    """
     low, high = _RANGES[name]
     return min(max(value, low), high)
 

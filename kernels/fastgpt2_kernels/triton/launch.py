@@ -122,21 +122,27 @@ class SamplingRow(NamedTuple):
 
     block_v: int
     num_warps: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, bool | int]:
+        return OPTIONS if self.max_registers is None else {**OPTIONS, "maxnreg": self.max_registers}
 
 
 def sampling_row(vocab_size: int, arch: str, *, has_filters: bool = False) -> SamplingRow:
     """The row for one program, and so one multiprocessor, per row of logits, with as many threads as registers allow.
 
-    With filters (top-k, top-p, min-p) and 4 lanes per thread, the state of the lanes and its copies in the loops fill
-    128 registers per thread.
+    With filters (top-k, top-p, min-p) and 4 lanes per thread, the state of the lanes and its copies in the loops take 96
+    to 128 registers per thread. For the small blocks the compiler would by itself spill some to use only 80.
     """
+    max_registers = 128 if has_filters and vocab_size <= 2048 and not is_amd(arch) else None
     if vocab_size > 2048 and has_filters:
         block_v, threads = 2048, 512
     elif vocab_size > 2048:
         block_v, threads = 4096, 1024
     else:
         block_v, threads = (1024, 256) if vocab_size > 256 else (256, 64)
-    return SamplingRow(block_v, threads // (64 if is_amd(arch) else 32))
+    return SamplingRow(block_v, threads // (64 if is_amd(arch) else 32), max_registers)
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
