@@ -221,9 +221,9 @@ def _kept(logits: Tensor, sampling: dict[str, float]) -> Tensor:
 
 
 def _bad_sample(sampling: dict[str, float], logits: Tensor, contender: Contender, result: list[Tensor]) -> str | None:
-    """Different generators draw differently: of others every token must be one that may be chosen.
+    """Why a sample is wrong, or None. Other generators draw other tokens, so each must just be one that may be chosen.
 
-    Ours draw with keys: the token must be the one that float64 draws, but for a near tie; so must its log-probability.
+    Ours draw with keys: token and log-probability must be those that float64 draws, except at a near tie.
     """
     ids, *logprobs = result
     if ids.shape != logits.shape[:1]:

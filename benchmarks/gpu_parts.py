@@ -59,7 +59,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _seconds(run: Callable[[], object], device: torch.device, turns: int) -> float:
-    """Time the median turn, after a first one that compiles."""
+    """The seconds of the median turn, after a first one that compiles."""
     run()
     found = []
     for _ in range(turns):
@@ -72,7 +72,7 @@ def _seconds(run: Callable[[], object], device: torch.device, turns: int) -> flo
 
 
 def _model(place: Place, name: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> GPT2:
-    """A random model with a preset's shape, or with one block at toy size."""
+    """A random model with a preset's shape, or a tiny one at toy size."""
     torch.manual_seed(0)
     config = GPT2Config.preset(name, **changes)
     if place.is_toy:

@@ -1,4 +1,4 @@
-"""A case and its contenders: first they must agree, then they take turns, and what was measured becomes `Result`s.
+"""A case and its contenders. They must agree before they are timed in turns. The measurements become `Result`s.
 
 Agreement is the tests' rule: a contender's error against float64 is at most 2 x (the plain PyTorch expression's own
 error in the same dtype + eps x max|exact|). One that is over it is "wrong" and never timed. Turns alternate in one
@@ -55,9 +55,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """`build(inputs)` prepares and returns the call to time; it raises LeftOutError where it cannot.
+    """One implementation to compare. `build(inputs)` returns the call to time, or raises LeftOutError if it cannot run.
 
-    is_plain: the plain PyTorch expression of its dtype, whose own error is the measure for the others.
+    Attributes:
+        is_plain: Whether it is the plain PyTorch expression of its dtype, whose error is the yardstick of the others.
     """
 
     name: str
@@ -71,11 +72,11 @@ class Contender:
 class Case:
     """One thing to compute. `shape` and `dtype` identify it together with `name`.
 
-    inputs(): what `Contender.build` is given, the same at every call.
-    exact(inputs): the float64 results. sample(results): those of a contender's that are compared (all by default).
-    disagrees(inputs, contender, result): None or why it is wrong, in place of `exact` where numbers do not tell.
-    flops, bytes: what has to be computed, and read and written at least. tokens: produced by one call.
-    end_to_end: timed by the wall clock, the host's work included; otherwise a GPU's own time, its cache flushed.
+    inputs(): the inputs of `Contender.build`, the same at every call.
+    exact(inputs): the float64 results. sample(results): the part of a contender's results to compare (default: all).
+    disagrees(inputs, contender, result): why a result is wrong, or None. It replaces `exact` if numbers cannot tell.
+    flops, bytes: the least that must be computed, and be read and written. tokens: the tokens that one call produces.
+    end_to_end: timed by the wall clock, with the host's work. Otherwise a GPU's own time, with its cache flushed.
     measures_memory: on a CPU each contender's takes a process of its own, on a GPU it is always known.
     isolated: on a CPU, each contender is timed in a process of its own (benchmarks/workers.py says why).
     """
@@ -104,13 +105,13 @@ class Case:
 
 @dataclass
 class Result:
-    """One line of a result file. Seconds are of one call; ratios are of speed, above 1 where this contender is faster.
+    """One line of a result file. Seconds are those of one call. Ratios are speedups: above 1 this contender is faster.
 
     status: "ok", or "absent: ", "failed: ", "wrong: ", "skipped: " with the reason, or "needs a GPU".
-    ratio_peer: to `peer`, the fastest contender of the same dtype that is not ours; ratio_base: to `base`, the case's
-    first. share: of the measured limit (bandwidth or matrix products, whichever binds). peak_bytes: what one call
-    needs beside its inputs and results; resident_bytes: a whole process that does only this. cold_seconds: building
-    and the first call.
+    ratio_peer: the speedup over `peer`, the fastest contender of the same dtype that is not ours. ratio_base: that over
+    `base`, the case's first contender. share: of the measured limit (bandwidth or matrix products, whichever binds).
+    peak_bytes: the memory of one call besides its inputs and results. resident_bytes: that of a whole process that
+    does only this. cold_seconds: the time to build and make the first call.
     """
 
     module: str
@@ -340,9 +341,9 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @functools.cache
 def limits(device: torch.device, dtype: str) -> dict[str, float]:
-    """Bytes a second of a copy or a sum, FLOP/s of a matrix product, measured at the first call.
+    """Bytes per second of a copy or a sum, and FLOP/s of a matrix product, measured at the first call.
 
-    PyTorch has no fast product of integers to measure: there the bytes alone limit.
+    PyTorch has no fast integer product to measure, so there only the bytes set a limit.
     """
     kind = getattr(torch, dtype)
     if not kind.is_floating_point:
@@ -382,9 +383,9 @@ def version(package: str) -> str | None:
 
 
 def count_launches(call: Call) -> int | None:
-    """Kernels that one call runs on the GPU, copies and fills included; a CUDA graph's count one by one.
+    """The number of kernels that one call runs on the GPU, with copies, fills and the kernels of CUDA graphs.
 
-    None where PyTorch's profiler cannot see them (built or run without its tracer).
+    None if PyTorch's profiler cannot see them (built or run without its tracer).
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -415,9 +416,9 @@ def _bytes_of(result: Any) -> int:
 
 
 def peak_in_child(module: str, settings: Settings, title: str, contender: int) -> tuple[int, int] | None:
-    """(growth of resident memory over one call, results not counted; all of it) in a process of its own, on a CPU.
+    """(growth of resident memory over one call without its results, all resident memory), in a separate CPU process.
 
-    None where it cannot be had: without psutil, or where the process dies.
+    None if it cannot be measured: without psutil, or if the process dies.
     """
     if version("psutil") is None:
         return None

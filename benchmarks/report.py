@@ -44,9 +44,9 @@ COLUMNS = (
 
 
 def table(results: Iterable[Result]) -> Iterator[str]:
-    """Lines of a table a case, without columns that say nothing; below it who did not run, and why.
+    """The lines of one table per case, without empty columns. Below it are the contenders that did not run, and why.
 
-    Who would need a GPU is left to `without_gpu`.
+    `without_gpu` lists those that need a GPU.
     """
     for title, group in itertools.groupby(results, key=title_of):
         rows = list(group)
@@ -115,9 +115,9 @@ def key_of(r: Result) -> Key:
 def compare(old: Iterable[Result], new: Iterable[Result]) -> Iterator[tuple[str, Key, str]]:
     """(verdict, key, explanation) of every contender: "same", "faster", "slower", "broken", "mended", "new" or "gone".
 
-    Speed is that relative to the case's base in the same run where both runs have it (a machine's slow day then hits
-    both sides), else the seconds. A change counts when it is over 3% and the two ranges from the 20th to the 80th
-    percentile do not meet.
+    If both runs have the case's base, speeds relative to it are compared, so that a slow day of the machine does not
+    count. Otherwise seconds are compared. A change counts if it is over 3% and the two ranges from the 20th to the
+    80th percentile do not overlap.
     """
     olds, news = ({key_of(r): r for r in results} for results in (old, new))
     for key, now in news.items():

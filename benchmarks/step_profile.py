@@ -125,15 +125,15 @@ def limits(
     config: GPT2Config, num_rows: int, keys: float, weights: str, bandwidth: float, rates: Mapping[str, float],
     prompt: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """The least milliseconds of each phase that reads memory or multiplies much.
+    """The least milliseconds of each phase that reads much memory or multiplies much.
 
     Args:
-        config: Of the model.
+        config: The model's configuration.
         num_rows: Rows of a step, or of a prefill.
-        keys: What each new token attends to, on average.
+        keys: The number of keys that a new token attends to, on average.
         weights: "float32", "bfloat16" or "int8".
-        bandwidth: Bytes a second that memory is read at.
-        rates: FLOP a second by the weights' dtype, see `product_rate`. Attention multiplies float32 numbers always.
+        bandwidth: The bytes per second at which memory is read.
+        rates: FLOP/s by the weights' dtype; see `product_rate`. Attention always multiplies in float32.
         prompt: New tokens of each row in a prefill; 0 for a step, which has one.
     """
     C, L, V, inner = config.hidden_size, config.num_layers, config.vocab_size, config.inner_dim

@@ -24,9 +24,9 @@ FINALISTS = 3
 
 @dataclass(frozen=True)
 class Tunable:
-    """One row of launch.py: `key` as the table writes it, the row there, those to try, and what is computed with it.
+    """One row of launch.py: its key in the table, the present row, the candidates, and the computation that uses it.
 
-    using(row): a context in which launches take that row.
+    using(row): a context in which launches use that row.
     """
 
     key: str

@@ -25,10 +25,10 @@ class LeftOutError(Exception):
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(result, None), or (None, what stands in the row instead).
+    """Call a function; returns (result, None), or (None, the status for its row) if it failed.
 
-    Contenders are other people's code and candidates of a search, which raise whatever they raise: one's failure is a
-    named row and must not cost the others' results.
+    Contenders are other projects' code or candidates of a search, and may raise anything. A failure is named in the
+    contender's row, and must not lose the results of the others.
     """
     try:
         return function(), None
@@ -99,9 +99,9 @@ _workers: dict[Hashable, Worker] = {}
 
 
 def isolated(key: Hashable, build: Callable[[Any], Call]) -> Callable[[Any], Call]:
-    """`build`, which builds in the process of that key and returns a call that runs there.
+    """Wrap `build`: it builds in the process of that key, and returns a call that runs there.
 
-    `build` and the inputs go there by pickle; a call's round trip is tens of microseconds and its result's pickling.
+    `build` and the inputs are pickled. A call's round trip takes tens of microseconds, and pickling its result.
     """
     if key not in _workers or not _workers[key].process.is_alive():
         _workers[key] = Worker()

@@ -1,8 +1,9 @@
-"""Decoding with the rows' state in one place, where a step finds all it needs: on a GPU, or on a CPU.
+"""Decoding on a GPU or a CPU. A session holds the state of all rows, so that a step finds there all that it needs.
 
 On a GPU a step is 5 L + 3 kernel launches in a CUDA graph, and the host never waits for the step it has just started.
-On a CPU a step, or some until a row ends, is one call of the native backend. Rows end inside the step (stop tokens,
-limits, a full context). The host learns of it when it reads that step's tokens; on a GPU the next step runs meanwhile.
+On a CPU one call of the native backend makes one step, or several until a row ends. Rows end inside the step (stop
+tokens, limits, a full context). The host learns of it when it reads that step's tokens. On a GPU the next step is
+running by then.
 """
 
 from __future__ import annotations
@@ -81,10 +82,13 @@ def _size(model: GPT2Base) -> tuple[int | torch.dtype, ...]:
 
 
 class NewRow(NamedTuple):
-    """A row to start. Its cache slot holds the prompt's tokens already.
+    """A row to start. Its cache slot already holds the prompt's tokens.
 
-    key: the two words that its random numbers depend on (`ops.row_keys`); limit: the most new tokens; produced: how
-    many there are already, of a row that goes on from its last tokens (which are then its prompt).
+    Attributes:
+        key: The two words that its random numbers depend on (`ops.row_keys`).
+        limit: The most new tokens.
+        produced: How many new tokens it already has, if the row continues from its last tokens, which are then its
+            prompt.
     """
 
     slot: int
@@ -117,22 +121,22 @@ class Results(NamedTuple):
 
 
 class DecodeSession:
-    """Decoding of up to `num_slots` rows of `model` with one way of sampling.
+    """Decodes rows of a model, one in each slot of its cache, all with the same sampling settings.
 
     On a GPU each step is a CUDA graph. There is one for each power of two of rows, captured when it is first needed.
     Where capture fails, and on a CPU under Triton's interpreter, the kernels are launched one by one. On a CPU a step
     is one call of the native backend, on a packed copy of the weights as they were when the session was made.
 
     Args:
-        cache: the rows' keys and values; its slots are the session's. The session grows and fills it.
-        stop_ids: the tokens that end a row.
-        use_pdl: programmatic dependent launch. None tries it on the device (sm_90 and newer), and keeps it if it is
-            faster and gives the same bits.
-        weight_dtype: torch.int8 holds the linear layers' weights in 8 bits, with a scale for every output.
-        packed: what `pack_step_weights` made of the model's weights, for the native backend; None: pack them.
+        cache: The keys and values of the rows. Its slots are those of the session, which grows and fills it.
+        stop_ids: The tokens that end a row.
+        use_pdl: Whether to use programmatic dependent launch. None tries it on the device (sm_90 and newer), and keeps
+            it if it is faster and gives the same bits.
+        weight_dtype: torch.int8 stores the linear layers' weights in 8 bits, with a scale for every output.
+        packed: For the native backend, what `pack_step_weights` made from the model's weights; None packs them here.
 
     Raises:
-        ValueError: the model cannot be decoded so; `why_not_decode` says why.
+        ValueError: A session cannot decode the model; `why_not_decode` says why.
     """
 
     def __init__(
@@ -224,10 +228,18 @@ class DecodeSession:
     def prefill(
         self, slots: Sequence[int], prompts: Sequence[Sequence[int]], pasts: Sequence[int] | None = None
     ) -> Tensor:
-        """Put prompts into the cache at their slots; logits (R, V) float32 of the first new token of each.
+        """Put prompts into the cache at their slots.
 
-        pasts: how many tokens before those of each prompt its slot holds already; None: none.
-        ValueError for slots or prompts that do not fit.
+        Args:
+            slots: The slot of each prompt.
+            prompts: The tokens to add to each slot.
+            pasts: How many tokens each slot already holds before them; None means none.
+
+        Returns:
+            The logits (R, V) float32 of the first new token of each prompt.
+
+        Raises:
+            ValueError: A slot or a prompt does not fit.
         """
         pasts = [0] * len(slots) if pasts is None else pasts
         counts = [len(ids) for ids in prompts]
@@ -442,7 +454,7 @@ class DecodeSession:
         self._run(rows)
 
     def _capture(self, bucket: int, rows: Tensor) -> None:
-        """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
+        """Capture the step of `bucket` rows. If that fails, the session warns and continues without graphs."""
         held = rows.clone()
         # All rows are idle meanwhile, so the launches can compile and the self-test can run without advancing any row.
         torch.arange(self.num_slots, self.num_slots + bucket, out=rows)

@@ -229,7 +229,7 @@ class Scheduler:
         return self.session is not None and self.constraints.is_empty
 
     def run(self) -> Iterator[TokenEvent]:
-        """Generate all samples; yields every token as it is chosen. The model's mode is neither used nor touched."""
+        """Generate all samples; yields every token as it is chosen. The model's mode does not matter."""
         try:
             while True:
                 if not self.rows or self.waiting.is_over:

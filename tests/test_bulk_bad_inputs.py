@@ -72,11 +72,14 @@ def numbers(folder: Path, column: str) -> tuple[Path, str]:
 
 def empty_file(folder: Path, column: str) -> tuple[Path, str]:
     (folder / "in.jsonl").touch()
-    return folder / "in.jsonl", f"in.jsonl: there are no {'prompts' if column == 'prompt' else 'sequences'} in it; give"
+    return (
+        folder / "in.jsonl",
+        f"in.jsonl: must hold at least one {'prompt' if column == 'prompt' else 'sequence'}; it holds none",
+    )
 
 
 def empty_table(folder: Path, column: str) -> tuple[Path, str]:
-    return parquet(folder / "in.parquet", {column: []}), "in.parquet: there are no "
+    return parquet(folder / "in.parquet", {column: []}), "in.parquet: must hold at least one "
 
 
 def cut_parquet(folder: Path, column: str) -> tuple[Path, str]:

@@ -63,7 +63,7 @@ def choose(logits: torch.Tensor, config: SamplingConfig, row: tuple[int, int, in
 
 
 def assert_same(model: GPT2, one: list[Sample], other: list[Sample]) -> None:
-    """Equal, bit for bit where a decoding step serves the model; PyTorch's operators round by the number of rows."""
+    """Equal bit for bit with a decoding step. With PyTorch's operators rounding depends on the number of rows."""
     if why_not_decode(model) is None:
         assert one == other
         return

@@ -49,7 +49,7 @@ def test_the_same_tokens_as_pytorchs_operators(model, seed):
 
 
 def test_a_stream_s_tokens_are_those_of_whole_samples(model, seed):
-    """A stream takes one step a call, whole samples many. Some samples end early, and others take their slots."""
+    """A stream makes one step per call, whole samples many. Some samples end early, and others take their slots."""
     rng = random.Random(seed)
     options = {"max_new_tokens": rng.randint(17, 60), "num_samples": 2, "batch_size": 3, "seed": seed}
     whole = {(s.prompt_index, s.sample_index): s for s in model.generate(prompts(seed), **options)}
@@ -127,12 +127,12 @@ def test_packed_weights_are_kept_for_the_next_run_and_go_with_the_model(model, s
 
 
 def test_int8_weights(model, seed):
-    """Logits of 8-bit weights are near the model's: most tokens of a row are the same until the first that differs."""
+    """Logits of 8-bit weights are near the model's, so a row's tokens agree for long before the first one differs."""
     exact, got = tokens(model, seed), tokens(model, seed, weight_dtype="int8")
     assert sum(a[0] == b[0] for a, b in zip(exact, got, strict=True)) >= 3
     assert tokens(model, seed, weight_dtype=torch.int8, batch_size=2) == got
     assert tokens(model, seed) == exact  # the model itself is as it was
-    # A sample is the same whatever rows are beside it, bit for bit, with 8 bits too.
+    # A sample is bit-identical whatever rows are beside it, also with 8-bit weights.
     options = {"max_new_tokens": 12, "seed": 5, "stop_token_ids": (), "weight_dtype": "int8"}
     together = model.generate(prompts(seed), **options)
     alone = model.generate([prompts(seed)[3]], sample_ids=[3], **options)[0]
@@ -174,7 +174,7 @@ def test_other_dtypes_decode_on_pytorchs_operators(dtype, model, seed):
 
 
 def test_a_model_of_the_native_backend(model, seed):
-    """It trains and evaluates on PyTorch's operators, and generates by the native step."""
+    """The model trains and evaluates on PyTorch's operators, and generates with the native step."""
     named = GPT2(model.config, backend="native").eval()
     named.load_state_dict(model.state_dict())
     assert tokens(named, seed) == tokens(model, seed)

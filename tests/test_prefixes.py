@@ -1,4 +1,4 @@
-"""Prompts that begin alike compute what they share once, and their samples are what they are alone."""
+"""A common prefix of prompts is computed once, and their samples are the same as if each was generated alone."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_samples_are_what_they_are_without_sharing(backend, changes, options, se
 
 
 def count_prefilled(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of prompt tokens of every pass from now on."""
+    """Record the number of prompt tokens of every forward pass from now on."""
     from fastgpt2.scheduler import Scheduler
 
     computed: list[int] = []
@@ -124,7 +124,7 @@ def count_prefilled(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_prefix_outlives_the_row_that_computed_it(seed, monkeypatch):
-    """More prompts than slots: the later ones find it in slots that are free again, or still taken."""
+    """More prompts than slots: later prompts find their prefix in slots that are free again or still in use."""
     rng = random.Random(seed)
     model = random_model(seed, context_length=80)
     common = [rng.randrange(V) for _ in range(40)]

@@ -22,7 +22,7 @@ MODULES = {module.name for module in pkgutil.iter_modules(fastgpt2.__path__)} - 
 
 
 def test_type_checkers_see_the_names_that_are_loaded() -> None:
-    """What stands under TYPE_CHECKING is `_MODULES`."""
+    """The imports under TYPE_CHECKING are the same as `_MODULES`."""
     imports = [node for node in ast.walk(SOURCE) if isinstance(node, ast.ImportFrom)]
     seen = {alias.name: node.module for node in imports for alias in node.names}
     assert seen == {name: f"fastgpt2.{module}" for name, module in fastgpt2._MODULES.items()}

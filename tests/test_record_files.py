@@ -50,7 +50,7 @@ def is_complete(keys: set[Key]) -> bool:
 
 
 def work(path: Path, shard: Shard, resume: bool, rng: random.Random, stop: float = 2.0, **options) -> bool:
-    """A process's run: what is missing of its share, in any order, given up at a random place for a `stop` below 1."""
+    """One process's run: write the missing records of its share in random order. A `stop` below 1 ends it at random."""
     with RecordFile(path, Numbers(), SETTINGS, resume=resume, shard=shard, **options) as output:
         missing = [key for key in KEYS if shard.has(key[0]) and key not in output.done]
         rng.shuffle(missing)
@@ -94,7 +94,7 @@ def test_any_number_of_processes_any_number_of_times(attempt, tmp_path, seed):
 
 
 def test_processes_at_once_leave_one_output(tmp_path, seed):
-    """Each thread opens its own files, so threads lock each other out as processes do."""
+    """Threads lock each other out like processes, because each opens its own files."""
     rng, finished = random.Random(seed), []
     for attempt in range(10):
         path = tmp_path / f"out{attempt}.txt"

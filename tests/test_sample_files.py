@@ -15,7 +15,7 @@ from fastgpt2.sample_files import Fasta, JsonLines, SampleRecord, Text, sample_f
 
 FORMATS = {".jsonl": JsonLines(token_ids=True, logprobs=True), ".fasta": Fasta(), ".txt": Text()}
 SETTINGS = {"seed": 1, "top_p": 0.9, "stop_token_ids": (1, 2), "prompts": "ab12"}
-# What text files break on: separators, escapes, what looks like a header, what JSON must escape.
+# Texts that break text files: separators, escapes, lines that look like headers, characters that JSON must escape.
 ALPHABET = 'aMKL \\\n\r\t>"\x00\v\f\x1c\x1d\x1e\x85\u2028\u2029é😀*-<|endoftext|>nrtu0'
 
 

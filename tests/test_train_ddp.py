@@ -49,7 +49,7 @@ def folder(tmp_path: Path, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Job:
-    """A training run, begun or resumed; `stop_at` is a step after which it is asked to stop."""
+    """A training run that begins or resumes. `stop_at` is the step after which it is asked to stop."""
 
     out: Path
     resume: bool = False
@@ -127,7 +127,7 @@ def assert_equal_to_rounding(one: Path, two: Path, *, eps: float = 1e-4) -> None
 
 
 def refuses_damage(checkpoint: Path) -> None:
-    """Every change of a folder's files is one sentence that says what to do."""
+    """Every damage to a folder's files gives one sentence that says what to do."""
     assert read_checkpoint(checkpoint)["step"] == 3
     shard = min(checkpoint.glob("*.safetensors"))
     state = checkpoint / "state.json"
@@ -157,7 +157,7 @@ def refuses_damage(checkpoint: Path) -> None:
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(folder: Path) -> None:
-    """With the whole weights in each process, and with shares of them; also where the number of processes changes."""
+    """Whole weights in each process, or sharded ones; also if the number of processes changes."""
     shared = {"parallel": "fsdp", "accumulate": 2}
     Job(folder / "one", changes={"accumulate": 4}).do(folder)
     Job(folder / "begun alone", stop_at=2, changes={"accumulate": 4}).do(folder)
@@ -189,7 +189,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder: Path) -> None
 
 
 def disagreeing(rank: int, count: int, port: int, folder: Path, what: str) -> None:
-    """A trainer in each process; `what` it has of its own in the last one."""
+    """Make a trainer in each process; the last process differs in `what`."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     processes = Processes.start("cpu")
     is_last = rank == count - 1
@@ -248,7 +248,7 @@ def test_commands_that_differ_all_end_with_status_2(last: list[str], message: st
 
 
 class Count(TorchDispatchMode):
-    """Bytes that this process holds at the end of a backward pass, and that it sends in gathering and adding up."""
+    """The bytes that this process holds after a backward pass, and those that it sends to gather and to reduce."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ def counting_worker(rank: int, count: int, port: int, folder: Path, jobs: list[J
 
 @pytest.mark.slow
 def test_shares_are_half_and_take_the_same_steps(folder: Path) -> None:
-    """20 steps of two processes: the losses are DDP's, a process holds half, and sends what the plan says."""
+    """20 steps of two processes: the losses are those of DDP, and a process holds half and sends what the plan says."""
     changes = {"steps": 20, "accumulate": 1, "eval_interval": 0, "checkpoint_interval": 20, "log_interval": 1}
     for parallel in ("ddp", "fsdp"):
         jobs = [Job(folder / parallel, changes={**changes, "parallel": parallel})]
@@ -305,7 +305,7 @@ def test_shares_are_half_and_take_the_same_steps(folder: Path) -> None:
     ids=str,
 )
 def test_shares_go_with_every_option(changes: dict[str, Any], folder: Path) -> None:
-    """Two processes, then three, then one: as one process throughout."""
+    """Two processes, then three, then one give the same result as one process throughout."""
     if "lora_rank" in changes:
         pytest.importorskip("peft")
     changes = {**changes, "steps": 9, "batch_size": 1, "log_interval": 1, "eval_tokens": 50, "export": "last"}
@@ -322,7 +322,7 @@ def test_shares_go_with_every_option(changes: dict[str, Any], folder: Path) -> N
 
 
 def overflow_worker(rank: int, count: int, port: int, folder: Path) -> None:
-    """A run in fp16 where one gradient overflows in the second step, in the share of one process."""
+    """An fp16 run in which one gradient overflows in the second step, in one process's share."""
 
     class Overflows(torch.amp.GradScaler):
         def unscale_(self, optimizer: torch.optim.Optimizer) -> None:

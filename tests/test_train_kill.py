@@ -39,7 +39,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(text: Path, out: Path, shared: bool = False) -> None:
-    """The command; `shared` as torchrun starts it: one process, whose checkpoints are those of shared weights."""
+    """The command. With `shared` it runs as torchrun starts it, as one process whose checkpoints are sharded."""
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # what a kill leaves does not depend on it, and most of a run's time does
     options = OPTIONS.split()
@@ -126,7 +126,7 @@ def test_killed_at_random_moments(text: Path, tmp_path: Path, seed: int, kill_co
                 process.kill()
                 process.join()
             if process.exitcode != -signal.SIGKILL:
-                break  # it had come to its end
+                break  # it had already ended
             kills += 1
         assert process.exitcode == 0
         assert_same_outcome(out, expected)
@@ -150,7 +150,7 @@ def test_killed_in_the_middle_of_writing(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_writing_shares(text: Path, tmp_path: Path) -> None:
-    """Checkpoints that are folders; a run of one process takes the same steps with them, to the bit."""
+    """Checkpoints that are folders. With them a run of one process takes bit-identical steps."""
     finish(text, tmp_path / "whole", shared=True)
     expected = outcome(tmp_path / "whole")
     finish(text, tmp_path / "plain")
@@ -169,7 +169,7 @@ def test_killed_in_the_middle_of_writing_shares(text: Path, tmp_path: Path) -> N
 
 
 def test_killed_between_the_best_checkpoint_and_its_link(text: Path, tmp_path: Path) -> None:
-    """At the last of the best ones, whose weights are exported: no later one repairs what is missing."""
+    """Kill it at the last best checkpoint, whose weights are exported. No later checkpoint repairs what is missing."""
     finish(text, tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     losses = [line["val_loss"] for line in expected[0] if "val_loss" in line]

@@ -1,4 +1,4 @@
-"""`train_step` and `calculate_loss` on what wraps a model: DDP, FSDP2, torch.compile with any lengths, adapters."""
+"""`train_step` and `calculate_loss` on wrapped models: DDP, FSDP2, torch.compile with any lengths, adapters."""
 
 from __future__ import annotations
 

@@ -62,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--context-shift",
         action="store_true",
-        help="go on when the context is full, from the last tokens (half the context) as if they were the prompt "
-        "(default: end there)",
+        help="when the context is full, continue from its last half as if that were the prompt (default: end there)",
     )
 
     options.add_model_arguments(parser).add_argument(

@@ -1,6 +1,6 @@
-"""Entry point: runs a command, with errors as one line on stderr and exit status 2, and 130 after Ctrl-C.
+"""The entry point. It runs a command; an error is one line on stderr and exit status 2, and Ctrl-C is status 130.
 
-All other modules are imported by `main`, where a Ctrl-C is expected: PyTorch takes a second to load.
+PyTorch takes a second to load. So `main` imports all other modules, where it can handle a Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: Its arguments; None: those of this process, which is to end when the command has ended.
+        argv: Its arguments. None takes those of this process, which then ends with the command.
 
     Returns:
-        The exit status: 0, 2 for an error, 130 after Ctrl-C.
+        The exit status: the command's own (0 if all went well), 2 after an error, 130 after Ctrl-C.
     """
     debug = False
     with _Interrupts(is_whole_process=argv is None) as interrupts:

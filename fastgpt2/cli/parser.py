@@ -1,4 +1,4 @@
-"""The command line's parser. Only the module of the command that is asked for is loaded, as it loads PyTorch."""
+"""The command line's parser. It loads only the module of the command that runs, because that loads PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors are one line too, like all others; the usage is for `--help`."""
+    """A parser that reports an error in one line, like the commands do; only `--help` shows the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"fastgpt2: {' '.join(message.split())}; see {self.prog} --help\n")

@@ -1,4 +1,4 @@
-"""The line on a terminal that says how far a run of `generate` or `score` is."""
+"""The line on a terminal that shows the progress of `generate` and `score`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tqdm import tqdm
 from fastgpt2.messages import counted
 from fastgpt2.record_files import Key
 
-# Seconds between two looks of the line.
+# Seconds between two updates of the line.
 _INTERVAL = 0.1
 
 
 def is_shown() -> bool:
-    """Whether there is a terminal to show it on."""
+    """Whether stderr is a terminal that can show it."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 class Progress:
-    """What is done and left, tokens per second, rows in flight and the time that is left. Silent without a terminal.
+    """Shows records done and left, tokens per second, rows in flight and the time left. Silent without a terminal.
 
     Args:
         total: How many records there will be.
-        done: How many of them are there already.
+        done: How many of them exist already.
         unit: What a record is called.
     """
 
@@ -38,7 +38,7 @@ class Progress:
         self._shown = 0.0
 
     def add(self, row: Key, tokens: int, *, ends: bool = False) -> None:
-        """Note that a row is at work and has so many new tokens, and whether it ends with them."""
+        """Note that a row in flight has this many new tokens, and whether it ends with them."""
         if self._bar.disable:
             return
         self._tokens += tokens
@@ -51,7 +51,7 @@ class Progress:
             self._show(now)
 
     def leave_out(self) -> None:
-        """Note that one of the records will not be made."""
+        """Note that one of the records will not be written."""
         if not self._bar.disable:
             self._bar.total -= 1
 

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     sources = _sources(args, {path for path in (out, records) if path is not None})
     reader = _Reader(args, sources)
     if next(reader.entries(), None) is None:  # a bad first file is reported here, before a model is loaded
-        raise ValueError(f"{sources[0].name}: there are no sequences in it; give at least one")
+        raise ValueError(f"{sources[0].name}: must hold at least one sequence; it holds none")
     model = options.load(args)
     reader.model = model
     if records is None:

@@ -90,7 +90,7 @@ class Processes:
         return cast(T, value[0])
 
     def check_same(self, settings: Mapping[str, object]) -> None:
-        """ValueError in all processes, naming the first setting that is not the same in every one of them."""
+        """Raise ValueError in all processes if a setting differs between them, naming the first that does."""
         if self.count == 1 or not dist.is_initialized():
             return
         of_all: list[dict[str, object]] = [{}] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What shows a run: TensorBoard, Weights & Biases, plots."""
+"""Ways to watch a run: TensorBoard, Weights & Biases, plots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.train.helpers import (
 
 
 def reported(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """The numbers of metrics.jsonl, named as loggers are told them."""
+    """The numbers of metrics.jsonl, under the names that loggers get."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
         step, part = line.pop("step"), "validation" if "val_loss" in line else "train"
@@ -39,7 +39,7 @@ def reported(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def stopped_and_resumed(data: TokenData, out: Path, **fields: Any) -> None:
-    """A run that is killed after step 9, four steps after its last checkpoint, and goes on."""
+    """A run that is killed after step 9, four steps after its last checkpoint, and resumed."""
     config = make_config(sample_interval=6, eval_interval=6, **fields)
     for report in Trainer(make_model(), data, config, out).run():
         if report.step == 9:
@@ -62,7 +62,7 @@ def test_tensorboard_shows_what_metrics_hold(data: TokenData, tmp_path: Path) ->
 
 
 def test_wandb_is_told_what_metrics_hold(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the library: its own writes only what its own programs read."""
+    """A stand-in for the library, because the real one writes files that only its own programs read."""
     begun: list[dict[str, Any]] = []
     told: dict[tuple[str, int], Any] = {}
     finished: list[bool] = []
@@ -87,7 +87,7 @@ def test_wandb_is_told_what_metrics_hold(data: TokenData, tmp_path: Path, monkey
     assert {key: value for key, value in told.items() if key[0] != "sample"} == held
     assert [step for name, step in told if name == "sample"] == [6, 12]
     assert len(begun) == len(finished) == 2
-    assert begun[0]["id"] == begun[1]["id"]  # one run, which goes on
+    assert begun[0]["id"] == begun[1]["id"]  # the same run, resumed
     assert begun[0]["config"]["lr"] == 1e-2
 
 
@@ -182,7 +182,7 @@ def test_plots_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_torchrun_passes_every_option_on() -> None:
-    """torchrun takes for its own, or refuses, what could be the beginning of an option of its own."""
+    """torchrun takes, or refuses, every argument that could abbreviate one of its own options."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     options = {option for action in parser._actions for option in action.option_strings} - {"-h", "--log"}

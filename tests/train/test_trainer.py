@@ -159,7 +159,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
         trainer = Trainer(make_model(dropout=0.2), data, config, out)
         for report in trainer.run():
             if report.step >= stop_after:
-                break  # as a kill: whatever was due after this report is not done
+                break  # like a kill: nothing that was due after this report is done
         torch.manual_seed(stop_after)  # nothing may depend on the generator's state
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 11, "loss": 0.0}\n{"step": 12, "lo')
@@ -173,7 +173,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 
 def test_recomputing_changes_no_bit_and_keeps_less(data: TokenData, tmp_path: Path) -> None:
-    """Dropout included: the same numbers are drawn again."""
+    """The same random numbers are drawn again, so dropout is the same too."""
     results, kept = [], []
     for recompute in (False, True):
         trainer = Trainer(make_model(dropout=0.3), data, make_config(recompute=recompute), tmp_path / str(recompute))
@@ -200,7 +200,7 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(data: TokenData, tmp_
         assert torch.equal(ends["adamw"][name], ends["muon"][name]) != is_hidden, name
         if is_hidden:
             step = (ends["muon"][name] - start).double()
-            # An orthogonal matrix but for the iteration's error, with the size of AdamW's steps.
+            # An orthogonal matrix up to the iteration's error, scaled to the size of AdamW's steps.
             values = torch.linalg.svdvals(step) / (1e-2 * 0.2 * math.sqrt(max(step.shape)))
             assert values.max() < 1.4, name
             assert values.median() > 0.5, name
@@ -309,7 +309,7 @@ def test_a_resumed_run_that_lost_its_best_checkpoint_says_so(
 
 
 def test_the_best_checkpoint_is_found_whether_it_is_a_file_or_a_folder(tmp_path: Path) -> None:
-    """Files and folders follow each other where a run goes on with its weights shared out, or no longer."""
+    """A run that is resumed with or without sharding has both files and folders as checkpoints."""
     folder, alone = RunFolder(tmp_path), Processes(0, 1, torch.device("cpu"))
     folder.prepare(0, None)
     checkpoints = tmp_path / "checkpoints"
@@ -437,7 +437,7 @@ def test_another_tokenizer_is_refused(data: TokenData, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(data: TokenData, tmp_path: Path) -> None:
-    """One from before there were other optimizers, ways to share weights, adapters and early stopping."""
+    """A checkpoint from before other optimizers, sharding, adapters and early stopping existed."""
     list(Trainer(make_model(), data, make_config(), tmp_path / "whole").run())
     trainer = Trainer(make_model(), data, make_config(), tmp_path / "parts")
     for report in trainer.run():

@@ -104,7 +104,7 @@ def test_packed_sequences_stay_apart(seed: int, name: str, monkeypatch: pytest.M
 
 
 def test_bidirectional_attention_of_a_decoder(seed: int) -> None:
-    """What is not causal goes to PyTorch's operator."""
+    """Attention that is not causal goes to PyTorch's operator."""
     exact, ours = (model_of("Llama", seed, attention) for attention in ("sdpa", "fastgpt2"))
     ids = random_ids(seed, 2, 7)
     for model in (exact, ours):

@@ -1,4 +1,4 @@
-"""What transformers' own tests of GPT-2 and of generation check, written anew for our classes.
+"""The checks of transformers' own tests of GPT-2 and of generation, rewritten for our classes.
 
 Deterministic results are compared with transformers' class, in float64. What its tests check elsewhere in this folder:
 gradients, heads, hooks, checkpointing, resized embeddings, continued caches (test_classes.py), training
@@ -142,7 +142,7 @@ def test_a_padded_row_and_a_batch_have_a_rows_own_results(seed: int, models: tup
 
 @pytest.mark.parametrize("name", [name for name in fast.__all__ if name.startswith("GPT2")])
 def test_saved_and_loaded(name: str, seed: int, tmp_path: Path) -> None:
-    """A model without its head goes into every class, and a folder gives back the same numbers."""
+    """The weights of a model without a head load into every class, and a saved folder gives the same numbers."""
     model = pair(seed, name)[1].float()
     model.save_pretrained(tmp_path)
     loaded, notes = getattr(fast, name).from_pretrained(tmp_path, output_loading_info=True)
@@ -186,7 +186,7 @@ def test_initialisation_is_transformers(seed: int) -> None:
 
 
 def _graphs(model: Any, inputs: list[dict[str, Tensor]]) -> tuple[int, int]:
-    """Numbers of graphs and of graph breaks of a compiled model over several inputs."""
+    """The numbers of graphs and graph breaks of a compiled model over several inputs."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend="eager")

@@ -162,7 +162,7 @@ def test_loss_without_logits(seed: int) -> None:
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("skips", [False, True])
 def test_loss_of_padded_batches(seed: int, side: str, counted: bool, skips: bool) -> None:
-    """Where labels at padding count, a hidden state at padding does, and it is what transformers makes of it."""
+    """If labels at padding count, the hidden states there matter, and they are those of transformers."""
     theirs, ours = pair(seed, attention="sdpa")
     ids, mask = random_ids(seed, 3, 9), masks(seed, 3, 9)[side]
     labels = ids if counted else ids.masked_fill(mask == 0, -100)
@@ -252,7 +252,7 @@ def test_every_head(seed: int, name: str, padding: str) -> None:
 
 
 def test_two_heads_train_without_the_logits(seed: int) -> None:
-    """The same losses and gradients, and the head of language modelling is not called."""
+    """Losses and gradients are the same, and the language modelling head is not called."""
     theirs, ours = pair(seed, "GPT2DoubleHeadsModel", attention="sdpa", num_labels=3, summary_first_dropout=0.0)
     ids = random_ids(seed, 3, 2, 9)
     given = {"input_ids": ids, "labels": ids.masked_fill(ids % 3 == 0, -100), "mc_labels": torch.tensor([0, 1, 1])}
@@ -322,7 +322,7 @@ def test_folders_are_the_same(seed: int, tmp_path: Path) -> None:
 
 
 def test_hooks_see_and_change_what_they_do_in_transformers(seed: int) -> None:
-    """On every module: what goes through it, forward and backward, is the same, in the same order."""
+    """Hooks on every module see the same values in the same order, forward and backward."""
     ids, seen = random_ids(seed, 2, 6), []
     for model in pair(seed):
         calls: list[tuple[str, Tensor]] = []

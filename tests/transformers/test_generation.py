@@ -206,7 +206,7 @@ def test_the_models_own_generation_config_counts_where_no_argument_does(seed, se
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 3}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_right_padded_rows_are_continued_as_they_are_alone(seed, options, dtype):
-    """On our step, and in float64, which no step serves, in transformers' loop; and with a hole in the mask."""
+    """On our step; in transformers' loop in float64, which no step serves; and with a hole in the mask."""
     options = {"max_new_tokens": 8, "eos_token_id": None, **options}
     for attempt in range(50):
         theirs, ours = (model.to(dtype) for model in pair(seed + attempt))

@@ -67,7 +67,7 @@ def losses(run: Any) -> list[float]:
     ids=lambda changes: ",".join(changes) or "plain",
 )
 def test_trainer(seed: int, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Step for step the losses of transformers' own class, and the evaluation, to what the dtype allows."""
+    """The losses of all steps and of the evaluation are those of transformers' class, to what the dtype allows."""
     tolerance = 0.02 if "bf16" in changes else 1e-4
     runs = [trainer(model.float().train(), tmp_path, seed, **changes) for model in pair(seed)]
     for run in runs:
