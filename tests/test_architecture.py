@@ -151,8 +151,28 @@ def python(code: str, *paths: Path) -> str:
     return done.stdout.strip()
 
 
-def test_import_is_light():
-    code = f"import sys, torch; before = set(sys.modules); import fastgpt2; \
+LOADED = "print(*sorted({name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names - before))"
+
+
+@pytest.mark.parametrize("what", ["import fastgpt2", "from fastgpt2.cli import main"])
+def test_import_loads_nothing(what):
+    before = "before = {name.split('.')[0] for name in sys.modules}"
+    assert python(f"import sys; {before}; {what}; {LOADED}") == "fastgpt2"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
+def test_the_command_line_without_a_command_loads_nothing(arguments):
+    code = f"import sys; before = {{name.split('.')[0] for name in sys.modules}}; import contextlib, os\n\
+from fastgpt2.cli import main\n\
+with contextlib.suppress(SystemExit), open(os.devnull, 'w') as out, contextlib.redirect_stdout(out), \
+contextlib.redirect_stderr(out):\n    main({arguments})\n\
+{LOADED}"
+    assert python(code) == "fastgpt2"
+
+
+def test_the_public_names_are_light():
+    """They load torch and numpy, and nothing that is heavy or optional."""
+    code = f"import sys, torch; before = set(sys.modules); from fastgpt2 import *; GPT2; \
 print(*[m for m in {(*LAZY, *LAZY_TORCH)!r} if m in set(sys.modules) - before])"
     assert python(code) == ""
 

@@ -116,16 +116,16 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "position_ids must be integers of shape",
     ),
-    "another device": (lambda: MODEL(IDS.to("meta")), ValueError, "input_ids are on meta, the model is on cpu"),
+    "another device": (lambda: MODEL(IDS.to("meta")), ValueError, "input_ids must be on cpu, like the model; got meta"),
     "cache of other rows": (
         lambda: MODEL(IDS, cache=KVCache(MODEL.config, 3)),
         ValueError,
-        "input_ids has 2 rows and the cache 3 slots; they must agree",
+        "input_ids must have a row for each of the cache's 3 slots; got 2 rows",
     ),
     "cache while training": (
         lambda: GPT2(MODEL.config).train()(IDS, cache=KVCache(MODEL.config, 2)),
         ValueError,
-        "a cache is for evaluation; call model.eval() first",
+        "a cache needs evaluation mode; call model.eval() first",
     ),
     "cache past the context": (lambda: KVCache(MODEL.config, 1, 7), ValueError, "capacity must be in [1, 6]"),
     "cache without slots": (lambda: KVCache(MODEL.config, 0), ValueError, "num_slots must be >= 1; got 0"),
@@ -167,7 +167,11 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "class_weight must be floating-point (8,)",
     ),
     "empty option": (lambda: cross_entropy(X, T, empty="one"), ValueError, "empty must be 'nan' or 'zero'; got 'one'"),
-    "shift of rows": (lambda: cross_entropy(X, T, shift=True), ValueError, "shift=True needs to know the rows"),
+    "shift of rows": (
+        lambda: cross_entropy(X, T, shift=True),
+        ValueError,
+        "shift=True needs logits of shape (B, T, V)",
+    ),
     "no vocabulary": (lambda: cross_entropy(X[:, :0], T), ValueError, "the vocabulary must not be empty"),
     "integer logits": (
         lambda: cross_entropy(X.long(), T),
@@ -359,7 +363,7 @@ def test_spoilt_checkpoints(spoil, tmp_path):
         (["generate", "x", "--model", "./none/here"], "no such file or folder"),
         (["generate", "x", "--temperature", "-1"], "temperature must be finite and >= 0"),
         (["generate", "--prompts", "none.txt"], "none.txt"),
-        (["train", "--out", "x"], "give the text to train on with --data PATH"),
+        (["train", "--out", "x"], "there is no text to train on; give it with --data PATH"),
         (["train", "--data", "no/such/text", "--out", "x"], "no/such/text: no such file or directory"),
         (
             ["train", "--data", "stdlib", "--out", "x", "--steps", "5", "--minutes", "1"],

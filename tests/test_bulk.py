@@ -66,7 +66,7 @@ def test_recipes(name, percent, proteins, tmp_path, capsys):
     words = replaced(recipe(name), model=proteins, out=out, num_samples=150, max_new_tokens=12)
     if "--min-length" in words:
         replaced(words, min_length=3)
-    # Often enough: that a sample comes to its end.
+    # Likely enough that some samples end.
     words += [
         "--token-ids",
         "--device",
@@ -96,7 +96,7 @@ def test_recipes(name, percent, proteins, tmp_path, capsys):
     entries = read_fasta(out)
     assert [sequence for _, sequence in entries] == [text for _, text in best]
     assert all(" finish=stop " in header and "scored=whole" in header for header, _ in entries)
-    # Another choice needs no new run.
+    # Another selection needs no new run.
     assert main(["select", str(tmp_path / "best.all.jsonl"), str(tmp_path / "all.csv"), "--strip-special"]) == 0
     again = [*replaced(words, out=out), "--resume"]
     before = out.read_bytes()

@@ -1,4 +1,4 @@
-"""The snippets of the README and of docs/ run as they stand, the examples too, and the tests that docs/ names exist."""
+"""README, docs/ and examples/: their snippets run as they are, and the files, tests and errors that they name exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SNIPPETS = [
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SLOW_EXAMPLES = {"ray_generate"}  # starting Ray takes ten seconds
-# What an example is called with and reads from stdin, so that it is quick; without, it does more of the same.
+# The arguments and stdin that make an example quick. Without them it does more of the same.
 ARGUMENTS = {"generate_batch": ["--num-samples", "2", "--max-new-tokens", "4"], "train_from_scratch": ["--steps", "2"]}
 ARGUMENTS |= {
     "stream_chat": ["--max-new-tokens", "4"],
@@ -88,6 +88,15 @@ def test_every_promise_names_a_test() -> None:
     rows = [line for line in promised.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
     assert len(rows) > 10
     assert all("`tests/" in row.rsplit("|", 2)[1] for row in rows)
+
+
+def test_the_errors_that_the_faq_explains_exist() -> None:
+    quoted = re.findall(r'^\*\*"(.+)"\.\*\*', (ROOT / "docs/faq.md").read_text(encoding="utf-8"), re.MULTILINE)
+    sources = [*(ROOT / "fastgpt2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    # Long strings are split over several lines.
+    text = "".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in sources)
+    assert len(quoted) > 5
+    assert not [error for error in quoted if error not in text]
 
 
 DOCUMENTED = (

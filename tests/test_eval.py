@@ -80,7 +80,7 @@ def test_bad_options_are_one_sentence(options: list[str], message: str, capsys: 
 def test_log_likelihoods_are_those_of_transformers(
     tiny_checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of every request, and the metrics that the harness makes of them."""
+    """The results of every request, and the metrics that the harness makes of them."""
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 

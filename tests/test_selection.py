@@ -130,7 +130,7 @@ def test_the_command(tmp_path, capsys):
         ">sequence3",
         "MKVL",
     ]
-    assert f"{out} has 2 of the 4 records in {source} (1 of another length, 1 double)" in capsys.readouterr().err
+    assert f"{out} has 2 of the 4 records in {source} (1 of the wrong length, 1 duplicate)" in capsys.readouterr().err
     assert main(["select", str(source), str(out)]) == 2
     assert "exists; replace it with --overwrite" in capsys.readouterr().err
     assert main(["select", str(source), str(out), "--strip-special", "--overwrite"]) == 2
@@ -151,13 +151,13 @@ def test_the_command(tmp_path, capsys):
         (["--keep-best", "101%"], "keep_best must be a number from 1 on"),
         (["--keep-best", "-3"], "keep_best must be a number from 1 on"),
         (["--keep-best", "x"], "keep_best must be a number from 1 on"),
-        (["--by", "logprob"], "select: --by goes with --keep-best; give both"),
+        (["--by", "logprob"], "select: --by needs --keep-best; give both"),
         (["--keep-best", "1"], 'in.jsonl line 2: has no "perplexity" to select by'),
         (["--keep-best", "1", "--by", "logprob"], 'in.jsonl line 2: "logprob" must be a number; got str'),
         (["--drop-truncated"], 'in.jsonl line 1: has no "finish_reason" to select by'),
         (["--min-length", "-1"], "min_length must be at least 0; got -1"),
         (["--min-length", "3", "--max-length", "2"], "min_length must be at most max_length; got 3 and 2"),
-        (["--special", "x"], "select: --special goes with --strip-special; give both"),
+        (["--special", "x"], "select: --special needs --strip-special; give both"),
         (["--dedupe"], 'in.jsonl line 3: "text" must be a string; got NoneType'),
     ],
 )

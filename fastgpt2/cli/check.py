@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from fastgpt2.selfcheck import check
 from fastgpt2.selfcheck.report import Finding, Report, Timing
 
-HELP = "check that the kernels are correct on this machine, and time them"
 _SIGNS = {"ok": "ok", "failed": "FAILED", "skipped": "-"}
 
 

@@ -9,8 +9,6 @@ import torch
 
 from fastgpt2.checkpoint import load_pretrained, save_nanogpt, save_pretrained
 
-HELP = "convert a checkpoint (Hugging Face, nanoGPT)"
-
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

@@ -10,8 +10,6 @@ from fastgpt2.cli import options
 from fastgpt2.files import atomic_file
 from fastgpt2.integrations.lm_eval import evaluate
 
-HELP = "run tasks of the LM Evaluation Harness"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_arguments(parser, has_backend=False)

@@ -15,8 +15,6 @@ from fastgpt2.config import GPT2Config
 from fastgpt2.gpt2 import GPT2
 from fastgpt2_kernels import ops
 
-HELP = "show versions, backends and a model's configuration"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

@@ -1,83 +1,96 @@
-"""Entry point: the subcommands' parsers, and errors as one line on stderr with exit status 2."""
+"""Entry point: runs a command, with errors as one line on stderr and exit status 2, and 130 after Ctrl-C.
+
+All other modules are imported by `main`, where a Ctrl-C is expected: PyTorch takes a second to load.
+"""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import importlib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
-# Each command is a module of this package with `HELP`, `add_arguments(parser)` and `run(args) -> int`.
-COMMANDS = ("generate", "score", "select", "train", "plot", "eval", "check", "warmup", "info", "convert")
+TYPE_CHECKING = False  # as in fastgpt2/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
 
-
-class _Parser(argparse.ArgumentParser):
-    """Its errors are one line too, like all others; the usage is for `--help`."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fastgpt2: {' '.join(message.split())}; see {self.prog} --help\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastgpt2", description="A Triton-accelerated GPT-2 for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    for name in COMMANDS:
-        module = importlib.import_module(f"fastgpt2.cli.{name}")
-        sub = commands.add_parser(name, help=module.HELP, description=module.__doc__)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
-    return parser
+_INTERRUPTED = "fastgpt2: interrupted"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (0, 2 for an error, 130 after Ctrl-C)."""
+    """Run a command.
+
+    Args:
+        argv: Its arguments; None: those of this process, which is to end when the command has ended.
+
+    Returns:
+        The exit status: 0, 2 for an error, 130 after Ctrl-C.
+    """
     debug = False
-    with _noticed_interrupts() as interrupts:
+    with _Interrupts(is_whole_process=argv is None) as interrupts:
         try:
-            args = build_parser().parse_args(argv)  # loads the commands' modules
+            args = importlib.import_module("fastgpt2.cli.parser").parse(argv)  # loads the command's modules
             debug = args.debug
+            interrupts.raise_from_now()
             return args.run(args)
         except Exception as error:
             # PyTorch and safetensors turn a Ctrl-C within their C++ into other errors.
-            if not interrupts:
+            if not interrupts.came:
                 return _failed(error, debug)
         except KeyboardInterrupt:
             pass
-        print("fastgpt2: interrupted", file=sys.stderr)
+        interrupts.ignore_from_now()
+        print(_INTERRUPTED, file=sys.stderr)
         return 130
 
 
-@contextlib.contextmanager
-def _noticed_interrupts() -> Iterator[list[int]]:
-    """A list that a Ctrl-C within the block is added to, beside its KeyboardInterrupt."""
-    interrupts: list[int] = []
+class _Interrupts:
+    """What Ctrl-C does within the block: it raises KeyboardInterrupt, and is noted in `came`.
 
-    def on_interrupt(number: int, frame: object) -> None:
-        interrupts.append(number)
+    Where the process is nothing but this command, a Ctrl-C before `raise_from_now` ends it at once: modules are being
+    loaded, nothing has begun that would have to be ended well, and an exception out of the middle of an import is often
+    reported as another one. When the block has ended, Ctrl-C is ignored: all that remains to be done is Python's own
+    clearing up, which would print a traceback.
+    """
+
+    def __init__(self, *, is_whole_process: bool) -> None:
+        self.came = False
+        self._is_whole_process = self._ends_process = is_whole_process
+        self._is_ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+
+    def __enter__(self) -> _Interrupts:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        if self._ends_process:
+            os.write(2, f"{_INTERRUPTED}\n".encode())
+            os._exit(130)
         raise KeyboardInterrupt
 
-    is_ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if is_ours:
-        signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield interrupts
-    finally:
-        if is_ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    def raise_from_now(self) -> None:
+        self._ends_process = False
+
+    def ignore_from_now(self) -> None:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN if self._is_whole_process else signal.default_int_handler)
 
 
 def _failed(error: Exception, debug: bool) -> int:
-    """Say what went wrong; the exit status. What is no error of input or machine is raised."""
+    """Report an error of the input or the machine and return the exit status; raise any other error again."""
     if isinstance(error, BrokenPipeError):
-        # The reader of our output has left (`fastgpt2 generate | head`): nothing to say, and nobody to say it to.
+        # The reader of our output has gone, as in `fastgpt2 generate | head`. There is nothing to report.
         sys.stderr.close()
         return 0
     expected = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
@@ -88,9 +101,9 @@ def _failed(error: Exception, debug: bool) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     text = " ".join(str(error).split())
-    # torch.OutOfMemoryError is a RuntimeError of that name; on a CPU PyTorch raises a plain one.
+    # On a GPU PyTorch raises torch.OutOfMemoryError, on a CPU a plain RuntimeError.
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or "can't allocate memory" in text or "not enough memory" in text:
         return "there is not enough memory for this; use a smaller model, batch or context"

@@ -8,8 +8,6 @@ from pathlib import Path
 from fastgpt2.cli.options import add_selection_arguments, find_selection, known_spellings, say_selected
 from fastgpt2.selection import check_output, select
 
-HELP = "keep the best of generated or scored records"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("records", metavar="IN", help="a .jsonl that fastgpt2 generate or score wrote")
@@ -22,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     records, out = Path(args.records), Path(args.out)
     check_output(out)
     if args.special and not args.strip_special:
-        raise ValueError("select: --special goes with --strip-special; give both")
+        raise ValueError("select: --special needs --strip-special; give both")
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out}: exists; replace it with --overwrite")
     special = args.special or (known_spellings(records) if args.strip_special else [])

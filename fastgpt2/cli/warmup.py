@@ -11,8 +11,6 @@ import torch
 from fastgpt2.checkpoint import EMBEDDED, read_config
 from fastgpt2.warmup import ROWS, warm_up
 
-HELP = "compile a model's GPU kernels ahead of time"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

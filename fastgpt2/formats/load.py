@@ -145,7 +145,9 @@ def _local(name_or_path: str | PathLike[str], revision: str | None) -> Path | No
     path = _ASSETS if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
     if path.exists():
         if revision is not None:
-            raise ValueError(f"load_pretrained: revision is for hub names; {path} is on this machine")
+            raise ValueError(
+                f"load_pretrained: revision needs a name on the hub; {path} is on this machine: leave revision out"
+            )
         return path
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", os.fspath(name_or_path))
     if not is_hub_name or path.suffix in (".safetensors", ".bin", ".pt"):
