@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -32,7 +33,7 @@ def atomic_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with _created(temporary, path) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -187,7 +188,10 @@ def load_torch_file(path: str | PathLike[str], *, mmap: bool, what: str, advice:
     except Exception as error:  # damaged bytes can make the unpickler raise anything
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the file
-        raise ValueError(f"{path}: not a readable {what} ({first_line(error)}); {advice}") from error
+        # PyTorch's message is a page about how to read the file nonetheless, by running its code.
+        is_unsafe = isinstance(error, pickle.UnpicklingError)
+        why = "it holds more than tensors and plain values" if is_unsafe else first_line(error)
+        raise ValueError(f"{path}: not a readable {what} ({why}); {advice}") from error
 
 
 def link_file(path: Path, link: Path) -> None:
@@ -224,6 +228,14 @@ def _remove_abandoned_stages(folder: Path) -> None:
                 shutil.rmtree(stage)
             finally:
                 os.close(descriptor)
+
+
+def _created(temporary: Path, path: Path) -> BinaryIO:
+    """Open a temporary file for writing; errors name the file that it is to become."""
+    try:
+        return open(temporary, "wb")
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def _temporary(path: Path) -> Path:

@@ -321,7 +321,7 @@ class RecordFile(Generic[R]):
                 f"{self.path}: cannot be resumed, {self._settings_path.name} with its settings is not beside it; "
                 "choose another output"
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             before = None
         if not isinstance(before, dict):
             raise ValueError(f"{self._settings_path}: is not a run's settings; choose another output")

@@ -188,7 +188,7 @@ def known_spellings(records: Path) -> list[str]:
     try:
         settings = json.loads(settings_path(records).read_text(encoding="utf-8"))
         return list(settings["special_tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"select: {settings_path(records)}, which would name the special tokens, cannot be read; "
             "name them with --special TEXT"

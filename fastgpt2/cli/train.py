@@ -188,7 +188,6 @@ class _Plan:
 def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train.Processes) -> _Plan:
     """Check everything that can be known before data is prepared; nothing is written."""
     config, sizes = TrainConfig(**_train_fields(options)), _sizes(options)
-    train.check_config(config)
     wanted = {name: options.get(name, default) for name, default in _RUN_DEFAULTS.items()}
     if not wanted["data"]:
         raise ValueError("train: give the text to train on with --data PATH (or --data stdlib to try)")
@@ -199,6 +198,7 @@ def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train
     if wanted["vocab_size"] and (wanted["tokenizer"] or wanted["init_from"]):
         brings = "--tokenizer" if wanted["tokenizer"] else "--init-from"
         raise ValueError(f"train: {brings} brings its vocabulary; leave out --vocab-size")
+    train.check_config(config)  # after what is quick: it may load libraries
     initial = None
     if wanted["init_from"]:
         # No dropout by default here either: what the checkpoint's configuration says is about its own training.

@@ -59,13 +59,16 @@ class _Launched:
         return None
 
 
+# Every GPU that the kernels run on and Triton compiles for.
+_NVIDIA = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+_AMD = ("gfx90a", "gfx942", "gfx950")
+
+
 def gpu_target(name: str) -> GPUTarget:
     """The target "sm_90" or "gfx942". ValueError for another name."""
-    if name.startswith("sm_") and name[3:].isdigit():
-        return GPUTarget("cuda", int(name[3:]), 32)
-    if name.startswith("gfx") and len(name) > 3:
-        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
-    raise ValueError(f"a target must be like sm_90 or gfx942; got {name!r}")
+    if name not in (*_NVIDIA, *_AMD):  # for a GPU that it does not know LLVM ends the process
+        raise ValueError(f"a target must be like sm_90 or gfx942, one of {', '.join((*_NVIDIA, *_AMD))}; got {name!r}")
+    return GPUTarget("hip", name, 64) if name in _AMD else GPUTarget("cuda", int(name[3:]), 32)
 
 
 def this_target() -> str:
