@@ -9,6 +9,7 @@ import pickle
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -61,9 +62,11 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=folder))
     try:
         with locked_folder(stage):
+            mode = _mode_of_new_files(stage)
             yield stage
             files = sorted(stage.iterdir())
             for file in files:
+                os.chmod(file, mode)  # safetensors makes files that nobody else can read
                 sync(file)
             for file in files:
                 os.replace(file, folder / file.name)
@@ -228,6 +231,15 @@ def _remove_abandoned_stages(folder: Path) -> None:
                 shutil.rmtree(stage)
             finally:
                 os.close(descriptor)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The mode of a file that is created there: the umask decides, and it cannot be read without being set."""
+    probe = folder / "mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def _created(temporary: Path, path: Path) -> BinaryIO:
