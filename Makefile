@@ -1,4 +1,4 @@
-# `make generate`: text from the embedded model. `make test`: every check. Each sets up .venv by itself, once.
+# `make generate` writes text with the embedded model. `make test` runs every check. Both set up .venv on their first run.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -9,13 +9,14 @@ BIN := $(VENV)/bin
 generate: $(VENV)/.runtime
 	$(BIN)/fastgpt2 generate $(ARGS)
 
-# Side by side, so a thread each: the tensors are small, and two processes that both use all cores wait for each other.
+# Two parts run at a time, with one thread each. The tensors are small, and two processes that both use all cores would
+# only wait for each other.
 TESTS := test-kernels test-style test-package test-compiled
 MARKS := -m "not slow"
 test: $(VENV)/.dev
 	$(MAKE) --no-print-directory --jobs 2 --output-sync $(TESTS)
 
-# What `make test` does, the slow tests too, and every launch row compiled instead of one for each kernel and dtype.
+# Like `make test`, with the slow tests, and with every launch row compiled instead of one for each kernel and dtype.
 test-all: $(VENV)/.dev
 	$(MAKE) --no-print-directory --jobs 2 --output-sync $(TESTS) ROWS=--all-rows MARKS=
 
@@ -33,8 +34,9 @@ test-kernels: $(VENV)/.dev
 test-compiled: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/kernels/test_compile.py $(ROWS)
 
-# The kernels' tests as on a GPU, compiled by Triton's front end and executed with checks of every access, on the CPU.
-# Optional: the sanitizer is young software. Left out is what looks at devices, threads or PyTorch rather than kernels.
+# The kernels' tests as on a GPU: Triton's front end compiles the kernels, and the sanitizer executes the result on the
+# CPU and checks every access. Optional, because the sanitizer is young software. Tests of devices, threads or PyTorch
+# are skipped.
 SANITIZED := not compile and not opcheck and not refused and not checkpointing and not autocast and not synchronisation \
   and not interpreted
 sanitize: $(VENV)/.dev
@@ -46,11 +48,12 @@ sanitize: $(VENV)/.dev
 sanitize-native: $(VENV)/.dev
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.native.sanitized
 
-# What a GPU has to show, in some ten minutes: results after each part in out/gpu. `make gpu ARGS=attention` for a part.
+# Checks and measurements for a GPU, in some ten minutes. out/gpu has the results after each part. `make gpu ARGS=attention`
+# runs one part.
 gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-# The site, in build/site: every link is checked, and a warning fails.
+# Builds the documentation in build/site. Every link is checked, and a warning is an error.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
@@ -58,7 +61,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The stamps are redone when what they install has changed. What serves `make test` serves `make generate` too.
+# Each stamp file is made again when what it installs has changed. The environment of `make test` also works for
+# `make generate`.
 NATIVE := setup.py $(wildcard kernels/native/*)
 $(VENV)/.runtime: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.made
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .

@@ -13,7 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 X86 = {
-    # The best one first.
+    # Best first.
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl",
     "avx2": "",
@@ -24,9 +24,9 @@ if platform.machine() in ("x86_64", "AMD64", "amd64"):
     ISAS = {name: f"{X86_BASE} {flags}".split() for name, flags in X86.items()}
 elif platform.machine() in ("aarch64", "arm64"):
     ISAS = {"neon": []}
-# Products and sums are fused where the source says so and nowhere else: the same bits wherever a function is inlined.
+# Multiply and add are fused only where the source says so. So inlining a function never changes its bits.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
-# GCC 12 warns of its own headers for AVX-512.
+# GCC 12 warns about its own headers for AVX-512.
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS += [*os.environ.get("FASTGPT2_NATIVE_FLAGS", "").split()]
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
@@ -38,7 +38,7 @@ class BuildNative(build_ext):
     def build_extension(self, extension):
         target = self.get_ext_fullpath(extension.name)
         if os.path.exists(target):
-            os.remove(target)  # where this build fails, no older one is to be taken for it
+            os.remove(target)  # if this build fails, an older one must not be used in its place
         isas = " ".join(f"apply({name})" for name in ISAS)
         compile_one = [(SOURCES + "kernels.cpp", [("FASTGPT2_ISA", name)], flags) for name, flags in ISAS.items()]
         compile_one += [
@@ -48,7 +48,7 @@ class BuildNative(build_ext):
         for source, macros, flags in compile_one:
             objects += self.compiler.compile(
                 [source],
-                # A folder for each: they are one source.
+                # One folder per instruction set, because all are compiled from one source.
                 output_dir=os.path.join(self.build_temp, macros[0][1] if len(macros) == 1 else "module"),
                 macros=macros,
                 include_dirs=extension.include_dirs,

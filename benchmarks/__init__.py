@@ -1,4 +1,4 @@
-"""Measurements of fastgpt2 beside its peers; not installed. `python -m benchmarks --help` is the front.
+"""Benchmarks of fastgpt2 and its peers; not installed. Start with `python -m benchmarks --help`.
 
 Every file that the front names holds `cases(settings)`, which yields `harness.Case`s: inputs, an exact result, and the
 contenders. Adding an operator is one such file and its name in `MODULES`.

@@ -78,12 +78,12 @@ def measure(args: argparse.Namespace, folder: str) -> int:
     results = run(modules, settings, args.json, args.only)
     if args.plot is not None:
         plot(results, args.plot)
-    # A peer that is wrong or fails is news of the peer.
+    # A peer that is wrong or fails does not fail the run.
     return 1 if any(r.is_ours and r.status.startswith(("wrong", "failed")) for r in results) else 0
 
 
 def run(modules: tuple[str, ...], settings: Settings, json_file: Path | None, only: str | None = None) -> list[Result]:
-    """Results of every case, printed and written as they come."""
+    """Run every case, and print and write its results at once."""
     start, device = time.perf_counter(), torch.device(settings.device)
     here = machine(device)
     print(f"{here['device']}, {here['threads']} threads, {here['platform']}")
@@ -117,7 +117,7 @@ def plot(results: list[Result], folder: Path) -> int:
 
 
 def compare(old: Path, new: Path) -> int:
-    """1 where something got slower or broke."""
+    """Compare two files of results; returns 1 if something got slower or broke."""
     verdicts = list(report.compare(report.read_json(old), report.read_json(new)))
     for verdict, key, explanation in sorted(verdicts):
         print(f"{verdict:7} {' | '.join(key[1:4])}: {explanation}")

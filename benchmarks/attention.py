@@ -60,7 +60,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def tunables(settings: Settings) -> Iterator[Tunable]:
-    """The three rows of head 64 in half precision."""
+    """The three launch rows for head size 64 in half precision."""
     arch = launch.architecture(torch.device(settings.device))
     T, width, heads, kind, dtype = settings.pick(
         (1024, 768, 12, "half", "bfloat16"), (1024, 768, 12, "half", "bfloat16"), (16, 32, 2, "ieee", "float32")
@@ -99,7 +99,7 @@ def _case(settings: Settings, T: int, width: int, heads: int, dtype: str, backwa
         exact=functools.partial(_exact, backward),
         flops=products * (5 if backward else 2),
         bytes=B * T * width * element * (8 if backward else 4),  # qkv, out, and their gradients
-        # The oracle and the plain expression take T x T scores a head: minutes on a CPU.
+        # The oracle and the plain expression compute T x T scores per head, which takes minutes on a CPU.
         measures_memory=backward and settings.scale != "quick",
         needs_gpu=T > 1024 or width > 768,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def _inputs(settings: Settings, B: int, T: int, width: int, heads: int, dtype: s
 
 
 def _exact(backward: bool, inputs: Inputs) -> list[Tensor]:
-    """In float64, a sequence at a time."""
+    """The result in float64, one sequence at a time."""
     rows = []
     for qkv, dout in zip(inputs.qkv.detach().double(), inputs.dout.double(), strict=True):
         leaf = qkv[None].requires_grad_()

@@ -27,11 +27,13 @@ REPORT = Path(__file__).with_name("COMPILE_REPORT.md")
 SUMMARY = Path(__file__).with_name("COMPILE_SUMMARY.md")
 SUMMARY_HEAD = """# What compiles where
 
-A table for each version of Triton that a PyTorch for GPUs pins, and for the newest: every launch row for every target,
-compiled without a GPU. `python -m benchmarks compile-report --summary` renews the part of the Triton that is installed;
-a row that does not compile ends it. In a cell: the rows that compile; the most shared memory that one of them takes, to
-be held against the target's limit; operations that spill registers in a loop; rows that use tensor cores (AMD: matrix
-cores). Row by row, for the newest: COMPILE_REPORT.md.
+Every launch row is compiled for every target, without a GPU. There is a table for each version of Triton that a PyTorch
+for GPUs pins, and for the newest version. The columns are targets, with their limit of shared memory. A cell holds four
+figures: how many rows compile; the most shared memory that one of them needs; how many operations spill registers in a
+loop; and how many rows use tensor cores (AMD: matrix cores). COMPILE_REPORT.md has every row, for the newest version.
+
+`python -m benchmarks compile-report --summary` renews the table of the installed Triton. It fails if a row does not
+compile.
 """
 COLUMNS = (
     "case", "warps", "registers", "spilled bytes", "shared bytes", "programs", "tensor core", "128-bit loads",
@@ -63,12 +65,12 @@ TARGETS = {
 }
 
 
-# Shared memory that a program may have; less than a multiprocessor's, which holds other things too.
+# The most shared memory of a program. It is less than the multiprocessor's, which also holds other things.
 LIMITS = {name: architecture.shared for name, architecture in launch.ARCHITECTURES.items()}
 
 
 def programs(row: dict[str, Any]) -> int:
-    """How many programs (CTAs) of a compiled row fit a multiprocessor at once: registers, shared memory, warps."""
+    """How many programs (CTAs) of a compiled row fit on a multiprocessor, by registers, shared memory and warps."""
     target = TARGETS[row["target"]]
     warps_a_part = target.lane_registers // max(8, row["registers"] + 7 & ~7)
     by_warps = min(4 * warps_a_part, target.max_warps) // row["warps"]
@@ -77,7 +79,7 @@ def programs(row: dict[str, Any]) -> int:
 
 
 def compile_rows(targets: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Compiled anew in a process of its own: nothing compiles where Triton's interpreter is on."""
+    """Compile all rows in a separate process, because nothing compiles while Triton's interpreter is on."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
         environment |= {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"}
@@ -89,7 +91,7 @@ def compile_rows(targets: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """The part of a row that is the same at every compilation."""
+    """The part of a row that does not change between compilations."""
     figures = ("warps", "registers", "spills", "shared")
     instructions = ("tensor_core", "wide_loads", "wide_stores")
     return (row["case"], *(str(row[f]) for f in figures), str(programs(row)), *(str(row[i]) for i in instructions))
@@ -100,8 +102,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "# Compile report"
     yield ""
     yield f"Every launch row as Triton {version('triton')} compiles it, without a GPU:"
-    yield "`python -m benchmarks compile-report --write`. Instructions are counted in the code, not as they run."
-    yield "Programs: how many fit a multiprocessor at once. Seconds: of compiling, on the machine that wrote this."
+    yield "`python -m benchmarks compile-report --write`. Instructions are counted in the code, not while it runs."
+    yield "Programs: how many fit on a multiprocessor at once. Seconds: compile time on the machine that wrote this."
     for name, target in TARGETS.items():
         yield ""
         yield f"## {name} ({target.name})"
@@ -155,7 +157,7 @@ def _summed(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_summary(rows: Sequence[dict[str, Any]], triton: str) -> None:
-    """Renew this version's part of COMPILE_SUMMARY.md; the parts of other versions stay."""
+    """Rewrite this version's part of COMPILE_SUMMARY.md, and keep those of other versions."""
     old = SUMMARY.read_text(encoding="utf-8").split("\n## Triton ")[1:] if SUMMARY.exists() else []
     parts = {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip("\n") for part in old}
     parts[triton] = "\n".join(summary(rows, triton)).split("\n", 1)[1].strip("\n")

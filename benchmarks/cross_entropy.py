@@ -22,7 +22,7 @@ ORACLE_ROWS = 1024
 
 
 class Inputs(NamedTuple):
-    """x is (N, V) logits and weight None, or x (N, C) and weight (V, C)."""
+    """Either x (N, V) are logits and weight is None, or x is (N, C) and weight is (V, C)."""
 
     x: Tensor
     weight: Tensor | None
@@ -45,7 +45,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def tunables(settings: Settings) -> Iterator[Tunable]:
-    """The row of GPT-2's vocabulary."""
+    """The launch row for GPT-2's vocabulary."""
     capability = torch.cuda.get_device_capability() if settings.on_gpu and torch.version.hip is None else None
     V, N, dtype = settings.pick((50257, 8192, "bfloat16"), (50257, 4096, "bfloat16"), (67, 8, "float32"))
     registers = (None, 64, 80, 96, 128) if capability is not None else (None,)
@@ -106,7 +106,7 @@ def _some_rows(x: Tensor) -> Tensor:
 
 
 def _exact(inputs: Inputs) -> list[Tensor]:
-    """The same in float64, some rows at a time."""
+    """The same in float64, a few rows at a time."""
     x, weight, targets = inputs
     N, wide_weight = len(x), None if weight is None else weight.detach().double()
     loss, dweight, rows = 0.0, None if wide_weight is None else torch.zeros_like(wide_weight), []
@@ -169,7 +169,7 @@ def _liger(settings: Settings) -> Loss:
 
     def loss(x: Tensor, weight: Tensor | None, targets: Tensor) -> Tensor:
         if weight is None:
-            # Liger writes the gradient over the logits: a copy is part of what its user pays to keep them.
+            # Liger overwrites the logits with the gradient. A user who needs them pays for a copy, so it is timed too.
             return functions.liger_cross_entropy(x.clone(), targets)
         return functions.liger_fused_linear_cross_entropy(x, weight, targets)
 
@@ -187,7 +187,7 @@ def _liger_chunks(settings: Settings) -> Loss:
 
 
 class LigerChunks(torch.autograd.Function):
-    """Liger's `fused_linear_cross_entropy` by PyTorch's operators: its rule for chunks, its order, its dtypes."""
+    """Liger's `fused_linear_cross_entropy` in PyTorch's operators, with its chunk size, order and dtypes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

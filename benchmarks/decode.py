@@ -1,4 +1,4 @@
-"""One new token a row against a KV cache: append and attend, rows of different lengths."""
+"""Decoding attention: append one new token per row to a KV cache, and attend. Rows have different lengths."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _case(settings: Settings, R: int, S: int, width: int, heads: int, dtype: str
 
 
 def _lengths(R: int, S: int) -> list[int]:
-    """Half full to full, a last place left for the new token."""
+    """Lengths from half full to full, with one place left for the new token."""
     return [S - 1 - (r * S) // (2 * R) for r in range(R)]
 
 
@@ -64,7 +64,7 @@ def _inputs(settings: Settings, R: int, S: int, width: int, heads: int, dtype: s
 
 
 def append(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Write the new keys and values; the queries (R, H, 1, D)."""
+    """Write the new keys and values to the cache; returns the queries (R, H, 1, D)."""
     R, H, _, D = k_cache.shape
     q, k, v = qkv.view(R, 3, H, D).unbind(1)
     k_cache[rows, :, positions] = k
@@ -73,7 +73,7 @@ def append(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor, position
 
 
 def eager(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int]) -> Tensor:
-    """Row by row, by the reference."""
+    """The reference, row by row."""
     positions = torch.tensor(lengths, device=qkv.device)
     q = append(qkv, k_cache, v_cache, torch.arange(len(lengths), device=qkv.device), positions)
     rows = [
@@ -99,7 +99,7 @@ def _ours(backend: str) -> Callable[[Settings, Inputs], Call]:
 
 
 def _sdpa_padded(settings: Settings, inputs: Inputs) -> Call:
-    """What transformers does: every row as long as the longest, with a mask."""
+    """As transformers does it: all rows are as long as the longest one, with a mask."""
     qkv, k_cache, v_cache, lengths = inputs
     positions = torch.tensor(lengths, device=qkv.device)
     rows, longest = torch.arange(len(lengths), device=qkv.device), max(lengths) + 1

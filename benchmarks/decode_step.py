@@ -1,4 +1,4 @@
-"""What a decoding step has beside attention: linear maps of a few rows, the choice of a token; and the whole step."""
+"""A decoding step without its attention: linear maps of a few rows, and sampling. Then the whole step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _contenders(makers: dict[str, Make], settings: Settings, *arguments: object)
 
 
 class LinearShape(NamedTuple):
-    """Outputs (0: the vocabulary) and inputs in widths, and what goes before and after the product."""
+    """Outputs (0: the vocabulary) and inputs in units of the width, and what is fused before and after the product."""
 
     outputs: int
     inputs: int
@@ -72,7 +72,7 @@ LINEARS = {
 
 
 class LinearInputs(NamedTuple):
-    """x (R, K); weight (N, K), int8 where there is a scale (N,)."""
+    """x (R, K); weight (N, K), which is int8 if there is a scale (N,)."""
 
     x: Tensor
     weight: Tensor
@@ -162,7 +162,7 @@ def _torch_linear(settings: Settings, layer: LinearShape, inputs: LinearInputs) 
 
 
 def _fused(settings: Settings, layer: LinearShape, inputs: LinearInputs) -> Call:
-    """PyTorch's operators with what each can fuse: addmm with its bias."""
+    """PyTorch's operators, with what they can fuse: addmm with its bias."""
     x, weight, scale, bias, norm, residual = inputs
     if scale is not None:
         raise LeftOutError("absent: PyTorch's public operators multiply no int8 weight")
@@ -207,7 +207,7 @@ def _logits(settings: Settings, config: GPT2Config, R: int) -> Tensor:
 
 
 def _kept(logits: Tensor, sampling: dict[str, float]) -> Tensor:
-    """Which tokens may be chosen, by sorting, as transformers does it."""
+    """Which tokens may be chosen. It sorts, as transformers does."""
     probs = (logits.double() / max(sampling.get("temperature", 1.0), 1e-9)).softmax(-1)
     ranked, order = probs.sort(-1, descending=True)
     kept = torch.ones_like(ranked, dtype=torch.bool)
@@ -247,7 +247,7 @@ def _bad_sample(sampling: dict[str, float], logits: Tensor, contender: Contender
 
 
 def _scores(sampling: dict[str, float], logits: Tensor) -> Tensor:
-    """What the argmax is taken of by the plain expressions, the noise that ours draw included."""
+    """The scores whose argmax is the choice, from plain expressions, with the noise that our kernels draw."""
     if sampling.get("temperature") == 0:
         return logits
     settings = {"temperature": 1.0, **sampling}
@@ -300,7 +300,7 @@ def _torch_sample(settings: Settings, sampling: dict[str, float], logits: Tensor
 
 
 class StepInputs(NamedTuple):
-    """R prompts of one length, each to be followed by its last token once more."""
+    """R prompts of one length. The token that follows each is its last token once more."""
 
     prompts: list[list[int]]
     config: GPT2Config
@@ -378,7 +378,7 @@ def _session_step(settings: Settings, inputs: StepInputs, use_graphs: bool = Tru
     need_triton(settings, "decode_step")
     filler = shared(settings, inputs.config, inputs.dtype)
     model = filler
-    if not settings.on_gpu:  # Triton's interpreter: only by name
+    if not settings.on_gpu:  # the interpreter runs only if it is asked for by name
         model = fresh(settings, inputs.config, inputs.dtype)
         model.backend = "triton"
     elif use_pdl is False and (torch.version.hip or torch.cuda.get_device_capability()[0] < 9):

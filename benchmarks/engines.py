@@ -1,4 +1,4 @@
-"""Other people's engines for greedy generation: how each gets the weights, and how it is driven.
+"""Other projects' engines for greedy generation: how each gets the weights, and how it is called.
 
 Every function is (settings, dtype, inputs) -> the call to time, which returns each row's new token ids. What is
 exported stays in `settings.folder` for the cases that follow.
@@ -29,7 +29,7 @@ from fastgpt2 import GPT2, GPT2Config
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask (R, T), padding in front."""
+    """Ids and mask (R, T), padded on the left."""
     T = max(map(len, prompts))
     ids = torch.tensor([[0] * (T - len(row)) + list(row) for row in prompts])
     return ids, torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in prompts])
@@ -41,7 +41,7 @@ def need_cpu(settings: Settings) -> None:
 
 
 def exported(settings: Settings, config: GPT2Config, name: str, write: Callable[[Path], None]) -> Path:
-    """The folder that `write` filled; done once."""
+    """A folder that `write` fills once."""
     if not settings.folder:
         raise LeftOutError("skipped: no folder to export the weights to")
     folder = Path(settings.folder) / f"{name}-{config.hidden_size}x{config.num_layers}"
@@ -70,7 +70,7 @@ def _rounded_copy(model: Any) -> Any:
 
 
 def rounded_to_int8(model: Any) -> Any:
-    """transformers' model with weights (an output each) and activations (a token each) rounded to 8 bits."""
+    """transformers' model with weights (per output) and activations (per token) rounded to 8 bits."""
     return _rounded_copy(model)
 
 
@@ -116,7 +116,7 @@ def _write_ctranslate2(settings: Settings, config: GPT2Config, folder: Path) -> 
 
 
 def onnxruntime(settings: Settings, dtype: str, inputs: Any) -> Call:
-    """The graph that ONNX Runtime's own builder makes for a GPT-2: one attention node a layer on a shared cache."""
+    """The graph that ONNX Runtime's own builder makes for a GPT-2: one attention node per layer, on a shared cache."""
     need_cpu(settings)
     library, onnx = need("onnxruntime"), need("onnx")
     config = inputs.config
@@ -229,7 +229,7 @@ def _write_onnx(onnx: Any, settings: Settings, config: GPT2Config, folder: Path)
         x = node("Add", [x, linear(outputs[0], h + ".attn.c_proj")])[0]
         up = node("Gelu", [linear(norm(x, h + ".ln_2"), h + ".mlp.c_fc")], approximate="tanh")[0]
         x = node("Add", [x, linear(up, h + ".mlp.c_proj")])[0]
-    # The head sees only the tokens whose successors are wanted.
+    # The head runs only on the tokens whose successors are wanted.
     initializers["axis"] = np.array([1], dtype=np.int64)
     initializers["width"] = np.array([1, 1, C], dtype=np.int64)
     index = node("Unsqueeze", [node("Unsqueeze", ["last", "axis"])[0], "axis2"])[0]
@@ -306,7 +306,7 @@ def openvino(settings: Settings, dtype: str, inputs: Any) -> Call:
     rows = np.arange(T + inputs.new_tokens)
     causal = rows[None, :] <= rows[:, None]
     keys = np.concatenate([valid.numpy().astype(bool), np.ones((R, inputs.new_tokens), dtype=bool)], 1)
-    # A padding token sees itself, lest its softmax be of nothing.
+    # A padding token sees itself, so that its softmax is not over nothing.
     bias = np.where(keys[:, None, None] & causal | np.eye(len(rows), dtype=bool), 0.0, -1e30).astype(np.float32)
     first = (valid.cumsum(1) - 1).clamp_min(0).numpy()
 
@@ -356,7 +356,7 @@ def _write_openvino(library: Any, settings: Settings, config: GPT2Config, folder
     graph.validate_nodes_and_infer_types()
     stateful = need("openvino._offline_transformations", "openvino").apply_make_stateful_transformation
     stateful(graph, {f"past{i}": f"present{i}" for i in range(2 * L)})
-    # The attention with a cache of its own wants to be told what an empty one is.
+    # Attention with its own cache must be told what an empty cache is.
     ops = need("openvino.opset13", "openvino")
     fixed = np.array([config.num_heads, 0, config.head_dim], dtype=np.int64)
     empty = ops.broadcast(np.float32(0), ops.concat([ops.shape_of(graph.input("beam"), "i64"), fixed], axis=0))
@@ -504,7 +504,7 @@ def _vllm_engine(library: Any, folder: str, dtype: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What libraries print and warn of while they convert goes nowhere, native code's too."""
+    """Discard what libraries print and warn of while they convert, including their native code."""
     saved = [os.dup(fd) for fd in (1, 2)]
     with open(os.devnull, "w") as nowhere:
         for fd in (1, 2):

@@ -42,7 +42,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     for R in settings.pick((1, 8, 32, 64) if settings.on_gpu else (1, 8, 32), (1, 4), (2,)):
         yield _case(settings, config, "generate", [length] * R, new, READ if R == 1 and not settings.on_gpu else None)
     for R in settings.pick((8, 32), (2,), (3,)):
-        # From a quarter of the length to seven quarters, the mean the same.
+        # From a quarter of the length to seven quarters, with the same mean.
         lengths = [length + int((2 * r + 1 - R) * 3 * length / (4 * R)) for r in range(R)]
         yield _case(settings, config, "generate mixed", lengths, new, EQUAL)
     yield _case(settings, config, "first token", [settings.pick(512, 128, 16)], 1)
@@ -52,7 +52,7 @@ def _case(
     settings: Settings, config: GPT2Config, name: str, lengths: list[int], new: int, yardstick: str | None = None
 ) -> Case:
     prompt_tokens, R = sum(lengths), len(lengths)
-    steps = new - 1  # the prompt's own forward gives the first token
+    steps = new - 1  # the prompt's forward pass gives the first token
     flops = forward_flops_per_token(config, max(lengths) + new) * (prompt_tokens + R * steps)
     flops -= 2.0 * config.vocab_size * config.hidden_size * (prompt_tokens - R)  # the head is for a prompt's last token
     cached = sum(R * i + prompt_tokens for i in range(1, new))
@@ -89,7 +89,7 @@ def _inputs(config: GPT2Config, lengths: list[int], new: int) -> Inputs:
 
 
 def _equal(inputs: Inputs) -> Inputs:
-    """As many prompts of one length, of as many tokens in all."""
+    """As many prompts with as many tokens in all, but of one length."""
     R = len(inputs.prompts)
     return _inputs(inputs.config, [sum(map(len, inputs.prompts)) // R] * R, inputs.new_tokens)
 
@@ -144,7 +144,7 @@ def rounding_of(settings: Settings, config: GPT2Config, ids: tuple[int, ...], dt
 
 def _ours(settings: Settings, dtype: str, inputs: Inputs, backend: str = "auto") -> Call:
     if backend == "torch":
-        need_gpu(settings)  # elsewhere it is what "auto" is
+        need_gpu(settings)  # elsewhere "auto" is the same
     # 8-bit weights are those of a float32 model.
     weight_dtype, dtype = ("int8", "float32") if dtype == "int8" else (None, dtype)
     model = shared(settings, inputs.config, getattr(torch, dtype))
@@ -171,7 +171,7 @@ def _ours_equal(settings: Settings, dtype: str, inputs: Inputs) -> Call:
 
 
 def _read(settings: Settings, dtype: str, inputs: Inputs) -> Call:
-    """The bytes of the weights, once for every token."""
+    """The bytes of the weights, which are read once per token."""
     numbers = torch.ones(int(weight_bytes(inputs.config, getattr(torch, dtype))) // 4, device=settings.device)
 
     def call() -> None:

@@ -96,7 +96,7 @@ def run_own(name: str, is_toy: bool) -> int:
 
 
 def run_parts(parts: dict[str, Part], out: Path, again: bool = False) -> int:
-    """Run the parts that have no result of this machine and version yet. 0 if none of them is wrong or failed."""
+    """Run the parts that have no result from this machine and version yet; returns 0 if none is wrong or failed."""
     out.mkdir(parents=True, exist_ok=True)
     key = describe_run()
     try:
@@ -120,7 +120,7 @@ def run_parts(parts: dict[str, Part], out: Path, again: bool = False) -> int:
 
 
 def describe_run() -> dict[str, Any]:
-    """What a result holds for: the commit, the versions, the machine."""
+    """What a result is valid for: the commit, the versions and the machine."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     found = {"commit": done.stdout.strip(), "versions": machine.versions(), "machine": machine.describe(device)}
@@ -128,13 +128,13 @@ def describe_run() -> dict[str, Any]:
 
 
 def run_part(name: str, part: Part, out: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """Run a part in a process group of its own, which ends with it, and write its result."""
+    """Run a part in its own process group, end the group with it, and write its result."""
     command = [argument.replace("{out}", str(out.resolve())) for argument in part.command]
     result: dict[str, Any] = {
         "part": name, "title": part.title, "status": "running", "seconds": 0.0, "found": {},
         "command": " ".join(part.command).replace(sys.executable, "python"), "run": key,
     }  # fmt: skip
-    write_result(out, name, result)  # a part that takes the machine down with it is seen to have begun
+    write_result(out, name, result)  # shows that the part has begun, even if it takes the machine down
     begin, text = time.perf_counter(), out / f"{name}.txt"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     with open(text, "wb") as output:
@@ -166,7 +166,7 @@ def run_part(name: str, part: Part, out: Path, key: dict[str, Any]) -> dict[str,
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it started."""
+    """End a process and everything that it started."""
     for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 30)):
         try:
             os.killpg(child.pid, number)
@@ -201,7 +201,7 @@ def read_result(out: Path, name: str) -> dict[str, Any] | None:
 
 
 def write_summary(out: Path) -> None:
-    """All results of the folder: results.json for programs, summary.txt for people."""
+    """Write all results of the folder, as results.json for programs and summary.txt for people."""
     results = [found for name in all_parts() if (found := read_result(out, name)) is not None]
     others = sorted(path.stem for path in out.glob("*.json") if path.stem not in {*all_parts(), "results"})
     results += [found for name in others if (found := read_result(out, name)) is not None]

@@ -1,4 +1,4 @@
-"""The parts of `make gpu` that are not other commands: each computes, compares and says what it found, in a dict.
+"""The parts of `make gpu` that are not commands of their own. Each computes, compares and returns a dict of findings.
 
 A part that finds something wrong raises `WrongError`. With `is_toy` sizes are tiny, and a CPU runs the same lines.
 """
@@ -29,7 +29,7 @@ from fastgpt2_kernels.checking.budget import error_budget, largest_error
 
 
 class WrongError(Exception):
-    """A result that is not what it must be."""
+    """A result is not what it must be."""
 
 
 class Place(NamedTuple):
@@ -59,7 +59,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _seconds(run: Callable[[], object], device: torch.device, turns: int) -> float:
-    """Of the median turn, after one that compiles."""
+    """Time the median turn, after a first one that compiles."""
     run()
     found = []
     for _ in range(turns):
@@ -72,7 +72,7 @@ def _seconds(run: Callable[[], object], device: torch.device, turns: int) -> flo
 
 
 def _model(place: Place, name: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> GPT2:
-    """A random model of a preset's shape; a toy has a block of it."""
+    """A random model with a preset's shape, or with one block at toy size."""
     torch.manual_seed(0)
     config = GPT2Config.preset(name, **changes)
     if place.is_toy:
@@ -85,7 +85,7 @@ def _model(place: Place, name: str, dtype: torch.dtype = torch.bfloat16, **chang
 
 
 def attention(place: Place) -> dict[str, Any]:
-    """Packed attention in bfloat16, forward and backward: against float64, and beside PyTorch's."""
+    """Packed attention in bfloat16, forward and backward: checked against float64 and timed beside PyTorch's."""
     B, T, H, D = place.pick((4, 1024, 12, 64), (2, 24, 2, 16))
     # Triton's interpreter multiplies bfloat16 wrong.
     dtype = torch.float32 if place.backend == "triton" else torch.bfloat16
@@ -155,7 +155,7 @@ def _begun(model: GPT2, rows: int, prompt: int, capacity: int, **options: Any) -
 
 
 def _steps(model: GPT2, rows: int, prompt: int, steps: int, **options: Any) -> tuple[list[list[int]], float]:
-    """The tokens of greedy steps, and milliseconds of one, the first left out."""
+    """The tokens of greedy steps, and the milliseconds of a step, leaving out the first."""
     session = _begun(model, rows, prompt, min(model.config.context_length, prompt + steps + 2), **options)
     results = [session.step(range(rows))]
     results[0].read()
@@ -185,7 +185,7 @@ def _decoding(place: Place, name: str, all_rows: Sequence[int]) -> dict[str, Any
 
 
 def medium(place: Place) -> dict[str, Any]:
-    """The gpt2-medium shape with 1, 8 and 32 rows: graph against launches, with and without PDL."""
+    """The gpt2-medium shape with 1, 8 and 32 rows: a CUDA graph against single launches, with and without PDL."""
     return _decoding(place, "gpt2-medium", (1, 8, 32) if not place.is_toy else (1, 3))
 
 
@@ -224,7 +224,7 @@ def second_gpu(place: Place) -> dict[str, Any]:
 
 
 def repeated(place: Place) -> dict[str, Any]:
-    """10,000 steps of 32 rows, twice: the same tokens and log-probabilities, to the bit."""
+    """10,000 steps of 32 rows, twice. Tokens and log-probabilities must be bit-identical."""
     model = _model(place, "gpt2")
     rows, steps = place.pick((32, 10_000), (3, 40))
     new = model.config.context_length - 8
@@ -242,7 +242,7 @@ def repeated(place: Place) -> dict[str, Any]:
 
 
 def refill(place: Place) -> dict[str, Any]:
-    """200 prompts whose samples end at random, beside as many tokens of samples of one length."""
+    """200 prompts whose samples end at random, beside samples of one length with as many tokens."""
     model = _model(place, "gpt2")
     count, mean, rows = place.pick((200, 64, 32), (12, 6, 3))
     rng = random.Random(0)
@@ -283,7 +283,7 @@ def _counted_synchronisations(device: torch.device) -> Iterator[list[str]]:
 
 
 def training(place: Place) -> dict[str, Any]:
-    """20 training steps in bfloat16, compiled too, and in float16; how often the host waits for the GPU."""
+    """20 training steps in bfloat16 (eager and compiled) and in float16, and how often the host waits for the GPU."""
     steps, B, T = place.pick((20, 8, 1024), (3, 2, 16))
     found: dict[str, Any] = {}
     for dtype, is_compiled in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)):
@@ -326,7 +326,7 @@ def training(place: Place) -> dict[str, Any]:
     return found
 
 
-# In the order that settles most doubt first; of each the seconds that it may take.
+# The parts that settle most doubt come first. Each has the seconds that it may take.
 PARTS: dict[str, tuple[int, Callable[[Place], dict[str, Any]]]] = {
     "attention": (60, attention),
     "medium": (90, medium),

@@ -37,7 +37,7 @@ NEEDS_GPU = "needs a GPU"
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run: scale "full", "quick" (minutes) or "toy" (for tests); on which device; at most how long a case."""
+    """What to run: at scale "full", "quick" (minutes) or "toy" (for tests), on which device, and how long per case."""
 
     device: str = "cpu"
     scale: str = "full"
@@ -179,7 +179,7 @@ class _Ready:
 
 
 def run_case(module: str, case: Case, settings: Settings) -> list[Result]:
-    """Results of every contender, in their order."""
+    """The results of all contenders, in their order."""
     device = torch.device(settings.device)
     results = {id(c): _blank(module, case, c, device) for c in case.contenders}
     if case.needs_gpu and not settings.on_gpu:
@@ -228,7 +228,7 @@ def _blank(module: str, case: Case, contender: Contender, device: torch.device) 
 def _agreed(
     case: Case, inputs: Any, exact: list[Tensor] | None, device: torch.device
 ) -> Iterator[tuple[Contender, str | _Ready]]:
-    """Each contender, ready to be timed, or what stands in its row instead."""
+    """Prepare every contender for timing, or find the status that its row shows instead."""
     plain: dict[str, list[float]] = {}
     for contender in sorted(case.contenders, key=lambda c: not c.is_plain):
         outcome, failure = attempt(functools.partial(_agree, case, contender, inputs, exact, plain, device))
@@ -241,7 +241,7 @@ def _agree(
     case: Case, contender: Contender, inputs: Any, exact: list[Tensor] | None, plain: dict[str, list[float]],
     device: torch.device,
 ) -> str | _Ready:  # fmt: skip
-    """The contender ready to be timed, or why it is wrong. A plain expression's own errors are noted in `plain`."""
+    """Prepare a contender for timing, or say why it is wrong. The errors of a plain expression go into `plain`."""
     dtype = contender.dtype or case.dtype
     build = contender.build
     if case.isolated and device.type == "cpu":
@@ -262,7 +262,7 @@ def _agree(
 
 
 def agree(case: Case, contender: Contender, device: torch.device) -> Call:
-    """The call of one contender that agrees; LeftOutError where it cannot run, ValueError where it is wrong."""
+    """The call of a contender whose result is right. LeftOutError if it cannot run, ValueError if it is wrong."""
     if case.needs_gpu and device.type != "cuda":
         raise LeftOutError(NEEDS_GPU)
     needed = [c for c in case.contenders if c.is_plain and c is not contender]
@@ -288,7 +288,7 @@ def _take_turns(ready: list[_Ready], case: Case, settings: Settings, device: tor
             seconds, one.failure = attempt(functools.partial(clock, one.call, device, repeats))
         return math.inf if seconds is None else seconds
 
-    # A call of less than a millisecond is repeated within its turn: the clock and the loop cost a microsecond.
+    # A call of less than a millisecond is repeated within its turn, because clock and loop cost a microsecond.
     repeats = [1 if case.end_to_end else math.ceil(1e-3 / min(max(timed(one, 1), 1e-7), 1e-3)) for one in ready]
     stop = time.perf_counter() + max(settings.seconds, case.seconds)
     for turn in range(max_turns):
@@ -436,7 +436,7 @@ def peak_in_child(module: str, settings: Settings, title: str, contender: int) -
 def _child(sender: Any, module: str, settings: Settings, title: str, contender: int) -> None:
     case = next(case for case in load(module, settings) if case.title == title)
     chosen = case.contenders[contender]
-    # What the libraries set up for themselves is set up by a toy case first.
+    # A toy case runs first, so that the libraries have made their own allocations.
     toys = load(module, dataclasses.replace(settings, scale="toy"))
     toy = next((toy for toy in toys if toy.name == case.name), toys[0])
     with contextlib.suppress(LeftOutError):  # torch.compile, which has no toy

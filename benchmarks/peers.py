@@ -1,4 +1,4 @@
-"""What other people's implementations need before they can take part."""
+"""What other projects' implementations need to take part."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def need_gpu(settings: Settings) -> None:
 
 
 def need_triton(settings: Settings, operator: str) -> None:
-    """On a CPU only under Triton's interpreter, where kernels are checked and times mean nothing."""
+    """On a CPU it takes part only under Triton's interpreter, where kernels are checked but times mean nothing."""
     if not settings.on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise LeftOutError(NEEDS_GPU)
     reason = ops.why_not_triton(operator, settings.device)

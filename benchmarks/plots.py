@@ -16,7 +16,7 @@ MEMORY_CASES = ("attention backward", "cross_entropy", "linear_cross_entropy")
 
 
 def draw(results: Iterable[Result], folder: Path) -> list[Path]:
-    """Write the pictures that these results make, as SVG; the files written."""
+    """Write the plots of these results as SVG; returns the files written."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -51,7 +51,7 @@ def _megabytes(r: Result) -> float | None:
 
 
 def _styles(rows: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """Ours is red and wide, every peer keeps one colour."""
+    """The style of a line: ours is red and wide, and every peer keeps one colour."""
     styles: dict[str, dict[str, Any]] = {}
     dashes = iter(("-", "--", ":", "-."))
     colours = iter(PEERS * 3)
@@ -90,7 +90,7 @@ def _roofline(rows: list[Result], path: Path) -> Path:
 
 
 def _lines(rows: list[Result], value: Callable[[Result], float | None], label: str, path: Path) -> Path:
-    """Against what varies most in the shapes; a panel for every dtype and rest of the shape."""
+    """Plot against the size that varies most, with a panel for every dtype and every rest of the shape."""
     import matplotlib.pyplot as plt
 
     across = max(rows[0].shape, key=lambda key: len({r.shape[key] for r in rows}))
@@ -120,7 +120,7 @@ def _lines(rows: list[Result], value: Callable[[Result], float | None], label: s
 
 
 def _bars(rows: list[Result], path: Path) -> Path:
-    """Tokens a second of every contender, a panel for every shape."""
+    """Plot the tokens per second of every contender, with a panel for every shape."""
     import matplotlib.pyplot as plt
 
     panels: dict[str, list[Result]] = defaultdict(list)

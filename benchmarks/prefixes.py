@@ -1,4 +1,4 @@
-"""Prompts that begin with the same tokens, beside as many samples of one such prompt: the least that sharing can cost.
+"""Prompts that begin with the same tokens, beside as many samples of one prompt, which is the least that sharing costs.
 
 A third contender has as many prompts of the same length with nothing in common (on a CPU at the smaller scales only:
 it takes minutes). All choose greedily, and agree when a prompt has the tokens that it has when it is generated alone.
@@ -43,7 +43,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             ],
             inputs=functools.partial(_inputs, config, R, common, own),
             disagrees=functools.partial(_disagrees, settings, new),
-            # Of what a prefix tree holds; the head is for a prompt's last token.
+            # The FLOPs of a prefix tree's tokens. The head runs only on a prompt's last token.
             flops=forward_flops_per_token(config, common + own + new) * (common + R * (own + new - 1))
             - 2.0 * config.vocab_size * config.hidden_size * (common + R * (own - 1)),
             tokens=R * new,

@@ -1,4 +1,4 @@
-"""When free slots of a batch should be filled: what a prefill costs by itself, and whole runs with and without waiting.
+"""When to fill free slots of a batch: the fixed cost of a prefill, and whole runs with and without waiting.
 
 python -m benchmarks.refill [--rows 8 32] [--new 64] [--dtype float32]. GPT-2 124M with random weights, prompts of 4 to
 64 tokens, samples of random lengths. `fastgpt2.scheduler.PREFILL_STEPS` holds what the first figure says, in steps.
@@ -25,7 +25,7 @@ TOKENS = 16  # of the prompts whose prefill is timed
 
 
 def seconds(run: Callable[[], object], device: torch.device, turns: int = 7) -> float:
-    """Of the median of some turns, the device's work included."""
+    """The seconds of the median turn, including the device's work."""
 
     def once() -> float:
         if device.type == "cuda":
@@ -41,7 +41,7 @@ def seconds(run: Callable[[], object], device: torch.device, turns: int = 7) -> 
 
 
 def prefill_and_step(model: GPT2, rows: int) -> tuple[float, float]:
-    """Seconds of a prefill beside those of its tokens, and of a step of a full batch."""
+    """The seconds that a prefill costs besides its tokens, and those of a step of a full batch."""
     session = DecodeSession(
         model, KVCache(model.config, rows, 256, dtype=model.dtype, device=model.device), SamplingConfig(temperature=0)
     )
@@ -56,10 +56,10 @@ def prefill_and_step(model: GPT2, rows: int) -> tuple[float, float]:
 
 
 def whole_runs(model: GPT2, rows: int, new: int, turns: int) -> tuple[float, float, float]:
-    """Seconds of a run whose free slots are filled at once, and of one whose wait; the median of their turns' ratio."""
+    """Seconds of a run that fills free slots at once, and of one that waits, and the median ratio of their turns."""
     rng = random.Random(rows)
     prompts = [[rng.randrange(model.config.vocab_size) for _ in range(rng.randint(4, 64))] for _ in range(5 * rows)]
-    # A vocabulary's share of stop tokens ends a random row of about `new` tokens.
+    # With this share of stop tokens in the vocabulary a random row ends after about `new` tokens.
     stop = list(range(0, model.config.vocab_size, new))
     options = {"max_new_tokens": 4 * new, "temperature": 1.0, "stop_token_ids": stop, "batch_size": rows}
     tokens: list[list[list[int]]] = []

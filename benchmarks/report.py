@@ -1,4 +1,4 @@
-"""Results as a table, as JSON lines, and beside those of an earlier run."""
+"""Results as a table, as JSON lines, and compared with an earlier run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_json(results: Iterable[Result], path: Path) -> None:
 
 
 def read_json(path: Path) -> list[Result]:
-    """ValueError names the line that is no result."""
+    """Read results from JSON lines; ValueError names a line that is not a result."""
     results = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -65,7 +65,7 @@ def table(results: Iterable[Result]) -> Iterator[str]:
 
 
 def without_gpu(results: Iterable[Result]) -> Iterator[str]:
-    """Lines that say what would run on a GPU."""
+    """The lines that say what would run on a GPU."""
     cases, contenders = {}, {}
     for r in results:
         if r.status == NEEDS_GPU and r.contender == "all":

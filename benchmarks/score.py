@@ -78,7 +78,7 @@ def _ours(settings: Settings, dtype: str, inputs: Inputs) -> Call:
 
 
 def _padded(settings: Settings, dtype: str, is_sorted: bool, inputs: Inputs) -> Call:
-    """What everybody writes first: batches, padding on the right, a mask, the logits' log-softmax."""
+    """The plain solution: padded batches, a mask, and the log-softmax of the logits."""
     model = shared_twin(settings, inputs.config, getattr(torch, dtype))
     order = list(range(len(inputs.sequences)))
     if is_sorted:

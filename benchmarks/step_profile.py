@@ -34,7 +34,7 @@ PROMPT, NEW = 64, 128  # tokens, as in the benchmark of generation
 
 @dataclass
 class _Times:
-    """What the native step was seen to do."""
+    """What was measured of the native step."""
 
     phases: torch.Tensor  # seconds of each of PHASES
     calls: list[tuple[float, float, int]]  # begin, end and number of steps
@@ -42,7 +42,7 @@ class _Times:
 
 @contextmanager
 def _timed(method: str) -> Iterator[_Times]:
-    """The times of all calls of a method of the native step, `run` or `prefill`, meanwhile."""
+    """Record the times of all calls of `run` or `prefill` of the native step in this block."""
     times, original = _Times(torch.zeros(len(PHASES), dtype=torch.float64), []), getattr(ops.NativeStep, method)
 
     def timed(step: ops.NativeStep, *args: Any, **options: Any) -> Any:
@@ -73,7 +73,7 @@ def _fastest(turns: int, turn: Callable[[], tuple[torch.Tensor, float]]) -> dict
 def profile(
     model: GPT2, num_rows: int, weights: str, prompt: int = PROMPT, new: int = NEW, turns: int = 3
 ) -> dict[str, float]:
-    """Milliseconds a step by phase, and of the host, in the fastest of some turns."""
+    """Milliseconds per step of each phase and of the host, in the fastest of several turns."""
     prompts = torch.randint(model.config.vocab_size, (num_rows, prompt))
 
     def turn() -> tuple[torch.Tensor, float]:
@@ -90,7 +90,7 @@ def profile(
 
 
 def profile_prefill(model: GPT2, prompt: int, weights: str, turns: int = 6) -> dict[str, float]:
-    """Milliseconds of the first token of one prompt by phase, and of the host, in the fastest of some turns."""
+    """Milliseconds to the first token of a prompt, by phase and for the host, in the fastest of several turns."""
     prompts = torch.randint(model.config.vocab_size, (1, prompt))
 
     def turn() -> tuple[torch.Tensor, float]:
@@ -106,7 +106,7 @@ WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def product_rate(weights: str, repeats: int = 30) -> float:
-    """FLOP a second of 512 rows through a linear layer whose weights stay in the cache."""
+    """FLOP/s of 512 rows through a linear layer whose weights stay in the processor's cache."""
     n, k, rows = 1536, 768, 512
     weight = torch.randn(n, k).mul_(40)
     if weights == "int8":

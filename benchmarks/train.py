@@ -45,7 +45,7 @@ def _case(settings: Settings, config: GPT2Config, B: int, T: int, dtype: str) ->
         build = functools.partial(_build, settings, make, kind)
         return Contender(name, build, name.startswith("ours"), name == "transformers", kind)
 
-    # The first is what the others are compared with, in half precision too: eager float32.
+    # The others are compared with the first, eager float32, even in half precision.
     base = [contender("transformers", _transformers, "float32")] if dtype != "float32" else []
     return Case(
         name="training step",
@@ -81,7 +81,7 @@ def _build(settings: Settings, make: Make, dtype: str, inputs: Inputs) -> Call:
 
 
 def some_gradients(model: torch.nn.Module) -> list[Tensor]:
-    """Of one parameter of each kind: an embedding, a linear layer in the middle, a norm at the end; as (in, out)."""
+    """The gradients of one parameter of each kind: an embedding, a middle linear layer, the last norm; as (in, out)."""
     named = dict(model.named_parameters())
     layers = 1 + max(int(name.split(".")[2]) for name in named if ".h." in name)
     names = (f"transformer.h.{layers // 2}.mlp.c_proj.weight", "transformer.ln_f.weight", "transformer.wpe.weight")
@@ -90,7 +90,7 @@ def some_gradients(model: torch.nn.Module) -> list[Tensor]:
 
 
 def exact_step(settings: Settings, inputs: Inputs) -> list[Tensor]:
-    """By transformers in float64, a sequence at a time."""
+    """The result of transformers in float64, one sequence at a time."""
     model = transformers_twin(fresh(settings, inputs.config)).double().train()
     loss = 0.0
     for row in inputs.tokens:
@@ -113,7 +113,7 @@ def _ours_compiled(settings: Settings, config: GPT2Config) -> tuple[GPT2, Callab
 
 def _transformers(settings: Settings, config: GPT2Config, compile: bool = False) -> Any:
     model = transformers_twin(fresh(settings, config)).train()
-    # Its forward logs, where a graph has to break.
+    # Its forward pass logs, which breaks the graph.
     forward = compiled(model, settings, fullgraph=False) if compile else model
 
     def backward(tokens: Tensor) -> Tensor:

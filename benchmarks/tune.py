@@ -38,7 +38,7 @@ class Tunable:
 
 @dataclass
 class Tuned:
-    """Seconds of the present row and of the best one; how many candidates were tried, and which could not be taken."""
+    """Seconds of the present row and of the best one, the number of candidates tried, and those that failed."""
 
     tunable: Tunable
     best: Any
@@ -49,7 +49,7 @@ class Tuned:
 
 
 def near_first(present: Any, candidates: Iterable[Any]) -> list[Any]:
-    """The present row, those that differ from it in one field, in two ...: time may run out."""
+    """Yield the present row, then rows that differ in one field, in two and so on, as time may run out."""
     others = (row for row in candidates if row != present)
     return [present, *sorted(others, key=lambda row: sum(a != b for a, b in zip(row, present, strict=True)))]
 
@@ -69,7 +69,7 @@ def tune(tunable: Tunable, settings: Settings, seconds: float) -> Tuned:
             return [clock(call, device, 1) for _ in range(times)]
 
     def examined(row: Any) -> float:
-        """The row's median; ValueError where it computes something else."""
+        """The row's median time; ValueError if its result is wrong."""
         with tunable.using(row):
             error = error_of(case.sample(call()), exact)
         if (why := out_of_budget(error, plain_error, exact, case.dtype)) is not None:
@@ -84,7 +84,7 @@ def tune(tunable: Tunable, settings: Settings, seconds: float) -> Tuned:
     for row in rows:
         if row != tunable.present and time.perf_counter() > deadline:
             break
-        # A row that does not compile or fit is no candidate.
+        # A row that does not compile or does not fit is left out.
         median, why = attempt(functools.partial(examined, row))
         tried += 1
         if why is None:

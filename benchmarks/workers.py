@@ -21,7 +21,7 @@ Call = Callable[[], Any]
 
 
 class LeftOutError(Exception):
-    """A contender cannot take part here; its text is the status that stands in its row."""
+    """A contender cannot take part here. The message is the status in its row of the table."""
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
@@ -39,7 +39,7 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def context() -> BaseContext:
-    """Forked from a process that has imported the libraries and started no thread: a child costs no import."""
+    """Fork from a process that has imported the libraries and started no threads. So a child imports nothing."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     server = multiprocessing.get_context("forkserver")
@@ -48,17 +48,17 @@ def context() -> BaseContext:
 
 
 class Worker:
-    """One contender's process, which stays for the cases that follow."""
+    """The process of one contender. It also serves the cases that follow."""
 
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
-        # A daemon, and one that ends when its pipe does: a killed parent leaves nothing behind.
+        # A daemon that ends when its pipe closes, so a killed parent leaves no process behind.
         self.process = context().Process(target=_serve, args=(theirs, torch.get_num_threads()), daemon=True)
         self.process.start()
         theirs.close()
 
     def ask(self, *request: Any) -> Any:
-        """LeftOutError with what stands in the contender's row, where it raised or its process died."""
+        """Call it in the process. LeftOutError, with the status for its row, if it raised or its process died."""
         try:
             self.connection.send(request)
             result, failure = self.connection.recv()
@@ -87,7 +87,7 @@ def _serve(connection: Connection, threads: int) -> None:
             return
         if request:
             call = None
-            gc.collect()  # the last case's caches
+            gc.collect()  # frees the last case's caches
             build, inputs = request
             call, failure = attempt(functools.partial(build, inputs))
             connection.send((None, failure))
@@ -115,7 +115,7 @@ def isolated(key: Hashable, build: Callable[[Any], Call]) -> Callable[[Any], Cal
 
 
 def dismiss(key: Hashable) -> None:
-    """End the process of one that takes no part in what follows, if it has one."""
+    """End the process of a contender that takes no further part, if it has one."""
     if worker := _workers.pop(key, None):
         worker.close()
 

@@ -1,4 +1,4 @@
-"""Draw the figures of kernels.md. Every number in them follows from shapes; nothing is measured.
+"""Draw the figures of kernels.md. Every number in them is computed from shapes; nothing is measured.
 
 python docs/figures.py [FOLDER]   (needs matplotlib; the folder is docs/img by default)
 """
@@ -23,7 +23,7 @@ BLOCK_WEIGHTS = 12 * WIDTH * WIDTH  # QKV 3, projection 1, up 4, down 4
 
 
 def bars(ax: Axes, names: list[str], parts: dict[str, list[float]], unit: str) -> None:
-    """Horizontal bars, one for each name, made of parts; the sum stands at their end."""
+    """Draw a stacked horizontal bar for each name, with its total at the end."""
     left = [0.0] * len(names)
     colours = (BLUE, ORANGE, GREY)
     for (label, values), colour in zip(parts.items(), colours, strict=False):
@@ -39,7 +39,7 @@ def bars(ax: Axes, names: list[str], parts: dict[str, list[float]], unit: str) -
 
 
 def attention_tiles(ax: Axes, num_tiles: int = 8, tile: int = 4) -> None:
-    """Which tiles of the scores the program of each tile of queries visits."""
+    """Draw which tiles of scores the program of each tile of queries visits."""
     for row in range(num_tiles):
         for column in range(num_tiles):
             colour = PALE if column > row else (ORANGE if column == row else BLUE)
@@ -53,7 +53,7 @@ def attention_tiles(ax: Axes, num_tiles: int = 8, tile: int = 4) -> None:
 
 
 def ragged_rows(ax: Axes, lengths: tuple[int, ...] = (9, 3, 14, 6, 4)) -> None:
-    """A padded batch beside the same rows end to end."""
+    """Draw a padded batch, and the same rows packed end to end."""
     longest = max(lengths)
     for row, length in enumerate(lengths):
         ax.add_patch(Rectangle((0, row), longest, 0.8, facecolor=PALE))
@@ -70,7 +70,7 @@ def ragged_rows(ax: Axes, lengths: tuple[int, ...] = (9, 3, 14, 6, 4)) -> None:
 
 
 def layer_traffic(ax: Axes) -> None:
-    """Numbers that the forward pass moves for each element."""
+    """Draw how many numbers the forward pass reads and writes for each element."""
     names = [
         "sum, then LayerNorm",
         "layer_norm(x, residual)",
@@ -81,20 +81,20 @@ def layer_traffic(ax: Axes) -> None:
 
 
 def cross_entropy_traffic(ax: Axes) -> None:
-    """Passes over the logits, forward and backward, where each separate step is a kernel of its own."""
+    """Draw how often forward and backward pass over the logits, if each separate step is a kernel of its own."""
     names = [
         "log-softmax, pick,\nand their backward passes",
         "cross_entropy",
         "cross_entropy, gradient\nwanted at once",
     ]
-    # log-softmax reads x and writes log p. Backward: a gradient of zeros but for the targets is written; it and log p
-    # are read, and dx is written.
-    # Ours: reads x; backward reads x, writes dx. In one launch the second read comes from the L2 cache.
+    # Log-softmax reads x and writes log p. Its backward pass writes a gradient that is zero except at the targets,
+    # reads it and log p, and writes dx.
+    # Ours reads x; its backward pass reads x and writes dx. In a single launch the second read comes from the L2 cache.
     bars(ax, names, {"read": [3, 2, 1], "written": [3, 1, 1]}, "times that the (N, V) logits cross the memory bus")
 
 
 def linear_cross_entropy_chunks(ax: Axes) -> None:
-    """What holds logits of 4096 rows: all of them and their gradient, or one buffer of a chunk."""
+    """Draw the memory for the logits of 4096 rows: all of them and their gradient, or one buffer for a chunk."""
     rows, chunk = 4096, 166  # on a CPU: 2^23 / V rows, within 128 .. 512
     whole = rows * VOCABULARY * 4 / MEGABYTE
     names = ["logits and their gradient", "one buffer of 166 rows"]
@@ -103,7 +103,7 @@ def linear_cross_entropy_chunks(ax: Axes) -> None:
 
 
 def decode_bytes(ax: Axes) -> None:
-    """Bytes that a step of GPT-2 124M reads for a context that is half full."""
+    """Draw the bytes that a decoding step of GPT-2 124M reads when the context is half full."""
     weights = LAYERS * BLOCK_WEIGHTS + VOCABULARY * WIDTH
     names, read, cached = [], [], []
     for name, size, cache_size in (("float32", 4, 4), ("bfloat16", 2, 2), ("int8", 1, 2)):
@@ -115,7 +115,7 @@ def decode_bytes(ax: Axes) -> None:
 
 
 def gumbel_max(ax: Axes) -> None:
-    """One draw: the largest sum of logit and noise wins."""
+    """Draw one sample: the token with the largest sum of logit and noise."""
     logits = [2.0, 1.4, 0.9, 0.2, -0.5, -1.0]
     noise = [0.1, 1.6, -0.4, 0.9, 2.0, 0.3]
     tokens = [f"token {index}" for index in range(len(logits))]
@@ -143,7 +143,7 @@ FIGURES = {
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    # The same bytes in every run, and text as text: small files that a reader can search.
+    # The same bytes in every run. Text stays text, so the files are small and can be searched.
     with mpl.rc_context({"svg.hashsalt": "fastgpt2", "svg.fonttype": "none", "font.size": 9}):
         for name, (draw, size) in FIGURES.items():
             figure, ax = plt.subplots(figsize=size)

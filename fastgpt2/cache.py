@@ -86,7 +86,9 @@ class KVCache:
             ValueError: `tokens` exceeds the model's context.
         """
         if tokens > self.config.context_length:
-            raise ValueError(f"KVCache: {tokens} tokens do not fit in the context of {self.config.context_length}")
+            raise ValueError(
+                f"KVCache: {tokens} tokens do not fit in the context of {self.config.context_length}; shorten the input"
+            )
         if tokens > self.capacity:
             self.keys = self._grown(self.keys, self._round(tokens))
             self.values = self._grown(self.values, self._round(tokens))

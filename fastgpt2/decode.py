@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # False in a build of PyTorch for CPUs. A kernel sanitizer's "cuda" device is then a stand-in without graphs and events.
 _HAS_GPU_RUNTIME = bool(torch.version.cuda or torch.version.hip)
-# What a step computes; other modules in their places (adapters, quantized layers) compute something else.
+# The modules that a step computes. A module in their place (an adapter, a quantized layer) computes something else.
 _MODULES = {Attention, Block, LayerNorm, Linear, MLP, Transformer, nn.Embedding, nn.ModuleList}
 _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -75,7 +75,7 @@ def why_not_decode(model: GPT2Base) -> str | None:
 
 
 def _size(model: GPT2Base) -> tuple[int | torch.dtype, ...]:
-    """What the kernels of a model's step are compiled for: a failure is one of models of this size."""
+    """What the kernels of a model's step are compiled for. If they fail, they fail for all models of this size."""
     config = model.config
     return (config.hidden_size, config.inner_dim, config.num_heads, config.vocab_size, model.dtype)
 
@@ -83,17 +83,19 @@ def _size(model: GPT2Base) -> tuple[int | torch.dtype, ...]:
 class NewRow(NamedTuple):
     """A row to start. Its cache slot holds the prompt's tokens already.
 
-    key: the two words that its random numbers depend on (`ops.row_keys`); limit: the most new tokens.
+    key: the two words that its random numbers depend on (`ops.row_keys`); limit: the most new tokens; produced: how
+    many there are already, of a row that goes on from its last tokens (which are then its prompt).
     """
 
     slot: int
     prompt_ids: Sequence[int]
     key: tuple[int, int]
     limit: int
+    produced: int = 0
 
 
 class Results(NamedTuple):
-    """Tokens and natural-log probabilities of some steps, by step and slot, while they are copied to the host."""
+    """Tokens and natural-log probabilities of some steps, by step and slot. They are still being copied to the host."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -104,11 +106,11 @@ class Results(NamedTuple):
         return len(self.tokens)
 
     def read(self) -> tuple[list[int], list[float]]:
-        """Those of the last step, by slot. Waits until it is done; steps after it may still run."""
+        """The results of the last step, by slot. Waits until it is done; later steps may still be running."""
         return self.read_all()[-1]
 
     def read_all(self) -> list[tuple[list[int], list[float]]]:
-        """Those of every step."""
+        """The results of every step."""
         if self.ready is not None:
             self.ready.synchronize()
         return list(zip(self.tokens.tolist(), self.logprobs.tolist(), strict=True))
@@ -157,7 +159,7 @@ class DecodeSession:
                 f"got {cache.keys.device} and {cache.keys.dtype}"
             )
         self.cache = cache
-        self._model = weakref.ref(model)  # a session is kept as long as its model, and not longer
+        self._model = weakref.ref(model)  # so that a session does not keep its model alive
         self._is_native = is_native
         self._vocab_size = model.config.vocab_size
         self.num_slots = cache.num_slots
@@ -169,7 +171,7 @@ class DecodeSession:
         self.use_pdl = use_pdl if use_pdl is not None or self._may_have_pdl() else False
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._max_rows = self._bucket(self.num_slots)
-        # Rows that fill a bucket up are idle slots past the others, one for each, so that no two programs share any.
+        # A bucket is filled up with rows on idle slots, one slot each, so that no two programs share one.
         total = self.num_slots if self._is_native else self.num_slots + self._max_rows
         device = model.device
         self.slots = ops.SlotState.idle(total, device)
@@ -209,11 +211,11 @@ class DecodeSession:
         return self.use_graphs and not torch.version.hip and torch.cuda.get_device_capability(self._gpu)[0] >= 9
 
     def configure(self, sampling: SamplingConfig) -> None:
-        """Choose tokens by `sampling` from now on. ValueError if it needs other filters than the session has."""
+        """Sample with these settings from now on. ValueError if they need other filters than the session has."""
         old, device = self._step.sampling, self.slots.tokens.device
         new = slot_sampling(sampling, len(self.slots.tokens), self.seen, device)
         if [t is None for t in old] != [t is None for t in new]:
-            raise ValueError("DecodeSession: made for another set of filters; make a new one")
+            raise ValueError("DecodeSession: it was made for other sampling filters; make a new one")
         for to, of in zip(old, new, strict=True):
             if to is not None and of is not None and to is not self.seen:
                 to.copy_(of)
@@ -239,20 +241,21 @@ class DecodeSession:
             return logits
         model = self._model()
         if model is None:
-            raise RuntimeError("DecodeSession: its model is gone")
+            raise RuntimeError("DecodeSession: its model no longer exists; keep a reference to the model")
         plan = ops.plan_rows(slots, counts, pasts, token_ids.device)
         hidden = model.extend(token_ids, plan, self.cache)
         last = [end - 1 for end in itertools.accumulate(counts)]
         return model.logits(hidden[ops.to_device(last, hidden.device)]).float()
 
     def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
-        """Put rows into their slots and choose their first tokens from logits (rows, V) float32.
+        """Put rows into their slots and choose their next tokens from logits (rows, V) float32.
 
-        What the slots held is forgotten. ValueError for a slot or a prompt that does not fit.
+        What the slots held is forgotten, but for the tokens that a row which goes on has seen. ValueError for a slot or
+        a prompt that does not fit.
         """
         for row in rows:
             if not 0 <= row.slot < self.num_slots:
-                raise ValueError(f"DecodeSession: slots are 0 .. {self.num_slots - 1}; got {row.slot}")
+                raise ValueError(f"DecodeSession: slots must be in 0 .. {self.num_slots - 1}; got {row.slot}")
             if not 0 < len(row.prompt_ids) <= self.cache.capacity:
                 raise ValueError(
                     f"DecodeSession: slot {row.slot} cannot hold {len(row.prompt_ids)} tokens; the cache has room for "
@@ -264,19 +267,19 @@ class DecodeSession:
                 f"got {logits.dtype} {tuple(logits.shape)}"
             )
         state, device = self.slots, self.slots.tokens.device
-        columns = [[row.slot, len(row.prompt_ids), row.limit, *row.key] for row in rows]
-        slots, lengths, limits, *key = ops.to_device(columns, device, torch.int64).unbind(1)
+        columns = [[row.slot, len(row.prompt_ids), row.limit, row.produced, *row.key] for row in rows]
+        slots, lengths, limits, produced, *key = ops.to_device(columns, device, torch.int64).unbind(1)
         state.lengths[slots] = lengths.int()
         state.limits[slots] = limits.int()
         state.keys[slots] = torch.stack(key, 1)
         state.status[slots] = ops.FRESH
-        state.produced[slots] = 0  # the position of the token that is chosen now
-        if self.seen is not None:
-            self.seen[slots] = False
-            seen = [(row.slot, token) for row in rows for token in set(row.prompt_ids)]
+        state.produced[slots] = produced.int()  # the position of the token that is chosen now
+        if self.seen is not None and (new := [row for row in rows if not row.produced]):
+            self.seen[ops.to_device([row.slot for row in new], device, torch.int64)] = False
+            seen = [(row.slot, token) for row in new for token in set(row.prompt_ids)]
             self.seen[tuple(ops.to_device(seen, device).unbind(1))] = True
         self._choose(logits, slots.int())
-        state.produced[slots] = 1
+        state.produced[slots] += 1
         return self._results()
 
     def step(self, slots: Sequence[int], most: int = 1) -> Results:
@@ -285,7 +288,9 @@ class DecodeSession:
         most: on a CPU up to so many steps follow each other without the host, until a row has ended.
         """
         if not 0 < len(slots) <= self.num_slots or len(set(slots)) != len(slots):
-            raise ValueError(f"DecodeSession: a step takes 1 .. {self.num_slots} different slots; got {list(slots)}")
+            raise ValueError(
+                f"DecodeSession: a step must have 1 to {self.num_slots} different slots; got {list(slots)}"
+            )
         self._find_cache()
         bucket = self._bucket(len(slots))
         rows = self._device_rows(bucket, slots)
@@ -315,7 +320,9 @@ class DecodeSession:
         ValueError for a session with a repetition penalty, which has marked its own choice already.
         """
         if self.seen is not None:
-            raise ValueError("DecodeSession: with a repetition penalty tokens cannot be replaced; make it without one")
+            raise ValueError(
+                "DecodeSession: tokens cannot be replaced with a repetition penalty; make a session without one"
+            )
         at = ops.to_device(list(slots), self.slots.tokens.device, torch.int64)
         self.slots.tokens[at] = tokens.to(self.slots.tokens)
 
@@ -339,7 +346,7 @@ class DecodeSession:
         self._run_plain(rows)
 
     def _fall_back(self, error: ops.KernelFailedError) -> None:
-        """Go on without the step's kernels, with a warning; an error where the model asks for them by name."""
+        """Continue without the step's kernels, with a warning; raise an error if the model asks for them by name."""
         model = self._model()
         if model is None or model.backend != "auto":
             raise error
@@ -350,10 +357,10 @@ class DecodeSession:
 
     @torch.no_grad()
     def _run_plain(self, rows: Tensor) -> None:
-        """A step on the operators of the model's own backend: as the kernels, but it waits for the device."""
+        """A step on the operators of the model's own backend. Unlike the kernels' step it waits for the device."""
         state, model, at = self.slots, self._plain_model or self._model(), rows.long()
         if model is None:
-            raise RuntimeError("DecodeSession: its model is gone")
+            raise RuntimeError("DecodeSession: its model no longer exists; keep a reference to the model")
         went_on = (state.status[at] == ops.RUNNING).int()
         past, produced = state.lengths[at] + went_on, state.produced[at] + went_on
         goes_on = (state.status[at] != ops.IDLE) & ~torch.isin(state.tokens[at], self._stop_ids)
@@ -380,7 +387,7 @@ class DecodeSession:
 
     def _choose_plain(self, logits: Tensor, slots: Tensor) -> None:
         state, choice = self.slots, self._step.sampling
-        # A filter that is off is left to its default.
+        # A filter that is off keeps its default.
         options = {name: t for name, t in choice._asdict().items() if t is not None and name != "seen"}
         if "penalty" in options:
             options["repetition_penalty"] = options.pop("penalty")
@@ -399,7 +406,7 @@ class DecodeSession:
         """The slots of a bucket's rows, in the tensor that its graph reads."""
         wanted = [*slots, *range(self.num_slots, self.num_slots + bucket - len(slots))]
         if bucket not in self._rows:
-            with torch.inference_mode(False):  # it may be written to outside
+            with torch.inference_mode(False):  # so that it can be written to outside of inference mode
                 self._rows[bucket] = [], torch.empty(bucket, dtype=torch.int32, device=self.slots.tokens.device)
         held, tensor = self._rows[bucket]
         if held != wanted:
@@ -412,7 +419,7 @@ class DecodeSession:
         if not self._is_asynchronous:
             return Results(tokens.clone(), logprobs.clone(), None)
         with torch.cuda.device(self._gpu):
-            # To pinned memory, without waiting.
+            # Copies to pinned memory do not wait.
             tokens, logprobs = (t.to("cpu", non_blocking=True) for t in (tokens, logprobs))
             ready = torch.cuda.Event()
             ready.record()
@@ -437,7 +444,7 @@ class DecodeSession:
     def _capture(self, bucket: int, rows: Tensor) -> None:
         """Capture the step of `bucket` rows. A failure costs a warning, and the session goes on without graphs."""
         held = rows.clone()
-        # Idle rows meanwhile: launches compile, and the self-test runs, without a row taking a step.
+        # All rows are idle meanwhile, so the launches can compile and the self-test can run without advancing any row.
         torch.arange(self.num_slots, self.num_slots + bucket, out=rows)
         try:
             if self.use_pdl is None:
@@ -445,7 +452,9 @@ class DecodeSession:
             self._graphs[bucket] = self._captured(rows, self.use_pdl)
         except self._kernels.errors as error:
             self.use_graphs = False
-            warnings.warn(f"DecodeSession: no CUDA graph ({error}); steps are launched one by one", stacklevel=4)
+            warnings.warn(
+                f"DecodeSession: a CUDA graph cannot be used ({error}); kernels are launched one by one", stacklevel=4
+            )
         finally:
             rows.copy_(held)
 
@@ -463,7 +472,7 @@ class DecodeSession:
         return graph
 
     def _pdl_is_better(self, rows: Tensor) -> bool:
-        """Whether programmatic dependent launch gives the same logits to the bit, in less time, on this device."""
+        """Whether programmatic dependent launch gives bit-identical logits in less time on this device."""
         times, logits = [], []
         try:
             graphs = [self._captured(rows, use_pdl) for use_pdl in (False, True)]
@@ -488,7 +497,7 @@ _KEPT: weakref.WeakKeyDictionary[GPT2Base, DecodeSession] = weakref.WeakKeyDicti
 
 
 class _Packed(NamedTuple):
-    """Packed weights, and the state of the model's weights that they were made of."""
+    """Packed weights, and a mark of the model's weights that they were made from."""
 
     mark: WeightsMark
     weight_dtype: torch.dtype | None
@@ -505,16 +514,16 @@ def acquire_session(
     stop_ids: Sequence[int],
     weight_dtype: torch.dtype | None = None,
 ) -> DecodeSession:
-    """A session with an empty cache: the one that was released last, with its graphs, if it fits; else a new one."""
+    """A session with an empty cache: the last one that was released, with its graphs, if it fits, or else a new one."""
     kept = _KEPT.pop(model, None)
     packed = _packed_weights(model, weight_dtype) if decode_backend(model) == "native" else None
     fits = _fits(model, num_slots, sampling, stop_ids, weight_dtype, packed)
-    # Under torch.inference_mode the tensors made here would be ones that no later run outside could write to.
+    # Tensors made under torch.inference_mode could not be written to by a later run outside of it.
     with torch.inference_mode(False), torch.no_grad():
         if kept is not None and kept.fits == fits:
             kept.configure(sampling)
             kept.cache.lengths = [0] * num_slots
-            if kept.cache.keys.is_inference():  # it grew there
+            if kept.cache.keys.is_inference():  # it grew under inference mode
                 kept.cache.keys, kept.cache.values = kept.cache.keys.clone(), kept.cache.values.clone()
             return kept
         del kept
@@ -541,11 +550,11 @@ def drop_sessions(model: GPT2Base) -> None:
 
 
 def _packed_weights(model: GPT2Base, weight_dtype: torch.dtype | None) -> PackedWeights:
-    """The model's weights in the native layout: those of the last run, unless the model has changed since."""
+    """The model's weights in the native layout. Those of the last run are used again unless the model has changed."""
     kept = _PACKED.get(model)
     if kept is not None and kept.weight_dtype == weight_dtype and kept.mark.still_holds(model):
         return kept.weights
-    drop_sessions(model)  # their memory goes before more is asked for
+    drop_sessions(model)  # frees their memory before more is allocated
     del kept
     mark = WeightsMark(model)
     packed = ops.pack_step_weights(step_weights(model, weight_dtype))

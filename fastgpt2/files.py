@@ -55,7 +55,7 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: a checkpoint is a folder, and this is a file; name another")
+        raise NotADirectoryError(f"{folder}: must be a folder, as a checkpoint is one; it is a file: name another")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     _remove_abandoned_stages(folder)
@@ -158,7 +158,7 @@ def check_archive(path: str | PathLike[str]) -> None:
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(
                         f"{path}: its records must be uncompressed, as torch.save writes them; {record.filename} is "
-                        "compressed: load and save it with PyTorch"
+                        "compressed: load it and save it again with PyTorch"
                     )
                 if record.CRC:  # torch.save leaves it 0 if told not to write checksums
                     with archive.open(record) as file:
@@ -169,7 +169,7 @@ def check_archive(path: str | PathLike[str]) -> None:
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the archive
-        raise ValueError(f"{path}: is damaged ({first_line(error)}); fetch or write it anew") from error
+        raise ValueError(f"{path}: is damaged ({first_line(error)}); download or save it again") from error
 
 
 def load_torch_file(path: str | PathLike[str], *, mmap: bool, what: str, advice: str) -> Any:

@@ -1,4 +1,4 @@
-"""Generation in bulk: prompts of any lengths in, samples out. scheduler.py decides which rows are decoded together."""
+"""Bulk generation from prompts of any length. scheduler.py decides which rows are decoded together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastgpt2.constraints import LogitsProcessor
 from fastgpt2.devices import why_not_bfloat16
 from fastgpt2.messages import shown
 from fastgpt2.model import GPT2Base
-from fastgpt2.scheduler import Request, Sample, Scheduler, TokenEvent
+from fastgpt2.scheduler import Request, Sample, Scheduler, TokenEvent, half_context
 from fastgpt2.tokenizer import as_token_id
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "lists_options",
     "prompt_token_ids",
     "stream",
+    "token_events",
 ]
 
 Prompts = Iterable[str] | Iterable[Sequence[int]] | Tensor
@@ -47,13 +48,14 @@ class GenerateOptions(TypedDict, total=False):
     num_samples: int
     batch_size: int | str
     truncate: str
+    context_shift: bool
     sample_ids: Iterable[int] | None
     skip: Container[tuple[int, int]]
     pack_weights: bool
     weight_dtype: torch.dtype | str | None
     logits_processor: LogitsProcessor | None
     sampling: SamplingConfig | None
-    # the fields of SamplingConfig, in place of `sampling`
+    # the fields of SamplingConfig, instead of `sampling`
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -71,52 +73,62 @@ class GenerateOptions(TypedDict, total=False):
 
 
 def generate(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateOptions]) -> list[Sample]:
-    """Continue every prompt; samples in the order of the prompts. Arguments as for `generate_iter`."""
+    """Continue every prompt; returns the samples in the order of the prompts. For arguments see `generate_iter`."""
     return sorted(generate_iter(model, prompts, **options), key=lambda s: (s.prompt_index, s.sample_index))
 
 
 def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[Sample]:
     """Continue every prompt; yields each sample when it ends.
 
-    A sample's tokens depend on (seed, prompt id, sample index) alone. The prompt id is the prompt's index, or what
-    `sample_ids` says. Where a decoding step serves the model (`fastgpt2.decode.why_not_decode`), tokens and
-    log-probabilities are the same bit for bit whatever rows are beside it, on one machine with one number of threads.
-    PyTorch's own operators round a row by how many rows there are: log-probabilities may then differ in their last
-    bits, and a token where two nearly tie.
+    A sample's random numbers depend only on (seed, prompt id, sample index). The prompt id is the prompt's index, or
+    what `sample_ids` says. If the native backend decodes, on a CPU, tokens and log-probabilities are bit-identical
+    whatever other rows are in the batch and whatever shares a prefix, on one machine with one number of threads.
+    PyTorch's matrix products round a row differently for different numbers of rows. On a GPU prompts go through them,
+    and without a decoding step (`fastgpt2.decode.why_not_decode`) all tokens do. Log-probabilities may then differ in
+    their last bits, and a token where two tokens nearly tie.
 
-    The model's mode is neither used nor touched: dropout is off. The weights have to stay as they are during a run.
+    Dropout is always off, and the model's mode does not change. The weights must not change during a run.
 
     Args:
-        prompts: texts (the model needs a tokenizer), sequences of token ids, or a (B, T) tensor; of any lengths. An
-            iterable is read as room becomes free.
-        attention_mask: (B, T), 0 where a tensor of prompts is padding, 1 where it is not. Padding is left out, wherever
-            it lies. A tensor that seems padded (with the model's `pad_token_id`) needs one.
-        num_samples: continuations of each prompt; 1 by default.
-        batch_size: rows decoded together. "auto", the default, is 32, or fewer where memory has no room for them. More
-            where the native backend decodes a long list of prompts, and measures that more rows give more tokens a
-            second. Samples do not depend on it.
-        truncate: what becomes of a prompt that is too long. "error" (by default) refuses one that does not fit the
-            context. "left" drops the first tokens of a prompt that leaves no room for `max_new_tokens`, but leaves it
-            half the context; `Sample.prompt_ids` are those that are left.
-        sample_ids: an int >= 0 for each prompt, in place of its index.
-        skip: (prompt id, sample index) pairs not to generate.
-        pack_weights: on a CPU, lay the weights out for speed, which takes their memory once more; on by default.
-        weight_dtype: "int8" holds the linear layers' weights in 8 bits, with a scale for every output: faster, and a
-            little less exact. None keeps the model's dtype.
-        logits_processor: changes the logits of a row before its next token is chosen: (ids so far (1, T), logits
-            (1, V)) -> logits (1, V). It sees them after biases and bans, before repetition penalty and temperature.
-        sampling: a `SamplingConfig`; or its fields, the seed among them, by keyword.
+        prompts: Texts (the model needs a tokenizer), sequences of token ids, or a (B, T) tensor. They may have any
+            lengths. An iterable is read as rows become free.
+        attention_mask: (B, T), 0 where a tensor of prompts holds padding, 1 where it holds tokens. Padding is left out,
+            wherever it lies. A tensor that seems to be padded with the model's `pad_token_id` needs a mask.
+        num_samples: Samples per prompt; 1 by default.
+        batch_size: Rows decoded together. "auto", the default, is 32, or fewer if memory has no room for them. With the
+            native backend and a long list of prompts it is more, if that measures as more tokens per second. Samples do
+            not depend on it.
+        truncate: What happens to a prompt that is too long. "error", the default, refuses one that does not fit the
+            context. "left" drops the first tokens of a prompt that leaves no room for `max_new_tokens`, but keeps at
+            least half a context. `Sample.prompt_ids` holds the tokens that were kept.
+        context_shift: What happens to a row that has filled the context. False, the default, ends it. True continues
+            from its last tokens, half a context, as if they were the prompt: they are computed again, at positions from
+            0, and so on whenever the context is full. Repetition penalty, bans and `logits_processor` still see all of
+            the row's tokens.
+        sample_ids: An int >= 0 for each prompt, instead of its index.
+        skip: (prompt id, sample index) pairs that are not generated.
+        pack_weights: On a CPU, pack the weights for speed. This takes their memory once more. On by default.
+        weight_dtype: "int8" stores the linear layers' weights in 8 bits, with a scale for every output. This is faster,
+            but slightly less exact. None keeps the model's dtype.
+        logits_processor: Changes the logits of a row before its next token is chosen: (ids so far (1, T), logits
+            (1, V)) -> logits (1, V). It runs after biases and bans, before repetition penalty and temperature.
+        sampling: A `SamplingConfig`. Its fields, such as the seed, can be given by keyword instead.
 
     Raises:
-        ValueError: a prompt is empty or does not fit the context; samples yielded before stay good.
-        RuntimeError: logits are not finite; or the weights were changed in place during the run, as PyTorch's count of
-            changes tells (what is written through `.data` is not counted, and what comes of it is not defined).
+        ValueError: A prompt is empty or does not fit the context. Samples that were yielded before stay valid.
+        RuntimeError: Logits are not finite, or the weights were changed in place during the run. PyTorch counts such
+            changes, except those through `.data`, whose results are undefined.
     """
-    return (event.finished for event in _run(model, prompts, **options) if event.finished is not None)
+    return (event.finished for event in token_events(model, prompts, **options) if event.finished is not None)
+
+
+def token_events(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[TokenEvent]:
+    """Continue every prompt; yields each token, without its text, when it arrives. Arguments as for `generate_iter`."""
+    return _run(model, prompts, **options)
 
 
 def stream(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[TokenEvent]:
-    """Continue every prompt; yields each token as it is chosen. Arguments as for `generate_iter`."""
+    """Continue every prompt; yields each token as it is chosen. For arguments see `generate_iter`."""
     return _run(model, prompts, want_text=True, **options)
 
 
@@ -131,6 +143,7 @@ def _run(
     num_samples: int = 1,
     batch_size: int | str = "auto",
     truncate: str = "error",
+    context_shift: bool = False,
     sample_ids: Iterable[int] | None = None,
     skip: Container[tuple[int, int]] = (),
     logits_processor: LogitsProcessor | None = None,
@@ -170,6 +183,8 @@ def _run(
     int8 = None if weight_dtype is None else torch.int8
     if model.dtype == torch.bfloat16 and (reason := why_not_bfloat16(model.device)) is not None:
         warnings.warn(f"generate: {reason}: PyTorch emulates it, slowly; load the model in float16", stacklevel=4)
+    if not isinstance(context_shift, bool):
+        raise ValueError(f"generate: context_shift must be True or False; got {shown(context_shift)}")
     most = kept_prompt_tokens(model, truncate, sampling.max_new_tokens)
     rows = len(prompts) * num_samples if isinstance(prompts, Sized) else None
     if not isinstance(batch_size, int):
@@ -177,14 +192,17 @@ def _run(
     elif rows is not None:
         batch_size = max(1, min(batch_size, rows))
     source = _read_prompts(model, prompts, num_samples, sample_ids, skip, most)
-    return Scheduler(model, source, sampling, batch_size, pack_weights, int8, logits_processor, want_text).run()
+    scheduler = Scheduler(
+        model, source, sampling, batch_size, pack_weights, int8, logits_processor, want_text, context_shift
+    )
+    return scheduler.run()
 
 
 def _without_padding(model: GPT2Base, prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
-    """The rows of a tensor of prompts; ValueError where there may be padding that no mask tells of."""
+    """The rows of a tensor of prompts, without padding. ValueError if it seems padded but there is no mask."""
     if not isinstance(prompts, Tensor):
         raise ValueError(
-            f"generate: attention_mask goes with a tensor of prompts; got {type(prompts).__name__}, which needs none"
+            f"generate: attention_mask needs a tensor of prompts; got {type(prompts).__name__}: leave the mask out"
         )
     if prompts.dim() != 2 or prompts.is_floating_point():
         raise ValueError(
@@ -207,7 +225,7 @@ def _without_padding(model: GPT2Base, prompts: Prompts, mask: Tensor | None) -> 
 
 
 def _seems_padded(model: GPT2Base, is_pad: Tensor) -> bool:
-    """Whether rows (B, T) begin or end with padding; one pad token in every row may be there to begin or end a text."""
+    """Whether rows (B, T) begin or end with padding. One pad token in every row may just begin or end a text."""
     config = model.config
     marks_ends = config.pad_token_id in (config.bos_token_id, *config.eos_token_ids)
     for side in (is_pad, is_pad.flip(1)):
@@ -225,7 +243,7 @@ def _read_prompts(
     skip: Container[tuple[int, int]],
     most: int | None,
 ) -> Iterator[Request]:
-    """Every prompt that has samples to generate, checked."""
+    """Yield every prompt that has samples to generate, after checking it."""
     identities = iter(sample_ids) if sample_ids is not None else None
     for index, prompt in enumerate(prompts):
         identity = index if identities is None else next(identities, None)
@@ -241,20 +259,28 @@ def _read_prompts(
 
 
 def kept_prompt_tokens(model: GPT2Base, truncate: str, max_new_tokens: int) -> int | None:
-    """How many of its last tokens a prompt keeps; None: all of them."""
+    """How many of its last tokens a prompt keeps at most; None keeps all of them."""
     if truncate not in ("error", "left"):
         raise ValueError(f"generate: truncate must be 'error' or 'left'; got {shown(truncate)}")
     context = model.config.context_length
     # The last new token needs no place in the context.
-    return None if truncate == "error" else max(context + 1 - max_new_tokens, -(-context // 2))
+    return None if truncate == "error" else max(context + 1 - max_new_tokens, half_context(context))
 
 
 def prompt_token_ids(
     model: GPT2Base, prompt: str | Sequence[int], name: str, most: int | None = None
 ) -> tuple[int, ...]:
-    """The token ids of a prompt (text or ids), checked against the model; ValueError calls it by `name`.
+    """The token ids of a prompt, checked against the model.
 
-    most: how many of its last ids are kept.
+    Args:
+        model: The model.
+        prompt: Text or token ids.
+        name: What errors call the prompt.
+        most: How many of its last ids to keep; None keeps all.
+
+    Raises:
+        ValueError: The prompt is empty, does not fit the context, or has ids that the model does not know.
+        TypeError: The prompt is neither text nor token ids.
     """
     if isinstance(prompt, str):
         if model.tokenizer is None:
@@ -272,7 +298,9 @@ def prompt_token_ids(
     if not ids and config.bos_token_id is not None:
         ids = (config.bos_token_id,)
     if not ids:
-        raise ValueError(f"generate: {name} is empty, and the model has no bos_token_id to begin with; give a token")
+        raise ValueError(
+            f"generate: {name} is empty, and the model has no bos_token_id to begin with; give at least one token"
+        )
     if most is not None:
         ids = ids[-most:]
     if len(ids) > config.context_length:
@@ -290,7 +318,7 @@ def prompt_token_ids(
 
 
 def lists_options(function: _Function) -> _Function:
-    """Name the `GenerateOptions` one by one, with their defaults, in the signature of a function that takes them."""
+    """Spell out the `GenerateOptions`, with their defaults, in the signature of a function that takes them."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(_run).parameters.items()}
     defaults |= {name: field.default for name, field in SamplingConfig.__dataclass_fields__.items()}
     signature = inspect.signature(function)

@@ -151,7 +151,7 @@ def find_sources(names: Iterable[str], what: str = "an input") -> list[Source]:
                     f"{path}: {what} must end in {', '.join(SUFFIXES)}, or be {HUB}OWNER/NAME; got {suffix!r}"
                 )
             if compression and suffix == ".parquet":
-                raise ValueError(f"{path}: a .parquet file is compressed within; it must end in .parquet")
+                raise ValueError(f"{path}: a .parquet file is already compressed; its name must end in .parquet")
             if Path(path).is_dir():
                 raise IsADirectoryError(f"{path}: is a folder; name its files, as {path}/*{suffix}")
             if Path(path).exists() and not Path(path).is_file():
@@ -319,7 +319,7 @@ def _read_csv(source: Source, columns: Columns, with_fields: bool) -> Iterator[_
         except csv.Error as error:
             raise ValueError(f"{source.name} line {rows.line_num}: must be CSV ({first_line(error)})") from None
         except UnicodeDecodeError:
-            raise ValueError(f"{source.name}: must be UTF-8 text; it is not, past line {rows.line_num}") from None
+            raise ValueError(f"{source.name}: must be UTF-8 text; it is not after line {rows.line_num}") from None
 
 
 class _CsvText:

@@ -42,7 +42,7 @@ class GPT2Base(nn.Module):
         if config is None:
             unknown = sorted(set(fields) - set(GPT2Config.__dataclass_fields__))
             if unknown:
-                raise TypeError(f"GPT2: unknown argument {', '.join(unknown)}; see GPT2Config for the fields there are")
+                raise TypeError(f"GPT2: unknown argument {', '.join(unknown)}; see GPT2Config for its fields")
             if dropout_rate is not None:
                 for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
                     fields.setdefault(name, dropout_rate)
@@ -157,15 +157,17 @@ class GPT2Base(nn.Module):
             return self.logits(hidden) if targets is None else self._loss(hidden, targets, loss_options)
         if position_ids is not None or cu_seqlens is not None or targets is not None:
             raise ValueError(
-                "GPT2: a cache knows its positions, and there is no loss with it; position_ids, cu_seqlens and targets "
-                "cannot be given with it"
+                "GPT2: a cache cannot be combined with position_ids, cu_seqlens or targets; leave either the cache out "
+                "or those"
             )
         if self.training:
-            raise ValueError("GPT2: a cache is for evaluation; call model.eval() first")
+            raise ValueError("GPT2: a cache needs evaluation mode; call model.eval() first")
         self._check_ids(input_ids)
         B, T = input_ids.shape
         if cache.num_slots != B:
-            raise ValueError(f"GPT2: input_ids has {B} rows and the cache {cache.num_slots} slots; they must agree")
+            raise ValueError(
+                f"GPT2: input_ids must have a row for each of the cache's {cache.num_slots} slots; got {B} rows"
+            )
         if T == 0:
             return self.logits(input_ids.new_zeros((B, 0, self.config.hidden_size), dtype=self.dtype))
         plan = ops.plan_rows(range(B), [T] * B, cache.lengths, self.device)
@@ -229,7 +231,9 @@ class GPT2Base(nn.Module):
         self._check_range(token_ids, self.config.vocab_size, "token ids", "the vocabulary")
         needed = max((past + count for _, count, past in plan.rows), default=0)
         if needed > self.config.context_length:
-            raise ValueError(f"GPT2: {needed} tokens do not fit in the context of {self.config.context_length}")
+            raise ValueError(
+                f"GPT2: {needed} tokens do not fit in the context of {self.config.context_length}; shorten the input"
+            )
         cache.reserve(needed)
 
         attend = CachedAttention(cache, plan, self.backend)
@@ -246,8 +250,8 @@ class GPT2Base(nn.Module):
     def _loss(self, hidden: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
         if not isinstance(self.lm_head, Linear):
             raise ValueError(
-                "GPT2: the loss is computed from the head's weight, and the head was replaced by a "
-                f"{type(self.lm_head).__name__}; leave lm_head out of what adapters are put on"
+                "GPT2: the loss needs the plain linear layer lm_head; it was replaced by a "
+                f"{type(self.lm_head).__name__}: put no adapter on lm_head"
             )
         return ops.linear_cross_entropy(
             hidden, self.lm_head.weight, targets, backend=operator_backend(self.backend), **options
@@ -260,7 +264,7 @@ class GPT2Base(nn.Module):
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"GPT2: input_ids must be int64 or int32; got {input_ids.dtype}")
         if input_ids.device != self.device:
-            raise ValueError(f"GPT2: input_ids are on {input_ids.device}, the model is on {self.device}")
+            raise ValueError(f"GPT2: input_ids must be on {self.device}, like the model; got {input_ids.device}")
         self._check_range(input_ids, self.config.vocab_size, "token ids", "the vocabulary")
 
     @staticmethod

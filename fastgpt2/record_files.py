@@ -318,18 +318,20 @@ class RecordFile(Generic[R]):
             before = json.loads(self._settings_path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(
-                f"{self.path}: cannot be resumed, {self._settings_path.name} with its settings is not beside it; "
+                f"{self.path}: cannot be resumed, because {self._settings_path.name} with its settings is missing; "
                 "choose another output"
             ) from None
         except (ValueError, RecursionError):
             before = None
         if not isinstance(before, dict):
-            raise ValueError(f"{self._settings_path}: is not a run's settings; choose another output")
+            raise ValueError(f"{self._settings_path}: must hold a run's settings; it does not: choose another output")
         now = json.loads(json.dumps(dict(settings)))
         differ = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
         if differ:
             changes = ", ".join(f"{n} was {shown(before.get(n))} and is {shown(now.get(n))}" for n in differ)
-            raise ValueError(f"{self.path}: was made by another run ({changes}); resume it as it was begun")
+            raise ValueError(
+                f"{self.path}: was made by another run ({changes}); resume it with the settings it began with"
+            )
 
     def _read_done(self, path: Path) -> int:
         """Add the keys of a file's whole records to `done`; returns the offset past the last one."""
@@ -338,7 +340,7 @@ class RecordFile(Generic[R]):
             with open(path, "rb") as file:
                 for end, key in self.format.scan(file):  # noqa: B007 (its last value is the result)
                     if not self._wanted(key):
-                        raise ValueError(f"it holds {self.format.describe(key)}, not of this run")
+                        raise ValueError(f"it holds {self.format.describe(key)}, which is not part of this run")
                     self.done.add(key)
         except FileNotFoundError:  # it does not exist, or has just been merged
             return 0
@@ -357,7 +359,9 @@ def check_writable(path: Path, *, resume: bool, overwrite: bool, shard: Shard = 
     if resume and overwrite:
         raise ValueError("--resume keeps what the output holds and --overwrite drops it; give one of them")
     if overwrite and shard.count > 1:
-        raise ValueError(f"--overwrite could drop what another process has written; remove {path} and leave it out")
+        raise ValueError(
+            f"--overwrite could drop what another process has written; remove {path} and leave the option out"
+        )
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"is in the folder {path.parent}, which does not exist"
         raise ValueError(f"{path}: {what}; name a file in a folder that exists")

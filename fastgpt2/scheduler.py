@@ -1,9 +1,10 @@
-"""Which rows are decoded together: prefill, then a decode loop over a changing set of rows, without padding.
+"""Continuous batching: prefill, then a decode loop over a changing set of rows, without padding.
 
-A prompt is prefilled once, whatever the number of its samples, and so is what prompts have in common: the rest is
-copied within the cache. A row that ends leaves its cache slot at once to the next sample of its prompt (whose prefix
-lies there already). For the next prompts free slots wait for each other a little, so that several are prefilled
-together.
+A prompt is prefilled once for all its samples, and a prefix that several prompts share is computed once. Both are then
+copied within the cache. When a row ends, its cache slot goes at once to the next sample of the same prompt, whose
+prefix is already there. Before other prompts start, free slots wait a little for each other, so that several prompts
+are prefilled together. With `context_shift`, a row that has filled the context continues from its last tokens,
+which are prefilled again.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from fastgpt2.text_stream import TextStream
 from fastgpt2.weights_mark import ChangeCounts
 from fastgpt2_kernels import ops
 
-# Prompt tokens prefilled in one forward: enough for efficient matrix products, little enough for their activations.
+# Prompt tokens per prefill: enough for efficient matrix products, few enough that their activations fit in memory.
 PREFILL_TOKENS = 4096
 # Steps that a CPU takes in one call, if no row ends meanwhile.
 MOST_STEPS = 16
-# What a prefill costs however few its tokens are, in steps of a full batch: `python -m benchmarks.refill` measures it.
+# The fixed cost of a prefill, in steps of a full batch. `python -m benchmarks.refill` measures it.
 PREFILL_STEPS = {"triton": 8.0, "native": 0.5, "torch": 1.0}
-# The most steps that a slot which has become free waits for others.
+# The most steps that a free slot waits for others.
 MOST_WAITING = 64
 
 
@@ -52,10 +53,16 @@ MOST_WAITING = 64
 class Sample:
     """One continuation of one prompt.
 
-    token_ids and logprobs: the new tokens (the stop token among them, when there was one) and their natural-log
-    probabilities under the model itself (temperature 1, nothing filtered). text: the new tokens' text without the
-    stop token or stop string; None without a tokenizer. finish_reason: "stop" for a stop token or string, "length"
-    for max_new_tokens or a full context.
+    Attributes:
+        prompt_index: The prompt's index.
+        sample_index: The sample's index among those of its prompt.
+        prompt_ids: The token ids of the prompt.
+        token_ids: The new tokens, including the stop token if there was one.
+        logprobs: The natural-log probabilities of the new tokens under the model itself: at temperature 1, before any
+            filter.
+        finish_reason: "stop" for a stop token or stop string, "length" for `max_new_tokens` or a full context
+            (without context_shift).
+        text: The text of the new tokens, without the stop token or stop string; None without a tokenizer.
     """
 
     prompt_index: int
@@ -69,7 +76,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token as it was chosen. `text` is the text it completes, "" while a character or stop string is undecided."""
+    """A token that was chosen. `text` is the text it completes, "" while a character or stop string is undecided."""
 
     prompt_index: int
     sample_index: int
@@ -83,8 +90,11 @@ class TokenEvent:
 class Request:
     """A prompt whose samples are wanted.
 
-    index: the prompt's place among all; identity: what its random numbers depend on; pending: the indices of its
-    samples that have no row yet.
+    Attributes:
+        index: The prompt's index.
+        identity: The id that its random numbers depend on.
+        ids: Its token ids.
+        pending: The indices of its samples that have no row yet.
     """
 
     index: int
@@ -95,7 +105,7 @@ class Request:
 
 @dataclass
 class _Prefilled(Request):
-    """A request whose prompt is in the cache. logits (V,): of the first new token."""
+    """A request whose prompt is in the cache. `logits` (V,) are those of its first new token."""
 
     logits: Tensor
 
@@ -108,16 +118,29 @@ class _Row:
     prompt: _Prefilled
     sample: Sample
     text: TextStream | None
-    asked: int = 0  # tokens that the device was asked for, whether or not they have arrived
+    window: tuple[int, ...]  # the tokens at its last prefill: the prompt, or after a context shift the last tokens
+    before: int = 0  # how many of the sample's tokens there were then
+    asked: int = 0  # tokens that were requested from the device, whether or not they have arrived
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether it has chosen no token since its prefill."""
+        return len(self.sample.token_ids) == self.before
+
+    @property
+    def num_tokens(self) -> int:
+        """Its tokens that are in the cache, and the latest one, which is not."""
+        return len(self.window) + len(self.sample.token_ids) - self.before
 
 
 @dataclass
 class _Waiting:
-    """How long free slots wait for others: until their steps without a row cost what a prefill costs by itself.
+    """How long free slots wait for others: until their idle steps cost as much as a prefill does.
 
-    It depends on the rows' lengths alone: a run that is repeated prefills the same prompts together, to the same bits.
+    This depends only on the rows' lengths. So a repeated run prefills the same prompts together, with the same bits.
 
-    most: what a prefill costs, in steps of one slot.
+    Attributes:
+        most: The fixed cost of a prefill, in steps of one slot.
     """
 
     most: float
@@ -144,8 +167,13 @@ class _Waiting:
         return max(1, min(MOST_WAITING - self.steps, math.ceil((self.most - self.idle) / num_free)))
 
 
+def half_context(context_length: int) -> int:
+    """How many of its last tokens a row keeps when it has filled the context, and a prompt at least."""
+    return -(-context_length // 2)
+
+
 class Scheduler:
-    """The rows of a run and their cache. One step: fill free slots, choose a token for every row, append them."""
+    """The rows of a run and their cache. A step fills free slots, chooses a token for every row and appends it."""
 
     def __init__(
         self,
@@ -157,9 +185,11 @@ class Scheduler:
         weight_dtype: torch.dtype | None,
         processor: LogitsProcessor | None,
         want_text: bool,
+        context_shift: bool = False,
     ) -> None:
         self.model, self.source, self.sampling = model, source, sampling
         self.want_text = want_text or bool(sampling.stop_strings)
+        self.context_shift = context_shift
         stop = sampling.stop_token_ids
         self.stop_ids = frozenset(model.config.eos_token_ids if stop is None else stop)
         self.session = None
@@ -169,19 +199,22 @@ class Scheduler:
             reason = "it packs the weights, and pack_weights is False"
         self.constraints = Constraints(sampling, processor, self.stop_ids, model.config.vocab_size, model.device)
         if reason is None:
-            # With constraints the session's own choice is replaced.
+            # With constraints the scheduler chooses the tokens, and replaces those that the session chose.
             chooses = sampling if self.constraints.is_empty else SamplingConfig(temperature=0)
             self.session = acquire_session(model, batch_size, chooses, sorted(self.stop_ids), weight_dtype)
             self.cache = self.session.cache
         elif weight_dtype is not None:
-            raise ValueError(f"generate: weight_dtype={str(weight_dtype)!r} needs a decoding step: {reason}")
+            raise ValueError(
+                f"generate: weight_dtype={str(weight_dtype)!r} needs a decoding step, which cannot be used: {reason}"
+            )
         else:
             dtype = KVCache.best_dtype(model.dtype, model.device)
             self.cache = KVCache(model.config, batch_size, 1, dtype=dtype, device=model.device)
         self.free = list(reversed(range(batch_size)))
         backend = "torch" if self.session is None else decode_backend(model)
         self.waiting = _Waiting(PREFILL_STEPS[backend] * batch_size)
-        self.held: dict[int, tuple[int, ...]] = {}  # the prompt that each slot begins with, free slots' too
+        self.held: dict[int, tuple[int, ...]] = {}  # the prompt that each slot, even a free one, begins with
+        self.again: deque[Request] = deque()  # prompts that are prefilled once more, before those of `source`
         self.rows: list[_Row] = []
         self.on_device: tuple[list[_Row], Results] | None = None  # the step that runs now
         # Which tokens each slot's sequence holds, for the repetition penalty; a session that chooses keeps its own.
@@ -204,6 +237,9 @@ class Scheduler:
                     while started := self._start_rows():
                         yield from self._choose(started, [row.prompt.logits for row in started])
                     self.waiting.begin()
+                if full := [row for row in self.rows if self._is_full(row)]:
+                    yield from self._shift(full)
+                    continue  # all rows may have ended
                 if self.session is not None and self._session_chooses:
                     if not (yield from self._step_ahead(self.session)):
                         return
@@ -226,7 +262,7 @@ class Scheduler:
         asked = None
         if rows:
             self._check_weights()
-            # Nobody looks at the tokens one by one.
+            # If nobody looks at single tokens, several steps can run in one call.
             most = 1 if self.want_text else min(MOST_STEPS, self.waiting.steps_left(len(self.free)))
             results = session.step([row.slot for row in rows], most=most)
             self.waiting.note(len(self.free), results.num_steps)
@@ -245,8 +281,13 @@ class Scheduler:
         return ready is not None or asked is not None
 
     def _limit(self, row: _Row) -> int:
-        """The most new tokens that the row can have: the last one needs no room in the context."""
-        return min(self.sampling.max_new_tokens, self.model.config.context_length - len(row.prompt.ids) + 1)
+        """The most new tokens that the row can have in its window: the last one needs no room in the context."""
+        room = self.model.config.context_length - len(row.window) + 1
+        return min(self.sampling.max_new_tokens, row.before + room)
+
+    def _is_full(self, row: _Row) -> bool:
+        """Whether the row's latest token has no room in the context."""
+        return row.num_tokens > self.model.config.context_length
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -257,7 +298,7 @@ class Scheduler:
         index: PrefixIndex | None = None
         free = len(self.free)
         tokens = 0
-        while free > 0 and tokens < PREFILL_TOKENS and (request := next(self.source, None)) is not None:
+        while free > 0 and tokens < PREFILL_TOKENS and (request := self._next_request()) is not None:
             index = PrefixIndex(self.held) if index is None else index
             fresh.append((index.add(request.ids), request))
             free -= len(request.pending)
@@ -277,6 +318,9 @@ class Scheduler:
         self.rows = self.rows + started
         return started
 
+    def _next_request(self) -> Request | None:
+        return self.again.popleft() if self.again else next(self.source, None)
+
     def _assign_slots(self, prompts: list[Holder]) -> None:
         """Give each a free slot: the one where its prefix lies, if that is free."""
         for prompt in prompts:
@@ -293,16 +337,35 @@ class Scheduler:
             self.seen[slot].index_fill_(0, ops.to_device(list(prompt.ids), self.seen.device), True)
         tokenizer = self.model.tokenizer
         text = TextStream(tokenizer, self.sampling.stop_strings) if self.want_text and tokenizer else None
-        return _Row(slot, prompt, Sample(prompt.index, prompt.pending.popleft(), prompt.ids), text)
+        return _Row(slot, prompt, Sample(prompt.index, prompt.pending.popleft(), prompt.ids), text, prompt.ids)
 
     def _leave(self, row: _Row) -> _Row | None:
         """Give the slot of a row that has ended to its prompt's next sample, which is returned, or free it."""
-        if not row.prompt.pending:
+        prompt = row.prompt
+        if row.before and prompt.pending:  # the slot no longer begins with the prompt, which is prefilled anew
+            self.again.append(Request(prompt.index, prompt.identity, prompt.ids, deque(prompt.pending)))
+            prompt.pending.clear()
+            self.waiting.is_needless = False
+        if not prompt.pending:
             self.cache.free(row.slot)
             self.free.append(row.slot)
             return None
         self.cache.lengths[row.slot] = len(row.prompt.ids)
         return self._new_row(row.slot, row.prompt)
+
+    def _shift(self, rows: list[_Row]) -> Iterator[TokenEvent]:
+        """Prefill the last tokens of rows that have filled the context, half of it, and choose their next tokens."""
+        self._check_weights()
+        keep = half_context(self.model.config.context_length)
+        for row in rows:
+            row.window = (*row.sample.prompt_ids, *row.sample.token_ids)[-keep:]
+            row.before = len(row.sample.token_ids)
+            self.held[row.slot] = row.window
+        at_once = max(1, PREFILL_TOKENS // keep)
+        for start in range(0, len(rows), at_once):
+            now = rows[start : start + at_once]
+            logits = self._extend([row.slot for row in now], [row.window for row in now], [0] * len(now))
+            yield from self._choose(now, logits)
 
     # -- the model ----------------------------------------------------------------------------------------------
 
@@ -325,7 +388,7 @@ class Scheduler:
         return [logits[prompt.slot] for prompt in prompts]
 
     def _extend(self, slots: list[int], new: list[tuple[int, ...]], pasts: list[int]) -> Tensor:
-        """Append new tokens to slots that hold `pasts` tokens; logits (R, V) after the last ones."""
+        """Append new tokens to slots that hold `pasts` tokens; returns the logits (R, V) after the last ones."""
         if self.session is not None:
             return self.session.prefill(slots, new, pasts)
         counts = [len(ids) for ids in new]
@@ -336,7 +399,7 @@ class Scheduler:
         return self._head(hidden[ops.to_device(last, hidden.device)])
 
     def _decode(self, rows: list[_Row]) -> Tensor:
-        """Append each row's latest token; logits (R, V) of the next."""
+        """Append each row's latest token; returns the logits (R, V) of the next one."""
         self._check_weights()
         slots = [row.slot for row in rows]
         if self.session is not None:
@@ -349,7 +412,7 @@ class Scheduler:
 
     def _check_weights(self) -> None:
         if not self.weights.still_hold():
-            raise RuntimeError("generate: the model's weights changed during the run; begin another run with them")
+            raise RuntimeError("generate: the model's weights changed during the run; start a new run")
 
     @torch.no_grad()
     def _head(self, hidden: Tensor) -> Tensor:
@@ -360,7 +423,7 @@ class Scheduler:
     def _choose(self, rows: list[_Row], logits: Tensor | list[Tensor]) -> Iterator[TokenEvent]:
         """Choose the next token of `rows` from logits (R, V). Rows that end leave, and other rows take their slots.
 
-        The first logits of a row that takes a slot are there already, so it chooses its first token here as well.
+        The first logits of a row that takes a slot already exist, so its first token is chosen here as well.
         """
         while rows:
             stacked = torch.stack(logits) if isinstance(logits, list) else logits
@@ -392,7 +455,7 @@ class Scheduler:
     @torch.no_grad()
     def _sample(self, rows: list[_Row], logits: Tensor) -> tuple[list[int], list[float]]:
         """The rows' next tokens and their log-probabilities, NaN where the logits are not finite."""
-        if self.session is not None and not rows[0].sample.token_ids:  # all are new, or none
+        if self.session is not None and rows[0].is_prefilled:  # either all rows are prefilled or none is
             results = self._begin_on_device(self.session, rows, logits)
             if self._session_chooses:
                 return results
@@ -422,7 +485,7 @@ class Scheduler:
         )
         if self.seen is not None:
             self.seen[slots, ids] = True
-        if changed is not logits:  # log-probabilities are the model's own, but where nothing was left to choose from
+        if changed is not logits:  # log-probabilities are the model's own; NaN if no token was left to choose
             own = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
             logprobs = own.where(logprobs.isfinite(), math.nan)
         if self.session is not None:
@@ -432,16 +495,16 @@ class Scheduler:
     def _begin_on_device(
         self, session: DecodeSession, rows: list[_Row], logits: Tensor
     ) -> tuple[list[int], list[float]]:
-        """Start new rows in the session; their first tokens and log-probabilities."""
+        """Start prefilled rows in the session; returns their next tokens and log-probabilities."""
         identities = [row.prompt.identity for row in rows]
         keys = ops.row_keys(self.sampling.seed, identities, [row.sample.sample_index for row in rows]).tolist()
         new = [
-            NewRow(row.slot, row.prompt.ids, (key[0], key[1]), self._limit(row))
+            NewRow(row.slot, row.window, (key[0], key[1]), self._limit(row), row.before)
             for row, key in zip(rows, keys, strict=True)
         ]
         tokens, logprobs = session.begin(new, logits).read()
         for row in rows:
-            row.asked = 1
+            row.asked = row.before + 1
         return [tokens[row.slot] for row in rows], [logprobs[row.slot] for row in rows]
 
     def _accept(self, row: _Row, token: int, logprob: float) -> TokenEvent:
@@ -454,10 +517,7 @@ class Scheduler:
             row.text.push(token)
         if is_stop or (row.text is not None and row.text.stopped):
             current.finish_reason = "stop"
-        elif (
-            len(current.token_ids) == self.sampling.max_new_tokens
-            or len(current.prompt_ids) + len(current.token_ids) > self.model.config.context_length
-        ):
+        elif len(current.token_ids) == self.sampling.max_new_tokens or (not self.context_shift and self._is_full(row)):
             current.finish_reason = "length"
         finished = current if current.finish_reason is not None else None
         if finished is not None:

@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh seed every run, printed with a failure; FASTGPT2_TEST_SEED repeats one."""
+    """A fresh seed for every run. A failure prints it, and FASTGPT2_TEST_SEED repeats it."""
     chosen = int(os.environ.get("FASTGPT2_TEST_SEED", random.randrange(2**31)))
     print(f"seed {chosen} (repeat with FASTGPT2_TEST_SEED={chosen})")
     return chosen
@@ -42,11 +42,11 @@ def forkserver() -> Iterator[BaseContext]:
 
     context = multiprocessing.get_context("forkserver")
     # torch._dynamo: what AdamW's constructor imports, in seconds.
-    packages = ["fastgpt2.cli.parser", "fastgpt2.cli.generate", "fastgpt2.cli.train", "fastgpt2.checkpoint"]
+    commands = [f"fastgpt2.cli.{name}" for name in ("parser", "generate", "score", "train", "convert")]
     libraries = ["tokenizers", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"]
-    context.set_forkserver_preload(packages + libraries)
+    context.set_forkserver_preload(["fastgpt2.checkpoint", *commands, *libraries])
     with pytest.MonkeyPatch.context() as patch:
-        # Older Pythons do not hand the server our sys.path, and it then silently imports nothing.
+        # Older Pythons do not pass our sys.path to the server, and then it silently imports nothing.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         ensure_running()
         yield context

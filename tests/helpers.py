@@ -33,7 +33,7 @@ def parts(count: int) -> list[ParameterSet]:
 
 
 def without_rounding(data: bytes) -> bytes:
-    """A file of samples, without their probabilities where the batch rounds them: where no native step decodes."""
+    """A file of samples. Without a native step the batch size rounds the probabilities, so they are left out then."""
     if ops.why_not_native("decode_step", "cpu") is None:
         return data
     return re.sub(rb"(perplexity|(mean_)?logprob)\b\W+[\d.e+-]+", b"", data)

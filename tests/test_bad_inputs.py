@@ -57,7 +57,6 @@ DEFINED = [
     f"generate x --model model --max-new-tokens {10**30}",
     "generate --prompts zeros.txt --model model --max-new-tokens 1",
     "generate x --model nanogpt --max-new-tokens 1",
-    "score empty.txt --model model",
 ]  # fmt: skip
 CASES = {name: case for cases in LIBRARY.values() for name, case in cases.items()}
 

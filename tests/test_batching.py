@@ -1,4 +1,4 @@
-"""The number of rows that a run chooses by itself: by memory and measured time, and without a trace in the samples."""
+"""The batch size that a run chooses by itself depends on memory and measured time, and does not change the samples."""
 
 from __future__ import annotations
 

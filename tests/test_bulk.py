@@ -17,7 +17,6 @@ from transformers import GPT2LMHeadModel
 
 from fastgpt2 import GPT2
 from fastgpt2.cli.main import main
-from fastgpt2.integrations.ray import Generate, Score
 from fastgpt2.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +66,7 @@ def test_recipes(name, percent, proteins, tmp_path, capsys):
     words = replaced(recipe(name), model=proteins, out=out, num_samples=150, max_new_tokens=12)
     if "--min-length" in words:
         replaced(words, min_length=3)
-    # Often enough: that a sample comes to its end.
+    # Likely enough that some samples end.
     words += [
         "--token-ids",
         "--device",
@@ -97,7 +96,7 @@ def test_recipes(name, percent, proteins, tmp_path, capsys):
     entries = read_fasta(out)
     assert [sequence for _, sequence in entries] == [text for _, text in best]
     assert all(" finish=stop " in header and "scored=whole" in header for header, _ in entries)
-    # Another choice needs no new run.
+    # Another selection needs no new run.
     assert main(["select", str(tmp_path / "best.all.jsonl"), str(tmp_path / "all.csv"), "--strip-special"]) == 0
     again = [*replaced(words, out=out), "--resume"]
     before = out.read_bytes()
@@ -153,23 +152,3 @@ def test_under_torchrun(tiny_checkpoint, tmp_path):
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.part-*"))
-
-
-def test_batches_of_ray_data(tiny_checkpoint):
-    """Call the classes as Ray does: the samples do not depend on the batches."""
-    generate = Generate(str(tiny_checkpoint), index="n", num_samples=2, max_new_tokens=5, seed=3)
-    batch = {"prompt": ["def", "return", "x"], "n": [0, 1, 2], "other": [7, 8, 9]}
-    whole = generate(batch)
-    assert whole["other"].tolist() == [7, 7, 8, 8, 9, 9]
-    last = generate({name: values[2:] for name, values in batch.items()})
-    assert [ids.tolist() for ids in last["token_ids"]] == [ids.tolist() for ids in whole["token_ids"][4:]]
-    assert [s.token_ids for s in generate.model.generate(["def"], num_samples=2, max_new_tokens=5, seed=3)] == [
-        ids.tolist() for ids in whole["token_ids"][:2]
-    ]
-    scored = Score(generate.model, column="token_ids", prefix_column="prompt", after_prefix=True)(whole)
-    assert scored["logprob"] == pytest.approx(whole["logprob"], abs=1e-3)
-    assert scored["other"] is whole["other"]
-    by_text = Generate(generate.model, num_samples=1, max_new_tokens=5)
-    assert by_text({"prompt": ["x"]})["text"].tolist() == by_text({"prompt": ["def", "x"]})["text"].tolist()[1:]
-    with pytest.raises(ValueError, match="the batch must have a column 'prompt'; it has text"):
-        by_text({"text": ["x"]})

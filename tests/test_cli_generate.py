@@ -98,7 +98,9 @@ def test_another_run_is_not_resumed(command, prompts_file, tmp_path, capsys):
     lines = out.read_text(encoding="utf-8")
     out.write_text(lines + '{"prompt_index": 0, "sample_index": 3}\n', encoding="utf-8")
     assert command("--prompts", prompts_file, "--out", out, "--resume") == 2
-    assert "it holds sample 3 of prompt 0, not of this run; it cannot be resumed" in capsys.readouterr().err
+    assert (
+        "it holds sample 3 of prompt 0, which is not part of this run; it cannot be resumed" in capsys.readouterr().err
+    )
     out.write_text(lines, encoding="utf-8")
     prompts_file.write_text('{"prompt": "other"}\n', encoding="utf-8")
     assert command("--prompts", prompts_file, "--out", out, "--resume") == 2
@@ -146,7 +148,7 @@ def test_bad_prompts_stop_the_run_before_it_begins_or_are_skipped(command, tmp_p
     path.write_text("\n".join([lines[0], lines[1], lines[4]]), encoding="utf-8")
     assert command("--prompts", path, "--out", out, "--overwrite", "--truncate", "left") == 0
     assert {row["prompt_index"] for row in read_rows(out)} == {0, 1, 2}
-    # What was skipped changes nothing for the others: the same prompts at the same places give the same samples.
+    # Skipped prompts do not change the others: the same prompt at the same index gives the same samples.
     path.write_text(
         "\n".join([lines[0], '{"prompt": "a"}', '{"prompt": "b"}', '{"prompt": "c"}', lines[4]]), encoding="utf-8"
     )
@@ -162,6 +164,21 @@ def test_one_prompt_streams_to_the_screen(command, tiny_checkpoint, capsys):
     (sample,) = generate(GPT2.from_pretrained(tiny_checkpoint), ["def add"], max_new_tokens=8, temperature=0)
     assert printed.out == f"def add{sample.text}\n"
     assert "1 sample, " in printed.err
+
+
+def test_samples_longer_than_the_context(command, tiny_checkpoint, prompts_file, tmp_path, capsys):
+    model, out = GPT2.from_pretrained(tiny_checkpoint), tmp_path / "out.jsonl"
+    longest = model.config.context_length + 30
+    arguments = ("--max-new-tokens", longest, "--temperature", 1, "--stop-token-id", 0, "--context-shift")
+    options = {"max_new_tokens": longest, "seed": 5, "stop_token_ids": [0], "context_shift": True}
+    assert command("--prompts", prompts_file, "--out", out, "--token-ids", *arguments) == 0
+    expected = generate(model, PROMPTS, num_samples=3, **options)
+    assert [row["token_ids"] for row in read_rows(out)] == [sample.token_ids for sample in expected]
+    assert max(len(sample.token_ids) for sample in expected) == longest
+    assert command("--prompts", prompts_file, "--out", out, "--resume", "--token-ids", *arguments[:-1]) == 2
+    assert "context_shift was True and is False" in capsys.readouterr().err
+    assert command("def add", "--num-samples", 1, *arguments) == 0
+    assert capsys.readouterr().out == f"def add{expected[0].text}\n"
 
 
 def test_several_samples_on_the_screen(command, capsys):
@@ -214,7 +231,7 @@ def test_without_tokenizer_ids_in_ids_out(command, tiny_checkpoint, tmp_path, ca
     rows = read_rows(out)
     assert all(row["text"] is None and row["token_ids"] for row in rows)
     for arguments, message in (
-        (["--out", tmp_path / "out.txt"], "holds text, and the model"),
+        (["--out", tmp_path / "out.txt"], "needs text, but the model"),
         ([], "has no tokenizer to show text with; use --out FILE.jsonl"),
     ):
         assert command("--model", folder, "--prompts", prompts, *arguments) == 2

@@ -206,7 +206,7 @@ def test_errors_of_masks(seed):
     model = random_model(seed)
     ids = random_ids(seed, 2, 3)
     for prompt, mask, message in (
-        (ids.tolist(), torch.ones(2, 3), "goes with a tensor of prompts; got list"),
+        (ids.tolist(), torch.ones(2, 3), "needs a tensor of prompts; got list"),
         (ids, torch.ones(2, 4), r"must be a tensor \(2, 3\), as prompts; got \(2, 4\)"),
         (ids, [[1, 1, 1]] * 2, "as prompts; got list"),
         (ids, torch.full((2, 3), 2), "0 at padding and 1 at tokens; got 2"),

@@ -1,4 +1,4 @@
-"""GPUs that have no bfloat16: training says so, generation warns. No such GPU is needed: its capability is faked."""
+"""GPUs without bfloat16: training refuses it, generation warns. The tests fake the capability, and need no GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastgpt2.train import resolve_dtype
 
 @pytest.fixture
 def capability(monkeypatch: pytest.MonkeyPatch) -> dict[int | None, tuple[int, int]]:
-    """By the device's index."""
+    """Fake the capability by the device's index."""
     of = {0: (9, 0), 1: (7, 5)}
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of[torch.device(device).index or 0])
@@ -19,7 +19,7 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> dict[int | None, tuple[int, i
 
 
 def test_training_in_bfloat16_where_there_is_none(capability) -> None:
-    """Each of two GPUs by its own capability."""
+    """Each of two GPUs is judged by its own capability."""
     new, old = torch.device("cuda:0"), torch.device("cuda:1")
     assert [resolve_dtype("auto", device) for device in (new, old)] == ["bf16", "fp16"]
     assert resolve_dtype("bf16", new) == "bf16"

@@ -1,4 +1,4 @@
-"""The snippets of the README and of docs/ run as they stand, the examples too, and the tests that docs/ names exist."""
+"""README, docs/ and examples/: their snippets run as they are, and the files, tests and errors that they name exist."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import io
 import re
 import runpy
+import secrets
 import sys
 from pathlib import Path
 
@@ -21,13 +22,15 @@ SNIPPETS = [
     for number, text in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-# What an example is called with and reads from stdin, so that it is quick; without, it does more of the same.
+SLOW_EXAMPLES = {"ray_generate"}  # starting Ray takes ten seconds
+# The arguments and stdin that make an example quick. Without them it does more of the same.
 ARGUMENTS = {"generate_batch": ["--num-samples", "2", "--max-new-tokens", "4"], "train_from_scratch": ["--steps", "2"]}
 ARGUMENTS |= {
     "stream_chat": ["--max-new-tokens", "4"],
     "finetune_hf_trainer": ["--steps", "2"],
     "lora": ["--steps", "2"],
 }
+ARGUMENTS |= {"ray_generate": ["--num-samples", "1", "--max-new-tokens", "4"]}
 ARGUMENTS |= {"score_and_rank": ["--num-samples", "4", "--max-new-tokens", "4"]}
 STDIN = {"stream_chat": "class Queue:\n\n"}
 MAX_LINES = 60
@@ -44,8 +47,16 @@ def test_pages_have_snippets() -> None:
     assert {"README.md", "docs/quickstart.md", "docs/training.md"} <= pages
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW_EXAMPLES else []) for path in EXAMPLES],
+    ids=lambda path: path.stem,
+)
 def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    if path.stem == "ray_generate":
+        pytest.importorskip("ray", reason="Ray Data is not installed: pip install 'fastgpt2[ray]'")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # without it Ray writes one into the home folder
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path), *ARGUMENTS.get(path.stem, [])])
     monkeypatch.setattr(sys, "stdin", io.StringIO(STDIN.get(path.stem, "")))
@@ -57,7 +68,9 @@ def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_examples_are_short_and_say_how_to_run_them(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < MAX_LINES
-    assert f"python examples/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
+    said, how_to_run = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")
+    assert len(said.splitlines()) <= 2
+    assert f"python examples/{path.name}" in how_to_run
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -75,6 +88,15 @@ def test_every_promise_names_a_test() -> None:
     rows = [line for line in promised.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
     assert len(rows) > 10
     assert all("`tests/" in row.rsplit("|", 2)[1] for row in rows)
+
+
+def test_the_errors_that_the_faq_explains_exist() -> None:
+    quoted = re.findall(r'^\*\*"(.+)"\.\*\*', (ROOT / "docs/faq.md").read_text(encoding="utf-8"), re.MULTILINE)
+    sources = [*(ROOT / "fastgpt2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    # Long strings are split over several lines.
+    text = "".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in sources)
+    assert len(quoted) > 5
+    assert not [error for error in quoted if error not in text]
 
 
 DOCUMENTED = (

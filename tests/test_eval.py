@@ -65,7 +65,7 @@ def test_without_the_harness_it_names_the_extra(tiny_checkpoint: Path, capsys: p
 def test_log_likelihoods_are_those_of_transformers(
     tiny_checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of every request, and the metrics that the harness makes of them."""
+    """The results of every request, and the metrics that the harness makes of them."""
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 

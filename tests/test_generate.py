@@ -72,19 +72,23 @@ def assert_same(model: GPT2, one: list[Sample], other: list[Sample]) -> None:
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
 
 
-def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig) -> int:
-    """`got` is what the loop of every introduction gives: whole forward, choose, append. No cache, no batch.
+def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig, *, context_shift: bool = False) -> int:
+    """`got` is what the introductory loop gives: a whole forward pass, choose, append. No cache, no batch.
 
+    With `context_shift` the forward takes the last half of the context when there is no room for all tokens since then.
     Returns at how many tokens rounding decides: the loop's logits, moved by a few roundings, give either token there
     (two logits or probabilities that nearly tie). Any other difference fails.
     """
     ids, stop, ties = list(got.prompt_ids), config.stop_token_ids or (), 0
+    context, first = model.config.context_length, 0
     for position, token in enumerate(got.token_ids):
         assert position < config.max_new_tokens
-        assert len(ids) <= model.config.context_length
+        if context_shift and len(ids) - first > context:
+            first = len(ids) - -(-context // 2)
+        assert len(ids) - first <= context
         assert position == 0 or ids[-1] not in stop
         with torch.no_grad():
-            logits = model(torch.tensor([ids]))[:, -1]
+            logits = model(torch.tensor([ids[first:]]))[:, -1]
         seen = torch.zeros(1, V, dtype=torch.bool)
         seen[0, ids] = True
         row = (got.prompt_index, got.sample_index, position)
@@ -93,8 +97,8 @@ def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig) -> int
             assert token in choose(moved, config, row, seen.expand(200, V)).tolist()
             ties += 1
         ids.append(token)
-    ended = ids[-1] in stop or len(got.token_ids) == config.max_new_tokens or len(ids) > model.config.context_length
-    assert ended
+    is_full = not context_shift and len(ids) > context
+    assert ids[-1] in stop or len(got.token_ids) == config.max_new_tokens or is_full
     return ties
 
 
@@ -117,7 +121,7 @@ def test_greedy_equals_transformers_on_ragged_batches(seed, dtype):
         )
         expected = generated[0, ids.shape[1] :].tolist()
         if got.token_ids != expected:
-            # The only excuse is a tie: where they part, their own logits of the two tokens are equal to rounding.
+            # The tokens may differ only at a tie: where the own logits of both tokens are equal up to rounding.
             pairs = zip(got.token_ids, expected, strict=False)
             at, mine, other = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
             logits = theirs(generated[:, : ids.shape[1] + at]).logits[0, -1]
@@ -223,6 +227,71 @@ def test_a_full_context_ends_a_row_and_harms_no_other(seed):
     assert samples[2].token_ids == model.generate([[1]], max_new_tokens=40, temperature=0)[0].token_ids
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "late"])
+def test_a_shifted_context_goes_on_from_its_last_tokens(backend, seed, monkeypatch):
+    """As the plain loop that does the same; with any rows beside, also samples that follow in a shifted row's slot."""
+    if backend == "late":  # a step is read when the next one has begun, as on a GPU
+        monkeypatch.setattr(DecodeSession, "is_asynchronous", True)
+        backend = "auto"
+    rng = random.Random(seed)
+    ties = shifted = 0
+    for trial in range(6):
+        context = 1 if trial == 0 else rng.randint(2, 16)
+        model = tiny_model(seed + trial, context_length=context, backend=backend)
+        prompts = random_prompts(rng, rng.randint(1, 4), longest=context)
+        options = {
+            "temperature": rng.choice([0, 1.0]),
+            "top_k": rng.choice([None, 20]),
+            "repetition_penalty": rng.choice([1.0, 1.3]),
+            "max_new_tokens": rng.randint(1, 4 * context),
+            "stop_token_ids": rng.choice([(), (3,)]),
+            "seed": rng.randrange(2**64),
+        }
+        other = {"num_samples": rng.randint(1, 3), "context_shift": True}
+        samples = model.generate(prompts, batch_size=rng.randint(1, 8), **options, **other)
+        assert [(s.prompt_index, s.sample_index) for s in samples] == list(
+            itertools.product(range(len(prompts)), range(other["num_samples"]))
+        )
+        for got in samples:
+            ties += assert_step_by_step(model, got, SamplingConfig(**options), context_shift=True)
+            shifted += len(got.prompt_ids) + len(got.token_ids) > context + 1
+        assert_same(model, samples, model.generate(prompts, batch_size=rng.randint(1, 8), **options, **other))
+        streamed = list(model.stream(prompts, batch_size=rng.randint(1, 8), **options, **other))
+        for got in samples:
+            events = [e for e in streamed if (e.prompt_index, e.sample_index) == (got.prompt_index, got.sample_index)]
+            assert [e.token_id for e in events] == got.token_ids
+    assert shifted > 0
+    assert ties <= 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_prefix_is_not_copied_from_where_a_shift_has_replaced_it(batch_size, seed):
+    model, rng = tiny_model(seed, context_length=32), random.Random(seed)
+    common = [rng.randrange(V) for _ in range(20)]
+    prompts = [[*common, *prompt] for prompt in random_prompts(rng, 5, longest=6)]
+    options = {"max_new_tokens": 24, "stop_token_ids": (), "context_shift": True, "num_samples": 2, "seed": seed}
+    together = model.generate(prompts, batch_size=batch_size, **options)
+    alone = [s for i, prompt in enumerate(prompts) for s in model.generate([prompt], sample_ids=[i], **options)]
+    assert [s.token_ids for s in together] == [s.token_ids for s in alone]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_bans_and_processors_look_at_what_a_shift_has_left_behind(backend, seed):
+    model, seen = tiny_model(seed, context_length=8, backend=backend), []
+
+    def looking(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        seen.append(ids[0].tolist())
+        return logits
+
+    options = {"max_new_tokens": 40, "stop_token_ids": (), "no_repeat_ngram_size": 1, "temperature": 0}
+    (got,) = model.generate([[1, 2, 3]], context_shift=True, logits_processor=looking, **options)
+    whole = [*got.prompt_ids, *got.token_ids]
+    assert len(set(whole)) == len(whole) == 43
+    assert seen == [whole[:length] for length in range(3, 43)]
+    with pytest.raises(ValueError, match="context_shift must be True or False; got 8"):
+        model.generate([[1]], context_shift=8)
+
+
 def test_stop_tokens(seed):
     model = tiny_model(seed)
     prompts = random_prompts(random.Random(seed), 8)
@@ -299,7 +368,7 @@ def test_prompts_are_read_as_room_becomes_free(seed):
 
 
 def paths(seed: int, **changes) -> list[GPT2]:
-    """A model that a decoding step serves, where there is one, and its twin on PyTorch's operators."""
+    """A model that uses a decoding step, if there is one here, and its twin on PyTorch's operators."""
     stepped = tiny_model(seed, **changes)
     plain = GPT2(stepped.config, backend="torch").eval()
     plain.load_state_dict(stepped.state_dict())
@@ -347,13 +416,13 @@ def test_weights_that_change_during_a_run_end_it(seed):
             next(events)
         with torch.no_grad():
             model.transformer.h[1].mlp.c_fc.bias.add_(1.0)
-        with pytest.raises(RuntimeError, match="the model's weights changed during the run; begin another run"):
+        with pytest.raises(RuntimeError, match="the model's weights changed during the run; start a new run"):
             list(events)
         assert len(model.generate([[1]], max_new_tokens=2, stop_token_ids=())[0].token_ids) == 2
 
 
 def test_a_seed_draws_the_same_samples_on_every_path(seed):
-    """A decoding step and PyTorch's operators: the same tokens, but where rounding decides."""
+    """A decoding step and PyTorch's operators give the same tokens, except where rounding decides."""
     prompts = random_prompts(random.Random(seed), 12)
     differing = 0
     for options in ({}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 30, "repetition_penalty": 1.3}):
@@ -417,7 +486,7 @@ def test_free_slots_wait_for_each_other_and_not_for_ever(seed, monkeypatch):
     prefill = Scheduler._prefill
 
     def counted(self, prompts):
-        # None has waited longer than it may: a step more than what a prefill costs, of all free slots together.
+        # No slot has waited too long: all free slots together at most a step longer than a prefill costs.
         assert not self.rows or self.waiting.idle < self.waiting.most + self.cache.num_slots
         prefills.append(len(prompts))
         return prefill(self, prompts)
@@ -441,7 +510,7 @@ def test_free_slots_wait_for_each_other_and_not_for_ever(seed, monkeypatch):
 
 
 def test_waiting_ends():
-    """By what it has cost, or by its steps; without free slots, or prompts, nothing waits."""
+    """Waiting ends by its cost or by its steps. Without free slots or without prompts nothing waits."""
     waiting = _Waiting(8.0)
     assert not waiting.is_over
     assert waiting.steps_left(0) == MOST_WAITING
@@ -461,7 +530,7 @@ def test_waiting_ends():
 
 
 def test_prompts_that_are_too_long_are_truncated_on_the_left(seed):
-    """To what leaves room for all new tokens, but to no less than half the context."""
+    """A prompt is truncated to leave room for all new tokens, but never to less than half the context."""
     rng = random.Random(seed)
     model = tiny_model(seed)
     context = SIZES["context_length"]

@@ -93,7 +93,7 @@ def test_killed_runs_resume_to_what_an_uninterrupted_run_makes(
         time.sleep(rng.random() * (0.3 if not moments[0] else 0.01))
         process.kill()
         process.join()
-        if process.exitcode != -signal.SIGKILL:  # it came to its end first: the other kills are for another output
+        if process.exitcode != -signal.SIGKILL:  # it ended first, so the remaining kills go to another output
             assert process.exitcode == 0
             finish()
             out.unlink()

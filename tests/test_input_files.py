@@ -161,11 +161,11 @@ def test_patterns_count_on(tmp_path):
         ("t.csv", b"a,b\n1,2\n", 't.csv: must have a column "prompt"; it has a, b: name one with --column'),
         ("t.csv", b"prompt,prompt\n1,2\n", "t.csv: its columns must have different names; got prompt, prompt"),
         ("t.csv", b'prompt\n"a\n', "t.csv line 2: must be CSV (unexpected end of data"),
-        ("t.csv", b"prompt\n\xff\n", "t.csv: must be UTF-8 text; it is not, past line "),
+        ("t.csv", b"prompt\n\xff\n", "t.csv: must be UTF-8 text; it is not after line "),
         ("t.parquet", b"PAR1", "t.parquet: must be a whole Parquet file; it is not ("),
         ("t.parquet", b"", "t.parquet: must be a whole Parquet file; it is not ("),
         ("t.txt.gz", b"\x1f\x8b", "t.txt.gz: must be a whole .gz file ("),
-        ("t.parquet.gz", b"", "a .parquet file is compressed within; it must end in .parquet"),
+        ("t.parquet.gz", b"", "a .parquet file is already compressed; its name must end in .parquet"),
         (
             "t.doc",
             b"",

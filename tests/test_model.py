@@ -174,11 +174,15 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         r"\[0, 24\) \(the context\); got 24",
     ),
-    "a cache of other rows": (lambda: MODEL(IDS, cache=KVCache(TINY, 3)), ValueError, "2 rows and the cache 3 slots"),
+    "a cache of other rows": (
+        lambda: MODEL(IDS, cache=KVCache(TINY, 3)),
+        ValueError,
+        "a row for each of the cache's 3 slots; got 2 rows",
+    ),
     "a cache and positions": (
         lambda: MODEL(IDS, cache=KVCache(TINY, 2), position_ids=IDS),
         ValueError,
-        "cannot be given with it",
+        "a cache cannot be combined with position_ids",
     ),
     "a cache in training mode": (
         lambda: GPT2(TINY)(IDS, cache=KVCache(TINY, 2)),

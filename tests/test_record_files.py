@@ -131,7 +131,10 @@ def test_processes_with_other_settings_are_refused(tmp_path):
     path = tmp_path / "out.txt"
     with (
         RecordFile(path, Numbers(), SETTINGS, shard=Shard(0, 2)),
-        pytest.raises(ValueError, match=r"was made by another run \(seed was 3 and is 4\); resume it as it was begun"),
+        pytest.raises(
+            ValueError,
+            match=r"was made by another run \(seed was 3 and is 4\); resume it with the settings it began with",
+        ),
     ):
         RecordFile(path, Numbers(), {"seed": 4}, shard=Shard(1, 2))
     with pytest.raises(ValueError, match=r"was made by another run \(seed was 3 and is 4\)"):

@@ -122,7 +122,9 @@ def test_existing_output_is_refused_and_untouched(tmp_path, seed):
     path.write_text("precious\n", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"exists; continue it with --resume or replace it with --overwrite"):
         RecordFile(path, Text(), SETTINGS)
-    with pytest.raises(ValueError, match=r"cannot be resumed, out\.txt\.run\.json with its settings is not beside it"):
+    with pytest.raises(
+        ValueError, match=r"cannot be resumed, because out\.txt\.run\.json with its settings is missing"
+    ):
         RecordFile(path, Text(), SETTINGS, resume=True)
     assert path.read_text(encoding="utf-8") == "precious\n"
     with RecordFile(path, Text(), SETTINGS, overwrite=True) as output:
@@ -138,7 +140,7 @@ def test_resume_as_another_run_is_refused(tmp_path, seed):
     with pytest.raises(ValueError, match=r"made by another run \(seed was 1 and is 2, top_p was 0\.9 and is None\)"):
         RecordFile(path, JsonLines(), {**SETTINGS, "seed": 2, "top_p": None}, resume=True)
     (tmp_path / "out.jsonl.run.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"is not a run's settings"):
+    with pytest.raises(ValueError, match=r"must hold a run's settings"):
         RecordFile(path, JsonLines(), SETTINGS, resume=True)
     assert path.read_bytes() == before
 
@@ -182,7 +184,9 @@ def test_samples_that_are_not_wanted_are_not_counted(suffix, tmp_path, seed):
         output.write(random_row(random.Random(seed), 1, 1))
         output.write(random_row(random.Random(seed), 5, 7))
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"holds sample 7 of prompt 5, not of this run; it cannot be resumed"):
+    with pytest.raises(
+        ValueError, match=r"holds sample 7 of prompt 5, which is not part of this run; it cannot be resumed"
+    ):
         RecordFile(path, FORMATS[suffix], SETTINGS, resume=True, wanted=lambda key: key[1] < 7)
     assert path.read_bytes() == before
 

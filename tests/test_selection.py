@@ -130,7 +130,7 @@ def test_the_command(tmp_path, capsys):
         ">sequence3",
         "MKVL",
     ]
-    assert f"{out} has 2 of the 4 records in {source} (1 of another length, 1 double)" in capsys.readouterr().err
+    assert f"{out} has 2 of the 4 records in {source} (1 of the wrong length, 1 duplicate)" in capsys.readouterr().err
     assert main(["select", str(source), str(out)]) == 2
     assert "exists; replace it with --overwrite" in capsys.readouterr().err
     assert main(["select", str(source), str(out), "--strip-special", "--overwrite"]) == 2

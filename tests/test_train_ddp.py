@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2 import GPT2
 from fastgpt2.accounting import training_bytes
+from fastgpt2.cli.main import main
 from fastgpt2.config import TrainConfig
 from fastgpt2.data import TokenData
 from fastgpt2.train import Processes, Trainer, checkpoint_paths, read_checkpoint
@@ -79,7 +81,7 @@ def worker(rank: int, count: int, port: int, folder: Path, jobs: list[Job]) -> N
             (folder / f"rank-{rank}").mkdir(exist_ok=True)
             assert (folder / "rank-0").exists()
         strangers = Processes(rank, count + 1, processes.device)
-        with pytest.raises(ValueError, match=f"among all {count} processes; got processes with a count of {count + 1}"):
+        with pytest.raises(ValueError, match=f"needs all {count} processes; got a Processes of {count + 1}"):
             Job(folder / "none", changes={"parallel": "fsdp"}).do(folder, strangers)
         for job in jobs:
             job.do(folder, processes)
@@ -87,8 +89,8 @@ def worker(rank: int, count: int, port: int, folder: Path, jobs: list[Job]) -> N
         processes.close()
 
 
-def in_processes(target: Any, count: int, *arguments: object) -> None:
-    """Call `target(rank, count, port, *arguments)` in processes of one group."""
+def in_processes(target: Any, count: int, *arguments: object, status: int = 0) -> None:
+    """Call `target(rank, count, port, *arguments)` in processes of one group, which end with `status`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -97,12 +99,12 @@ def in_processes(target: Any, count: int, *arguments: object) -> None:
         process.start()
     for process in workers:
         process.join()
-    assert [process.exitcode for process in workers] == [0] * count
+    assert [process.exitcode for process in workers] == [status] * count
 
 
-def make_model() -> GPT2:
+def make_model(num_layers: int = 2) -> GPT2:
     torch.manual_seed(0)
-    return GPT2(vocab_size=23, context_length=8, hidden_size=16, num_layers=2, num_heads=2, dropout_rate=0.0)
+    return GPT2(vocab_size=23, context_length=8, hidden_size=16, num_layers=num_layers, num_heads=2, dropout_rate=0.0)
 
 
 def assert_equal_to_rounding(one: Path, two: Path, *, eps: float = 1e-4) -> None:
@@ -184,6 +186,65 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder: Path) -> None
 
 
 # -- with the weights shared out ----------------------------------------------------------------------------------
+
+
+def disagreeing(rank: int, count: int, port: int, folder: Path, what: str) -> None:
+    """A trainer in each process; `what` it has of its own in the last one."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
+    processes = Processes.start("cpu")
+    is_last = rank == count - 1
+    data = TokenData.open(folder / "other" if is_last and what == "data" else folder)
+    model = make_model(**({"num_layers": 1} if is_last and what == "model" else {}))
+    config = TrainConfig(**{**CONFIG, **({"lr": 0.5} if is_last and what == "lr" else {})})
+    try:
+        Trainer(model, data, config, folder / "out", processes=processes)
+    except ValueError as error:
+        (folder / f"said-{rank}").write_text(str(error), encoding="utf-8")
+        sys.exit(2)
+    finally:
+        processes.close()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("lr", "lr must be the same in every process; got 0.01 in process 0 and 0.5 in process 1"),
+        ("model", "the model's num_layers must be the same in every process; got 2 in process 0 and 1 in process 1"),
+        ("data", "the hash of train.bin must be the same in every process; got "),
+    ],
+)
+def test_processes_that_differ_all_end_with_one_sentence(what: str, message: str, folder: Path) -> None:
+    (folder / "other").mkdir()
+    np.arange(600, dtype="<u2").tofile(folder / "other" / "train.bin")
+    shutil.copy(folder / "val.bin", folder / "other")
+    in_processes(disagreeing, 2, folder, what, status=2)
+    said = [(folder / f"said-{rank}").read_text(encoding="utf-8") for rank in range(2)]
+    assert said[0] == said[1]
+    assert said[0].startswith(f"train: {message}")
+    assert not (folder / "out").exists()
+
+
+def command(rank: int, count: int, port: int, folder: Path, last: list[str]) -> None:
+    """`fastgpt2 train`, with more options in the last process."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
+    sys.stderr = open(folder / f"said-{rank}", "w", encoding="utf-8")  # noqa: SIM115 (closed with the process)
+    words = ["train", "--data", str(folder), "--out", str(folder / "out"), "--vocab-size", "23", "--device", "cpu"]
+    more = [word.format(folder=folder) for word in last] if rank == count - 1 else []
+    sys.exit(main([*words, *more]))
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (["--steps", "5"], "steps must be the same in every process; got None in process 0 and 5 in process 1"),
+        (["--out", "{folder}/two"], "out must be the same in every process; got "),
+    ],
+)
+def test_commands_that_differ_all_end_with_status_2(last: list[str], message: str, folder: Path) -> None:
+    in_processes(command, 2, folder, last, status=2)
+    said = [(folder / f"said-{rank}").read_text(encoding="utf-8").splitlines() for rank in range(2)]
+    assert said[0] == said[1]
+    assert [line.startswith(f"fastgpt2: train: {message}") for line in said[0]] == [True]
 
 
 class Count(TorchDispatchMode):

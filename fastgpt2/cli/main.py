@@ -88,9 +88,9 @@ class _Interrupts:
 
 
 def _failed(error: Exception, debug: bool) -> int:
-    """Say what went wrong; the exit status. What is no error of input or machine is raised."""
+    """Report an error of the input or the machine and return the exit status; raise any other error again."""
     if isinstance(error, BrokenPipeError):
-        # The reader of our output has left (`fastgpt2 generate | head`): nothing to say, and nobody to say it to.
+        # The reader of our output has gone, as in `fastgpt2 generate | head`. There is nothing to report.
         sys.stderr.close()
         return 0
     expected = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
@@ -101,9 +101,9 @@ def _failed(error: Exception, debug: bool) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     text = " ".join(str(error).split())
-    # torch.OutOfMemoryError is a RuntimeError of that name; on a CPU PyTorch raises a plain one.
+    # On a GPU PyTorch raises torch.OutOfMemoryError, on a CPU a plain RuntimeError.
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or "can't allocate memory" in text or "not enough memory" in text:
         return "there is not enough memory for this; use a smaller model, batch or context"

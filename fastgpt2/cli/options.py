@@ -34,11 +34,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_backend: bool = 
         metavar="NAME_OR_PATH",
         help="a folder, a checkpoint or a hub name (default: %(default)s)",
     )
-    model.add_argument("--dtype", choices=DTYPES, help="precision (default: the checkpoint's)")
+    model.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     if has_backend:
         model.add_argument(
-            "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="kernels to use"
+            "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="which kernels to use"
         )
     return model
 
@@ -76,7 +76,8 @@ def add_shard_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--shard",
         metavar="I/N",
-        help="do share I (from 0) of N; the last process to finish merges the output (default: torchrun's processes)",
+        help="do share I of N, counted from 0; the last process to finish merges the output "
+        "(default: one share for each of torchrun's processes)",
     )
 
 
@@ -91,7 +92,7 @@ def find_shard(args: argparse.Namespace) -> Shard:
 
 def say_unfinished(out: Path, shard: Shard) -> None:
     print(
-        f"fastgpt2: share {shard.index} of {shard.count} is done; {out} is put together when the others are",
+        f"fastgpt2: share {shard.index} of {shard.count} is done; {out} will be merged when the others are done too",
         file=sys.stderr,
     )
 
@@ -134,9 +135,9 @@ def check_needs_no_output(args: argparse.Namespace, shard: Shard, names: tuple[s
     """Raise if options that need --out are given without it: those in `names`, a selection, or several processes."""
     for name in (*names, "shard", *_SELECTION):
         if getattr(args, name) not in (None, False):
-            raise ValueError(f"{args.command}: --{name.replace('_', '-')} goes with --out FILE; give one")
+            raise ValueError(f"{args.command}: --{name.replace('_', '-')} needs --out FILE; give both")
     if shard.count > 1:
-        raise ValueError(f"{args.command}: several processes need --out FILE; give one")
+        raise ValueError(f"{args.command}: several processes need an output; name it with --out FILE")
 
 
 _SELECTION = ("keep_best", "by", "drop_truncated", "min_length", "max_length", "dedupe", "strip_special")
@@ -144,7 +145,7 @@ _SELECTION = ("keep_best", "by", "drop_truncated", "min_length", "max_length", "
 
 def find_selection(args: argparse.Namespace, special: list[str]) -> Selection:
     if args.by is not None and args.keep_best is None:
-        raise ValueError(f"{args.command}: --by goes with --keep-best; give both")
+        raise ValueError(f"{args.command}: --by needs --keep-best; give both")
     return Selection(
         special=tuple(special) if args.strip_special else (),
         drop_truncated=args.drop_truncated,
@@ -174,7 +175,7 @@ def write_selection(args: argparse.Namespace, records: Path, out: Path, special:
 
 
 def say_selected(selected: Selected, records: Path, out: Path) -> None:
-    why = (("truncated", selected.truncated), ("of another length", selected.length), ("double", selected.double))
+    why = (("truncated", selected.truncated), ("of the wrong length", selected.length), ("duplicate", selected.double))
     left_out = [f"{number:,} {name}" for name, number in why if number]
     print(
         f"fastgpt2: {out} has {selected.kept:,} of the {counted(selected.read, 'record')} in {records}"
@@ -184,12 +185,12 @@ def say_selected(selected: Selected, records: Path, out: Path) -> None:
 
 
 def known_spellings(records: Path) -> list[str]:
-    """The spellings of special tokens, which a run stored in the settings beside its records."""
+    """The spellings of the special tokens, from the settings that a run stored beside its records."""
     try:
         settings = json.loads(settings_path(records).read_text(encoding="utf-8"))
         return list(settings["special_tokens"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
-            f"select: {settings_path(records)}, which would name the special tokens, cannot be read; "
+            f"select: --strip-special reads the special tokens from {settings_path(records)}, which cannot be read; "
             "name them with --special TEXT"
         ) from None

@@ -10,12 +10,14 @@ from fastgpt2.train import plot_runs
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a training run")
-    parser.add_argument("--out", metavar="FILE", help="a .png or .svg (default: metrics.png in the folder of one run)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="a .png or .svg file (default for a single run: metrics.png in its folder)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.out is None and len(args.runs) > 1:
-        raise ValueError("plot: several runs go into a picture of their own; name it with --out FILE")
+        raise ValueError("plot: a picture of several runs needs a name; give it with --out FILE")
     out = Path(args.runs[0], "metrics.png") if args.out is None else Path(args.out)
     plot_runs(args.runs, out)
     print(out)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from fastgpt2.cli import options
+from fastgpt2.cli.progress import Progress, is_shown
 from fastgpt2.devices import find_device
 from fastgpt2.gpt2 import GPT2
 from fastgpt2.input_files import (
@@ -59,8 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_arguments(parser)
 
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FILE", help=".jsonl, .fasta or .txt (default: the screen)")
-    output.add_argument("--resume", action="store_true", help="keep what --out holds and score what is missing")
+    output.add_argument("--out", metavar="FILE", help=".jsonl, .fasta, .txt, .csv or .parquet (default: the screen)")
+    output.add_argument(
+        "--resume", action="store_true", help="keep the scores that --out holds and score what is missing"
+    )
     output.add_argument("--overwrite", action="store_true", help="replace --out")
     output.add_argument(
         "--batch-tokens",
@@ -69,8 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per forward pass (default: %(default)s)",
     )
-    output.add_argument("--token-ids", action="store_true", help="write the ids of the scored tokens (.jsonl only)")
-    output.add_argument("--logprobs", action="store_true", help="write each token's log-probability (.jsonl only)")
+    output.add_argument(
+        "--token-ids", action="store_true", help="write the ids of the scored tokens (not in .fasta or .txt)"
+    )
+    output.add_argument(
+        "--logprobs", action="store_true", help="write each token's log-probability (not in .fasta or .txt)"
+    )
     options.add_shard_argument(output)
     options.add_selection_arguments(parser)
 
@@ -92,13 +97,14 @@ def run(args: argparse.Namespace) -> int:
         options.check_needs_no_output(args, shard, ("resume", "overwrite"))
     sources = _sources(args, {path for path in (out, records) if path is not None})
     reader = _Reader(args, sources)
-    next(reader.entries(), None)  # reports a bad first file before a model is loaded
+    if next(reader.entries(), None) is None:  # a bad first file is reported here, before a model is loaded
+        raise ValueError(f"{sources[0].name}: there are no sequences in it; give at least one")
     model = options.load(args)
     reader.model = model
     if records is None:
         return _show(model, reader, args)
     if model.tokenizer is None and records.suffix != ".jsonl":
-        raise ValueError(f"{records}: holds text, and the model {args.model} has no tokenizer; use a .jsonl output")
+        raise ValueError(f"{records}: needs text, but the model {args.model} has no tokenizer; use a .jsonl output")
     special = options.special_tokens(model)
     settings = {
         "weights": options.weights_digest(model),
@@ -163,6 +169,10 @@ class _Reader:
         """Yield (number, entries) of every group of `GROUP` consecutive entries."""
         for number, group in itertools.groupby(self.entries(), key=lambda entry: entry.index // GROUP):
             yield number, list(group)
+
+    def indices(self) -> Iterator[int]:
+        """Yield the number of every entry."""
+        return (entry.index for entry in self.entries())
 
     def item(self, entry: Entry | EntryError) -> _Item:
         """Tokenize an entry; ValueError if it cannot be scored."""
@@ -238,7 +248,12 @@ class _Tally:
 
 
 def _scored(
-    model: GPT2, reader: _Reader, args: argparse.Namespace, shard: Shard, is_done: Callable[[int], bool]
+    model: GPT2,
+    reader: _Reader,
+    args: argparse.Namespace,
+    shard: Shard,
+    is_done: Callable[[int], bool],
+    progress: Progress | None = None,
 ) -> Iterator[tuple[ScoreRecord, Score]]:
     """Yield the records of this process's share that have not been written yet."""
     for number, group in reader.groups():
@@ -252,28 +267,40 @@ def _scored(
                 if not args.skip_bad:
                     raise
                 print(f"fastgpt2: skipped: {error}", file=sys.stderr)
-        for score in score_all(model, (item.score for item in items.values()), args.batch_tokens):
+                if progress is not None:
+                    progress.leave_out()
+        for score in score_all(model, _taken(items, is_done, progress), args.batch_tokens):
             if not is_done(score.index):
+                if progress is not None:
+                    progress.add((score.index, 0), len(score.logprobs), ends=True)
                 yield reader.record(items[score.index], score), score
+
+
+def _taken(items: dict[int, _Item], is_done: Callable[[int], bool], progress: Progress | None) -> Iterator[Score]:
+    """The items that are to be scored, as they are taken into a batch."""
+    for index, item in items.items():
+        if progress is not None and not is_done(index):
+            progress.add((index, 0), 0)
+        yield item.score
 
 
 def _write(
     model: GPT2, reader: _Reader, args: argparse.Namespace, output: RecordFile[ScoreRecord], shard: Shard
 ) -> None:
     if output.done:
-        print(f"fastgpt2: {output.path} holds {len(output.done):,} scores", file=sys.stderr)
+        print(f"fastgpt2: {output.path} already holds {len(output.done):,} scores", file=sys.stderr)
+    # A line that nobody sees is not worth another look at all sequences.
+    indices = [index for index in reader.indices() if shard.has(index // GROUP)] if is_shown() else []
+    there = sum((index, 0) in output.done for index in indices)
     tally = _Tally()
-    with tqdm(initial=len(output.done), unit="sequence", disable=None, dynamic_ncols=True) as bar:
-        try:
-            for record, score in _scored(model, reader, args, shard, lambda index: (index, 0) in output.done):
+    try:
+        with Progress(len(indices), there, "sequence") as progress:
+            for record, score in _scored(model, reader, args, shard, lambda index: (index, 0) in output.done, progress):
                 output.write(record)
                 tally.add(score)
-                bar.update()
-                bar.set_postfix_str(f"{tally.rate:.0f} tokens/s", refresh=False)
-        finally:
-            bar.close()
-            if tally.sequences or sys.exc_info()[0] is None:
-                tally.say()
+    finally:
+        if tally.sequences or sys.exc_info()[0] is None:
+            tally.say()
 
 
 def _show(model: GPT2, reader: _Reader, args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     records, out = Path(args.records), Path(args.out)
     check_output(out)
     if args.special and not args.strip_special:
-        raise ValueError("select: --special goes with --strip-special; give both")
+        raise ValueError("select: --special needs --strip-special; give both")
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out}: exists; replace it with --overwrite")
     special = args.special or (known_spellings(records) if args.strip_special else [])

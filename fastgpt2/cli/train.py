@@ -1,4 +1,4 @@
-"""Train a GPT-2 on text: from scratch, from a checkpoint, or resuming a run; data-parallel under torchrun."""
+"""Train a GPT-2 on text, from scratch or from a checkpoint, or resume a run; torchrun trains in several processes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from tqdm import tqdm
 
 from fastgpt2 import data, train
 from fastgpt2.checkpoint import load_pretrained
+from fastgpt2.cli.options import weights_digest
 from fastgpt2.config import PRESETS, GPT2Config, TrainConfig
 from fastgpt2.files import atomic_file, locked_folder
 from fastgpt2.gpt2 import GPT2
 from fastgpt2.messages import counted, first_line
 from fastgpt2.tokenizer import Tokenizer, check_vocab_size
 
-# Sizes where neither --preset nor --init-from says otherwise: a few million parameters, minutes on a CPU.
+# Sizes if neither --preset nor --init-from is given: a few million parameters, which train in minutes on a CPU.
 _DEFAULT_SIZES = {"num_layers": 6, "hidden_size": 256, "num_heads": 4, "context_length": 256}
 _DEFAULT_VOCAB_SIZE = 4096
 _MODEL_OPTIONS = {
-    "layers": ("num_layers", int, "blocks"),
-    "hidden-size": ("hidden_size", int, "width"),
-    "heads": ("num_heads", int, "attention heads"),
-    "context": ("context_length", int, "tokens of a training row, and the longest the model will see"),
-    "feedforward-dim": ("feedforward_dim", int, "width of the MLPs (default: 4 x the width)"),
-    "activation": ("activation_function", str, "activation of the MLPs"),
-    "dropout": ("dropout", float, "rate of all three dropouts (default: 0)"),
+    "layers": ("num_layers", int, "number of blocks"),
+    "hidden-size": ("hidden_size", int, "width of the hidden states"),
+    "heads": ("num_heads", int, "attention heads per block"),
+    "context": ("context_length", int, "tokens per training row, and the longest context of the model"),
+    "feedforward-dim": ("feedforward_dim", int, "width of the MLPs (default: 4 times the hidden size)"),
+    "activation": ("activation_function", str, "activation function of the MLPs"),
+    "dropout": ("dropout", float, "rate of the residual, embedding and attention dropout (default: 0)"),
 }
 _DROPOUTS = ("residual_dropout", "embedding_dropout", "attention_dropout")
 
 
-# What a run is made of beside its TrainConfig, with the defaults; kept in the run's folder for --resume.
+# The options that define a run besides its TrainConfig, with their defaults. The run's folder keeps them for --resume.
 _RUN_DEFAULTS: dict[str, Any] = {
     "data": None,
     "suffix": [],
@@ -53,46 +54,58 @@ _KEPT = {*_RUN_DEFAULTS, *(name for name, _, _ in _MODEL_OPTIONS.values()), *Tra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    unset = argparse.SUPPRESS  # what is not given is not in the namespace: a resumed run keeps what it began with
+    unset = argparse.SUPPRESS  # an option that is not given is not in the namespace, so a resumed run keeps its value
     files = parser.add_argument_group("data and files")
     files.add_argument(
         "--data",
         nargs="+",
         default=unset,
         metavar="PATH",
-        help="text files, .jsonl, .csv, .parquet or .fasta with a document a row, patterns, directories, hf://NAME, "
-        "'stdlib' (Python's own sources), or one folder with train.bin and val.bin",
+        help="text files; .jsonl, .csv, .parquet or .fasta files, in which every row is a document; patterns; "
+        "directories; hf://NAME; 'stdlib' (Python's own source code); or one folder with train.bin and val.bin",
     )
     files.add_argument(
-        "--column", default=unset, metavar="NAME", help='the column of .jsonl, .csv, .parquet, hf:// (default: "text")'
+        "--column",
+        default=unset,
+        metavar="NAME",
+        help='the column of texts in .jsonl, .csv, .parquet and hf:// (default: "text")',
     )
     files.add_argument(
-        "--suffix", nargs="+", default=unset, help="of a directory take only files whose names end so, e.g. .py"
+        "--suffix",
+        nargs="+",
+        default=unset,
+        help="read only files of a directory whose names end in one of these, such as .py",
     )
     files.add_argument(
-        "--val-fraction", type=float, default=unset, help="part of the documents kept for validation (default: 0.05)"
+        "--val-fraction",
+        type=float,
+        default=unset,
+        help="share of the documents held out for validation (default: 0.05)",
     )
     files.add_argument("--tokenizer", default=unset, metavar="FOLDER", help="use the tokenizer in this folder")
     files.add_argument(
         "--vocab-size",
         type=int,
         default=unset,
-        help=f"train a byte-level BPE of this size on the text (default: {_DEFAULT_VOCAB_SIZE})",
+        help=f"train a byte-level BPE tokenizer of this size on the text (default: {_DEFAULT_VOCAB_SIZE})",
     )
-    files.add_argument("--out", required=True, metavar="DIR", help="the run's folder, and the finished model's")
-    files.add_argument("--resume", action="store_true", help="continue the run in --out, or begin it if there is none")
+    files.add_argument("--out", required=True, metavar="DIR", help="folder of the run and of the finished model")
+    files.add_argument("--resume", action="store_true", help="continue the run in --out, or begin one if there is none")
     files.add_argument(
-        "--init-from", default=unset, metavar="NAME_OR_PATH", help="start from these weights, not from random ones"
+        "--init-from",
+        default=unset,
+        metavar="NAME_OR_PATH",
+        help="start from the weights of this checkpoint instead of random ones",
     )
 
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", choices=PRESETS, default=unset, help="start from the sizes of a published model")
+    model.add_argument("--preset", choices=PRESETS, default=unset, help="use the sizes of a published model")
     for option, (name, kind, text) in _MODEL_OPTIONS.items():
         model.add_argument(f"--{option}", dest=name, type=kind, default=unset, help=text)
     model.add_argument(
-        "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="kernels to use"
+        "--backend", default="auto", choices=("auto", "triton", "native", "torch"), help="which kernels to use"
     )
-    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
     training = parser.add_argument_group("training")
     hints = get_type_hints(TrainConfig)
@@ -112,17 +125,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     given = vars(args)
-    if "minutes" in given and "steps" in given:
-        raise ValueError("train: give --steps or --minutes, not both")
     processes = train.Processes.start(args.device)
     try:
-        resumes = bool(train.checkpoint_paths(args.out))
+        checkpoints = train.checkpoint_paths(args.out)
+        last = checkpoints[-1].name if checkpoints else None
+        # First of all: processes with other options would wait for each other in other places.
+        options = {
+            name: value for name, value in given.items() if name in _KEPT or name in ("out", "resume", "backend")
+        }
+        processes.check_same({**options, f"the last checkpoint in {args.out}": last})
+        if "minutes" in given and "steps" in given:
+            raise ValueError("train: give --steps or --minutes, not both")
+        resumes = bool(checkpoints)
         if resumes and not args.resume:
             raise ValueError(f"train: {args.out} holds a run; continue it with --resume or choose another --out")
         kept = _kept_options(args.out) if args.resume else None
-        with processes.first_goes_first():  # which looks through the texts
+        with processes.first_goes_first():  # only the first process reads through the texts
             plan = None if resumes else _planned(args, {**(kept or {}), **given}, processes)
-        # Nothing is written before the arguments are known to be good, and then by one run at a time.
+        # Nothing is written before the arguments have been checked, and then only by one run at a time.
         with locked_folder(args.out) if processes.is_first else contextlib.nullcontext():
             trainer = _resumed(args, given, kept, processes) if plan is None else _begun(args, plan, processes)
             return _follow(trainer)
@@ -131,17 +151,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _kept_options(out: str) -> dict[str, Any] | None:
-    """What the run in `out` was asked for when it began; None where the file that says it is missing."""
+    """The options that the run in `out` began with; None if the file that holds them is missing."""
     path = Path(out, "run.json")
     if not path.exists():
         return None
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(options, dict) or options.keys() - _KEPT:
-            raise ValueError("not the options of a run")
+            raise ValueError("it holds something else")
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: must be JSON ({first_line(error)}); remove it and give the run's options again"
+            f"{path}: must hold a run's options as JSON; it does not ({first_line(error)}): remove it and give the "
+            "options again"
         ) from error
     return options
 
@@ -157,7 +178,7 @@ def _train_fields(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(options: dict[str, Any]) -> dict[str, Any]:
-    """The GPT2Config fields among options."""
+    """The fields of GPT2Config among the options."""
     sizes = {name: options[name] for name, _, _ in _MODEL_OPTIONS.values() if name in options}
     if (rate := sizes.pop("dropout", None)) is not None:
         sizes |= dict.fromkeys(_DROPOUTS, rate)
@@ -169,9 +190,11 @@ def _sizes(options: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class _Plan:
-    """A run that can begin: its options, and what was read for it.
+    """A run that is ready to begin: its options, and what was loaded for it.
 
-    tokens: shards that `--data` names; None for text. corpus: the text to make shards of; None where they are made.
+    Attributes:
+        tokens: The token shards that `--data` names; None if it names text.
+        corpus: The text to make token shards of; None if they exist already or another process makes them.
     """
 
     options: dict[str, Any]
@@ -186,29 +209,29 @@ class _Plan:
 
 
 def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train.Processes) -> _Plan:
-    """Check everything that can be known before data is prepared; nothing is written."""
+    """Check everything that can be checked before the data is prepared. Nothing is written."""
     config, sizes = TrainConfig(**_train_fields(options)), _sizes(options)
     wanted = {name: options.get(name, default) for name, default in _RUN_DEFAULTS.items()}
     if not wanted["data"]:
-        raise ValueError("train: give the text to train on with --data PATH (or --data stdlib to try)")
+        raise ValueError("train: there is no text to train on; give it with --data PATH, or try --data stdlib")
     if config.lora_rank and not wanted["init_from"]:
-        raise ValueError("train: --lora-rank adapts weights that are there; name them with --init-from")
+        raise ValueError("train: --lora-rank needs trained weights to adapt; name them with --init-from")
     if wanted["init_from"] and (wanted["preset"] or sizes.keys() - set(_DROPOUTS)):
-        raise ValueError("train: --init-from brings the model's sizes; leave out --preset and the size options")
+        raise ValueError("train: --init-from sets the model's sizes; leave out --preset and the size options")
     if wanted["vocab_size"] and (wanted["tokenizer"] or wanted["init_from"]):
         brings = "--tokenizer" if wanted["tokenizer"] else "--init-from"
-        raise ValueError(f"train: {brings} brings its vocabulary; leave out --vocab-size")
-    train.check_config(config)  # after what is quick: it may load libraries
+        raise ValueError(f"train: {brings} sets the vocabulary; leave out --vocab-size")
+    train.check_config(config)  # last, as it may load libraries
     initial = None
     if wanted["init_from"]:
-        # No dropout by default here either: what the checkpoint's configuration says is about its own training.
+        # No dropout by default here either: the checkpoint's configuration says how the checkpoint was trained.
         changes = {**dict.fromkeys(_DROPOUTS, 0.0), **sizes}
         initial = load_pretrained(wanted["init_from"], dtype=torch.float32, backend=args.backend, **changes)
     tokenizer = _named_tokenizer(wanted["tokenizer"]) if wanted["tokenizer"] else initial.tokenizer if initial else None
     if initial and tokenizer and tokenizer.vocab_size > initial.config.vocab_size:
         raise ValueError(
-            f"train: the tokenizer must fit the model of --init-from; got {tokenizer.vocab_size} tokens "
-            f"and vocab_size {initial.config.vocab_size}"
+            f"train: the tokenizer must fit the model of --init-from, which has {initial.config.vocab_size} tokens; "
+            f"got {tokenizer.vocab_size} tokens: name another tokenizer with --tokenizer"
         )
     plan = _Plan(options, wanted, sizes, config, initial, tokenizer)
     if (folder := _shard_folder(wanted["data"])) is not None:
@@ -218,7 +241,7 @@ def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train
         plan.tokens.train.windows_per_epoch(model_config.context_length)  # raises when there are too few tokens
         return plan
     if initial and not tokenizer:
-        raise ValueError(f"train: {wanted['init_from']} has no tokenizer; give its folder with --tokenizer")
+        raise ValueError(f"train: {wanted['init_from']} has no tokenizer; name a folder that has one with --tokenizer")
     vocab_size = None if tokenizer else wanted["vocab_size"] or _DEFAULT_VOCAB_SIZE
     if vocab_size is not None:
         check_vocab_size(vocab_size)
@@ -251,12 +274,14 @@ def _begun(args: argparse.Namespace, plan: _Plan, processes: train.Processes) ->
             _keep_options(args.out, plan.options)
         tokens, tokenizer = _prepared(Path(args.out, "data"), plan)
     torch.manual_seed(plan.config.seed)
+    if plan.initial:
+        processes.check_same({"the hash of --init-from": weights_digest(plan.initial)})
     model = plan.initial or GPT2(_model_config(plan.wanted, plan.sizes, tokenizer), backend=args.backend)
     return train.Trainer(model, tokens, plan.config, args.out, tokenizer=tokenizer, processes=processes)
 
 
 def _prepared(folder: Path, plan: _Plan) -> tuple[data.TokenData, Tokenizer | None]:
-    """The token shards and their tokenizer; the first process writes them where they are not there yet."""
+    """Open the token shards and their tokenizer; the first process writes them if they do not exist yet."""
     if plan.tokens is not None:
         return plan.tokens, plan.tokenizer
     tokenizer = plan.tokenizer
@@ -269,25 +294,27 @@ def _prepared(folder: Path, plan: _Plan) -> tuple[data.TokenData, Tokenizer | No
         meta = data.write_shards(corpus, tokenizer, folder, plan.request)
         _say(
             f"{meta.train_tokens:,} tokens to train on, {meta.val_tokens:,} for validation, "
-            f"vocabulary {meta.vocab_size:,}, {meta.train_bytes / max(1, meta.train_tokens):.2f} bytes a token"
+            f"vocabulary {meta.vocab_size:,}, {meta.train_bytes / max(1, meta.train_tokens):.2f} bytes per token"
         )
     return data.TokenData.open(folder), tokenizer or Tokenizer.from_folder(folder)
 
 
 def _shard_folder(sources: list[str]) -> Path | None:
-    """The data folder that `--data` names, if it names one rather than text."""
+    """The folder of token shards that `--data` names; None if it names text."""
     return Path(sources[0]) if len(sources) == 1 and data.is_data_folder(sources[0]) else None
 
 
 def _named_tokenizer(folder: str) -> Tokenizer:
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer is None:
-        raise FileNotFoundError(f"{folder}: has no tokenizer.json, and no vocab.json with merges.txt")
+        raise FileNotFoundError(
+            f"{folder}: has no tokenizer.json, and no vocab.json with merges.txt; name another folder with --tokenizer"
+        )
     return tokenizer
 
 
 def _model_config(wanted: dict[str, Any], sizes: dict[str, Any], tokenizer: Tokenizer | None) -> GPT2Config:
-    # No dropout by default: a GPT-2 trained for an epoch or a few is better without.
+    # No dropout by default: a GPT-2 that is trained for a few epochs is better without it.
     changes: dict[str, Any] = dict.fromkeys(_DROPOUTS, 0.0)
     if tokenizer is not None:
         changes["vocab_size"] = tokenizer.vocab_size
@@ -308,7 +335,9 @@ def _resumed(
     was = {name: (given if kept is None else kept).get(name, default) for name, default in _RUN_DEFAULTS.items()}
     for name in given.keys() & was.keys():
         if given[name] != was[name]:
-            raise ValueError(f"resume: {name} must stay {was[name]!r} as the run began; got {given[name]!r}")
+            raise ValueError(
+                f"resume: {name} must stay {was[name]!r} as the run began; got {given[name]!r}: leave it out"
+            )
     folder = _shard_folder(was["data"] or []) or Path(args.out, "data")
     trainer = train.Trainer.resume(
         args.out, data.TokenData.open(folder), processes=processes, backend=args.backend, **_train_fields(given)
@@ -316,9 +345,9 @@ def _resumed(
     for name, value in _sizes(given).items():
         before = getattr(trainer.model.config, name)
         if value != before:
-            raise ValueError(f"resume: {name} must stay {before!r} as the run began; got {value!r}")
+            raise ValueError(f"resume: {name} must stay {before!r} as the run began; got {value!r}: leave it out")
     if kept is None and processes.is_first:
-        _keep_options(args.out, given)  # the file was lost; what was trained on is checked by the checkpoint
+        _keep_options(args.out, given)  # run.json was lost; the checkpoint still checks that the data is the same
     _say(f"continuing from step {trainer.step} of {trainer.config.steps}", processes.is_first)
     return trainer
 
@@ -327,7 +356,7 @@ def _resumed(
 
 
 def _follow(trainer: train.Trainer) -> int:
-    """Run a trainer to its end or to a signal, showing its reports; returns the exit status."""
+    """Run a trainer to its end, or until a signal, and show its reports; returns the exit status."""
     received: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
@@ -340,11 +369,11 @@ def _follow(trainer: train.Trainer) -> int:
     first = trainer.processes.is_first
     try:
         trained = sum(p.numel() for p in trainer.parameters.values() if p.requires_grad)
-        some = "" if not trainer.config.lora_rank else f" ({trained:,} of adapters, which alone are trained)"
+        some = "" if not trainer.config.lora_rank else f" ({trained:,} in adapters, the only ones trained)"
         parameters = f"{trainer.model.num_parameters():,} parameters{some}"
         _say(
             f"{parameters}, {trainer.global_rows} rows of {trainer.context} tokens "
-            f"a step, {trainer.config.dtype} on {trainer.device}, {counted(trainer.processes.count, 'process')}",
+            f"per step, {trainer.config.dtype} on {trainer.device}, {counted(trainer.processes.count, 'process')}",
             first,
         )
         with tqdm(
@@ -358,7 +387,7 @@ def _follow(trainer: train.Trainer) -> int:
                     bar.set_postfix_str(line)
                     if bar.disable:
                         _say(f"step {report.step}/{trainer.config.steps}: {line}, lr {report.lr:.2e}", first)
-                elif isinstance(report, train.EvalReport) and first:  # every process evaluates its part
+                elif isinstance(report, train.EvalReport) and first:  # all processes yield the same report
                     bits = "" if report.bits_per_byte is None else f" ({report.bits_per_byte:.3f} bits per byte)"
                     bar.write(f"step {report.step}: validation loss {report.val_loss:.4f}{bits}", file=sys.stderr)
                 elif isinstance(report, train.SampleReport):

@@ -31,7 +31,7 @@ def _choice(name: str, default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. Every field is an option of `fastgpt2 train`, whose help describes it.
+    """How a model is trained. Every field is an option of `fastgpt2 train`; its help describes them.
 
     A step trains on `batch_size * accumulate * processes` rows of the context's length. The learning rate rises
     linearly over `warmup_steps` (at most half of the steps). It then falls along half a cosine (Loshchilov and Hutter
@@ -43,7 +43,7 @@ class TrainConfig:
 
     steps: int = _help(1000, "optimizer steps in all")
     minutes: float | None = _help(
-        None, "train for about this long: sets steps from the speed of the first steps, in place of --steps"
+        None, "train for about this long, instead of --steps: the speed of the first steps sets their number"
     )
     batch_size: int = _help(16, "rows per micro-batch, in each process")
     accumulate: int = _help(1, "micro-batches per step, in each process")
@@ -54,48 +54,49 @@ class TrainConfig:
     beta1: float = _help(0.9, "AdamW's first beta")
     beta2: float = _help(0.95, "AdamW's second beta")
     max_grad_norm: float = _help(1.0, "clip the gradient to this norm; 0 does not clip")
-    seed: int = _help(0, "seed of the weights, the data's order and dropout")
+    seed: int = _help(0, "seed of the initial weights, the order of the data, and dropout")
     optimizer: str = _choice(
         "optimizer",
         "adamw",
-        "adamw, or muon for the blocks' matrices and AdamW for everything else, with one learning rate for both",
+        "adamw for all weights; or muon for the blocks' matrices and AdamW for the rest, with one learning rate",
     )
     lora_rank: int = _help(
-        0, "train adapters of this rank (LoRA) on the blocks' matrices, and leave the weights as they are; 0 is none"
+        0, "train LoRA adapters of this rank on the blocks' matrices and freeze the weights; 0 trains the weights"
     )
     lora_alpha: float | None = _help(
-        None, "the adapters' output is multiplied by this over the rank (default: twice the rank)"
+        None, "multiply the adapters' output by this number divided by the rank (default: twice the rank)"
     )
     dtype: str = _choice(
         "dtype",
         "auto",
-        "precision of matrix products (weights stay float32); auto is the half precision that the device is fast at",
+        "precision of matrix products; weights stay float32. auto is the half precision that the device computes fast, "
+        "or else fp32",
     )
     parallel: str = _choice(
         "parallel",
         "ddp",
-        "under torchrun every process holds the whole model (ddp), or its share of weights, gradients and "
+        "what each of torchrun's processes holds: the whole model (ddp), or a share of the weights, gradients and "
         "optimizer state (fsdp)",
     )
     recompute: bool = _help(
-        False, "compute the blocks' activations again in the backward pass: less memory, about a third more work"
+        False, "recompute the blocks' activations in the backward pass: less memory, about a third more work"
     )
     compile: bool = _help(False, "compile the model with torch.compile")
     deterministic: bool = _help(False, "use only deterministic operators, so that resuming is bit-exact on a GPU too")
     log_interval: int = _help(10, "steps between lines of metrics.jsonl")
-    eval_interval: int = _help(250, "steps between evaluations on the validation set; 0 is never")
-    eval_tokens: int = _help(1 << 18, "evaluate on this many first tokens of the validation set; 0 is all")
-    sample_interval: int = _help(0, "steps between text samples; 0 is never")
+    eval_interval: int = _help(250, "steps between evaluations on the validation set; 0 turns them off")
+    eval_tokens: int = _help(1 << 18, "evaluate on the first tokens of the validation set, this many; 0 is all of them")
+    sample_interval: int = _help(0, "steps between text samples; 0 turns them off")
     sample_prompt: str = _help("\n", "the prompt of text samples")
-    early_stopping: int = _help(0, "stop after so many evaluations in a row without a new lowest loss; 0 is never")
+    early_stopping: int = _help(0, "stop after this many evaluations in a row without a new lowest loss; 0 is off")
     checkpoint_interval: int = _help(250, "steps between checkpoints")
-    keep_checkpoints: int = _help(2, "latest checkpoints to keep, beside the best one")
+    keep_checkpoints: int = _help(2, "latest checkpoints to keep, besides the best one")
     export: str = _choice(
-        "export", "best", "weights of the finished model: those with the lowest validation loss, or the last ones"
+        "export",
+        "best",
+        "which weights the finished model has: those with the lowest validation loss, or the last ones",
     )
-    log: str | None = _choice(
-        "log", None, "where the lines of metrics.jsonl and the samples go too; under torchrun write --log-to"
-    )
+    log: str | None = _choice("log", None, "also log the metrics and samples there; under torchrun write --log-to")
 
     def __post_init__(self) -> None:
         at_least = {
@@ -127,15 +128,15 @@ class TrainConfig:
             )
         require(
             self.lora_alpha is None or self.lora_rank > 0,
-            "TrainConfig: lora_alpha goes with lora_rank; give both or neither",
+            "TrainConfig: lora_alpha needs lora_rank; give both or neither",
         )
         require(
             not self.early_stopping or self.eval_interval > 0,
-            "TrainConfig: early_stopping counts evaluations; give an eval_interval > 0",
+            "TrainConfig: early_stopping needs evaluations; give an eval_interval > 0",
         )
         require(
             self.parallel != "fsdp" or not self.compile,
-            "TrainConfig: compile goes with parallel 'ddp'; leave one of the two out",
+            "TrainConfig: compile does not work with parallel 'fsdp'; leave one of the two out",
         )
         require(self.seed < 2**63, f"TrainConfig: seed must be below 2**63; got {self.seed}")
 

@@ -18,7 +18,7 @@ def download(name: str, revision: str | None, *, config_only: bool = False) -> P
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
         raise ImportError(
-            f"{name!r} is no file or folder here; to load a model of that name from the Hugging Face hub, "
+            f"{name!r} is no file or folder here; to load a model of that name from the Hugging Face hub, run: "
             'pip install "fastgpt2[hub]"'
         ) from error
 
@@ -39,7 +39,8 @@ def download(name: str, revision: str | None, *, config_only: bool = False) -> P
     config = fetch("config.json")
     if config is None and offline:
         raise OSError(
-            f"{name!r} is no file or folder here, and the hub cannot be reached and has not been read before"
+            f"{name!r} is no file or folder here, and the hub cannot be reached and its cache does not hold it; "
+            "check the name and the network"
         ) from offline[0]
     if config is None:
         raise FileNotFoundError(f"{name}: the hub's repository has no config.json")

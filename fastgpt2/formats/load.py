@@ -145,8 +145,10 @@ def _local(name_or_path: str | PathLike[str], revision: str | None) -> Path | No
     path = _ASSETS if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
     if path.exists():
         if revision is not None:
-            raise ValueError(f"load_pretrained: revision is for hub names; {path} is on this machine")
-        if not (path.is_dir() or path.is_file()):  # a device or a pipe: it may have no end
+            raise ValueError(
+                f"load_pretrained: revision needs a name on the hub; {path} is on this machine: leave revision out"
+            )
+        if not (path.is_dir() or path.is_file()):  # a device or a pipe, which may be endless
             raise ValueError(f"{path}: must be a folder or an ordinary file; it is neither")
         return path
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", os.fspath(name_or_path))

@@ -69,7 +69,9 @@ def save_nanogpt(model: GPT2Base, path: str | PathLike[str], *, dtype: torch.dty
         wrong.append("activation_function")
     if wrong:
         got = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
-        raise ValueError(f"save_nanogpt: nanoGPT cannot compute this model; what it has no setting for: {got}")
+        raise ValueError(
+            f"save_nanogpt: nanoGPT cannot run this model, as it has no setting for {got}; use save_pretrained"
+        )
     if config.activation_function in _TANH_GELU:
         warnings.warn(
             "save_nanogpt: nanoGPT computes the exact GELU; this model was made with its tanh approximation",

@@ -244,4 +244,4 @@ def _clear_seed(prompt: Sequence[int], steps: int) -> int:
             ids.append(int(best.indices[0]))
         if min(gaps) > 1e-2:
             return seed
-    raise ValueError("no seed is left")
+    raise ValueError("check: no seed gives a model whose greedy tokens are clear")

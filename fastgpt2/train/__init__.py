@@ -1,4 +1,4 @@
-"""Training: `Trainer`, what it reports, and the checkpoints of a run."""
+"""Training: the `Trainer`, its reports, and the checkpoints of a run."""
 
 from fastgpt2.train.optimization import learning_rate, parameter_groups, resolve_dtype
 from fastgpt2.train.plot import plot_runs

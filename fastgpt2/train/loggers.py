@@ -1,4 +1,4 @@
-"""Where a run's reports go beside metrics.jsonl: TensorBoard's files, or Weights & Biases."""
+"""Loggers that send a run's reports to TensorBoard or Weights & Biases, in addition to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Logger(Protocol):
 
 
 def check_logger(name: str | None) -> None:
-    """ImportError where the library that `TrainConfig.log` names is missing."""
+    """Raise ImportError if the library that `TrainConfig.log` names is not installed."""
     if name is not None and importlib.util.find_spec(name) is None:
         raise ImportError(f'log {name!r} needs {name}; install it with: pip install "fastgpt2[{name}]"')
 
 
 def open_logger(config: TrainConfig, folder: Path, step: int) -> Logger | None:
-    """The logger that `config` asks for, of a run that goes on from `step`."""
+    """Open the logger that `config` names for a run that continues after `step`; None if it names none."""
     if config.log is None:
         return None
     return _TensorBoard(folder, step) if config.log == "tensorboard" else _Wandb(config, folder)
@@ -42,7 +42,7 @@ def _values(report: StepReport | EvalReport) -> dict[str, float]:
 
 
 class _TensorBoard:
-    """Event files in the run's folder; what a killed run wrote after its last checkpoint is not shown."""
+    """Writes event files to the run's folder. Events that a killed run wrote after its last checkpoint are hidden."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -61,9 +61,9 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run of Weights & Biases that a resumed run continues: its id is kept in the run's folder.
+    """A run of Weights & Biases. Its id is kept in the run's folder, so that a resumed run continues it.
 
-    Where it goes, or whether it stays on this machine, is for its own settings to say (WANDB_PROJECT, WANDB_MODE ...).
+    Its own settings (WANDB_PROJECT, WANDB_MODE ...) say where the run goes, or that it stays on this machine.
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:

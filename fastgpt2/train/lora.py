@@ -1,4 +1,4 @@
-"""Adapters (LoRA, Hu et al. 2021) by peft: small matrices beside those of the blocks, which alone are trained."""
+"""LoRA adapters (Hu et al. 2021), made by peft: small matrices beside those of the blocks. Only they are trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TARGETS = ["c_attn", "c_fc", "c_proj"]
 
 
 def check_lora() -> None:
-    """ImportError where peft is missing."""
+    """Raise ImportError if peft is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -27,7 +27,7 @@ def add_adapters(model: GPT2, rank: int, alpha: float | None, seed: int) -> None
 
 
 def merge_adapters(model: GPT2) -> None:
-    """Add the adapters to the weights they stand beside, and take them out: a plain GPT-2 that computes the same."""
+    """Add the adapters to the weights and remove them. The plain GPT-2 that is left computes the same."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):

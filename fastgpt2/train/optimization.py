@@ -1,4 +1,4 @@
-"""The choices of an optimizer step: learning rate, which parameters decay, precision."""
+"""What an optimizer step depends on: the optimizers, their learning rate and weight decay, and the precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of step `step` (counted from 0): linear warm-up, then half a cosine to `min_lr`."""
+    """The learning rate of a step, counted from 0: linear warm-up, then half a cosine down to `min_lr`."""
     low = config.lr / 10 if config.min_lr is None else config.min_lr
     warmup = min(config.warmup_steps, config.steps // 2)
     if step < warmup:
@@ -25,7 +25,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW, as GPT-2 and nanoGPT have them: matrices decay, biases and LayerNorm weights do not."""
+    """Two groups for AdamW, as in GPT-2 and nanoGPT: only matrices decay, biases and LayerNorm weights do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices of the blocks, where `config` asks for it, after AdamW for the rest.
+    """AdamW alone; or, if `config` names Muon, AdamW followed by Muon for the matrices of the blocks.
 
     Muon's steps are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
     """
@@ -53,15 +53,16 @@ def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device)
 
 
 def check_optimizer(name: str) -> None:
-    """ImportError where this PyTorch does not have the optimizer."""
+    """Raise ImportError if this PyTorch does not have the optimizer."""
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise ImportError(f"optimizer 'muon' needs PyTorch 2.9 or newer; this is {torch.__version__}: upgrade it")
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """What "auto" means on a device: the half precision it multiplies fast, fp32 where it has none.
+    """Resolve "auto" for a device: the half precision that it computes fast, or else fp32.
 
-    ValueError for bf16 on a GPU that has no bfloat16.
+    Raises:
+        ValueError: The dtype is "bf16" and the GPU does not support bfloat16.
     """
     reason = why_not_bfloat16(device)
     if name == "bf16" and reason is not None:

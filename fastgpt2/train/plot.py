@@ -11,9 +11,9 @@ from fastgpt2.train.run_folder import read_metrics
 
 # A panel's label, and the entries of metrics.jsonl that it shows, each with its line style.
 _PANELS = (
-    ("loss (nats a token)", (("loss", "-"), ("val_loss", "o--"))),
+    ("loss (nats per token)", (("loss", "-"), ("val_loss", "o--"))),
     ("learning rate", (("lr", "-"),)),
-    ("tokens a second", (("tokens_per_s", "-"),)),
+    ("tokens per second", (("tokens_per_s", "-"),)),
 )
 FORMATS = (".png", ".svg")
 
@@ -22,13 +22,13 @@ def plot_runs(runs: Sequence[str | PathLike[str]], path: str | PathLike[str]) ->
     """Draw the loss, learning rate and speed of one or more runs into a .png or .svg.
 
     Args:
-        runs: the runs' folders.
-        path: the picture; its ending says the format.
+        runs: The runs' folders.
+        path: The picture; its suffix chooses the format.
 
     Raises:
-        FileNotFoundError: a folder has no metrics.jsonl.
-        ValueError: the ending is another, or a metrics.jsonl holds what no training run wrote, or nothing.
-        ImportError: matplotlib is missing.
+        FileNotFoundError: A folder has no metrics.jsonl.
+        ValueError: The suffix is neither, or a metrics.jsonl is empty or has a line that no training run wrote.
+        ImportError: matplotlib is not installed.
     """
     path = Path(path)
     if path.suffix not in FORMATS:

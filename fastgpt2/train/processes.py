@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastgpt2.config import TrainConfig
 from fastgpt2.devices import find_device
+from fastgpt2.messages import shown
 
 T = TypeVar("T")
 
 
 def check_parallel(config: TrainConfig) -> None:
-    """ValueError where weights cannot be shared out: no group of processes has been started."""
+    """Raise ValueError if the weights should be sharded, but no process group has been started."""
     if config.parallel == "fsdp" and not dist.is_initialized():
         raise ValueError(
             "train: parallel 'fsdp' shares the weights among torchrun's processes; start the command with torchrun, or "
@@ -30,7 +31,7 @@ def check_parallel(config: TrainConfig) -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a data-parallel run, and its device."""
+    """The processes of a data-parallel run: how many there are, which one this is, and its device."""
 
     rank: int
     count: int
@@ -38,7 +39,7 @@ class Processes:
 
     @classmethod
     def start(cls, device: str = "auto") -> Processes:
-        """Join the process group when torchrun started this process (nccl on GPUs, gloo on CPUs); else be alone."""
+        """Join the process group if torchrun started this process (nccl on GPUs, gloo on CPUs); otherwise be alone."""
         count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         chosen = find_device(device)
         if chosen.type == "cuda" and chosen.index is None:
@@ -54,11 +55,11 @@ class Processes:
 
     @contextlib.contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """The block runs in the first process while the others wait for it, however long; then in those."""
+        """Run the block in the first process, then in the others, which wait for it however long it takes."""
         if self.count == 1:
             yield
             return
-        # A group of its own: preparing data may take longer than collectives are allowed to.
+        # A group of its own, because preparing data may take longer than the timeout of other collectives.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         if not self.is_first:
             dist.barrier(group=group)
@@ -67,7 +68,7 @@ class Processes:
             dist.barrier(group=group)
 
     def wait(self) -> None:
-        """Wait for the other processes to come here too."""
+        """Wait until all processes have reached this call."""
         if self.count > 1:
             dist.barrier()
 
@@ -76,17 +77,32 @@ class Processes:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def sum(self, value: Tensor) -> Tensor:
-        """`value` added up over the processes, in place."""
+        """Add `value` up over all processes, in place."""
         if self.count > 1:
             dist.all_reduce(value)
         return value
 
     def from_first(self, call: Callable[[], T]) -> T:
-        """What `call` returns in the first process, which alone calls it."""
+        """Run `call` in the first process only, and return its result in all of them."""
         value = [call() if self.is_first else None]
         if self.count > 1:
             dist.broadcast_object_list(value, src=0)
         return cast(T, value[0])
+
+    def check_same(self, settings: Mapping[str, object]) -> None:
+        """ValueError in all processes, naming the first setting that is not the same in every one of them."""
+        if self.count == 1 or not dist.is_initialized():
+            return
+        of_all: list[dict[str, object]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(of_all, dict(settings))
+        first = of_all[0]
+        for rank, other in enumerate(of_all):
+            for name in sorted({*first, *other}):
+                if first.get(name) != other.get(name):
+                    raise ValueError(
+                        f"train: {name} must be the same in every process; got {shown(first.get(name))} in process 0 "
+                        f"and {shown(other.get(name))} in process {rank}"
+                    )
 
     def close(self) -> None:
         if dist.is_initialized():

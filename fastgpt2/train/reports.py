@@ -1,4 +1,4 @@
-"""What a training run says as it goes."""
+"""The reports that a training run yields."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class StepReport:
-    """Mean training loss (nats a token) since the last report, and the speed over that time."""
+    """The mean training loss (nats per token) since the last report, and the speed over that time."""
 
     step: int
     loss: float
@@ -20,7 +20,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Validation loss in nats a token, and in bits per byte of text where the tokenizer is known."""
+    """The validation loss in nats per token, and in bits per byte of text if the tokenizer is known."""
 
     step: int
     val_loss: float
@@ -30,7 +30,7 @@ class EvalReport:
 
 @dataclass(frozen=True)
 class SampleReport:
-    """Text that the model has written."""
+    """Text that the model generated."""
 
     step: int
     text: str
@@ -38,7 +38,7 @@ class SampleReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A checkpoint that is on disk."""
+    """A checkpoint that has been written."""
 
     step: int
     path: Path

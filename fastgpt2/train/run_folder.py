@@ -1,7 +1,7 @@
 """The folder of a training run: metrics.jsonl, checkpoints/ and the finished model.
 
-A checkpoint is a file step-N.pt, or a folder step-N where the weights are shared out among processes (sharding.py). The
-best one has a link best.pt, or is the latest folder that says it was the best; whichever of the two there is.
+A checkpoint is a file step-N.pt, or a folder step-N if the weights are sharded over processes (sharding.py). The best
+file has a link best.pt. Without that link, the best checkpoint is the latest folder whose state says so.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from fastgpt2.train import sharding
 from fastgpt2.train.processes import Processes
 from fastgpt2.train.reports import EvalReport, StepReport
 
-# 2: `val_data` and `tokenizer`.
+# Format 2 added `val_data` and `tokenizer`.
 _FORMAT = 2
-# What every checkpoint holds beside its format, the weights and the optimizer's state.
+# The entries of every checkpoint besides its format, the weights and the optimizer's state.
 _PROGRESS = (
     "step", "scaler", "loss_sum", "num_losses", "best_loss", "global_rows", "data", "val_data", "tokenizer",
     "model_config", "train_config",
@@ -46,7 +46,11 @@ def checkpoint_paths(out: str | PathLike[str]) -> list[Path]:
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
-    """A checkpoint's contents, on the CPU; `model` holds the whole weights. ValueError when it is none of ours."""
+    """Read a checkpoint onto the CPU. Its entry `model` holds the whole weights.
+
+    Raises:
+        ValueError: It is damaged, or not a checkpoint of this version.
+    """
     if not Path(path).is_dir():
         return _read_file(path)
     state = read_progress(path)
@@ -60,7 +64,10 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def read_progress(path: str | PathLike[str], processes: Processes | None = None) -> dict[str, Any]:
-    """What `read_checkpoint` reads; of a folder all but the tensors, and each process checks its share of the files."""
+    """Read a checkpoint, but without the tensors if it is a folder.
+
+    Each process verifies the checksums of its share of a folder's files.
+    """
     if not Path(path).is_dir():
         return _read_file(path)
     return _checked(path, sharding.read_state(Path(path), processes), _PROGRESS)
@@ -90,7 +97,7 @@ class RunFolder:
         self._metrics = self.path / "metrics.jsonl"
 
     def prepare(self, step: int, tokenizer: Tokenizer | None) -> None:
-        """Make the folder ready for a run that goes on from `step`, whatever a killed run has left there."""
+        """Prepare the folder for a run that continues after `step`, and remove what a killed run left there."""
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self._checkpoints)
         remove_leftovers(self.path)
@@ -108,7 +115,7 @@ class RunFolder:
             file.write(json.dumps(_finite(asdict(report)), allow_nan=False) + "\n")
 
     def save_checkpoint(self, step: int, state: dict[str, Any], *, is_best: bool, keep: int) -> Path:
-        """Write a checkpoint as a file, and remove old ones: the latest `keep` stay, and the best one."""
+        """Write a checkpoint as a file, and remove old checkpoints except for the latest `keep` and the best one."""
         self._sync_metrics()
         path = self._checkpoints / f"step-{step:08d}.pt"
         with atomic_file(path) as file:
@@ -126,7 +133,7 @@ class RunFolder:
         is_best: bool,
         keep: int,
     ) -> Path:
-        """`save_checkpoint` as a folder that every process writes its part of; all of them call this."""
+        """Like `save_checkpoint`, but write a folder, to which every process adds its part. All processes call this."""
         path = self._checkpoints / f"step-{step:08d}"
         stage = staging_path(path)
         if processes.is_first:
@@ -144,7 +151,7 @@ class RunFolder:
             if processes.is_first:
                 shutil.rmtree(stage, ignore_errors=True)
             raise
-        if path.exists():  # of a run begun anew here
+        if path.exists():  # from an earlier run in this folder
             _remove_folder(path)
         os.replace(stage, path)
         sync(path.parent)
@@ -153,14 +160,16 @@ class RunFolder:
 
     def _sync_metrics(self) -> None:
         with open(self._metrics, "rb") as metrics:
-            os.fsync(metrics.fileno())  # the lines up to a checkpoint outlive it
+            os.fsync(metrics.fileno())  # the lines up to a checkpoint must not be lost
 
     def _settle(self, path: Path, is_best: bool, best_loss: float, keep: int) -> None:
         if is_best:
             self.mark_best(path)
         best = self.best(best_loss)
         paths = checkpoint_paths(self.path)
-        twins = [other for other in paths if other.stem == path.stem and other != path]  # of a run begun anew here
+        twins = [
+            other for other in paths if other.stem == path.stem and other != path
+        ]  # from an earlier run in this folder
         latest = [other for other in paths if other not in twins][-keep:]
         for old in paths:
             if old.is_dir() and old not in (*latest, best):
@@ -169,21 +178,21 @@ class RunFolder:
                 old.unlink()
 
     def mark_best(self, checkpoint: Path) -> None:
-        """Make a checkpoint the one that `best` finds, however often it is called."""
-        if checkpoint.is_dir():  # which says so itself
+        """Make a checkpoint the one that `best` finds. Calling this twice does no harm."""
+        if checkpoint.is_dir():  # its own state says so
             self._link.unlink(missing_ok=True)
         else:
             link_file(checkpoint, self._link)
 
     def best(self, best_loss: float) -> Path | None:
-        """The checkpoint of the lowest validation loss, where one is there."""
+        """The checkpoint with the lowest validation loss; None if there is none."""
         if self._link.exists():
             return self._link
         folders = [path for path in checkpoint_paths(self.path) if path.is_dir()]
         return next((path for path in reversed(folders) if _was_best(path, best_loss)), None)
 
     def has_best(self, best_loss: float) -> bool:
-        """Whether `best` is there, and whole; a damaged one is set aside as NAME.damaged."""
+        """Whether the best checkpoint exists and is undamaged. A damaged one is renamed to NAME.damaged."""
         best = self.best(best_loss)
         if best is None:
             return False
@@ -199,7 +208,7 @@ class RunFolder:
 
 
 def _remove_folder(path: Path) -> None:
-    """Remove a checkpoint; its name goes first, as a folder half removed would be a damaged checkpoint."""
+    """Remove a checkpoint. It is renamed first, because a half-removed folder would be a damaged checkpoint."""
     removed = path.with_name(f"{staging_path(path).name}.removed")
     os.replace(path, removed)
     shutil.rmtree(removed)
@@ -214,12 +223,12 @@ def _was_best(folder: Path, best_loss: float) -> bool:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: null stands for them (the gradient's norm of a step that fp16 skipped)."""
+    """Replace NaN and infinity, which JSON lacks, by None. A step that fp16 skips has such a gradient norm."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _metrics_until(path: Path, step: int) -> bytes:
-    """The whole lines of a metrics file up to a step: what a resumed run repeats, or half wrote, is dropped."""
+    """The complete lines of a metrics file up to a step. The resumed run will write the later ones again."""
     if not path.exists():
         return b""
     lines = itertools.takewhile(lambda line: line[1]["step"] <= step, read_metrics(path))
@@ -227,7 +236,7 @@ def _metrics_until(path: Path, step: int) -> bytes:
 
 
 def read_metrics(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The whole lines of a metrics file, and what they say; ValueError at one that no training run wrote."""
+    """Yield (line, its values) for every complete line of a metrics file; ValueError if no training run wrote it."""
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             values = json.loads(line)

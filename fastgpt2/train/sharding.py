@@ -1,10 +1,11 @@
-"""A model whose weights are shared out among processes (FSDP2), and its checkpoints, which any number of them read.
+"""Sharding a model over processes (FSDP2), and its checkpoints, which any number of processes can read.
 
 Every process holds an equal part of each weight, of its gradient and of its optimizer's state. A block's weights are
-gathered when it runs, and let go again after it.
+gathered when it runs, and freed after it.
 
-A checkpoint is a folder: one safetensors file a process, written by PyTorch's distributed checkpointing (DCP), and
-state.json with everything else and the files' checksums. DCP's own format is not used: reading it runs pickled code.
+A checkpoint is a folder. It holds one safetensors file per process, written by PyTorch's distributed checkpointing
+(DCP), and state.json with everything else and the files' checksums. DCP's own format is not used, because reading it
+runs pickled code.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ STATE = "state.json"
 
 
 def shard(model: GPT2, device: torch.device, count: int) -> None:
-    """Leave this process its part of every weight, on `device`; a block at a time, so that no GPU holds all of them."""
+    """Shard every weight over `count` processes, on `device`. One block at a time, so that no GPU holds all weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -45,7 +46,7 @@ def shard(model: GPT2, device: torch.device, count: int) -> None:
 
 
 def release(model: GPT2) -> None:
-    """Let go of what a forward pass without a backward pass has gathered and kept."""
+    """Free the weights that a forward pass has gathered. Only a backward pass would free them otherwise."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -54,14 +55,14 @@ def release(model: GPT2) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is shared out; all processes call this."""
+    """Gather a sharded tensor; any other is returned as it is. All processes call this."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_weights(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
-    """The whole weights on the CPU, in the first process; nothing in the others. All processes call this."""
+    """Gather the weights onto the CPU of the first process; the others get nothing. All processes call this."""
     weights = {}
     for name, value in model.state_dict().items():
         gathered = whole(value)
@@ -71,7 +72,7 @@ def whole_weights(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that this process holds of `like`."""
+    """Shard a whole tensor in the way `like` is sharded."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor) or value.shape != like.shape:
@@ -83,9 +84,10 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, list[int]]:
-    """Write tensors into a folder that is there, each process its parts; returns every file's size and checksum.
+    """Write tensors into an existing folder, each process its own parts. All processes call this.
 
-    All processes call this. The files are on disk when it returns.
+    Returns:
+        The size and checksum of every file. The files are on disk by then.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -105,9 +107,12 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], processes: Proces
 
 
 def read_state(folder: Path, processes: Processes | None = None) -> dict[str, Any]:
-    """What a checkpoint holds beside its tensors, once its files' checksums are found right.
+    """Verify the checksums of a checkpoint's files, and read everything but its tensors.
 
-    Each of several processes looks at its share of the files. ValueError where the folder is not a whole checkpoint.
+    Each of several processes verifies its share of the files.
+
+    Raises:
+        ValueError: The folder is not a complete checkpoint.
     """
     damaged = f"{folder}: is damaged ({{}}); remove it to continue from the one before"
     try:
@@ -127,15 +132,15 @@ def read_state(folder: Path, processes: Processes | None = None) -> dict[str, An
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors, whole or shared out as they are, with what a checkpoint holds under their names."""
+    """Fill tensors, whole or sharded, with those of the same names in a checkpoint."""
     import torch.distributed.checkpoint as dcp
 
-    # Every process reads its own parts, and needs no agreement with the others.
+    # Every process reads its own parts and need not coordinate with the others.
     _run(dcp.load, dict(tensors), no_dist=True, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
 def tensor_sizes(folder: Path) -> dict[str, torch.Size]:
-    """The names and whole sizes of a checkpoint's tensors."""
+    """The names of a checkpoint's tensors, and their sizes when they are gathered."""
     import torch.distributed.checkpoint as dcp
 
     found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
@@ -143,12 +148,12 @@ def tensor_sizes(folder: Path) -> dict[str, torch.Size]:
 
 
 def _run(function: Any, *arguments: Any, **options: Any) -> None:
-    """Call a function of DCP, with its failure as an error like others: its own is no Exception."""
+    """Call a function of DCP, and raise its failure as a usual error: DCP's own is not an Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of reading alone
+            warnings.simplefilter("ignore")  # DCP warns if a process reads without the others
             function(*arguments, **options)
     except CheckpointException as error:
         cause = next((cause for cause, _ in error.failures.values()), error)

@@ -1,8 +1,8 @@
-"""Training: AdamW with GPT-2's parameter groups, or Muon; data-parallel under torchrun; resumed to the bit.
+"""The `Trainer`: AdamW with GPT-2's parameter groups, or Muon; data-parallel under torchrun; resumable bit for bit.
 
-Every step is a pure function of the weights, the optimizer's state and (seed, step): its rows (data.py) and its random
-numbers (the generators are seeded anew for every step) follow from those two. So a checkpoint needs no generator's
-state. Whatever moment a run is killed at, continuing from its last checkpoint gives what an uninterrupted run gives.
+A step depends only on the weights, the optimizer's state and (seed, step). Those two determine its rows (data.py) and
+its random numbers, because the generators are seeded at every step. So a checkpoint needs no generator state. A run may
+be killed at any moment: continued from its last checkpoint, it gives what an uninterrupted run gives.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from fastgpt2.train.reports import CheckpointReport, EvalReport, Report, SampleR
 from fastgpt2.train.run_folder import RunFolder, checkpoint_paths, read_checkpoint, read_progress
 from fastgpt2_kernels import ops
 
-# With `minutes`, the steps that are timed to set the number of steps (none of the first, which warm up).
+# With `minutes`, these steps are timed to set the number of steps. The ones before them are warm-up.
 _CALIBRATION = range(5, 25)
-# What a resumed run may change: it does not enter the maths, or only from here on.
+# What a resumed run may change: it does not affect the results, or only those of the steps to come.
 _MAY_CHANGE = {
     "steps", "batch_size", "accumulate", "compile", "deterministic", "log_interval", "eval_interval", "eval_tokens",
     "sample_interval", "sample_prompt", "checkpoint_interval", "keep_checkpoints", "export", "parallel", "recompute",
     "early_stopping", "log",
 }  # fmt: skip
-# The entries of a checkpoint's file that hold the state of `Trainer.optimizers`.
+# The entries of a checkpoint file that hold the state of `Trainer.optimizers`.
 _OPTIMIZERS = ("optimizer", "muon")
 
 
 class _LossModule(nn.Module):
-    """The loss as a forward pass, which is what DistributedDataParallel wraps."""
+    """Computes the loss in its forward pass, so that DistributedDataParallel can wrap it."""
 
     def __init__(self, model: GPT2) -> None:
         super().__init__()
@@ -66,11 +66,23 @@ class _LossModule(nn.Module):
 
 
 class Trainer:
-    """Trains `model` on `data` as `config` says, writing to the folder `out`; `run` yields reports as it goes.
+    """Trains a model, and writes metrics, checkpoints and the finished model to a folder.
 
-    The weights are float32 and are changed in place; torch's generators are seeded anew at every step. With
-    `config.lora_rank` adapters are put on the model. With `config.parallel` "fsdp" its weights are shared out among
-    `processes`, and it is no longer of use outside of the trainer.
+    The weights are float32 and are changed in place. torch's generators are seeded at every step. With
+    `config.lora_rank` the model gets adapters. With `config.parallel` "fsdp" its weights are sharded over the
+    processes, and it can no longer be used outside the trainer.
+
+    Args:
+        model: The model.
+        data: The tokens to train on, and those to validate on.
+        config: How to train.
+        out: The run's folder.
+        tokenizer: The tokenizer that is saved with the model; None if there is none.
+        processes: The processes of the run; None is this process alone.
+
+    Raises:
+        ValueError: The model, the data and the configuration do not fit each other, or this machine.
+        ImportError: The configuration needs a library that is not installed.
     """
 
     def __init__(
@@ -91,6 +103,10 @@ class Trainer:
         self.data = data
         self.tokenizer = tokenizer
         self.context = model.config.context_length
+        self._fingerprint = data.train.fingerprint()
+        self._val_fingerprint = data.val.fingerprint() if data.val is not None else None
+        # First of all: an error that only one process finds would leave the others waiting for it.
+        self.processes.check_same(self._settings(model.config))
         data.train.windows_per_epoch(self.context)  # raises when the text is too short
         if data.meta is not None and data.meta.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -100,7 +116,9 @@ class Trainer:
         if config.early_stopping and (data.val is None or len(data.val) < 2):
             raise ValueError("Trainer: early_stopping needs a validation set; give a val_fraction > 0 or leave it out")
         if config.optimizer == "muon" and self.config.dtype == "fp16":
-            raise ValueError("Trainer: optimizer 'muon' goes with dtype bf16 or fp32; got fp16, which skips steps")
+            raise ValueError(
+                "Trainer: optimizer 'muon' needs dtype bf16 or fp32; got fp16, which skips steps that overflow"
+            )
         if model.dtype != torch.float32:
             raise ValueError(
                 f"Trainer: the model's weights must be float32 (config.dtype is autocast's); got {model.dtype}"
@@ -108,8 +126,8 @@ class Trainer:
         check_config(config)
         if config.parallel == "fsdp" and self.processes.count != dist.get_world_size():
             raise ValueError(
-                f"Trainer: parallel 'fsdp' shares the weights among all {dist.get_world_size()} processes; got "
-                f"processes with a count of {self.processes.count}: give Processes.start()"
+                f"Trainer: parallel 'fsdp' needs all {dist.get_world_size()} processes; got a Processes of "
+                f"{self.processes.count}: pass Processes.start()"
             )
         if config.lora_rank:
             add_adapters(model, config.lora_rank, config.lora_alpha, config.seed)
@@ -132,8 +150,16 @@ class Trainer:
         self.stop_requested = False
         self._logger: Logger | None = None
         self._val_bytes: int | None = None
-        self._fingerprint = data.train.fingerprint()
-        self._val_fingerprint = data.val.fingerprint() if data.val is not None else None
+
+    def _settings(self, model_config: GPT2Config) -> dict[str, object]:
+        """What has to be the same in every process."""
+        return {
+            **asdict(self.config),
+            **{f"the model's {name}": value for name, value in asdict(model_config).items()},
+            "the hash of train.bin": self._fingerprint,
+            "the hash of val.bin": self._val_fingerprint,
+            "the tokenizer's hash": None if self.tokenizer is None else self.tokenizer.digest(),
+        }
 
     # -- a run ----------------------------------------------------------------------------------------------------
 
@@ -142,7 +168,7 @@ class Trainer:
         return self.config.batch_size * self.config.accumulate * self.processes.count
 
     def stop(self) -> None:
-        """Ask `run` to finish the step it is in, write a checkpoint and end (safe in a signal handler)."""
+        """Ask `run` to finish its current step, write a checkpoint and end. This is safe in a signal handler."""
         self.stop_requested = True
 
     @property
@@ -155,9 +181,12 @@ class Trainer:
         return 0 < self.config.early_stopping <= self.stale_evaluations
 
     def run(self) -> Iterator[Report]:
-        """Train until `config.steps` or `stop()`, then write the finished model if the steps are done.
+        """Train, and yield reports, until all steps are done or `stop()` is called.
 
-        ValueError when the loss is no longer finite; the checkpoints before it stay.
+        The finished model is written when all steps are done, or when training has stopped early.
+
+        Raises:
+            ValueError: The loss is no longer finite. The checkpoints written before stay.
         """
         if self.processes.is_first:
             self._folder.prepare(self.step, self.tokenizer)
@@ -168,14 +197,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def _modes(self) -> Iterator[None]:
-        """`deterministic` and `compile`, for as long as the run lasts."""
+        """Turn on `deterministic` and `compile` for the duration of the run."""
         was_deterministic = torch.are_deterministic_algorithms_enabled()
         if self.config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is only then deterministic
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
             torch.use_deterministic_algorithms(True)
         if self.config.compile:
-            # The transformer alone: the loss is one chunked operator, with nothing around it to fuse.
-            # In the instance's dictionary, so that dropping it brings the class's own back.
+            # Only the transformer: the loss is one chunked operator, with nothing around it to fuse.
+            # The instance's dictionary holds the compiled method. Deleting it there restores the class's own.
             vars(self.model)["hidden_states"] = torch.compile(self.model.hidden_states)
         try:
             yield
@@ -186,7 +215,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
-        """`log`, for as long as the run lasts; a run that has nothing left to do opens nothing."""
+        """Open the logger for the duration of the run. A run that has nothing left to do opens none."""
         if self.processes.is_first and not self.is_finished:
             self._logger = open_logger(self.config, self.out, self.step)
         try:
@@ -237,20 +266,20 @@ class Trainer:
                 path = self._save(self._finite_loss_sum(), is_best)
                 if path is not None:
                     yield CheckpointReport(self.step, path)
-            clock += time.perf_counter() - pause  # speed is that of the steps alone
+            clock += time.perf_counter() - pause  # the speed counts training steps only
 
     def _is_due(self, interval: int) -> bool:
-        """Whether something done every `interval` steps (0: never), and after the last one, is to be done now."""
+        """Whether something that happens every `interval` steps (0: never) and after the last step is due now."""
         return bool(interval) and (self.step % interval == 0 or self.is_finished)
 
     def _agree_to_stop(self) -> bool:
         if self.processes.count == 1:
             return self.stop_requested
-        # Processes agree now and then only: it takes a round of messages.
+        # Processes do not agree at every step, because that takes a round of messages.
         return self._is_due(self.config.log_interval) and self.processes.any(self.stop_requested)
 
     def _train_step(self, loss_module: nn.Module) -> tuple[float, Tensor]:
-        """One optimizer step; returns its learning rate and the gradient's norm before clipping."""
+        """Run one optimizer step; returns its learning rate and the gradient's norm before clipping."""
         config, processes = self.config, self.processes
         lr = learning_rate(self.step, config)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
@@ -276,7 +305,7 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         if self.is_sharded:
             grad_norm = sharding.whole(grad_norm)
-        if not self.scaler.is_enabled():  # the scaler leaves out steps that overflow; nothing else does
+        if not self.scaler.is_enabled():  # the scaler skips steps that overflow; nothing else does
             self.max_norm = torch.maximum(self.max_norm, grad_norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
@@ -298,13 +327,13 @@ class Trainer:
         return module
 
     def _calibrate(self, step_s: float) -> None:
-        """Set `steps` from `minutes` and the seconds of a step, the same in every process."""
+        """Set `steps` from `minutes` and the seconds per step, equally in every process."""
         minutes = self.config.minutes or 0.0
         mean_s = self.processes.sum(torch.tensor(step_s, device=self.device)).item() / self.processes.count
         self.config = self.config.replace(steps=max(self.step + 1, round(60 * minutes / mean_s)))
 
     def _mean_loss(self) -> float:
-        """Mean loss since the last call, over all processes."""
+        """The mean loss since the last call, over all processes."""
         mean = self._finite_loss_sum() / (self.num_losses * self.processes.count)
         self.loss_sum.zero_()
         self.num_losses = 0
@@ -313,7 +342,8 @@ class Trainer:
     def _finite_loss_sum(self) -> float:
         """The sum of losses since the last report, over all processes.
 
-        ValueError where it, or a gradient that has entered the weights, is not finite.
+        Raises:
+            ValueError: It is not finite, or a gradient that has entered the weights was not.
         """
         loss_sum, max_norm = self.processes.sum(torch.stack((self.loss_sum, self.max_norm))).tolist()
         if not math.isfinite(loss_sum + max_norm):
@@ -327,7 +357,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, int]:
-        """Validation loss in nats a token, and the number of tokens it is the mean of (0: no validation set)."""
+        """Compute the validation loss.
+
+        Returns:
+            The loss in nats per token, and the number of tokens that it is the mean of (0 without a validation set).
+        """
         if self.data.val is None:
             return math.nan, 0
         self.model.eval()
@@ -339,7 +373,7 @@ class Trainer:
             is_mine = self.processes.rank < len(turn)
             if not is_mine and not self.is_sharded:
                 break
-            # Processes that share out the weights compute together, with or without a batch of their own.
+            # With sharded weights all processes compute together, even those without a batch of their own.
             inputs, targets = turn[self.processes.rank if is_mine else 0]
             with self._autocast():
                 loss = calculate_loss(self.model, self._to_device(inputs), self._to_device(targets), reduction="sum")
@@ -363,7 +397,7 @@ class Trainer:
         return EvalReport(self.step, loss, bits_per_byte, is_best)
 
     def _evaluated_bytes(self, num_tokens: int) -> int:
-        """UTF-8 bytes of text that the evaluated targets stand for; 0 without a tokenizer."""
+        """The number of UTF-8 bytes in the text of the evaluated targets; 0 without a tokenizer."""
         if self.tokenizer is None or self.data.val is None:
             return 0
         if self._val_bytes is None:
@@ -376,14 +410,14 @@ class Trainer:
         return self._val_bytes
 
     def _whole_model(self) -> GPT2 | None:
-        """The model with all its weights, in the first process; all processes call this."""
+        """The unsharded model in the first process, None in the others. All processes call this."""
         if not self.is_sharded:
             return self.model if self.processes.is_first else None
         weights = sharding.whole_weights(self.model, self.processes)
         return self._plain_model(weights) if self.processes.is_first else None
 
     def _plain_model(self, weights: dict[str, Tensor]) -> GPT2:
-        """A model of its own with these weights, and adapters where there are some."""
+        """Build a separate model with these weights, and with adapters if the run trains some."""
         model = GPT2(self.model.config, backend=self.model.backend)
         if self.config.lora_rank:
             add_adapters(model, self.config.lora_rank, self.config.lora_alpha, self.config.seed)
@@ -414,7 +448,7 @@ class Trainer:
                 self._logger.log(report)
 
     def _save(self, loss_sum: float, is_best: bool) -> Path | None:
-        """Write a checkpoint; its path, in the first process. All processes call this."""
+        """Write a checkpoint; returns its path in the first process, None in the others. All processes call this."""
         state = {
             "step": self.step,
             "scaler": self.scaler.state_dict(),
@@ -443,7 +477,7 @@ class Trainer:
         return self._folder.save_checkpoint(self.step, state, is_best=is_best, keep=keep)
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        """Weights and buffers as a folder's checkpoint names them; a tied head is not there twice."""
+        """The weights and buffers, named as in a checkpoint folder. A tied head is left out."""
         weights = self.model.state_dict()
         if self.model.config.tie_word_embeddings:
             del weights["lm_head.weight"]
@@ -467,10 +501,19 @@ class Trainer:
         backend: str = "auto",
         **changes: Any,
     ) -> Trainer:
-        """Continue the run in `out` from its last checkpoint; `changes` are TrainConfig fields.
+        """Continue a run from its last checkpoint.
 
-        ValueError naming the field for a change that would make another run of it (data, seed, learning rate ...),
-        FileNotFoundError when there is no checkpoint.
+        Args:
+            out: The run's folder.
+            data: The data that the run began with.
+            processes: The processes of the run; by default those that torchrun started.
+            backend: The model's backend.
+            changes: Fields of TrainConfig to change.
+
+        Raises:
+            ValueError: A change would make it a different run (of the seed, the learning rate ...), the data or the
+                tokenizer is not the run's, or the checkpoint is damaged.
+            FileNotFoundError: There is no checkpoint.
         """
         paths = checkpoint_paths(out)
         if not paths:
@@ -512,7 +555,9 @@ class Trainer:
             trainer._restore(paths[-1], state)
         if state.get("is_best"):
             if processes.is_first:
-                trainer._folder.mark_best(paths[-1])  # the run may have been killed after the checkpoint, before this
+                trainer._folder.mark_best(
+                    paths[-1]
+                )  # the run may have been killed between writing the checkpoint and this
         elif math.isfinite(trainer.best_loss) and not processes.from_first(
             lambda: trainer._folder.has_best(trainer.best_loss)
         ):
@@ -539,17 +584,17 @@ class Trainer:
                 for index, entries in saved["state"].items():
                     saved["state"][index] = {k: self._placed(v, in_order[index]) for k, v in entries.items()}
                 optimizer.load_state_dict(saved)
-        # The scaler of fp16 leaves out steps that overflow, perhaps all so far.
+        # With fp16 the scaler skips steps that overflow. It may have skipped all, and then there is no state yet.
         for optimizer in () if self.scaler.is_enabled() else self.optimizers:
             if len(optimizer.state) != sum(len(group["params"]) for group in optimizer.param_groups):
-                raise ValueError("the optimizer's state is not that of the model's parameters")
+                raise ValueError("the optimizer's state does not belong to the model's parameters")
         self.scaler.load_state_dict(state["scaler"])
         self.step = operator.index(state["step"])
         self.best_loss = float(state["best_loss"])
         self.stale_evaluations = int(state.get("stale_evaluations", 0))  # older checkpoints have none
         self.num_losses = operator.index(state["num_losses"])
         if self.processes.is_first:
-            # A sum over processes, of which there may have been another number; older checkpoints do not say.
+            # A sum over the processes. Their number may have changed; older checkpoints do not say what it was.
             count = self.processes.count
             self.loss_sum.fill_(state["loss_sum"] * (count / state.get("processes", count)))
 
@@ -557,7 +602,7 @@ class Trainer:
         return sharding.placed_like(value, like) if self.is_sharded and like is not None else value
 
     def _restore_optimizers(self, folder: Path) -> None:
-        """Fill the optimizers' state from a folder's checkpoint: whatever it holds of each parameter."""
+        """Fill the optimizers' state with everything that a checkpoint folder holds for each parameter."""
         sizes = sharding.tensor_sizes(folder)
         owners = {p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
         for name, p in self.parameters.items():
@@ -570,7 +615,7 @@ class Trainer:
     def _export(self) -> None:
         """Write the finished model into the run's folder, in the layout of `GPT2.save_pretrained`.
 
-        Adapters are merged into it: whatever loads a GPT-2 then loads this one.
+        Adapters are merged into the weights, so that everything that loads a GPT-2 can load it.
         """
         takes_best = self.config.export == "best"
         best = self.processes.from_first(lambda: self._folder.best(self.best_loss) if takes_best else None)
@@ -593,7 +638,12 @@ class Trainer:
 
 
 def check_config(config: TrainConfig) -> None:
-    """ImportError or ValueError where this machine, or the way this process was started, cannot do as `config` says."""
+    """Check that this process can train as `config` says.
+
+    Raises:
+        ValueError: Weights should be sharded, but torchrun did not start this process.
+        ImportError: A library is missing, or PyTorch is too old.
+    """
     check_parallel(config)
     check_optimizer(config.optimizer)
     check_logger(config.log)
@@ -603,7 +653,7 @@ def check_config(config: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def _damage_in(checkpoint: Path) -> Iterator[None]:
-    """What PyTorch and the configurations say to a damaged checkpoint, as one ValueError that names it."""
+    """Turn any error that a damaged checkpoint causes into a ValueError that names the checkpoint."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:

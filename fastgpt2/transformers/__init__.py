@@ -1,6 +1,6 @@
-"""transformers' GPT-2 classes on fastgpt2's operators: change `from transformers import` to this package's name.
+"""The GPT-2 classes of transformers on fastgpt2's operators. Import them from here instead of from transformers.
 
-Importing it also makes `attn_implementation="fastgpt2"` known to every model of transformers.
+This import also makes `attn_implementation="fastgpt2"` known to every model of transformers.
 """
 
 from __future__ import annotations

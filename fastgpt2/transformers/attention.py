@@ -1,16 +1,17 @@
 """`attn_implementation="fastgpt2"`: causal attention for every model of transformers that takes attention by name.
 
-transformers asks two functions. The mask function is called once a forward pass and says what the attention functions
-of all layers get as their mask:
+transformers calls two functions. The mask function is called once per forward pass. It returns the mask that the
+attention functions of all layers get:
 
-- None: plain causal attention;
-- `Ragged`: causal attention within documents. They are the tokens that a 2-D padding mask keeps, or the sequences that
-  position ids, which restart, pack into a row. Where padding follows a token, only within `padding_ignored`, for
-  transformers' generation reads what stands in a last position that is padding;
-- a 4-D mask, as transformers makes it for PyTorch's own operator, for everything else (a cache with padding, windows,
-  masks of the user's own, a trace of `torch.compile`).
+- None for plain causal attention.
+- `Ragged` for causal attention within documents. A document is the tokens of a row that a 2-D padding mask keeps, or
+  one of the sequences that restarting position ids pack into a row. If padding follows a token, this is used only
+  within `padding_ignored`, because transformers' generation reads the hidden state in the last position even if that is
+  padding.
+- a 4-D mask, which transformers makes for PyTorch's own operator, for everything else (a cache with padding, windows,
+  the user's own masks, tracing by `torch.compile`).
 
-The attention function takes the first two to `fastgpt2.kernels` and the last to PyTorch's operator.
+The attention function passes the first two to `fastgpt2.kernels`, and the last to PyTorch's operator.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from fastgpt2_kernels import ops
 
 NAME = "fastgpt2"
-# What changes the maths of attention and is not here: refused, not ignored.
+# Options that change the result and are not supported. They are refused, not ignored.
 _REFUSED = {
     "softcap": "a soft cap of the scores",
     "s_aux": "attention sinks",
@@ -43,7 +44,7 @@ _IS_IGNORED = ContextVar("padding_is_ignored", default=False)
 
 @contextlib.contextmanager
 def padding_ignored(ignored: bool = True) -> Iterator[None]:
-    """Forward passes in which nobody reads hidden states at padding."""
+    """Declare that nobody reads the hidden states at padding of the forward passes in this block."""
     token = _IS_IGNORED.set(ignored)
     try:
         yield
@@ -52,9 +53,9 @@ def padding_ignored(ignored: bool = True) -> Iterator[None]:
 
 
 class Ragged:
-    """Which of B x T tokens attend, and where documents begin: they are laid end to end, one row after the other.
+    """Which of B x T tokens attend, and where documents begin. The tokens of all rows are laid end to end.
 
-    The outputs at the other positions are 0. Hidden states there mean nothing, as with flash attention.
+    The outputs at all other positions are 0. Hidden states there have no meaning, as with flash attention.
     """
 
     def __init__(self, kept: Tensor, starts: Tensor) -> None:
@@ -67,7 +68,7 @@ class Ragged:
 
     @classmethod
     def from_padding(cls, mask: Tensor) -> Ragged:
-        """One document a row: the tokens that a (B, T) bool mask keeps."""
+        """One document per row, of the tokens that a (B, T) bool mask keeps."""
         return cls(mask, mask & (mask.cumsum(1) == 1))
 
     def attend(self, qkv: Tensor, num_heads: int, **options: Any) -> Tensor:
@@ -85,7 +86,7 @@ class Ragged:
 
 
 def _documents(mask: Tensor) -> Ragged | None:
-    """The documents that a 4-D mask (B, 1, T, T) separates, if it is causal within each and nothing else."""
+    """The documents that a 4-D mask (B, 1, T, T) separates; None if it is not just causal within each document."""
     seen = mask[:, 0]
     starts = ~torch.diagonal(seen, -1, 1, 2)  # a token that does not see the one before it
     starts = nn.functional.pad(starts, (1, 0), value=True)
@@ -105,7 +106,7 @@ def attention_mask(
     allow_is_causal_skip: bool = True,
     **options: Any,
 ) -> Tensor | Ragged | None:
-    """The mask of a forward pass; arguments as transformers' mask functions take them."""
+    """The mask of a forward pass. The arguments are those of transformers' mask functions."""
     is_whole = (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -136,7 +137,7 @@ def attention_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **options,
     )
-    # Packed sequences come as a function of positions; what it means is in the mask that it makes.
+    # Packed sequences come as a function of positions. The mask it makes shows what they are.
     is_packed = is_whole and mask_function is not causal_mask_function and attention_mask is None
     documents = None
     if is_packed and mask is not None and mask.shape == (batch_size, 1, q_length, q_length):
@@ -145,7 +146,7 @@ def attention_mask(
 
 
 def causal_mask_4d(mask: Tensor) -> Tensor:
-    """What a 2-D padding mask (B, T) means to PyTorch's operator: (B, 1, T, T), True where a query sees a key."""
+    """Turn a 2-D padding mask (B, T) into one for PyTorch's operator: (B, 1, T, T), True where a query sees a key."""
     B, T = mask.shape
     seen = sdpa_mask(B, T, T, attention_mask=mask.bool(), allow_is_causal_skip=False, device=mask.device)
     return seen.expand(B, 1, T, T)
@@ -162,14 +163,15 @@ def attention_forward(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of query (B, H, T, D) to key and value (B, H or fewer, S, D) -> (B, T, H, D), and no weights.
+    """Attention of query (B, H, T, D) to key and value (B, H or fewer, S, D) -> (B, T, H, D). Returns no weights.
 
-    ValueError for what would change the result and is not here (soft caps, attention sinks ...).
+    Raises:
+        ValueError: An option that changes the result is not supported (a soft cap, attention sinks ...).
     """
     for name, what in _REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(
-                f'attn_implementation="{NAME}" has no {name} ({what}), which {type(module).__name__} asks for; '
+                f'attn_implementation="{NAME}" does not support {name} ({what}), which {type(module).__name__} uses; '
                 'choose "eager"'
             )
     T, S = query.shape[2], key.shape[2]
@@ -184,8 +186,8 @@ def attention_forward(
     if not is_ours:
         if isinstance(attention_mask, Ragged):
             raise ValueError(
-                f'attn_implementation="{NAME}": {type(module).__name__} attends with a causal mask of '
-                f'{attention_mask.shape[1]} tokens in another way than causally among them; choose "sdpa"'
+                f'attn_implementation="{NAME}": {type(module).__name__} must attend causally among the '
+                f'{attention_mask.shape[1]} tokens of its padding mask; it attends differently: choose "sdpa"'
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
     groups = query.shape[1] // key.shape[1]

@@ -1,15 +1,15 @@
 """`generate` of transformers' GPT-2 classes on our decoding step, without padding.
 
-transformers' `generate` reads the arguments, makes logits processors and stopping criteria of them, and calls a method
-for the way of decoding. `FastGenerationMixin` overrides the one for greedy decoding and sampling, so every argument
-means what it means there. Other ways of decoding (beam search, assisted ...) stay transformers' own.
+transformers' `generate` turns its arguments into logits processors and stopping criteria, and then calls a method for
+the decoding strategy. `FastGenerationMixin` overrides only the method for greedy decoding and sampling. So every
+argument keeps its meaning, and other strategies (beam search, assisted decoding ...) still run in transformers.
 
-A run takes one of three ways:
+A run goes one of three ways:
 
-- the fused step chooses tokens itself: greedy, temperature, top-k, top-p, min-p, repetition penalty;
-- with other logits processors, or where scores are asked for, the step hands out logits, and transformers' own
-  processors run on them;
-- what `why_not_fast` names runs in transformers' own loop.
+- The fused step chooses the tokens itself: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+- With other logits processors, or if scores are asked for, the step returns logits, and transformers' own processors
+  run on them.
+- For the reasons that `why_not_fast` gives, it runs in transformers' own loop.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ from fastgpt2.weights_mark import WeightsMark
 from fastgpt2_kernels import ops
 
 _LOGGER = logging.getLogger(__name__)
-# Prompt tokens prefilled in one forward.
+# Prompt tokens prefilled in one forward pass.
 _PREFILL_TOKENS = 4096
 _NO_LIMIT = 2**31 - 1
-# What `generate` hands to its loop by itself.
+# Arguments that `generate` always passes to its loop.
 _USUAL_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "tokenizer")
-# What transformers calls the cache; newer releases say "cache".
+# How transformers names the cache; newer releases call it "cache".
 _CACHE_NAMES = ("past_key_values", "cache")
 _CACHE_OF_OUTPUT = next(name for name in _CACHE_NAMES if name in GenerateDecoderOnlyOutput.__dataclass_fields__)
-# Attention of these names computes what ours does.
+# These attention implementations compute the same as ours.
 _ATTENTION = {None, "eager", "sdpa", "fastgpt2", "flash_attention_2", "flash_attention_3", "flex_attention"}
-# Methods that transformers' loop calls; an override may do anything.
+# Methods that transformers' loop calls. A model that overrides one of them may compute something else.
 _LOOP_METHODS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill")
 
 
 class FastGenerationMixin(GenerationMixin):
     """Greedy decoding and sampling by `generate`, as fast as `fastgpt2.GPT2` generates.
 
-    To stand before a GPT-2 class of transformers among a class's bases. What differs from transformers:
+    Put it before a GPT-2 class of transformers in the list of base classes. It differs from transformers in this:
 
-    - Rows are decoded without their padding, wherever it lies: right-padded prompts give what they give alone. Logits
+    - Rows are decoded without their padding, wherever it lies. A right-padded prompt gives what it gives alone. Logits
       processors and stopping criteria see the padding on the left.
-    - Samples follow from `torch.manual_seed`, but are other ones than transformers draws from that seed.
+    - Samples follow from `torch.manual_seed`, but they are not those that transformers draws from the same seed.
     - A row that has ended has scores and logits of 0, and zeros in the returned cache.
-    - A row that is padding only, and one that grows past the context, are a ValueError.
+    - A row of padding only, or one that grows past the context, raises a ValueError.
     """
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ def _cache_of(inputs: dict[str, Any]) -> Any:
 
 
 def _why_not_inputs(inputs: dict[str, Any]) -> str | None:
-    """Why what the loop would hand to the forward pass is more than prompts and their padding."""
+    """Why the inputs of the forward pass are more than prompts and their padding; None if they are not."""
     usual = (*_USUAL_INPUTS, *_CACHE_NAMES)
     given = sorted(name for name, value in inputs.items() if value is not None and name not in usual)
     cache = _cache_of(inputs)
@@ -128,11 +128,13 @@ def _why_not_inputs(inputs: dict[str, Any]) -> str | None:
 
 
 def why_not_fast(model: Any, config: Any, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
-    """Why a call of `generate` with plain prompts runs in transformers' own loop, in words; None if on our step.
+    """Why a call of `generate` with plain prompts runs in transformers' own loop; None if it runs on our step.
 
     Args:
-        config: the `GenerationConfig` of the call.
-        inputs: what the loop would hand to the model's forward pass.
+        model: The model.
+        config: The `GenerationConfig` of the call.
+        synced_gpus: Whether processes generate in step with each other.
+        inputs: What the loop would pass to the model's forward pass.
     """
     if synced_gpus or config.is_assistant:
         return "its steps are tied to another model's or process's"
@@ -165,7 +167,7 @@ def _why_not_model(model: Any) -> str | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the module computes what its class in transformers or PyTorch does."""
+    """Whether a module computes just what its class in transformers or PyTorch computes."""
     kind = type(module)
     has_hooks = (
         module._forward_hooks
@@ -183,7 +185,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 class _Engine(NamedTuple):
-    """Our model on the weights of one of transformers', and the state of these that it was made of."""
+    """Our model on the weights of a model of transformers, and a mark of these weights as they were then."""
 
     config: GPT2Config
     mark: WeightsMark
@@ -194,14 +196,17 @@ _ENGINES: weakref.WeakKeyDictionary[nn.Module, _Engine] = weakref.WeakKeyDiction
 
 
 def _update_engine(model: Any) -> GPT2:
-    """Our GPT2 on the weights of a GPT-2 with a head: that of the last call, unless the weights have changed since.
+    """Our GPT2 on the weights of a GPT-2 with a head. It is kept between calls until the weights change.
 
-    They share their storage on a CPU. On a GPU the linear layers' weights are copied once, for the kernels read them
-    transposed. ValueError for a model that is not plain GPT-2.
+    On a CPU both share the storage of the weights. On a GPU the linear layers' weights are copied once, because the
+    kernels read them transposed.
+
+    Raises:
+        ValueError: The model is not a plain GPT-2.
     """
     state = {n: t for n, t in model.state_dict().items() if n.startswith(("transformer.", "lm_head."))}
     tied = state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
-    # Special tokens are the call's; fields that are unknown here have been read by transformers.
+    # The call names the special tokens. Fields that we do not know have been read by transformers.
     fields = {**model.config.to_dict(), "tie_word_embeddings": tied}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -209,7 +214,7 @@ def _update_engine(model: Any) -> GPT2:
     kept = _ENGINES.get(model)
     if kept is not None and kept.config == config and kept.mark.still_holds(model):
         return kept.model
-    _ENGINES.pop(model, None)  # its memory goes before more is asked for
+    _ENGINES.pop(model, None)  # frees its memory before more is allocated
     del kept
     with torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"):
@@ -227,7 +232,7 @@ def _update_engine(model: Any) -> GPT2:
 
 
 def _tokens_of(input_ids: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-    """Which of the ids (B, T) are no padding, bool; None for masks and positions that say something else.
+    """Which of the ids (B, T) are not padding, as bool; None if masks and positions mean something other than padding.
 
     A token that the mask leaves out is padding wherever it lies: no token sees it, and positions do not count it.
     """
@@ -264,7 +269,7 @@ class _Rows(NamedTuple):
         if not bool(keep.any(1).all()):
             row = int(keep.any(1).int().argmin())
             raise ValueError(
-                f"generate: row {row} of the batch is padding only; give it a token to begin with, say bos_token_id"
+                f"generate: row {row} of the batch is padding only; give it a token to begin with, such as bos_token_id"
             )
         order = keep.long().argsort(dim=1, stable=True)
         return cls(input_ids.gather(1, order), keep.gather(1, order), input_ids, keep, order)
@@ -286,8 +291,8 @@ class _Rows(NamedTuple):
         return {"attention_mask": self.keep.long(), "position_ids": positions}
 
     def left_padded_processors(self, processors: Any) -> Any:
-        """The logits processors, told where the padding is now."""
-        first = self.given_keep.int().argmax(1)  # what transformers takes for the number of padding tokens
+        """The logits processors, adjusted to where the padding is now."""
+        first = self.given_keep.int().argmax(1)  # transformers takes this as the number of padding tokens
 
         def moved(processor: Any) -> Any:
             ignored = getattr(processor, "prompt_ignore_length", None)
@@ -301,7 +306,7 @@ class _Rows(NamedTuple):
         return processes.LogitsProcessorList(moved(processor) for processor in processors)
 
     def as_given(self, result: Any) -> Any:
-        """What was generated, with the prompts as they were given in front."""
+        """The result, with the prompts in front of it as they were given."""
         if self.is_left_padded:
             return result
         T = self.ids.shape[1]
@@ -313,7 +318,7 @@ class _Rows(NamedTuple):
         return result
 
     def _columns_as_given(self, cached: Tensor) -> Tensor:
-        """cached (B, H, S, D): its first T columns in the order of `given`."""
+        """Reorder the first T columns of `cached` (B, H, S, D) as in `given`."""
         T = self.ids.shape[1]
         index = (
             self.order.argsort(1).to(cached.device)[:, None, :, None].expand(-1, cached.shape[1], -1, cached.shape[3])
@@ -325,7 +330,7 @@ class _Rows(NamedTuple):
 
 
 class _Run:
-    """One call of `generate` on a `DecodeSession`: all rows start together, and a step makes a token for each."""
+    """One call of `generate` on a `DecodeSession`. All rows start together, and a step chooses one token for each."""
 
     def __init__(self, model: GPT2, rows: _Rows, processors: Any, criteria: Any, config: Any, streamer: Any) -> None:
         self.model, self.rows, self.processors, self.criteria = model, rows, processors, criteria
@@ -334,7 +339,7 @@ class _Run:
         self.produced = [0] * len(self.prompts)  # new tokens of each row
         self.scores: tuple[Tensor, ...] | None = () if self._asks_for("output_scores") else None
         self.logits: tuple[Tensor, ...] | None = () if self._asks_for("output_logits") else None
-        # Drawn in every case, so that what else is asked for changes no sample.
+        # Drawn whatever else is asked for, so that other options do not change the samples.
         seed = int(torch.randint(2**63 - 1, ())) if config.do_sample else 0
         sampling = fused_sampling(processors, config.do_sample, rows.padding, seed)
         self.is_fused = sampling is not None and self.scores is None and self.logits is None
@@ -345,7 +350,7 @@ class _Run:
         self.max_new = min(
             (c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=_NO_LIMIT
         ) - rows.ids.shape[1]  # fmt: skip
-        # The device can tell by itself when a row has ended.
+        # The device itself can tell when a row has ended.
         self.runs_ahead = (
             self.is_fused
             and streamer is None
@@ -356,7 +361,7 @@ class _Run:
         return bool(self.config.return_dict_in_generate and getattr(self.config, name))
 
     def result(self, cache: DynamicCache) -> Any:
-        """What transformers' loop returns; `cache` is filled where it is returned."""
+        """Generate, and return what transformers' loop returns. If the cache is part of it, `cache` is filled."""
         with self._session() as session:
             logits, first = self._start(session)
             sequences = self._run_ahead(session, first) if self.runs_ahead else self._run(session, first, logits)
@@ -379,7 +384,7 @@ class _Run:
             release_session(self.model, session)
 
     def _start(self, session: DecodeSession) -> tuple[Tensor, Results]:
-        """Prefill, every prompt once however often it is there; the first logits (B, V), and the tokens of them."""
+        """Prefill every distinct prompt once; returns the first logits (B, V) and the tokens chosen from them."""
         slots: dict[tuple[int, ...], list[int]] = {}
         for slot, ids in enumerate(self.prompts):
             slots.setdefault(tuple(ids), []).append(slot)
@@ -399,11 +404,11 @@ class _Run:
         return logits, session.begin(new, logits)
 
     def _has_room(self, row: int, produced: int) -> bool:
-        """Whether the latest of the row's `produced` new tokens fits the context; its last one need not."""
+        """Whether a row with this many new tokens still fits the context. The last token of a row needs no room."""
         return len(self.prompts[row]) + produced <= self.model.config.context_length
 
     def _next(self, session: DecodeSession, going: list[int]) -> Results:
-        """Start the step of the rows that go on."""
+        """Start a step of the rows that have not ended."""
         for row in going:
             if not self._has_room(row, self.produced[row]):
                 raise ValueError(
@@ -413,7 +418,7 @@ class _Run:
         return session.step(going)
 
     def _chosen(self, results: Results, going: list[int]) -> list[int]:
-        """The rows' tokens that the step chose. RuntimeError where there was nothing to choose from."""
+        """The tokens that a step chose for the rows. RuntimeError if there was none to choose from."""
         tokens, logprobs = results.read()
         for row in going:
             if math.isnan(logprobs[row]):
@@ -427,7 +432,7 @@ class _Run:
         )
 
     def _run_ahead(self, session: DecodeSession, results: Results) -> Tensor:
-        """The sequences (B, T + n). On a GPU a step is started before the tokens of the one before it are read."""
+        """Generate the sequences (B, T + n). On a GPU a step starts before the tokens of the previous one are read."""
         new: list[list[int]] = [[] for _ in self.prompts]
         going = list(range(len(new)))
         for count in range(1, self.max_new + 1):
@@ -449,12 +454,12 @@ class _Run:
         return torch.cat([ids, torch.tensor(tokens, dtype=ids.dtype).to(ids.device)], 1)
 
     def _run(self, session: DecodeSession, results: Results, logits: Tensor) -> Tensor:
-        """The sequences (B, T + n), as transformers' loop makes them: criteria, and a streamer, after every step."""
+        """Generate the sequences (B, T + n) like transformers' loop, with criteria and a streamer after every step."""
         ids = self.rows.ids
         B = ids.shape[0]
         going = list(range(B))
         unfinished = torch.ones(B, dtype=torch.long, device=ids.device)
-        # Without an end-of-text criterion transformers goes on with every row until all have ended.
+        # Without an end-of-text criterion transformers continues all rows until every one has ended.
         ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
         pad = int(self.config._pad_token_tensor) if ends_rows else 0
         while True:
@@ -480,7 +485,7 @@ class _Run:
                 logits = session.step_logits(len(going))
 
     def _choose(self, ids: Tensor, going: list[int], logits: Tensor) -> Tensor:
-        """The next token of each row that goes on, from its logits, by transformers' own processors."""
+        """Choose the next token of every row that has not ended, with transformers' own processors."""
         full = torch.zeros(ids.shape[0], logits.shape[1], device=ids.device)
         full[going] = logits.to(ids.device)
         if self.logits is not None:
@@ -501,7 +506,7 @@ class _Run:
         return drawn
 
     def _fill(self, cache: DynamicCache, session: DecodeSession, columns: int) -> None:
-        """Put keys and values into transformers' cache, in the columns of left-padded prompts; 0 at padding."""
+        """Copy keys and values into transformers' cache, in the columns of left-padded prompts, with 0 at padding."""
         keys, values = session.cache.keys, session.cache.values
         device = keys.device
         produced = torch.tensor(self.produced, device=device)
@@ -515,7 +520,7 @@ class _Run:
 
 
 def _parts(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """The prompts in parts of about `_PREFILL_TOKENS` tokens."""
+    """Split the prompts into parts of about `_PREFILL_TOKENS` tokens."""
     part: list[tuple[int, ...]] = []
     for prompt in prompts:
         if part and sum(map(len, part)) + len(prompt) > _PREFILL_TOKENS:
@@ -526,7 +531,7 @@ def _parts(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
 
 
 def fused_sampling(processors: Sequence[Any], do_sample: bool, padding: Tensor, seed: int) -> SamplingConfig | None:
-    """The way of sampling that these logits processors come to; None if they do something else.
+    """The sampling settings that these logits processors amount to; None if they do anything else.
 
     Args:
         padding: padding tokens on the left of each row (B,).

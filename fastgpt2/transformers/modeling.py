@@ -1,14 +1,14 @@
-"""The GPT-2 classes of transformers, whose work runs on `fastgpt2.kernels`.
+"""The GPT-2 classes of transformers, computed with `fastgpt2.kernels`.
 
 Each class is a subclass of transformers' class of the same name, with the same modules and parameters: everything
 around the computation (files, configurations, outputs, caches, checkpointing, hooks, generation) is transformers' own.
-What differs is what a block computes with:
+What differs is how a block computes:
 
 - attention: packed and causal, without the padding (attention.py);
 - LayerNorm with the residual in one pass, bias and activation in one pass;
 - with `labels`, the head and its cross-entropy in one operator that never holds the logits.
 
-A module that was replaced (an adapter, a quantized layer) or that carries hooks is called as transformers calls it.
+A module that was replaced (an adapter, a quantized layer) or that has hooks is called the way transformers calls it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastgpt2.transformers.generation import FastGenerationMixin
 from fastgpt2_kernels import ops
 
 IGNORE_INDEX = -100
-# What transformers calls the argument and the output that are the cache: newer releases say "cache".
+# How transformers names the cache, as an argument and as an output; newer releases call it "cache".
 _CACHE = "cache" if "cache" in inspect.signature(hf.GPT2Block.forward).parameters else "past_key_values"
 # The classes of activation modules that are one function each, and its name.
 _ACTIVATIONS: dict[type, str] = {
@@ -51,7 +51,7 @@ _ACTIVATIONS: dict[type, str] = {
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of `module` is `kind.forward` and nothing else."""
+    """Whether calling `module` runs `kind.forward` and nothing else."""
     return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -85,7 +85,7 @@ class GPT2Attention(hf.GPT2Attention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        cache = past_key_values if cache is None else cache  # what newer releases call it
+        cache = past_key_values if cache is None else cache  # its name in newer releases
         if self.config._attn_implementation != NAME or encoder_hidden_states is not None or not self.is_causal:
             return super().forward(
                 hidden_states,
@@ -116,7 +116,7 @@ class GPT2Attention(hf.GPT2Attention):
         return self.resid_dropout(self.c_proj(attended)), None
 
     def _append(self, qkv: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values (B, H, S, D) of a cache that has been given the new ones."""
+        """Add the new keys and values to a cache; returns all of them (B, H, S, D)."""
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         _, key, value = self._heads(qkv)
         return cache.update(key, value, self.layer_idx)
@@ -171,7 +171,7 @@ class GPT2Block(hf.GPT2Block):
 
 
 class _Accelerated(hf.GPT2PreTrainedModel):
-    """What the models share: their modules are ours, and their attention too unless another is asked for."""
+    """The common base of the models: their modules are ours, and so is attention unless another one is asked for."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -190,7 +190,7 @@ class GPT2Model(_Accelerated, hf.GPT2Model):
         wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if wants_attentions and self.config._attn_implementation == NAME:
             raise ValueError(
-                f'GPT2Model: output_attentions needs attn_implementation="eager", for "{NAME}" has no attention '
+                f'GPT2Model: output_attentions needs attn_implementation="eager", as "{NAME}" has no attention '
                 'weights; call model.set_attn_implementation("eager") first'
             )
         return super().forward(*args, **kwargs)
@@ -209,8 +209,10 @@ _NAMES = {
 
 
 def _takes_skip_logits(theirs: Any) -> Callable[[Any], Any]:
-    """Give a `forward` the signature of transformers' and `skip_logits`: editors and `help` see it, and Trainer, which
-    passes on the columns that it names."""
+    """Give a `forward` the signature of transformers' one plus `skip_logits`.
+
+    Editors and `help` show it, and Trainer passes on only the columns that it names.
+    """
     signature = inspect.signature(theirs.forward)
     *parameters, rest = signature.parameters.values()
     more = inspect.Parameter("skip_logits", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
@@ -223,10 +225,10 @@ def _takes_skip_logits(theirs: Any) -> Callable[[Any], Any]:
 
 
 class _SkipsLogits(_Accelerated):
-    """What the models share that have a language modelling loss.
+    """The common base of the models with a language modelling loss.
 
     With `labels` the loss is computed without the logits. `skip_logits`, an argument of `forward` or an attribute of
-    the model, says whether `logits` are computed too. None, the default, computes them but in training mode. A tuple
+    the model, says whether `logits` are left out. None, the default, leaves them out in training mode only. A tuple
     (`return_dict=False`) always holds them.
     """
 
@@ -242,19 +244,19 @@ class _SkipsLogits(_Accelerated):
 class GPT2LMHeadModel(_SkipsLogits, FastGenerationMixin, hf.GPT2LMHeadModel):
     """transformers' GPT2LMHeadModel on fastgpt2's operators.
 
-    With `labels` the loss is computed without the logits. Whether `logits` are computed too, and are in the output,
-    is said by `skip_logits`, an argument of `forward` or an attribute of the model; None, the default, means: not in
-    training mode. A tuple (`return_dict=False`) always holds them.
+    With `labels` the loss is computed without the logits. `skip_logits`, an argument of `forward` or an attribute of
+    the model, says whether `logits` are left out of the output. None, the default, leaves them out in training mode
+    only. A tuple (`return_dict=False`) always holds them.
     """
 
     @_takes_skip_logits(hf.GPT2LMHeadModel)
     def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
-        """As transformers' `GPT2LMHeadModel.forward`, and one argument more.
+        """Like `GPT2LMHeadModel.forward` of transformers, with one more argument.
 
         Args:
-            skip_logits: True leaves the logits out of the output (None there), False computes them beside the loss.
-                None is the attribute `skip_logits`, and if that is None too, `self.training`. Without `labels` only
-                None and False are allowed.
+            skip_logits: True leaves the logits out of the output, which then holds None. False computes them besides
+                the loss. None takes the attribute `skip_logits`, and if that is None too, `self.training`. Without
+                `labels` only None and False are allowed.
         """
         given = {**dict(zip(_NAMES[hf.GPT2LMHeadModel], args, strict=False)), **kwargs}
         returns_dict = given.pop("return_dict", None)
@@ -270,7 +272,7 @@ class GPT2LMHeadModel(_SkipsLogits, FastGenerationMixin, hf.GPT2LMHeadModel):
             return outputs
         given = {name: value for name, value in given.items() if name not in ("labels", "logits_to_keep")}
         if skip and given.get("use_cache") is None and self.training:
-            given["use_cache"] = False  # nobody continues from a training step
+            given["use_cache"] = False  # a training step needs no cache
         ignore_index = given.get("ignore_index", IGNORE_INDEX)
         targets = given.get("shift_labels")
         if targets is None:
@@ -296,7 +298,7 @@ class GPT2LMHeadModel(_SkipsLogits, FastGenerationMixin, hf.GPT2LMHeadModel):
 
 
 def _has_plain_loss(model: Any) -> bool:
-    """Whether `model.loss_function` is transformers' own; asking it breaks the graph of torch.compile by a warning."""
+    """Whether `model.loss_function` is transformers' own. Reading it warns, which breaks torch.compile's graph."""
     default = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
     return model.__dict__.get("_loss_function", default) is ForCausalLMLoss
 
@@ -322,9 +324,9 @@ def _linear_cross_entropy(
 
 
 def _mask_for_targets(mask: Tensor | None, targets: Tensor, ignore_index: int) -> Tensor | None:
-    """The padding mask, or where a target that counts is predicted from padding the 4-D mask that defines this.
+    """The padding mask; or a 4-D mask if a target that counts is predicted from padding, as only that defines it.
 
-    Left padding does so: the first token is predicted from the padding before it.
+    This happens with left padding: the first token is predicted from the padding before it.
     """
     if mask is None or mask.shape != targets.shape:
         return mask
@@ -333,10 +335,10 @@ def _mask_for_targets(mask: Tensor | None, targets: Tensor, ignore_index: int) -
 
 
 def _defined_padding(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward pass that depends on hidden states at padding: its mask becomes a 4-D one."""
+    """Replace the mask by a 4-D one, for a forward pass that depends on hidden states at padding."""
     mask = given.get("attention_mask")
     has_past = any(given.get(name) is not None for name in ("cache", "past_key_values"))
-    # What is traced gets a 4-D mask anyhow.
+    # Tracing uses a 4-D mask anyway.
     if mask is None or mask.dim() >= 4 or has_past or torch.compiler.is_compiling() or mask.all():
         return given
     return {**given, "attention_mask": causal_mask_4d(mask.flatten(0, -2))}
@@ -354,14 +356,14 @@ def _with_defined_padding(theirs: Any) -> Any:
 class GPT2DoubleHeadsModel(_SkipsLogits, FastGenerationMixin, hf.GPT2DoubleHeadsModel):
     """transformers' GPT2DoubleHeadsModel on fastgpt2's operators.
 
-    `skip_logits` is what it is for `GPT2LMHeadModel`: in training mode `logits` is None unless it is False.
+    `skip_logits` works as for `GPT2LMHeadModel`: in training mode `logits` is None unless it is False.
     """
 
     _theirs = _with_defined_padding(hf.GPT2DoubleHeadsModel)
 
     @_takes_skip_logits(hf.GPT2DoubleHeadsModel)
     def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
-        """As transformers' `GPT2DoubleHeadsModel.forward`; `skip_logits` as for `GPT2LMHeadModel.forward`."""
+        """Like `GPT2DoubleHeadsModel.forward` of transformers; for `skip_logits` see `GPT2LMHeadModel.forward`."""
         given = {**dict(zip(_NAMES[hf.GPT2DoubleHeadsModel], args, strict=False)), **kwargs}
         returns_dict = given.pop("return_dict", None)
         returns_dict = self.config.return_dict if returns_dict is None else returns_dict

@@ -1,7 +1,8 @@
-"""`accelerate`: our classes for models of transformers that are there already, and for those that will be built.
+"""`accelerate`: use our classes for existing models of transformers, and for those that will be built.
 
-Ours are subclasses of transformers' classes that add no state, so an object becomes ours, and theirs again, by its
-`__class__`: it keeps its parameters, buffers, hooks and attributes. New objects become ours by the classes' `__new__`.
+Our classes are subclasses of transformers' classes that add no state. So changing an object's `__class__` makes it
+ours, or theirs again. It keeps its parameters, buffers, hooks and attributes. New objects become ours through the
+classes' `__new__`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,6 @@ def _new_ours(cls: type, *args: Any, **kwargs: Any) -> Any:
     return object.__new__(MODELS.get(cls, cls))
 
 
-# Python calls object's own __new__ with the arguments of __init__ once a class has had another: it stays replaced.
+# Once a class has had a __new__, Python would pass __init__'s arguments to object.__new__. So it stays replaced.
 def _new_theirs(cls: type, *args: Any, **kwargs: Any) -> Any:
     return object.__new__(cls)

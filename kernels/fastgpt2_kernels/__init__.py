@@ -1,1 +1,1 @@
-"""The kernels of fastgpt2: public operators in `fastgpt2_kernels.ops`, everything else is called by them."""
+"""The kernels of fastgpt2. `fastgpt2_kernels.ops` holds the public operators, which call everything else."""

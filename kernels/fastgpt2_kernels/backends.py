@@ -1,7 +1,8 @@
-"""Which backend has an operator: one table, which chooses, explains and loads.
+"""Backends: a table of what each operator runs on. This module chooses a backend, loads it, and explains a refusal.
 
-Beside "torch", which runs on any device, an operator may have kernels of its own: "triton" for GPUs, "native" (C++) for
-CPUs. "auto" takes the one of the tensors' device where the operator has it, and "torch" otherwise.
+"torch" runs on any device, and every operator but `decode_step` has it. An operator may also have a Triton kernel
+("triton", for GPUs) and a C++ kernel ("native", for CPUs). "auto" takes Triton on a GPU and native on a CPU where the
+operator has such a kernel and it can run, and "torch" otherwise.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import torch
 from fastgpt2_kernels import native
 
 BACKENDS = ("auto", "triton", "native", "torch")
-# operator -> backend -> the function that `ops` calls with arguments it has checked. The functions of a row take the
-# same arguments, and a module is imported when one of its functions is called for the first time. `cached_attention`
-# and `linear_cross_entropy` are made of other operators and of PyTorch's: here stands the part that differs.
+# operator -> backend -> the function that `ops` calls with checked arguments. The functions of one operator take the
+# same arguments. A module is imported when one of its functions is first called. `cached_attention` and
+# `linear_cross_entropy` are built from other operators: the table names only the part that differs between backends.
 _TABLE = {
     "causal_attention": {
         "triton": "triton.attention:attention",
@@ -78,9 +79,9 @@ _TABLE = {
     },
 }
 OPERATORS = tuple(_TABLE)
-# What a kernel is compiled for, or how much it needs, depends on: the numbers that an operator says, and a dtype.
+# The numbers and the dtype that decide how a kernel is compiled and what resources it needs. Each operator has its own.
 Size = tuple[int | torch.dtype, ...]
-# (operator, device type, device index) -> size -> why its kernel failed: "auto" then takes PyTorch's operators.
+# (operator, device type, device index) -> size -> why the kernel failed. "auto" takes PyTorch's operators for these.
 _FAILED: dict[tuple[str, str, int | None], dict[Size, str]] = {}
 _takes_cpu_tensors = False
 _fallback_size: ContextVar[Size | None] = ContextVar("fallback_size", default=None)
@@ -92,18 +93,25 @@ _PLACES = {
 }
 _MIN_CAPABILITY = (8, 0)
 _AMD_GPUS = ("gfx90a", "gfx942", "gfx950")
-TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # a look at the file system, so only once
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # searches the file system, so it is asked once
 
 
 def backends_of(operator: str) -> dict[str, str]:
-    """The backends that have `operator`, and the function that each runs, as module:name."""
+    """Say which backends have `operator`.
+
+    Returns:
+        The function that each of them runs, as "module:name", by backend.
+
+    Raises:
+        ValueError: There is no such operator.
+    """
     if operator not in _TABLE:
         raise ValueError(f"backends_of: operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
     return {backend: f"{__package__}.{function}" for backend, function in _TABLE[operator].items()}
 
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
-    """The function that runs `operator` on `backend`; the first call of a module loads it."""
+    """The function that runs `operator` on `backend`. Its module is imported on first use."""
     module, function = _PLACES[operator, backend]
     return getattr(sys.modules[_load(module)], function)
 
@@ -114,8 +122,8 @@ def _load(module: str) -> str:
     return module
 
 
-# torch.compile calls `_load` and does not trace it, for it cannot trace an import by name. This is all that
-# torch.compiler.assume_constant_result does, but that loads the compiler, and with it Triton.
+# torch.compile cannot trace an import by name. With this attribute it calls `_load` instead of tracing it.
+# torch.compiler.assume_constant_result sets the same attribute, but it also loads the compiler, and with it Triton.
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -124,11 +132,10 @@ class KernelFailedError(RuntimeError):
 
 
 def run_operator(operator: str, chosen: str, backend: str, device: torch.device, size: Size, *args: Any) -> Any:
-    """Call `operator` on the backend that was chosen; where its kernel fails and "auto" was asked for, on PyTorch.
+    """Run `operator` on the chosen backend. If its kernel fails and the caller asked for "auto", fall back to PyTorch.
 
-    A failure is remembered for `size` on this device.
-
-    Compiled models run the kernels that were chosen when they were compiled: there a failure raises.
+    The failure is remembered for `size` on this device. A compiled model keeps the kernels that were chosen when it
+    was compiled, so there a failure raises.
     """
     if chosen != "triton" or backend != "auto" or torch.compiler.is_compiling():
         return implementation(operator, chosen)(*args)
@@ -140,7 +147,7 @@ def run_operator(operator: str, chosen: str, backend: str, device: torch.device,
 
 
 def call_allowing_fallback(size: Size | None, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, within which `fallback_size` is `size`."""
+    """Call `function(*args)`. Meanwhile `fallback_size()` returns `size`; None allows no fallback."""
     if torch.compiler.is_compiling():
         return function(*args)
     token = _fallback_size.set(size)
@@ -151,12 +158,15 @@ def call_allowing_fallback(size: Size | None, function: Callable[..., Any], *arg
 
 
 def fallback_size() -> Size | None:
-    """The size of the operator that runs now, if it was called with "auto": its backward pass may run on PyTorch."""
+    """The size of the running operator if its backward pass may fall back to PyTorch (backend="auto"), else None."""
     return None if torch.compiler.is_compiling() else _fallback_size.get()
 
 
 def note_failure(operator: str, device: torch.device, error: KernelFailedError, size: Size) -> None:
-    """From now on "auto" takes PyTorch's operators for `operator` of `size` on `device`. Warns at the first size."""
+    """Make "auto" take PyTorch's operators for `operator` of this `size` on `device` from now on.
+
+    Warns when an operator fails on a device for the first time.
+    """
     failed = _FAILED.setdefault((operator, device.type, device.index), {})
     if not failed:
         warnings.warn(f"fastgpt2: {operator} runs on PyTorch's operators from now on: {error}", stacklevel=4)
@@ -164,7 +174,7 @@ def note_failure(operator: str, device: torch.device, error: KernelFailedError, 
 
 
 def _why_failed(operator: str, device: torch.device, size: Size | None) -> str | None:
-    """What the kernel's failure at `size` was, or at any size for None."""
+    """Why the kernel failed at `size`, or with None at any size; None if it did not fail."""
     failed = _FAILED.get((operator, device.type, device.index))
     if not failed:
         return None
@@ -172,9 +182,18 @@ def _why_failed(operator: str, device: torch.device, size: Size | None) -> str |
 
 
 def why_not_triton(operator: str, device: torch.device | str, size: Size | None = None) -> str | None:
-    """Why `operator` would not run on Triton for tensors on `device`, in one sentence; None if it would.
+    """Say why `operator` cannot run on Triton for tensors on `device`.
 
-    With `size` a failure counts only if it was at that size.
+    Args:
+        operator: a name of `OPERATORS`.
+        device: where the tensors are.
+        size: counts only a kernel failure at this size. None counts a failure at any size.
+
+    Returns:
+        The reason in one sentence, or None if the operator can run.
+
+    Raises:
+        ValueError: There is no such operator.
     """
     if operator not in _TABLE:
         raise ValueError(f"why_not_triton: operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
@@ -200,14 +219,17 @@ def _why_not_this_gpu(device: torch.device) -> str | None:
     return _why_not_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
-# torch.compile calls it and does not trace it, as `_load`.
+# torch.compile calls it instead of tracing it; see `_load`.
 _why_not_this_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _why_not_gpu(index: int) -> str | None:
-    """Older GPUs of NVIDIA have too little shared memory and multiply no bfloat16; what AMD's others are compiled to
-    multiplies outside their matrix cores."""
+    """Why this GPU is not supported, or None.
+
+    Older NVIDIA GPUs have too little shared memory and cannot multiply bfloat16. On other AMD GPUs the compiled kernels
+    would not use the matrix cores.
+    """
     if torch.version.hip:
         name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
         return None if name in _AMD_GPUS else f"needs one of the GPUs {', '.join(_AMD_GPUS)}; this GPU is {name}"
@@ -219,7 +241,14 @@ def _why_not_gpu(index: int) -> str | None:
 
 
 def why_not_native(operator: str, device: torch.device | str) -> str | None:
-    """Why `operator` would not run on the native backend for tensors on `device`, in one sentence; None if it would."""
+    """Say why `operator` cannot run on the native backend for tensors on `device`.
+
+    Returns:
+        The reason in one sentence, or None if the operator can run.
+
+    Raises:
+        ValueError: There is no such operator.
+    """
     if operator not in _TABLE:
         raise ValueError(f"why_not_native: operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
     if "native" not in _TABLE[operator]:
@@ -230,11 +259,12 @@ def why_not_native(operator: str, device: torch.device | str) -> str | None:
 
 
 def interpreter_is_on() -> bool:
-    """Whether kernels take tensors on the CPU: Triton's interpreter is on, or `triton.ahead` notes what is launched."""
+    """Whether kernels accept CPU tensors: Triton's interpreter is on, or `triton.ahead` is recording launches."""
     return _takes_cpu_tensors or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is a name of `BACKENDS`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
 
@@ -246,20 +276,23 @@ def choose_backend(
     limit: Callable[[], str | None] | None = None,
     size: Size | None = None,
 ) -> str:
-    """The backend that `operator` runs on: "triton", "native" or "torch".
+    """Choose the backend that `operator` runs on.
 
     Args:
-        operator: A name of the table.
-        device: The tensors' device.
-        backend: What the caller asked for, a name of `BACKENDS`.
-        limit: Says, if it is called, why these tensors are none for a kernel of ours, or None if they are.
-        size: What a failure of the kernel is remembered for; None: a failure at any size counts.
+        operator: a name of `OPERATORS`.
+        device: where the tensors are.
+        backend: what the caller asked for, a name of `BACKENDS`.
+        limit: returns why our kernels cannot take these tensors, or None if they can. Called only when it matters.
+        size: counts only a kernel failure at this size. None counts a failure at any size.
+
+    Returns:
+        "triton", "native" or "torch".
 
     Raises:
-        ValueError: The backend that was asked for cannot be used, or no backend has the operator on this device.
+        ValueError: The backend asked for cannot be used, or no backend has the operator on this device.
     """
     check_backend(backend)
-    # Triton's interpreter is for checking kernels: it has to be asked for.
+    # On a CPU "auto" never means Triton: its interpreter only checks kernels, so the caller must ask for it.
     wanted = backend if backend != "auto" else "native" if device.type == "cpu" else "triton"
     if wanted == "torch" or (backend == "auto" and wanted not in _TABLE[operator] and "torch" in _TABLE[operator]):
         reason = None if "torch" in _TABLE[operator] else f"{operator} has no PyTorch version"
@@ -269,7 +302,7 @@ def choose_backend(
     else:
         reason = why_not_triton(operator, device, None if torch.compiler.is_compiling() else size)
         if backend == "triton" and _why_failed(operator, device, None) is not None:
-            reason = None  # who asks for it gets the kernel's own error
+            reason = None  # an explicit "triton" gets the kernel's own error
     if reason is None and limit is not None and wanted != "torch":
         reason = limit()
     if reason is None:

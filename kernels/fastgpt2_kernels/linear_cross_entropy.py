@@ -1,21 +1,21 @@
-"""Linear cross-entropy: hidden states and the head's weight in, the loss out, the (N, V) logits never stored.
+"""Linear cross-entropy: from hidden states and the head's weight to the loss, without ever storing the (N, V) logits.
 
-A chunk of n rows at a time, in one buffer that all chunks reuse (Hsu et al. 2024, Liger-Kernel):
+The rows are processed in chunks of n. All chunks reuse one buffer (Hsu et al. 2024, Liger-Kernel):
 
     Z  = scale (X W^T + b)          one matrix product into the buffer
-    G  = d(sum_n f_n loss_n) / dZ   `cross_entropy.py` says what it is; G takes Z's place
+    G  = d(sum_n f_n loss_n) / dZ   overwrites Z; `triton/cross_entropy.py` derives it
     dX = scale G W,  dW += scale G^T X,  db += scale sum_n G
 
-f is what every row's loss is multiplied by. For a mean or a sum it is known before the backward pass, up to one scalar,
-so the gradients are made in the forward pass: three matrix products in all, none twice, and backward multiplies by
-that scalar. Where every row has its own factor (`reduction="none"`), or where dW is to go straight into `weight.grad`,
-backward computes the chunks again, a fourth product, and holds nothing in between.
+f is the factor of each row's loss. For a mean or a sum it is known before the backward pass, up to one scalar. So the
+forward pass computes the gradients too, with three matrix products in all, and the backward pass multiplies them by
+that scalar. If each row has its own factor (`reduction="none"`), or if dW is added straight into `weight.grad`, the
+backward pass computes the logits of each chunk again. That is a fourth product, but nothing is kept between the passes.
 
 dW and db are summed over the chunks in float32 (float64 for float64 inputs), whatever the dtype of the products, and
-rounded once. In float16 a mean's division is left to backward too: 1 / N of a probability would underflow there, and
-a loss scale, which is there to prevent that, comes only with backward.
+rounded once. In float16 the backward pass also does the division of a mean. In the forward pass 1 / N of a probability
+would underflow, because the loss scale that prevents this arrives only with the backward pass.
 
-The work on the logits between the products is the Triton kernel's, or PyTorch's operators on any device.
+A Triton kernel does the work on the logits between the products, or PyTorch's operators on any device.
 
 Dimension key: N = B * T rows, n rows of a chunk, C width, V vocabulary.
 """
@@ -40,12 +40,12 @@ from fastgpt2_kernels.types import LossOptions
 
 
 def chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
-    """Rows of logits that are held at a time: of 8192 rows at most a sixteenth, 512.
+    """How many rows of logits are held at a time.
 
-    On a GPU a sixteenth of the rows, within 256 .. 2048: enough programs to fill the device, and from 2048 rows on the
-    matrix products are as fast as they get. On a CPU about 32 MB of float32, which the last cache level may hold, so
-    that the passes over the logits cost little; but at least 128 rows, below which the products read the weight too
-    often, and at most 512.
+    On a GPU a sixteenth of the rows, but at least 256, which fill the device, and at most 2048, beyond which the matrix
+    products get no faster. On a CPU about 32 MB of float32, which may fit in the last-level cache, so that passes over
+    the logits are cheap; but at least 128 rows, because with fewer the products read the weight too often, and at most
+    512.
     """
     if device.type == "cpu":
         rows = min(512, max(128, (1 << 23) // max(vocab_size, 1)))
@@ -55,7 +55,10 @@ def chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
 
 
 class Gradients(NamedTuple):
-    """Where the gradients go; None for what needs none. x in x's dtype, weight and bias are added to, in the wide."""
+    """Where the gradients go; None for an input that needs none.
+
+    x's gradient is written, in x's dtype. Those of weight and bias are added to, in `LossOptions.wide_dtype`.
+    """
 
     x: Tensor | None
     weight: Tensor | None
@@ -72,12 +75,12 @@ def loss_chunks(
     grads: Gradients | None,
     options: LossOptions,
 ) -> Tensor:
-    """Loss of every row (N,); with `grads` also the gradients of sum(row_grad * loss), row_grad (N,)."""
+    """The loss of every row, (N,). With `grads` also the gradients of sum(row_grad * loss), where row_grad is (N,)."""
     N, V = x.shape[0], weight.shape[0]
     compute, wide, scale = options.compute_dtype, options.wide_dtype, options.logit_scale
     chunk_loss = implementation("linear_cross_entropy", "triton" if options.use_triton else "torch")
-    # For the kernel rows begin at multiples of 64 elements, so that it moves them in 128 bits whatever the vocabulary.
-    # PyTorch's operators want them without gaps.
+    # For the kernel, rows begin at multiples of 64 elements, so that it can use 128-bit accesses whatever the
+    # vocabulary. PyTorch's operators need rows without gaps.
     width = -(-V // 64) * 64 if options.use_triton else V
     with torch.autocast(x.device.type, enabled=False):
         loss_N = torch.empty(N, dtype=wide, device=x.device)
@@ -94,11 +97,11 @@ def loss_chunks(
                 logits_nV = buffer[: x_nC.shape[0], :V]
                 beta = 0.0 if bias is None else scale
                 torch.addmm(bias_V, x_nC, weight_VC.t(), beta=beta, alpha=scale, out=logits_nV)
-            # The factor `scale` of all three gradients goes in with the rows' own.
+            # All three gradients have the factor `scale`, so it is multiplied into each row's factor.
             row_grad_n = None if row_grad is None or grads is None else row_grad[rows].to(wide) * scale
             try:
                 loss_N[rows] = chunk_loss(logits_nV, targets[rows], class_weight, row_grad_n, options)
-            except KernelFailedError as error:  # of the first chunk: no gradient has been written
+            except KernelFailedError as error:  # at the first chunk, so no gradient has been written yet
                 if (size := fallback_size()) is None:
                     raise
                 note_failure("linear_cross_entropy", x.device, error, size)
@@ -118,7 +121,7 @@ def loss_chunks(
 
 @functools.cache
 def _has_wide_products(device_type: str) -> bool:
-    # ROCm's kernels go by CUDA's name, but refuse it.
+    # On ROCm these kernels are registered under CUDA's name, but they raise an error.
     key = {"cuda": "CUDA", "xpu": "XPU"}.get(device_type)
     if key is None or torch.version.hip is not None:
         return False
@@ -126,18 +129,18 @@ def _has_wide_products(device_type: str) -> bool:
 
 
 def _wide_products(a: Tensor, out: Tensor) -> bool:
-    """Whether products of half-precision matrices can leave their float32 sums unrounded."""
+    """Whether a product of half-precision matrices can return its float32 sums without rounding them."""
     return out.dtype == torch.float32 and _has_wide_products(a.device.type)
 
 
-ONEDNN_NUMBERS = 1 << 20  # of a weight
+ONEDNN_NUMBERS = 1 << 20  # the fewest elements of a weight for which oneDNN is used
 
 
 def _use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the logits come from oneDNN's float32 product, by the operator that torch.compile calls for it.
+    """Whether oneDNN computes the logits, in float32, through the operator that torch.compile uses for it.
 
-    A vocabulary that is odd leaves the rows of the logits unaligned. PyTorch's own product, MKL's, then takes twice as
-    long on a CPU. Small products gain nothing.
+    With an odd vocabulary the rows of the logits are unaligned. PyTorch's own product (MKL) then takes twice as long on
+    a CPU. Small products gain nothing.
     """
     return (
         x.device.type == "cpu"
@@ -161,13 +164,13 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, the sum in total's dtype."""
+    """total += a @ b, summed in total's dtype."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, out=total)
     elif _wide_products(a, total):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        # A few rows of the half-precision product at a time: they are still in the cache when they are added.
+        # A few rows of the half-precision product at a time, so that they are still in the cache when they are added.
         for part, a_part in zip(total.split(4096), a.split(4096), strict=True):
             part += torch.mm(a_part, b)
 
@@ -175,7 +178,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 # -- PyTorch operators --------------------------------------------------------------------------------------------
 
 
-# The gradients' dtype until backward has divided: in float16 they are sums over many rows.
+# The dtype of the gradients until backward has divided them. Until then they are sums over many rows, which float16
+# might not hold.
 def _kept_dtype(compute_dtype: torch.dtype) -> torch.dtype | None:
     return torch.float32 if compute_dtype == torch.float16 else None
 
@@ -199,9 +203,9 @@ def linear_cross_entropy_op(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sum(loss) / divisor, and its gradients in x, weight, bias) of x (N, C); empty where none is needed.
+    """sum(loss) / divisor for x (N, C), and its gradients in x, weight and bias. Gradients not needed are empty.
 
-    In float16 the gradients are those of sum(loss); backward divides.
+    In float16 the gradients are those of sum(loss); backward divides them.
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, logit_scale, chunk_rows, compute_dtype, use_triton)
     return _loss_and_gradients(
@@ -268,9 +272,9 @@ linear_cross_entropy_op.register_autograd(_scaled_gradients, setup_context=_save
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """`linear_cross_entropy_op` for eager mode, whose backward scales the gradients where they lie and gives them away.
+    """`linear_cross_entropy_op` for eager mode. Its backward scales the gradients in place and returns them.
 
-    (Under torch.compile what is saved may not be changed; there the operator itself serves.)
+    Under torch.compile saved tensors may not be changed, so there the operator itself is used.
     """
 
     @staticmethod
@@ -298,8 +302,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "linear_cross_entropy: backward ran a second time, but the first one gave its gradients away; "
-                "call the loss again"
+                "linear_cross_entropy: backward ran a second time, but the first one used up the gradients; "
+                "compute the loss again"
             )
         grads, ctx.grads = ctx.grads, None
         factor = grad_output if ctx.divisor is None else _divided(grad_output, ctx.divisor)
@@ -311,12 +315,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def _divided(grad_output: Tensor, divisor: Tensor) -> Tensor:
-    """Where nothing is counted the gradients are 0, and stay 0."""
+    """grad_output / divisor, but 0 where no row counts: the gradients are 0 then and must stay 0."""
     return torch.where(divisor != 0, grad_output / divisor, 0.0)
 
 
 def scale_(grad: Tensor, factor: Tensor, use_triton: bool) -> Tensor:
-    """grad *= factor; nothing is moved where the factor is 1, which is not asked of a GPU by waiting for it."""
+    """grad *= factor. Where the factor is 1, no data moves on a CPU or in the Triton kernel.
+
+    The kernel looks at the factor on the device, so the host does not wait.
+    """
     if use_triton and grad.numel():
         from fastgpt2_kernels.triton import cross_entropy as kernel
 
@@ -347,7 +354,7 @@ def linear_cross_entropy_rows_op(
     compute_dtype: torch.dtype,
     use_triton: bool,
 ) -> Tensor:
-    """Loss of every row (N,) of x (N, C). Differentiable any number of times over the same graph."""
+    """The loss (N,) of every row of x (N, C). Backward can run any number of times over the same graph."""
     options = LossOptions(ignore_index, label_smoothing, z_loss, logit_scale, chunk_rows, compute_dtype, use_triton)
     return loss_chunks(x, weight, bias, targets, class_weight, None, None, options)
 
@@ -377,7 +384,7 @@ def linear_cross_entropy_rows_backward_op(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of sum(dloss * loss) in x, weight, bias; empty where none is needed."""
+    """The gradients of sum(dloss * loss) in x, weight and bias. A gradient that is not needed is empty."""
     options = LossOptions(ignore_index, label_smoothing, z_loss, logit_scale, chunk_rows, compute_dtype, use_triton)
     grads = _new_gradients(x, weight, (need_x, need_weight, need_bias), options.wide_dtype)
     loss_chunks(x, weight, bias, targets, class_weight, dloss, grads, options)
@@ -406,10 +413,10 @@ linear_cross_entropy_rows_op.register_autograd(_rows_backward, setup_context=_sa
 
 
 class AccumulatingRows(torch.autograd.Function):
-    """`linear_cross_entropy_rows_op` whose backward adds dW to the `weight.grad` that is there, and returns none.
+    """`linear_cross_entropy_rows_op`, but backward adds dW to an existing `weight.grad` and returns no dW.
 
-    For eager mode: `.grad` is looked up when backward runs. Where there is none yet, or one that is no float32 sum,
-    dW is returned as usual.
+    For eager mode only: backward looks up `.grad` when it runs. If there is none yet, or it is not a dense float32
+    tensor without a graph (float64 for float64 inputs), dW is returned as usual.
     """
 
     @staticmethod
@@ -454,7 +461,7 @@ def _new_gradients(x: Tensor, weight: Tensor, needs: Sequence[bool], wide: torch
 def _rounded(
     grads: Gradients | None, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients in the dtypes of what they are gradients of (or weight's and bias's in `dtype`); empty for None."""
+    """The gradients in the dtypes of their inputs (those of weight and bias in `dtype`, if given); empty for None."""
     dx, dw, db = grads or (None, None, None)
     return (
         x.new_empty(0) if dx is None else dx,
@@ -466,7 +473,7 @@ def _rounded(
 def _empty_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_rounded` returns, without values."""
+    """Uninitialised tensors of the shapes and dtypes that `_rounded` returns."""
     return (
         x.new_empty(x.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape, dtype=dtype) if needs[1] else weight.new_empty(0),

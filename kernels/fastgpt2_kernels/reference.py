@@ -1,6 +1,7 @@
-"""The operators as the plainest PyTorch expressions of their maths, for any dtype and device.
+"""Every operator as a plain PyTorch expression of its maths, for any dtype and device.
 
-In float64 these are the oracle that every backend is held against; nothing here is meant to be fast.
+In float64 these are the oracle that every backend is checked against. None is meant to be fast.
+
 Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C width, N rows, V vocabulary.
 """
 
@@ -19,13 +20,13 @@ _WORD = 0xFFFFFFFF
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
-    """(T, S) bool, True where query t may see key s: the diagonal ends in the last corner."""
+    """(T, S) bool, True where query t may see key s. The last query sees every key."""
     full = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     return full.tril(num_keys - num_queries)
 
 
 def document_mask(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """(T, T) bool, True where both tokens are of one document (`cu_seqlens`: see `ops.causal_attention_packed`)."""
+    """(T, T) bool, True where both tokens belong to one document. `cu_seqlens`: see `ops.plan_documents`."""
     tokens = torch.arange(num_tokens, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:].to(tokens.dtype), tokens, right=True)
     return document[:, None] == document[None, :]
@@ -42,11 +43,12 @@ def causal_attention(
     dropout_p: float = 0.0,
     upcast: bool = False,
 ) -> Tensor:
-    """softmax(scale q k^T + causal mask) v: q (B, H, T, D), k, v (B, H, S, D); `mask` is and-ed to the causal one.
+    """softmax(scale q k^T + causal mask) v, for q (B, H, T, D) and k, v (B, H, S, D).
 
-    `keep` (B, H, T, S) bool: the weights that dropout keeps, the others are 0 and these are divided by 1 - dropout_p.
-    `upcast=True` computes q k^T and the softmax in float32 for inputs of half precision (Hugging Face's
-    `reorder_and_upcast_attn`, from Megatron-LM). A query that may see no key gives 0.
+    A query sees a key if the causal mask and `mask` both allow it. A query that may see no key gives 0.
+    `keep` (B, H, T, S) bool marks the weights that dropout keeps. These are divided by 1 - dropout_p, the others are 0.
+    `upcast=True` computes q k^T and the softmax of half-precision inputs in float32, as Hugging Face's
+    `reorder_and_upcast_attn` does (from Megatron-LM).
     """
     scores_BHTS = _scores(q, k, scale, mask, upcast)
     probs_BHTS = F.softmax(scores_BHTS, dim=-1).masked_fill(scores_BHTS == -math.inf, 0.0).to(v.dtype)
@@ -58,7 +60,7 @@ def causal_attention(
 def attention_lse(
     q: Tensor, k: Tensor, *, scale: float | None = None, mask: Tensor | None = None, upcast: bool = False
 ) -> Tensor:
-    """Natural log of what `causal_attention`'s softmax divides by, (B, H, T); -inf where a query may see no key."""
+    """The log-sum-exp (B, H, T) of the scores in `causal_attention`, -inf where a query may see no key."""
     return _scores(q, k, scale, mask, upcast).logsumexp(-1)
 
 
@@ -84,7 +86,7 @@ def decode_attention(
     slots: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`ops.decode_attention` row by row: writes the caches and returns (N, C) in qkv's dtype."""
+    """`ops.decode_attention`, one row after another. Writes to the caches and returns (N, C) in qkv's dtype."""
     H, D = k_cache.shape[1], k_cache.shape[3]
     rows = torch.arange(qkv.shape[0] if starts is None else starts.shape[0]).tolist()
     firsts = rows if starts is None else starts.tolist()
@@ -101,10 +103,10 @@ def decode_attention(
 
 
 def dropout_keep(seed: Tensor, B: int, H: int, T: int, S: int, dropout_p: float) -> Tensor:
-    """The weights (B, H, T, S) bool that attention dropout keeps: Philox 4x32-7 (Salmon et al. 2011).
+    """The weights (B, H, T, S) bool that attention dropout keeps, drawn by Philox 4x32-7 (Salmon et al. 2011).
 
-    The key is seed[0], the counter (s // 8, t, b H + h, seed[1]), `seed` (2,) int64. Of the 8 halves of the result's
-    4 words, lower half first, the (s % 8)-th is compared with dropout_p in units of 2^-16.
+    `seed` is (2,) int64. Philox's key is seed[0] and its counter (s // 8, t, b H + h, seed[1]). It returns 4 words, or
+    8 halves, the lower half of each word first. Weight s is kept if half s % 8 is at least dropout_p * 2^16.
     """
     key, offset = (int(n) for n in seed.tolist())
     g, t, bh = (torch.arange(n, dtype=torch.int64, device=seed.device) for n in (-(-S // 8), T, B * H))
@@ -115,7 +117,7 @@ def dropout_keep(seed: Tensor, B: int, H: int, T: int, S: int, dropout_p: float)
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int | Tensor, k1: int | Tensor) -> tuple[Tensor, ...]:
-    """Philox 4x32-7: four random words for each counter (c0, c1, c2, c3), all int64 numbers of 32 bits."""
+    """Philox 4x32-7: four random words for each counter (c0, c1, c2, c3). Words are 32-bit numbers held in int64."""
     for _ in range(7):
         low0, high0 = _multiply_words(0xD2511F53, c0)
         low2, high2 = _multiply_words(0xCD9E8D57, c2)
@@ -125,17 +127,17 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int | Tensor, k1:
 
 
 def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The low and the high 32 bits of a * b, both of 32 bits, without leaving int64's range."""
+    """The low and the high 32 bits of the product of two 32-bit numbers, without overflowing int64."""
     low = (a & 0xFFFF) * b
     high = (a >> 16) * b + (low >> 16)
     return (high & 0xFFFF) << 16 | low & 0xFFFF, high >> 16
 
 
 def gumbel(keys: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """The noise -log(-log u) of every token, (R, V) float64, for keys (R, 2) and positions (R,).
+    """The Gumbel noise -log(-log u) of every token, (R, V) float64, for keys (R, 2) and positions (R,).
 
-    The key is the row's two 32-bit words, the counter (v // 4, position, 0, 0); with word v % 4 of what comes out,
-    1 - u = (word + 1/2) / 2^32.
+    Token v of a row takes word v % 4 of Philox with the row's two 32-bit words as key and the counter
+    (v // 4, position, 0, 0). u follows from 1 - u = (word + 1/2) / 2^32.
     """
     k0, k1 = (keys.long() & _WORD).unsqueeze(-1).unbind(1)
     groups = torch.arange(-(-vocab_size // 4), device=keys.device).expand(len(keys), -1)
@@ -145,14 +147,14 @@ def gumbel(keys: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def gumbel_of_words(words: Tensor) -> Tensor:
-    """-log(-log u) in float64 of words, int64 numbers of 32 bits, with 1 - u = (word + 1/2) / 2^32."""
+    """-log(-log u) in float64, where 1 - u = (word + 1/2) / 2^32. Words are 32-bit numbers held in int64."""
     is_low = words < 2**31
     v = (words.where(is_low, _WORD - words).double() + 0.5) * 2.0**-32  # the smaller of u and 1 - u
     return -torch.log(torch.where(is_low, -torch.log1p(-v), -torch.log(v)))
 
 
 def penalized_logits(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """CTRL's repetition penalty (Keskar et al. 2019), (R,): logits (R, V) of tokens `seen` become less likely."""
+    """Apply CTRL's repetition penalty (Keskar et al. 2019), (R,): it makes the tokens marked in `seen` less likely."""
     penalty = penalty[:, None]
     return torch.where(seen.bool(), torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -160,7 +162,7 @@ def penalized_logits(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 def filtered_logits(
     logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
 ) -> Tensor:
-    """logits (R, V) with -inf where a filter leaves the token out, each setting (R,); see `sampling.py`."""
+    """logits (R, V) with -inf where a filter drops the token. Each setting is (R,); see `ops.sample`."""
     V = logits.shape[-1]
     descending = logits.sort(-1, descending=True).values
     low = torch.full_like(logits[:, :1], -math.inf)
@@ -170,7 +172,7 @@ def filtered_logits(
     if top_p is not None:
         inverse = (1 / temperature).clamp_max(1e30)[:, None]
         mass = torch.exp((descending - descending[:, :1]) * inverse).masked_fill(descending < low, 0.0).cumsum(-1)
-        # The first prefix that holds top_p of the mass ends at the threshold.
+        # The threshold is the last value of the shortest prefix that holds top_p of the mass.
         is_short = (mass < top_p.to(mass.dtype)[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(V - 1)
         threshold = descending.gather(-1, is_short)
         low = torch.where(top_p[:, None] < 1, torch.maximum(low, threshold), low)
@@ -191,7 +193,10 @@ def sampling_scores(
     keys: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """What the argmax is taken of, (R, V) in logits' dtype: y + T g where the filters keep y, -inf elsewhere."""
+    """The scores (R, V) whose argmax is the sample: y + T g where the filters keep y, -inf elsewhere.
+
+    y are the penalised logits, T the temperature, g the Gumbel noise. Without noise the scores are y.
+    """
     if penalty is not None and seen is not None:
         logits = penalized_logits(logits, seen, penalty.to(logits.dtype))
     if temperature is None or keys is None or positions is None:
@@ -204,24 +209,24 @@ def sampling_scores(
 
 
 def sample(logits: Tensor, **settings: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The token of every row of logits (R, V) and its log-probability under softmax(logits): `sampling_scores`' argmax.
+    """The token of every row of logits (R, V), and its log-probability under softmax(logits).
 
-    (0, NaN) where a logit is NaN or +inf, or all are -inf.
+    The token is the argmax of `sampling_scores`. A row with a NaN or +inf, or with nothing but -inf, gives (0, NaN).
     """
-    is_good = logits.amax(-1).isfinite()  # amax hands NaN on
+    is_good = logits.amax(-1).isfinite()  # amax propagates NaN
     ids = sampling_scores(logits, **settings).argmax(-1).where(is_good, 0)
     logprobs = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
     return ids, logprobs.masked_fill(~is_good, math.nan)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016), biased variance."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016), with biased variance."""
     mean = x.mean(-1, keepdim=True)
     var = (x - mean).square().mean(-1, keepdim=True)
     return (x - mean) * torch.rsqrt(var + eps) * weight + bias
 
 
-_layer_norm = layer_norm  # where an argument has its name
+_layer_norm = layer_norm  # for use where an argument is named layer_norm
 
 
 def linear_decode(
@@ -236,9 +241,9 @@ def linear_decode(
     product_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """activation(LN(x) weight^T + bias) + residual, x (R, K), weight (N, K): statistics and sums are float32 or wider.
+    """activation(LN(x) weight^T + bias) + residual, for x (R, K) and weight (N, K).
 
-    The operands of the product are rounded to `product_dtype`, nothing else is before the result.
+    The operands of the product are rounded to `product_dtype`. All else is float32 or wider up to the result.
     """
     wide = torch.promote_types(product_dtype, torch.float32)
     if layer_norm is not None:
@@ -253,7 +258,7 @@ def linear_decode(
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(LayerNorm of s, s) for s = x + residual."""
+    """The pair (LayerNorm of s, s), where s = x + residual."""
     s = x + residual
     return layer_norm(s, weight, bias, eps), s
 
@@ -266,7 +271,7 @@ def bias_activation(x: Tensor, bias: Tensor, name: str) -> Tensor:
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0
 ) -> Tensor:
-    """-log softmax(logits)[target] for logits (N, V), targets (N,); ignored rows count for nothing."""
+    """-log softmax(logits)[target] for logits (N, V) and targets (N,). Ignored rows do not count."""
     V = logits.shape[-1]
     log_probs_NV = logits - logits.logsumexp(-1, keepdim=True)
     counted_N = targets != ignore_index
@@ -281,14 +286,14 @@ def cross_entropy(
 
 
 def reduce_loss(loss: Tensor, reduction: str, divisor: Tensor | None) -> Tensor:
-    """Every row's loss (reduction "none"), their sum, or with a divisor their mean."""
+    """The loss of every row for the reduction "none", else their sum, divided by `divisor` if there is one."""
     if reduction == "none":
         return loss
     return loss.sum() if divisor is None else loss.sum() / divisor
 
 
 def shift_targets(targets: Tensor, ignore_index: int) -> Tensor:
-    """targets (B, T) from one position on; the last position of each row counts for nothing."""
+    """targets (B, T) moved one position to the left. The last position of each row becomes `ignore_index`."""
     return torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)), 1)
 
 
@@ -302,7 +307,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """`cross_entropy(x @ weight.T + bias, targets)` for x (N, C), weight (V, C)."""
+    """`cross_entropy(x @ weight.T + bias, targets)` for x (N, C) and weight (V, C)."""
     logits_NV = F.linear(x, weight, bias)
     return cross_entropy(
         logits_NV, targets, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
@@ -313,8 +318,8 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-# Every activation name of transformers' ACT2FN that has no weights of its own. The tanh GELUs differ there only in
-# how they are written down; all of them are one function here.
+# Every activation of transformers' ACT2FN that has no weights of its own, by its name there. Its tanh GELUs differ only
+# in how they are written. Here they are one function, except gelu_fast, which keeps its rounded constant.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_10": lambda x: F.gelu(x).clamp(-10.0, 10.0),

@@ -23,9 +23,14 @@ class AttentionOptions(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """The borders of documents packed end to end into T tokens. `ops.plan_documents` makes it once for all layers.
+    """Where documents begin and end that lie end to end in one row of T tokens.
 
-    cu_seqlens: (documents + 1,) int32. starts, ends: (T,) int32, where each token's document starts and ends.
+    `ops.plan_documents` makes it once for all layers.
+
+    Attributes:
+        cu_seqlens: (documents + 1,) int32. Document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
+        starts: (T,) int32, where each token's document starts.
+        ends: (T,) int32, where each token's document ends.
     """
 
     cu_seqlens: Tensor
@@ -34,10 +39,11 @@ class Documents(NamedTuple):
 
 
 class DecodeRows(NamedTuple):
-    """Rows that go through `decode_attention` together, all with one new token (max_new = 1) or all with several.
+    """Rows that go through `decode_attention` together.
 
-    starts, counts, slots: (R,) int32, each row's first new token, how many it has, and its cache slot. Without starts
-    and counts row r has token r alone, without slots its slot is r.
+    starts, counts, slots: (R,) int32, each row's first new token, its number of new tokens, and its cache slot. With
+    starts and counts None, row r has token r alone. With slots None, row r uses slot r.
+    max_new: the most new tokens of a row. 1 chooses the kernel for rows of one token.
     """
 
     starts: Tensor | None
@@ -49,11 +55,13 @@ class DecodeRows(NamedTuple):
 class KernelPlan(NamedTuple):
     """Which kernel handles which rows of a `RowPlan`. The choice for a row depends on that row alone.
 
-    lengths: (slots,) int32, the tokens that each slot holds, up to the largest slot of the plan.
-    decode: rows of few new tokens after cached ones; their kernel writes the cache.
-    fresh: of every run of rows without cached tokens the first token, the end, and the rows as documents.
-    long: (slot, first token, number of new tokens, cached tokens) of the other rows.
-    appended: (tokens,) int64, which tokens of fresh and long rows are still to be written to the cache; None: all.
+    lengths: (slots,) int32, how many tokens each slot holds, up to the largest slot of the plan.
+    decode: rows with a few new tokens after cached ones. Their kernel writes the cache.
+    fresh: runs of neighbouring rows without cached tokens. For each run: its first token, its end, and its rows as
+        documents.
+    long: the other rows, as (slot, first token, number of new tokens, number of cached tokens).
+    appended: (tokens,) int64, the tokens of fresh and long rows, which must still be written to the cache. None means
+        all tokens.
     """
 
     lengths: Tensor
@@ -64,11 +72,13 @@ class KernelPlan(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """Where the new tokens of one step go: made once a step, used by every layer.
+    """Where the new tokens of one step go. `ops.plan_rows` makes it once per step for all layers.
 
-    rows: for every row its cache slot, its number of new tokens, its number of cached tokens.
-    slots, positions: (N,) int64, the cache slot and the position of each of the N new tokens, row after row.
-    kernels: what the Triton backend needs; None where it cannot run.
+    Attributes:
+        rows: for every row its cache slot, its number of new tokens, and its number of cached tokens.
+        slots: (N,) int64, the cache slot of each of the N new tokens, row after row.
+        positions: (N,) int64, the position of each new token.
+        kernels: what the Triton backend needs. None where it cannot run.
     """
 
     rows: tuple[tuple[int, int, int], ...]
@@ -78,7 +88,7 @@ class RowPlan(NamedTuple):
 
 
 class LossRows(NamedTuple):
-    """Results per row, zero where the target is ignored. All but `loss` are None unless requested."""
+    """Results per row, 0 where the target is ignored. All but `loss` are None unless they were asked for."""
 
     loss: Tensor
     lse: Tensor | None = None
@@ -118,12 +128,12 @@ class LossOptions(NamedTuple):
 
 # -- a decoding step ----------------------------------------------------------------------------------------------
 
-# The status of a slot: no row; a row whose first token is yet to be appended; a row being decoded.
+# The status of a slot: it has no row; its row's first token is not in the cache yet; its row is being decoded.
 IDLE, FRESH, RUNNING = 0, 1, 2
 
 
 class LayerNormWeights(NamedTuple):
-    """weight and bias (C,)."""
+    """The weights of a LayerNorm: weight and bias (C,)."""
 
     weight: Tensor
     bias: Tensor
@@ -131,7 +141,13 @@ class LayerNormWeights(NamedTuple):
 
 
 class LinearWeights(NamedTuple):
-    """weight (out, in), contiguous along in: a float dtype, or int8 with scale (out,) float32. bias (out,)."""
+    """The weights of a linear layer.
+
+    Attributes:
+        weight: (out, in), contiguous along `in`, of a floating-point dtype, or int8 with `scale`.
+        bias: (out,), or None.
+        scale: (out,) float32, for an int8 weight; else None.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -139,14 +155,17 @@ class LinearWeights(NamedTuple):
 
 
 def product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: LayerNormWeights | None) -> torch.dtype:
-    """The dtype of a linear layer's products: the weight's; for int8, that of the bias, else the LayerNorm, else x."""
+    """The dtype of a linear layer's products: the weight's, or for int8 that of the bias, the LayerNorm or x.
+
+    The first of these that is there counts.
+    """
     if weight.is_floating_point():
         return weight.dtype
     return next(t.dtype for t in (bias, None if layer_norm is None else layer_norm.weight, x) if t is not None)
 
 
 class LayerWeights(NamedTuple):
-    """qkv (3C, C): queries, keys, values. `attention_scale` is what q k^T is multiplied by."""
+    """The weights of a layer. qkv (3C, C): queries, then keys, then values. `attention_scale` multiplies q k^T."""
 
     ln_1: LayerNormWeights
     qkv: LinearWeights
@@ -158,7 +177,17 @@ class LayerWeights(NamedTuple):
 
 
 class StepWeights(NamedTuple):
-    """wte (V, C), wpe (context, C), head (V, C); `activation` is a value of `ops.TRITON_ACTIVATIONS`, or "linear"."""
+    """The weights of a model for a decode step.
+
+    Attributes:
+        wte: (V, C), the token embedding.
+        wpe: (context, C), the position embedding.
+        layers: the weights of each layer.
+        ln_f: the final LayerNorm.
+        head: (V, C), the layer that computes the logits.
+        num_heads: the number of attention heads.
+        activation: a value of `ops.TRITON_ACTIVATIONS`, or "linear".
+    """
 
     wte: Tensor
     wpe: Tensor
@@ -170,10 +199,16 @@ class StepWeights(NamedTuple):
 
 
 class SlotState(NamedTuple):
-    """The rows' state on the device, an entry a slot: int32, but for `keys` (S, 2) int64 and `logprobs` float32.
+    """The state of the rows on the device, with one entry per slot. Tensors are int32 (S,) unless said otherwise.
 
-    tokens: the latest one, which is not in the cache yet. lengths: tokens in the cache. produced: new tokens so far.
-    limits: the most new tokens. keys: two words, of the row's noise. logprobs: of `tokens`.
+    Attributes:
+        tokens: the latest token, which is not in the cache yet.
+        status: `IDLE`, `FRESH` or `RUNNING`.
+        lengths: the number of tokens in the cache.
+        produced: the number of new tokens so far.
+        limits: the most new tokens that the row may get.
+        keys: (S, 2) int64, the two words that the row's noise is drawn with; see `ops.row_keys`.
+        logprobs: (S,) float32, the log-probability of `tokens`.
     """
 
     tokens: Tensor
@@ -186,6 +221,8 @@ class SlotState(NamedTuple):
 
     @classmethod
     def idle(cls, num_slots: int, device: torch.device) -> SlotState:
+        """The state of `num_slots` slots that have no rows."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -195,9 +232,10 @@ class SlotState(NamedTuple):
 
 
 class SlotSampling(NamedTuple):
-    """How every slot's tokens are chosen: tensors (S,), None where a filter is off; temperature None is greedy.
+    """How the tokens of each slot are chosen. The settings are tensors (S,), or None where a filter is off.
 
-    seen (S, V) bool: the tokens of each slot's sequence, for the repetition penalty; chosen ones are marked.
+    Temperature None means greedy. `seen` (S, V) bool marks the tokens of each slot's sequence for the repetition
+    penalty; a step marks the tokens that it chooses.
     """
 
     temperature: Tensor | None = None

@@ -1,4 +1,4 @@
-// What Python hands to the kernels. Every field is 8 bytes wide, so that decode.py can mirror a struct field by field.
+// The arguments that Python passes to the kernels. Every field is 8 bytes wide, so structs.py mirrors a struct field by field.
 // Dimension key: R rows, N new tokens of all rows, L layers, H heads, D head size, C width, V vocabulary, S positions.
 #pragma once
 #include <stdint.h>
@@ -13,15 +13,15 @@ enum Operation : int64_t { OP_LAYOUT, OP_PACK, OP_LINEAR, OP_ATTENTION, OP_SAMPL
 // A status of a slot; the values are those of fastgpt2_kernels' IDLE, FRESH, RUNNING.
 enum Status : int32_t { IDLE = 0, FRESH = 1, RUNNING = 2 };
 
-// How the chosen instruction set lays data out. The last four tell what the caller wants to know it for.
+// How the chosen instruction set lays out data. The caller fills in the last four fields, on which scratch_bytes depends.
 struct LayoutArgs {
-  int64_t panel;           // outputs of a panel of packed weights
-  int64_t group[3];        // products that one step adds up, by WeightType: K is padded to a multiple
-  int64_t operand[3];      // bytes of one number of an operand's row
-  int64_t row_padding;     // rows of an operand lie at multiples of 64 bytes, plus this
-  int64_t key_split;       // keys of one part of a row's attention
-  int64_t private_rows;    // up to so many rows every thread prepares operands by itself
-  int64_t scratch_bytes;   // of every thread
+  int64_t panel;           // outputs in a panel of packed weights
+  int64_t group[3];        // how many products one step adds, by WeightType; K is padded to a multiple of it
+  int64_t operand[3];      // bytes of one number in a row of operands, by WeightType
+  int64_t row_padding;     // a row of operands is rounded up to 64 bytes, and this is added
+  int64_t key_split;       // keys in one part of a row's attention
+  int64_t private_rows;    // up to this many rows, every thread prepares all operands for itself
+  int64_t scratch_bytes;   // scratch memory of each thread
   int64_t vocab, positions, head_size, width;  // width: the largest K
 };
 
@@ -29,8 +29,8 @@ struct LayoutArgs {
 struct Linear {
   const void* weight;
   const float* bias;
-  const float* scale;   // I8: of every output
-  const int32_t* sums;  // I8: what the operand's offset adds to every output
+  const float* scale;   // I8: the scale of every output
+  const int32_t* sums;  // I8: what the offset of the operands adds to every output
   int64_t n, k, type;
 };
 struct LayerNorm { const float *weight, *bias; double eps; };
@@ -43,13 +43,13 @@ struct Layer {
 };
 
 struct PackArgs {
-  const void* source;  // (n, k) of the same type
+  const void* source;  // (n, k), of type `type`
   void* packed;
   int32_t* sums;
   int64_t n, k, type, source_stride, threads;
 };
 
-// What becomes of a product's sums. out null: the results are the operand of the next product.
+// What is done with the sums of a product. If out is null, the results become the operand of the next product.
 struct Epilogue {
   int64_t activation;
   const float* residual;
@@ -65,28 +65,28 @@ struct LinearArgs {
   Epilogue to;
   const float* x;  // (rows, k)
   const LayerNorm* layer_norm;
-  char* operand;         // rows of operands: max(rows, threads * private_rows)
-  float* operand_scale;  // as many
+  char* operand;         // max(rows, threads * private_rows) rows of operands
+  float* operand_scale;  // one for each of them
   char* scratch;
   int64_t rows, x_stride, threads, scratch_bytes;
 };
 
-// The cache of all layers, float32 or bfloat16: positions and head elements are contiguous, the other strides are in elements.
+// The cache of all layers, float32 or bfloat16. Positions and head elements are contiguous. Strides are in elements.
 struct Cache {
   void *keys, *values;
   int64_t layer_stride, slot_stride, head_stride, slots, capacity, type;
 };
 
-// Row r has counts[r] new tokens from token starts[r] on; slots[r] holds pasts[r] tokens already.
+// Row r has counts[r] new tokens, from token starts[r] on. Its cache slot slots[r] already holds pasts[r] tokens.
 struct Rows {
   int64_t num_rows, num_tokens;
   const int32_t* slots;
   int32_t *starts, *counts, *pasts;
-  int32_t* tasks;   // (R + 1,), what attention deals out
-  int32_t* done;    // (R * H,), zeros: parts that are ready
+  int32_t* tasks;   // (R + 1,), running sums of the attention tasks per row
+  int32_t* done;    // (R * H,), how many parts of a head are done; zeros at first
 };
 
-// One layer's attention. out null: the results are the operand of the next product.
+// The attention of one layer. If out is null, the results become the operand of the next product.
 struct Attention {
   const Cache* cache;
   const Rows* rows;
@@ -109,7 +109,7 @@ struct Slots {
   int64_t num_slots;
 };
 
-// Of every slot; null where a filter is off, temperature null is greedy.
+// The settings of every slot. Null turns a filter off; a null temperature means greedy.
 struct Sampling {
   const float* temperature;
   const int32_t* top_k;
@@ -127,7 +127,7 @@ struct SampleArgs {
   int64_t rows, vocab, logits_stride, threads, scratch_bytes;
 };
 
-// A step (token_ids null: the slots' state says what the rows are) or a prefill (rows and token_ids say it).
+// A step, if token_ids is null: the slots' state says what the rows are. Else a prefill: rows and token_ids say it.
 struct ForwardArgs {
   const Layer* layers;
   int64_t num_layers;
@@ -145,7 +145,7 @@ struct ForwardArgs {
   const int64_t* token_ids;
   float* x;               // (N, C), the residual stream
   float* qkv;             // (N, 3C)
-  float* hidden;          // (N, max(C, inner)): int8 only, what is yet to be quantized
+  float* hidden;          // (N, max(C, inner)), only for int8: numbers that are not quantized yet
   char *operand, *operand_2;  // a row of operands for each token, or private_rows for each thread
   float* operand_scale;
   float* parts;
@@ -153,15 +153,15 @@ struct ForwardArgs {
   int32_t* active;        // (R,)
   char* scratch;
   int64_t logits_stride, threads, scratch_bytes;
-  double* times;          // (8,) seconds of the phases, waiting for other threads the last; or null
-  // Of steps: how many at most, while no row ends; how many have run; whether another is to follow.
+  double* times;          // (8,) seconds of each phase; the last one is waiting for other threads. Or null
+  // Of steps: how many to run at most, how many have run, and whether another follows. They stop when a row ends.
   int64_t steps, steps_done, more;
-  int32_t* step_tokens;   // (steps, slots), what each of them chose
+  int32_t* step_tokens;   // (steps, slots), the tokens that each step chose
   float* step_logprobs;
 };
 
 struct Kernels {
   const char* name;
-  const char* (*call)(int64_t operation, void* arguments);  // null, or what is wrong
+  const char* (*call)(int64_t operation, void* arguments);  // returns null, or an error message
 };
 extern const int64_t ARGUMENT_BYTES[NUM_OPS];

@@ -1,11 +1,11 @@
 // Attention of new tokens over their rows' cached keys and values.
 //
-// A row with one new token is dealt out by head and by KEY_SPLIT keys; whoever ends the last part of a head sums the
-// parts in their order. A row with several is dealt out by head and by NR queries, which fill the lanes of vectors:
-// scores^T = K q^T and out^T = V^T p^T read keys and values where they lie. What is dealt out, and every sum, depends
-// on the row's own length alone.
+// A row with one new token is split into tasks of one head and KEY_SPLIT keys. The thread that ends the last part of a head
+// sums the parts in order. A row with several new tokens is split into tasks of one head and NR queries, which fill the
+// lanes of vectors: scores^T = K q^T and out^T = V^T p^T read keys and values in place. The tasks of a row and the order of
+// every sum depend only on the row's own length.
 //
-// T is float or uint16_t, which is a bfloat16 of the cache. Scores and sums are float32 in either.
+// T is the cache's dtype: float, or uint16_t for bfloat16. Scores and sums are float32 in both cases.
 #pragma once
 #include "linear.h"
 
@@ -18,7 +18,7 @@ INLINE bool row_fits(const Cache* cache, const Rows* rows, int64_t r) {
   return slot >= 0 && slot < cache->slots && past >= 0 && past + rows->counts[r] <= cache->capacity;
 }
 
-// How many tasks each row is, as running sums. A row that does not fit is one a head. True if a row has several tokens.
+// Computes running sums of the tasks per row. A row that does not fit has one per head. True if a row has several tokens.
 static bool plan_tasks(const Cache* cache, const Rows* rows, int64_t heads) {
   bool has_several = false;
   rows->tasks[0] = 0;
@@ -42,7 +42,7 @@ INLINE void put_head(const Attention* a, int64_t token, int64_t head, const floa
   for (int64_t d = 0; d < D; d += VL) store_n(a->out + token * a->out_stride + head * D + d, load(values + d), D - d);
 }
 
-// Keys and values of one new token and head into the cache.
+// Writes the key and the value of one new token and head to the cache.
 template <class T> INLINE void append(const Attention* a, int64_t token, int64_t slot, int64_t head, int64_t position) {
   const int64_t D = a->head_size, C = D * a->heads;
   const float* from = a->qkv + token * a->qkv_stride + C + head * D;
@@ -54,7 +54,7 @@ template <class T> INLINE void append(const Attention* a, int64_t token, int64_t
   }
 }
 
-// acc[0 .. 4) += p_s v_s for the keys 0 .. n, of `lanes` numbers from v on. Meanwhile fetches as much from `ahead` on.
+// out = sum of p_s v_s over the keys 0 .. n, for `lanes` numbers from v on. Meanwhile prefetches as much from `ahead` on.
 template <class T>
 INLINE void weigh(const float* p, const T* v, int64_t n, int64_t D, int64_t lanes, const T* ahead, float* out) {
   enum { LINE = 64 / sizeof(T) };
@@ -72,14 +72,14 @@ INLINE void weigh(const float* p, const T* v, int64_t n, int64_t D, int64_t lane
   for (int64_t j = 0; j < 4 && j * VL < lanes; ++j) store(out + j * VL, acc[j]);
 }
 
-// The keys 0 .. n of one part: sum of p v (whole vectors long), max and sum of p.
+// Attends to the keys 0 .. n of one part: sum of p v (whole vectors long), the largest score and the sum of p.
 template <class T>
 static void attend_part(const float* q, const T* k, const T* v, int64_t n, int64_t D, const T* ahead, float* out, float* max,
                         float* sum) {
   float p[KEY_SPLIT + VL];
   const int64_t vectors = (D + VL - 1) / VL;
   const bool is_whole = D % VL == 0;
-  for (int64_t s = 0; s < n; s += 4) {  // past the end the last key again
+  for (int64_t s = 0; s < n; s += 4) {  // past the end, the last key is used again
     vf dot[4] = {};
     const T* row[4];
     for (int i = 0; i < 4; ++i) row[i] = k + least(s + i, n - 1) * D;
@@ -151,9 +151,9 @@ static void attend_one(const Attention* a, int64_t r, int64_t head, int64_t part
   put_head(a, token, head, out);
 }
 
-enum { OUTER_STEPS = 64 };  // are summed from zero before they are added to the rest: sums of fewer numbers round less
+enum { OUTER_STEPS = 64 };  // this many are summed from zero, then added to the rest: shorter sums round less
 
-// out (rows, NR) = a panel, a[r, i] at a + r row_stride + i step_stride, panel (steps, NR).
+// out (rows, NR) = a times panel (steps, NR), where a[r, i] is at a + r row_stride + i step_stride.
 template <int ROWS>
 static void outer(const float* a, int64_t row_stride, int64_t step_stride, const float* panel, int64_t steps, float* out) {
   for (int64_t block = 0; block < steps; block += OUTER_STEPS) {
@@ -187,7 +187,7 @@ INLINE int64_t attention_scratch(int64_t positions, int64_t head_size) {
   return ((2 * head_size + positions) * NR + positions * head_size) * 4;
 }
 
-// n numbers of the cache as float32.
+// n numbers of the cache, converted to float32 if they are not.
 INLINE const float* widened(const float* from, int64_t, float*) { return from; }
 INLINE const float* widened(const uint16_t* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; i += VL) store_n(to + i, load_n(from + i, n - i), n - i);
@@ -225,7 +225,7 @@ static void attend_block(const Attention* a, int64_t r, int64_t head, int64_t bl
   }
 }
 
-// Appends the tokens of rows that have several.
+// Appends this thread's share of the new tokens of rows that have several.
 template <class T> static void append_share(const Attention* a, int t, int threads) {
   for (int64_t r = 0; r < a->rows->num_rows; ++r) {
     const int64_t count = a->rows->counts[r];
@@ -258,13 +258,13 @@ template <class T> static void attend_tasks(const Attention* a, bool has_blocks,
       for (int64_t d = 0; d < MAX_HEAD + VL; ++d) nan[d] = __builtin_nanf("");
       for (int64_t j = 0; j < rows->counts[row]; ++j) put_head(a, rows->starts[row] + j, task.head, nan);
     } else if (rows->counts[row] == 1) {
-      // Short stretches of memory are over before the processor has seen where they lead: the next keys are asked for.
+      // The keys of a task are too few for the hardware prefetcher to detect the stream, so the next task's are prefetched.
       const T* ahead = nullptr;
       if (then.row >= 0 && row_fits(a->cache, rows, then.row))
         ahead = cache_at<T>(a->cache->keys, a->cache, a->layer, rows->slots[then.row], then.head) + then.part * KEY_SPLIT * a->head_size;
       attend_one(a, row, task.head, task.part, ahead);
     } else {
-      // The blocks with the most keys first.
+      // Blocks with the most keys come first.
       attend_block<T>(a, row, task.head, task.parts - 1 - task.part, scratch);
     }
   }

@@ -1,4 +1,4 @@
-// The operators and the whole step, compiled once for every instruction set; FASTGPT2_ISA is its name.
+// The operators and the whole step. This file is compiled once for each instruction set, whose name is FASTGPT2_ISA.
 #include <time.h>
 #include "attention.h"
 #include "linear.h"
@@ -6,14 +6,14 @@
 
 namespace {
 
-// LayerNorm (or none) and operands of some rows; every thread may read what is returned. Few rows are prepared by every
-// thread for itself, which costs less than waiting for the others.
+// Applies LayerNorm, if there is one, and makes the operands of some rows. Every thread may read the result. If there are
+// few rows, every thread prepares all of them for itself, which costs less than a barrier.
 Operands prepare(const Linear* to, const LayerNorm* norm, Source from, int64_t rows, Operands shared, char* scratch, Team us) {
   const bool is_private = rows <= PRIVATE_ROWS;
   const int64_t place = is_private ? us.thread * PRIVATE_ROWS : 0;
   Operands own = {shared.data + place * operand_stride(to->type, to->k), shared.scale + place};
   const Share mine = is_private ? Share{0, rows} : share(rows, us.thread, us.threads);
-  // Other threads have written them: all are asked for at once.
+  // Other threads have written these rows, so all cache lines are prefetched at once.
   for (int64_t r = mine.first; r < mine.last; ++r)
     for (int64_t k = 0; k < to->k; k += 16) __builtin_prefetch(row_of(from, r) + k, 0, 2);
   for (int64_t r = mine.first; r < mine.last; ++r) prepare_row(to, norm, from, r, own, (float*)scratch);
@@ -47,7 +47,7 @@ const char* linear(LinearArgs* a) {
   return nullptr;
 }
 
-// What this thread takes of one layer's attention.
+// This thread's share of one layer's attention.
 void attend(const Attention* a, bool has_blocks, char* scratch, Team us) {
   if (a->cache->type == BF16) attend_tasks<uint16_t>(a, has_blocks, (float*)scratch, us);
   else attend_tasks<float>(a, has_blocks, (float*)scratch, us);
@@ -71,7 +71,7 @@ const char* sample(SampleArgs* a) {
   return nullptr;
 }
 
-// What a slot's row is in the step to come: one that has run has appended a token and chosen another.
+// A slot's row in the next step. A row that is RUNNING has appended a token and chosen another since its counts were set.
 struct Next { int32_t past, produced; bool goes_on; };
 Next next_of(const ForwardArgs* a, int32_t slot) {
   const Slots* state = &a->state;
@@ -82,7 +82,7 @@ Next next_of(const ForwardArgs* a, int32_t slot) {
   return {past, produced, goes_on};
 }
 
-// The rows of a step: those that go on, one token each.
+// Sets the rows of a step: those that go on, with one token each.
 void begin_step(ForwardArgs* a) {
   int64_t active = 0;
   for (int64_t r = 0; r < a->rows.num_rows; ++r) {
@@ -101,7 +101,7 @@ void begin_step(ForwardArgs* a) {
   a->rows.num_rows = a->rows.num_tokens = active;
 }
 
-// Notes what a step chose for the rows. Another one follows, if it was asked for, until a row has ended.
+// Records the tokens that a step chose. Another step follows if more were asked for and no row has ended.
 void end_step(ForwardArgs* a) {
   const int64_t at = a->steps_done++ * a->state.num_slots;
   a->more = a->steps_done < a->steps;
@@ -113,7 +113,7 @@ void end_step(ForwardArgs* a) {
   }
 }
 
-// A token that there is none of, or a position, makes its row NaN.
+// The sum of the token's and the position's embedding; NaN for a token or position out of range.
 void embed(const ForwardArgs* a, int64_t r, Team us) {
   for (int64_t i = 0; i < a->rows.counts[r]; ++i) {
     const int64_t n = a->rows.starts[r] + i, position = a->rows.pasts[r] + i;
@@ -130,7 +130,7 @@ void embed(const ForwardArgs* a, int64_t r, Team us) {
   }
 }
 
-// A phase has ended: its time is added to ForwardArgs.times, by the first thread.
+// At the end of a phase, the first thread adds its time to ForwardArgs.times.
 enum Phase { EMBEDDING, OPERANDS, QKV, ATTENTION, LINEAR_LAYERS, HEAD, SAMPLING, WAITING };
 INLINE void mark(const ForwardArgs* a, Team us, Phase phase, double* since) {
   if (!a->times || us.thread != 0) return;
@@ -150,7 +150,7 @@ void forward_team(const ForwardArgs* a, int32_t* last_tokens, bool has_blocks, T
   mark(a, us, EMBEDDING, &since);
   for (int64_t r = 0; r < R; ++r) embed(a, r, us);
   meet_after(EMBEDDING);
-  // Where there is no source the operands are there already.
+  // If there is no source, the operands are already there.
   const auto product = [&](const Linear& linear, const LayerNorm* norm, Source from, int64_t rows, Operands own,
                            const Epilogue& to, Phase phase) {
     const Operands x = from.x ? prepare(&linear, norm, from, rows, own, scratch, us) : own;
@@ -161,7 +161,7 @@ void forward_team(const ForwardArgs* a, int32_t* last_tokens, bool has_blocks, T
   for (int64_t i = 0; i < a->num_layers; ++i) {
     const Layer* layer = a->layers + i;
     const int64_t type = layer->qkv.type;
-    float* plain = type == I8 ? a->hidden : nullptr;  // in int8 a row is quantized when all of it is there
+    float* plain = type == I8 ? a->hidden : nullptr;  // an int8 row can only be quantized once it is complete
     const Epilogue to_qkv = {LINEAR, nullptr, 0, a->qkv, 3 * C, nullptr, F32, 0};
     const Epilogue to_x = {LINEAR, a->x, C, a->x, C, nullptr, F32, 0};
     const Epilogue to_hidden = {a->activation, nullptr, 0, plain, a->inner, operand_2.data, type, operand_stride(type, a->inner)};
@@ -191,7 +191,7 @@ const char* forward(ForwardArgs* given) {
   }
   if (a.rows.num_rows > 0) {
     const bool has_blocks = plan_tasks(&a.cache, &a.rows, a.heads);
-    // Only the last token of a row has logits.
+    // Logits are computed only for the last token of a row.
     int32_t* last_tokens = a.token_ids ? a.active : nullptr;
     for (int64_t r = 0; last_tokens && r < a.rows.num_rows; ++r) last_tokens[r] = a.rows.starts[r] + a.rows.counts[r] - 1;
     in_parallel(a.threads, [&](Team us) { forward_team(&a, last_tokens, has_blocks, us); });

@@ -1,8 +1,8 @@
-// y = epilogue(x W^T) for rows x on weights packed once, LayerNorm, and the rows of operands that the products read.
+// Linear layers y = epilogue(x W^T) with packed weights, LayerNorm, and the rows of operands that the products read.
 //
-// W (n, k) is packed into panels of NR outputs: [n / NR][k / group][NR][group], a step of `group` numbers of K fills a
-// vector lane. K is summed in blocks of BLOCK_STEPS steps, each from zero, and the blocks are added in order: so an
-// output's bits do not depend on the number of rows or threads, and a block of the panel stays in the first-level cache
+// W (n, k) is packed into panels of NR outputs: [n / NR][k / group][NR][group]. A step of `group` numbers of K fills one
+// vector lane. K is summed in blocks of BLOCK_STEPS steps. Each block is summed from zero, and the blocks are added in
+// order. So an output's bits do not depend on the number of rows or threads, and a block of the panel stays in the L1 cache
 // for all rows of a chunk.
 #pragma once
 #include "api.h"
@@ -11,9 +11,9 @@
 enum { BLOCK_STEPS = 128, CHUNK_ROWS = MR * 8, PRIVATE_ROWS = MR, FEW_ROWS = 5, ROW_PADDING = 64, STEP_BYTES = NR * 4 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
-enum { BF16_OPERAND = 2, I8_OPERAND = 1, I8_OFFSET = 128 };  // int8 is unsigned
+enum { BF16_OPERAND = 2, I8_OPERAND = 1, I8_OFFSET = 128 };  // int8 operands must be unsigned here, hence the offset
 #else
-// bfloat16 values are held as float32, int8 ones in 16 bits, in the order 0, 2, 1, 3 of every group.
+// bfloat16 operands are held as float32. int8 operands are held in 16 bits, each group in the order 0, 2, 1, 3.
 enum { BF16_OPERAND = 4, I8_OPERAND = 2, I8_OFFSET = 0 };
 #endif
 
@@ -68,8 +68,8 @@ template <> struct Dot<I8> {
   }
 };
 
-// ROWS rows by one panel over `steps` steps, into or onto `sums` (ROWS, NR). Asks for a step of the next block where
-// (i & every) == turn. Few rows ask for nothing: there the processor sees by itself where the stream leads.
+// Multiplies ROWS rows by one panel over `steps` steps. Writes the result to `sums` (ROWS, NR), or adds it. Prefetches a step
+// of the next block where (i & every) == turn. With few rows nothing is prefetched: the hardware prefetcher suffices there.
 template <int TYPE, int ROWS>
 static void tile(const char* x, int64_t x_stride, const char* w, int64_t steps, char* sums, bool is_first,
                  int64_t every, int64_t turn) {
@@ -106,7 +106,7 @@ static void tile_of(int64_t rows, const char* x, int64_t x_stride, const char* w
   else if constexpr (ROWS > 1) tile_of<TYPE, ROWS - 1>(rows, x, x_stride, w, steps, sums, is_first, every, turn);
 }
 
-// n float32 numbers to the columns from `column` on of an operand's row, F32 or BF16. `values` is whole vectors long.
+// Writes n float32 numbers to a row of operands, F32 or BF16, from `column` on. `values` is whole vectors long.
 INLINE void put(int64_t type, char* row, int64_t column, const float* values, int64_t n) {
   if (type == F32 || BF16_OPERAND == 4) {
     float* to = (float*)row + column;
@@ -120,7 +120,7 @@ INLINE void put(int64_t type, char* row, int64_t column, const float* values, in
   for (int64_t i = 0; i < n; i += VL) store_n(to + i, load(values + i), n - i);
 }
 
-// One row of k numbers, which is whole vectors long, as an operand. K's padding multiplies weights that are 0.
+// Makes the operand of one row of k numbers, which is whole vectors long. The padding of K meets weights that are 0.
 static void make_operand(int64_t type, const float* values, int64_t k, char* row, float* scale) {
   const int64_t padded = round_up(k, group_of(type));
   if (type != I8) {
@@ -138,7 +138,7 @@ static void make_operand(int64_t type, const float* values, int64_t k, char* row
   *scale = largest / 127.0f + nan;
   const float inverse = largest > 0.0f && nan == 0.0f ? 127.0f / largest : 0.0f;
   for (int64_t i = 0; i < padded; i += VL) {
-    // Adding 1.5 2^23 rounds to the nearest integer, which is then in the lower bits.
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the lower bits.
     const vf v = i < k ? load_n(values + i, k - i) : (vf){};
     const vi q = nan == 0.0f ? (vi)fma(v, splat(inverse), splat(12582912.0f)) - 0x4B400000 : vi{};
     const int64_t n = least(VL, padded - i);
@@ -151,7 +151,7 @@ static void make_operand(int64_t type, const float* values, int64_t k, char* row
   }
 }
 
-// (x - mean) / sqrt(var + eps) * weight + bias of one row. A second pass finds the variance, and what the mean is off by.
+// (x - mean) / sqrt(var + eps) * weight + bias of one row. A second pass finds the variance and the rounding error of the mean.
 static void layer_norm_row(const LayerNorm* norm, const float* x, int64_t width, float* out) {
   vf s[4] = {};
   for (int64_t i = 0, j = 0; i < width; i += VL, j = (j + 1) & 3) s[j] += load_n(x + i, width - i);
@@ -171,7 +171,7 @@ static void layer_norm_row(const LayerNorm* norm, const float* x, int64_t width,
   }
 }
 
-// Operands of the rows of x, LayerNorm first where norm is not null. `rows` picks rows of x, null: all in order.
+// Operands of the rows of x, after LayerNorm if norm is not null. `rows` selects rows of x; null means all, in order.
 struct Operands { char* data; float* scale; };
 struct Source { const float* x; int64_t stride; const int32_t* rows; };
 INLINE const float* row_of(Source from, int64_t r) { return from.x + (from.rows ? from.rows[r] : r) * from.stride; }
@@ -215,10 +215,10 @@ static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilo
     const char* weight = (const char*)linear->weight + panel * steps * STEP_BYTES;
     for (int64_t chunk = 0; chunk < rows; chunk += CHUNK_ROWS) {
       const int64_t last = least(rows, chunk + CHUNK_ROWS), tiles = (last - chunk + MR - 1) / MR;
-      if (to->out && rows > MR)  // what is written to is fetched meanwhile
+      if (to->out && rows > MR)  // prefetches the lines of the output
         for (int64_t i = 0; i < (last - chunk) * NV; ++i)
           __builtin_prefetch(to->out + (chunk + i / NV) * to->out_stride + panel * NR + i % NV * VL, 1, 2);
-      // The next block too; several tiles share it among them.
+      // The next block of weights is prefetched too. Several tiles share this work.
       const int64_t every = tiles >= 8 ? 7 : tiles >= 4 ? 3 : tiles >= 2 ? 1 : 0;
       for (int64_t block = 0; block < steps; block += BLOCK_STEPS) {
         const char* w = weight + block * STEP_BYTES;
@@ -233,7 +233,7 @@ static void multiply(const Linear* linear, Operands x, int64_t rows, const Epilo
   }
 }
 
-// What this thread takes of the outputs.
+// This thread's share of the outputs.
 static void linear_share(const Linear* linear, Operands x, int64_t rows, const Epilogue* to, char* scratch, Team us) {
   if (linear->type == F32) multiply<F32>(linear, x, rows, to, scratch, us);
   else if (linear->type == BF16) multiply<BF16>(linear, x, rows, to, scratch, us);

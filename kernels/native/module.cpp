@@ -1,4 +1,4 @@
-// The Python module: the instruction sets that were compiled and that this processor has, and one call.
+// The Python module. It lists the instruction sets that were compiled, and calls the kernels of one of them.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include "api.h"
@@ -11,11 +11,11 @@ FASTGPT2_ISAS(DECLARE)
 
 namespace {
 
-// The best one first.
+// The best first.
 #define ENTRY(name) &fastgpt2_kernels_##name,
 const Kernels* const TABLES[] = {FASTGPT2_ISAS(ENTRY)};
 
-// Whether this processor, and its operating system, has what kernels.cpp was compiled for.
+// Whether this processor and its operating system support the instruction set.
 bool is_usable(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -32,7 +32,7 @@ bool is_usable(const char* name) {
 #endif
 }
 
-// isas() -> list of (name, whether this processor has it), the best one first.
+// isas() -> list of (name, whether this processor has it), the best first.
 PyObject* isas(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
   for (const Kernels* table : TABLES) {
@@ -47,8 +47,8 @@ PyObject* isas(PyObject*, PyObject*) {
   return list;
 }
 
-// call(isa, operation, address, bytes): the arguments' struct lies at `address`. Other Python threads run meanwhile, and
-// an interrupt ends a run of steps between two of them.
+// call(isa, operation, address, bytes), with the struct of arguments at `address`. Other Python threads can run meanwhile.
+// An interrupt ends a run of steps between two steps.
 PyObject* call(PyObject*, PyObject* args) {
   const char* isa;
   long long operation, address, bytes;

@@ -1,9 +1,9 @@
-// The next token of a row of logits: penalty, temperature, top-k, top-p, min-p, and Gumbel noise from Philox 4x32-7.
+// Sampling the next token of a row of logits: penalty, temperature, top-k, top-p, min-p, Gumbel noise from Philox 4x32-7.
 //
-// With y the penalised logits and T the temperature it is the argmax of y + T g over the tokens that the filters keep;
-// the noise g of token v depends on the row's key, its position and v alone (Salmon et al. 2011). Every filter keeps
-// the tokens from some value of y on. top-p needs no threshold: the argmax over a larger set is the right one if it
-// lies in the smaller; if not, it and all below it are left out and the argmax is taken again, with the same noise.
+// Let y be the penalised logits and T the temperature. The token is the argmax of y + T g over the tokens that the filters
+// keep. The noise g of token v depends only on the row's key, its position and v (Salmon et al. 2011). Every filter keeps
+// all y from some value up. top-p needs no threshold. If the argmax over a larger set lies in the set that top-p keeps, it is
+// the right one. If not, it and all tokens with no larger y are dropped, and the argmax is taken again with the same noise.
 #pragma once
 #include <stdint.h>
 #include "api.h"
@@ -16,7 +16,7 @@ enum { TOP_LANES = 2048, MOST_CANDIDATES = 1024, LANES_64 = VL / 2 };
 
 struct Noise { uint32_t key_0, key_1, position; };
 
-// Philox of LANES_64 groups of four tokens, the first of which is `group`: 4 LANES_64 words in the tokens' order.
+// Philox for LANES_64 groups of four tokens, from group number `group` on: 4 LANES_64 words, in the order of the tokens.
 INLINE void philox(Noise noise, uint32_t group, uint32_t* words) {
   const uint64_t low = 0xFFFFFFFFu;
   vu64 c0, c1 = vu64{} + noise.position, c2 = {}, c3 = {};
@@ -45,14 +45,14 @@ INLINE void philox(Noise noise, uint32_t group, uint32_t* words) {
   }
 }
 
-// -log(-log u) of a random word, 1 - u = (word + 1/2) / 2^32.
+// -log(-log u) of a random word, where 1 - u = (word + 1/2) / 2^32.
 static float gumbel(uint32_t word) {
   const bool is_low = word < 0x80000000u;
   const double v = ((is_low ? word : ~word) + 0.5) * 0x1p-32;
   return (float)-log(is_low ? -log1p(-v) : -log(v));
 }
 
-// The largest of x[0 .. n), its first index.
+// The index of the first largest of x[0 .. n); writes its value to `value`.
 static int64_t first_largest(const float* x, int64_t n, float* value) {
   const float none = -__builtin_inff();
   vf top = splat(none);
@@ -67,7 +67,7 @@ static int64_t first_largest(const float* x, int64_t n, float* value) {
   return 0;
 }
 
-// sum of exp(scale (x - max)) where x > above.
+// The sum of exp(scale (x - max)) over the x > above.
 static float mass_above(const float* x, int64_t n, float above, float max, float scale) {
   vf sum[2] = {};
   for (int64_t i = 0, j = 0; i < n; i += VL, j ^= 1) {
@@ -96,7 +96,7 @@ static int64_t count_from(const float* x, int64_t n, float low) {
   return sum;
 }
 
-// The k-th largest of x[0 .. n), 1 <= k <= n, none of them -inf, by bisection of the floats' order.
+// The k-th largest of x[0 .. n), 1 <= k <= n, by bisection over the ordered floats. None may be -inf.
 static float kth_largest(const float* x, int64_t n, int64_t k) {
   float max;
   first_largest(x, n, &max);
@@ -109,7 +109,7 @@ static float kth_largest(const float* x, int64_t n, int64_t k) {
   return from_key(low);
 }
 
-// A lower bound of the k-th largest: the k-th largest of the maxima of TOP_LANES groups.
+// A lower bound of the k-th largest: the k-th largest among the maxima of TOP_LANES groups.
 static float bound_of_kth(const float* y, int64_t V, int64_t k) {
   if (k > TOP_LANES || V < 2 * TOP_LANES) return -__builtin_inff();
   float tops[TOP_LANES];
@@ -121,10 +121,10 @@ static float bound_of_kth(const float* y, int64_t V, int64_t k) {
   return kth_largest(tops, TOP_LANES, k);
 }
 
-// Tokens at hand: all of the row (ids null), or those that may be kept, with scores y + T g, which are filled once.
+// The candidates: all tokens of the row (ids null), or those that top-k may keep, with their scores y + T g.
 struct Candidates { const float* y; const int32_t* ids; float* scores; int64_t n; };
 
-// argmax of y + T g where y >= low, the lowest id of equals.
+// The argmax of y + T g over the tokens with y >= low. Among equals the lowest id counts.
 static int64_t draw(Candidates c, float low, float temperature, float scale, Noise noise) {
   float best = -__builtin_inff();
   int64_t best_id = -1;
@@ -133,7 +133,8 @@ static int64_t draw(Candidates c, float low, float temperature, float scale, Noi
       if (c.y[i] >= low && (best_id < 0 || c.scores[i] > best)) best = c.scores[i], best_id = i;
     return best_id < 0 ? 0 : best_id;
   }
-  // Logarithms are most of what noise costs. y + T g > best means -log u < exp((y - best) / T), and -log u >= 1 - u.
+  // Logarithms are most of the cost of noise. They can often be skipped: y + T g > best means -log u < exp((y - best) / T),
+  // and -log u >= 1 - u.
   for (int64_t i = 0; i < c.n; i += 4 * LANES_64) {
     uint32_t words[4 * LANES_64];
     philox(noise, (uint32_t)(i / 4), words);
@@ -161,7 +162,7 @@ static void sample_row(const SampleArgs* a, int64_t row, float* scratch) {
   const float *x = a->logits + row * a->logits_stride, none = -__builtin_inff();
   float max;
   const int64_t first = first_largest(x, V, &max);
-  // All but the first of the largest logits, whose 1 would round the rest of a confident row away.
+  // The mass of all tokens but the first largest. In a confident row the 1 of that one would round the others away.
   const float rest = mass_above(x, first, none, max, 1.0f) + mass_above(x + first + 1, V - first - 1, none, max, 1.0f);
   const bool is_good = rest >= 0.0f && max < __builtin_inff() && max > none;
   int64_t chosen = 0;
@@ -210,7 +211,7 @@ static void sample_row(const SampleArgs* a, int64_t row, float* scratch) {
       }
       const float top_p = s->top_p ? s->top_p[slot] : 1.0f;
       float limit = __builtin_inff();
-      // What is kept from `low` on is above the number before it.
+      // y >= low means y > before: mass_above wants a bound that is not included.
       const float before = low > none ? from_key(to_key(low) - 1) : none;
       if (top_p < 1.0f) limit = top_p * mass_above(at_hand.y, at_hand.n, before, y_max, scale);
       if (s->min_p && s->min_p[slot] > 0.0f) {

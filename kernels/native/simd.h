@@ -1,6 +1,6 @@
-// Vectors of float32 for the instruction set that this translation unit is compiled for, and functions of them.
-// Everything has internal linkage: the same name is another function in every instruction set. Nothing here may come
-// from the C++ library, whose inline functions the linker would share between them.
+// Vectors of float32 and functions on them, for the instruction set that this translation unit is compiled for.
+// Everything has internal linkage, because the same name is a different function for each instruction set. Nothing here
+// may come from the C++ library: the linker would share its inline functions between the instruction sets.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -12,7 +12,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-// VL lanes of a vector; a tile is up to MR rows by NV vectors of outputs, which fill the registers.
+// A vector has VL lanes. A tile is up to MR rows by NV vectors of outputs, which fill the registers.
 #if defined(__AVX512F__)
 enum { VL = 16, NV = 3, MR = 8 };
 #elif defined(__AVX2__)
@@ -51,7 +51,7 @@ INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// The first n numbers; the other lanes are `rest`.
+// Loads the first n numbers; the other lanes are `rest`.
 INLINE vf load_n(const float* p, int64_t n, float rest = 0.0f) {
   if (n >= VL) return load(p);
 #if defined(__AVX512F__)
@@ -92,7 +92,7 @@ INLINE float hsum(vf v) {
 #endif
 }
 
-// A comparison with a NaN is false: `larger` hands on the NaN of its second argument.
+// A comparison with NaN is false, so `larger` propagates a NaN of its second argument.
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 INLINE float hmax(vf v) {
   float m = v[0];
@@ -109,7 +109,7 @@ INLINE bool any(vi mask) {
 #endif
 }
 
-// By Horner's rule, the highest power first.
+// Horner's rule. The coefficient of the highest power comes first.
 template <int N> INLINE vf polynomial(vf x, const float (&c)[N]) {
   vf p = splat(c[0]);
 #pragma GCC unroll 16
@@ -117,17 +117,17 @@ template <int N> INLINE vf polynomial(vf x, const float (&c)[N]) {
   return p;
 }
 
-// exp(x) to 2 units in the last place; 0 below the smallest normal number, at most 2^127.
+// exp(x) to 2 units in the last place. Results below the smallest normal number are 0; the largest result is 2^127.
 INLINE vf vexp(vf x) {
   const vf low = splat(-87.33654f), high = splat(88.02969f), magic = splat(12582912.0f);
   vf c = x < low ? low : x;
   c = c > high ? high : c;
-  const vf n = fma(c, splat(1.44269504f), magic) - magic;  // rounded to an integer
+  const vf n = fma(c, splat(1.44269504f), magic) - magic;  // x log2(e), rounded to an integer
   vf r = fma(n, splat(-0.693359375f), c);
   r = fma(n, splat(2.12194440e-4f), r);
   vf p = polynomial(r, {1.0f / 5040.0f, 1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f});
   p = fma(p, r * r, r) + splat(1.0f);
-  // A NaN is no integer; it comes through p.
+  // NaN cannot become an integer; p carries it on.
   const vi e = __builtin_convertvector(n == n ? n : (vf){}, vi);
   const vf y = p * (vf)((e + 127) << 23);
   return x < low ? (vf){} : y;
@@ -141,13 +141,13 @@ INLINE vf sigmoid(vf w) {
 }
 
 INLINE vf vtanh(vf z) {
-  // A series where 1 - exp would be a difference of nearly equal numbers.
+  // Near 0 a series, because 1 - exp would be a difference of nearly equal numbers.
   const vf one = splat(1.0f), e = vexp(vabs(z) * -2.0f), t = (one - e) / (one + e), z2 = z * z;
   const vf s = fma(polynomial(z2, {62.0f / 2835.0f, -17.0f / 315.0f, 2.0f / 15.0f, -1.0f / 3.0f}), z * z2, z);
   return vabs(z) < 0.25f ? s : (z < 0.0f ? -t : t);
 }
 
-// 0.5 erfc(-u): erfc(u) exp(u^2) is a polynomial of 1 / (1 + 0.4 u), Chebyshev interpolation on 0 <= u <= 9.5.
+// 0.5 erfc(-u). erfc(u) exp(u^2) is approximated by a polynomial in 1 / (1 + 0.4 u) (Chebyshev, for 0 <= u <= 9.5).
 INLINE vf half_erfc_of_minus(vf u) {
   const vf a = vabs(u), t = splat(1.0f) / fma(a, splat(0.4f), splat(1.0f));
   const vf p = polynomial(t, {0.0160496216f, -0.00744945742f, -0.21846275f, 0.477248371f, -0.231760338f, 0.35377261f,
@@ -180,7 +180,7 @@ static vf activate(int64_t name, vf z) {
   }
 }
 
-// float32 -> bfloat16 in the upper half of each lane, to nearest even.
+// Rounds float32 to bfloat16, to nearest even, in the upper half of each lane.
 INLINE vu round_bf16(vf x) {
   const vu bits = (vu)x, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
   return x == x ? rounded : (bits | 0x00400000u) & 0xFFFF0000u;
@@ -194,6 +194,6 @@ INLINE void store_n(uint16_t* p, vf v, int64_t n) {
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// The share of thread t of n things: from first up to, not with, last.
+// The share of thread t in n things: from first up to, but not including, last.
 struct Share { int64_t first, last; };
 INLINE Share share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }

@@ -1,4 +1,4 @@
-// The threads of a parallel region: how they meet and how work is dealt out to them.
+// The threads of a parallel region: the barrier at which they wait for each other, and how work is shared among them.
 #pragma once
 #ifdef _OPENMP
 #include <omp.h>
@@ -6,7 +6,7 @@
 #include <sched.h>
 #include "simd.h"
 
-// What of a phase was taken of one thread's share: (phase, from the back, from the front), 24, 20 and 20 bits.
+// How much of one thread's share was taken in a phase: (phase, from the back, from the front) in 24, 20 and 20 bits.
 struct Claim { alignas(64) uint64_t word; };
 struct Meeting { alignas(64) int32_t arrived; alignas(64) int32_t phase; };
 struct Team { int thread, threads; Meeting* meeting; Claim* claims; };
@@ -23,9 +23,9 @@ template <class Work> static void in_parallel(int64_t threads, Work work) {
 #endif
 }
 
-// Ends a phase: all threads wait for each other. OpenMP's own barrier puts a thread to sleep for good. Here it spins for
-// some 20 microseconds and then lets others run, for the thread that it waits for may want this processor. Sleeping until
-// it is woken (futex) took 1.4 times as long beside another busy process, and spinning on without yielding as long as this.
+// Ends a phase: all threads wait for each other. In OpenMP's own barrier a thread sleeps until it is woken. Here it spins for
+// some 20 microseconds and then yields, because the thread that it waits for may need this processor. Beside another busy
+// process, sleeping (futex) took 1.4 times as long as this, and spinning without yielding took just as long.
 static void barrier(Team us) {
   enum { SPINS = 1000 };
   const int32_t phase = __atomic_load_n(&us.meeting->phase, __ATOMIC_RELAXED);
@@ -44,8 +44,8 @@ static void barrier(Team us) {
   }
 }
 
-// The next of n things that the threads deal out in this phase, once a phase; -1 when there is none. A thread takes its own
-// share from the front, then from the back what is left of others', who may have lost their processor.
+// Takes the next of the n tasks of this phase, or -1 when none is left. A phase has one set of tasks. A thread first takes its
+// own share, from the front. Then it helps threads that may have lost their processor: it takes from the back of their shares.
 static int64_t take(Team us, int64_t n) {
   const uint64_t phase = (uint64_t)__atomic_load_n(&us.meeting->phase, __ATOMIC_RELAXED), mask = (1 << 20) - 1;
   for (int i = 0; i < us.threads; ++i) {
@@ -53,7 +53,7 @@ static int64_t take(Team us, int64_t n) {
     const Share all = share(n, of, us.threads);
     uint64_t* word = &us.claims[of].word;
     for (uint64_t was = __atomic_load_n(word, __ATOMIC_RELAXED);;) {
-      const uint64_t now = was >> 40 == phase ? was : phase << 40;  // an older phase took nothing of this one
+      const uint64_t now = was >> 40 == phase ? was : phase << 40;  // a word of an older phase: nothing is taken yet
       const int64_t front = all.first + (int64_t)(now & mask), back = all.last - 1 - (int64_t)(now >> 20 & mask);
       if (front > back) break;
       const uint64_t then = now + (i == 0 ? 1 : mask + 1);

@@ -89,7 +89,7 @@ def test_results_of_another_version_are_made_anew(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=str)
 def test_it_can_be_cut_off(tmp_path: Path, number: signal.Signals) -> None:
-    """In the middle of a part: those before it are there, and the next run begins with it."""
+    """A run is cut off in the middle of a part. Earlier results stay, and the next run begins with that part."""
     quick, out = tmp_path / "quick", tmp_path / "out"
     slow = (
         f"import os, time; print(os.getpid(), flush=True)\nwhile not os.path.exists({str(quick)!r}): time.sleep(0.05)"
@@ -135,7 +135,7 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_part_through_the_command(tmp_path: Path) -> None:
-    """From the command line to the folder, with a process for the part."""
+    """From the command line to the folder of results, with a process for the part."""
     assert gpu.main(["precision", "--toy", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "precision.json").read_text())
     assert result["status"] == "ok"
@@ -145,7 +145,7 @@ def test_a_part_through_the_command(tmp_path: Path) -> None:
 
 
 def test_the_other_commands_exist() -> None:
-    """Those that are not parts of their own take the arguments that they are given."""
+    """Parts that are other commands accept the arguments that they are given."""
     for name, part in gpu.all_parts().items():
         if name not in PARTS:
             assert part.command[:2] == (sys.executable, "-m")

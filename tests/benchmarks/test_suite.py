@@ -100,14 +100,14 @@ def test_a_wrong_contender_is_caught_before_timing(factor, settings):
 
 
 def test_a_wrong_plain_expression_is_caught_too(settings):
-    """Its error is the measure of the others, and must not be beyond all measure itself."""
+    """The plain expression's error is the others' yardstick, so it must not be huge itself."""
     case = square_case(Contender("plain", Counted(1.1).build, is_plain=True))
     assert run_case("toy", case, settings)[0].status.startswith("wrong: ")
 
 
 @pytest.mark.parametrize("error", ["a token of another row", "a token too few"])
 def test_wrong_tokens_are_caught(error, settings):
-    """In every row looked at, at the last token too."""
+    """A wrong token is noticed in every row that is checked, even at the last token."""
     case = load("generate", settings)[0]
     ours = next(c for c in case.contenders if c.name == "ours")
 
@@ -166,7 +166,7 @@ def test_who_cannot_run_is_a_row(settings):
 
 
 def test_who_fails_later_is_a_row_too(settings):
-    """At its second call; and a case whose inputs do not fit the machine is one row."""
+    """A contender fails at its second call. A case whose inputs do not fit the machine gives one row."""
 
     def build(x):
         calls = iter([[x * x]])
@@ -226,7 +226,7 @@ def no_workers(forkserver):
 
 
 def test_contenders_in_processes_of_their_own(settings, no_workers):
-    """Whatever becomes of one, the others' results stay; only those who go on keep their process."""
+    """If one contender fails, the others' results stay. Only those that continue keep their process."""
     before = set(multiprocessing.active_children())
     plain, dying = (functools.partial(build, os.getpid()) for build in (wrong_here, dies))
     builds = {"plain": plain, "late": raises_later, "absent": is_absent, "dies": dying, "wrong": wrong_square}
@@ -302,13 +302,13 @@ def test_results_survive_their_file(tmp_path):
     ("change", "verdict"),
     [
         ({}, "same"),
-        # A slow day of the machine: the base was as slow.
+        # The machine was slow that day, and the base just as much.
         ({"median": 2.0, "p20": 1.98, "p80": 2.02}, "same"),
         ({"ratio_base": 1.5, "ratio_base_p20": 1.48, "ratio_base_p80": 1.52}, "slower"),
         ({"ratio_base": 2.5, "ratio_base_p20": 2.4, "ratio_base_p80": 2.6}, "faster"),
-        # As much slower, but the ranges meet.
+        # Just as much slower, but the ranges overlap.
         ({"ratio_base": 1.5, "ratio_base_p20": 1.4, "ratio_base_p80": 1.99}, "same"),
-        # The base of the other run is another: only seconds are left.
+        # The other run has another base, so only the seconds can be compared.
         ({"base": "sdpa", "median": 2.0, "p20": 1.98, "p80": 2.02}, "slower"),
         ({"base": "sdpa", "ratio_base": 9.0}, "same"),
         ({"status": "failed: why"}, "broken"),
@@ -385,7 +385,7 @@ def test_tuning_checks_every_candidate(settings):
     assert set(tuned.refused) == {(1.5, 1), (1.0, 0)}
     assert any("key: (1.0, 4),  # " in line for line in tune.lines(tuned))
     assert row == (1.0, 400)
-    # No time: only the present row is looked at.
+    # Without time only the present row is timed.
     late = tune.tune(tune.Tunable("key", (1.0, 400), candidates, Using, case), settings, seconds=-1.0)
     assert late.tried == 1
     assert any("the present row stays" in line for line in tune.lines(late))

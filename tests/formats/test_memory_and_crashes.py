@@ -25,7 +25,7 @@ def status(field: str) -> int:
 
 
 def load_and_measure(big: Path, tiny: Path, results: Connection) -> None:
-    """In a process of its own: the peak of resident memory that loading `big` adds, and the size of its weights."""
+    """Measure, in a separate process, the peak memory that loading `big` adds, and the size of its weights."""
     load_pretrained(tiny)  # what loading itself brings in
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
@@ -69,7 +69,7 @@ def save_in_turns(models: list[GPT2], folder: Path, ready: Event) -> None:
 
 
 def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, seed: int, forkserver: BaseContext) -> None:
-    """One process saves two models in turns and is killed at random moments: what is there is one or the other."""
+    """A process that saves two models in turns is killed at random moments. The file is then one or the other."""
     models = [random_model(s, vocab_size=3000, hidden_size=128) for s in (1, 2)]
     save_pretrained(models[0], tmp_path)
     delays = torch.rand(4, generator=torch.Generator().manual_seed(seed)) * 0.2

@@ -75,6 +75,6 @@ def test_padded_vocabulary(tmp_path: Path, seed: int) -> None:
 )
 def test_nanogpt_has_no_setting_for(tmp_path: Path, seed: int, changes: dict[str, Any], named: str) -> None:
     model = random_model(seed, **{"activation_function": "gelu", **changes})
-    with pytest.raises(ValueError, match=f"nanoGPT cannot compute this model.*{named}"):
+    with pytest.raises(ValueError, match=f"nanoGPT cannot run this model.*{named}"):
         save_nanogpt(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

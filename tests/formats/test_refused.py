@@ -17,7 +17,7 @@ from tests.helpers import TINY
 
 
 def compress_archive(path: Path) -> None:
-    """The same records, compressed, as a tool that packs files anew leaves them."""
+    """The same records, but compressed, as a tool that repacks files would leave them."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -193,8 +193,8 @@ def test_bad_arguments(tmp_path: Path, model: GPT2) -> None:
         load_pretrained(tmp_path / "good", n_layers=3)
     with pytest.raises(ValueError, match=r"dtype must be a floating-point torch.dtype; got torch.int64"):
         load_pretrained(tmp_path / "good", dtype=torch.int64)
-    with pytest.raises(ValueError, match="revision is for hub names"):
+    with pytest.raises(ValueError, match="revision needs a name on the hub"):
         load_pretrained(tmp_path / "good", revision="main")
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="a checkpoint is a folder"):
+    with pytest.raises(NotADirectoryError, match="must be a folder, as a checkpoint is one"):
         save_pretrained(model, tmp_path / "file")

@@ -11,7 +11,7 @@ INFO: dict[str, str] = {
     "info --model file.bin": "file.bin: not a readable file of tensors",
     "info --model zero.txt": "zero.txt: must be a folder or an ordinary file; it is neither",
     "info --model p.txt": "p.txt: not a readable file of tensors",
-    "info --model model --revision main": "load_pretrained: revision is for hub names; model is on this machine",
+    "info --model model --revision main": "load_pretrained: revision needs a name on the hub; model is on this machine",
     "info --model nanogpt-torn": "nanogpt-torn/ckpt.pt: not a readable file of tensors",
     "info --model nanogpt-rope": (
         "nanogpt-rope/ckpt.pt: model_args must be nanoGPT's; missing: block_size, n_embd, n_head, n_layer,"
@@ -84,7 +84,7 @@ CONVERT: dict[str, str] = {
     "convert model": "the following arguments are required: OUT_FOLDER",
     "convert ./none/here o": "none/here: no such file or folder (and no name of a model on the hub, like owner/name)",
     "convert model empty --to gguf": "argument --to: invalid choice: 'gguf'",
-    "convert model taken": "taken: a checkpoint is a folder, and this is a file; name another",
+    "convert model taken": "taken: must be a folder, as a checkpoint is one; it is a file: name another",
     "convert model model": "model: the folder is not empty; name another, or write into it with --force",
     "convert model taken/o": "[Errno 20] Not a directory: 'taken/o'",
     "convert model o --dtype int8": "argument --dtype: invalid choice: 'int8'",
@@ -94,7 +94,7 @@ CONVERT: dict[str, str] = {
         "model: the weights do not fit the configuration; other shapes: transformer.wte.weight is (274, 32) in"
     ),
     "convert model o --vocab-size x": "argument --vocab-size: invalid int value: 'x'",
-    "convert model o --revision main": "load_pretrained: revision is for hub names; model is on this machine",
+    "convert model o --revision main": "load_pretrained: revision needs a name on the hub; model is on this machine",
     "convert weightless o": "weightless: has a config.json but no weights; looked for model.safetensors,",
     "convert no-config o": "no-config: has neither config.json (Hugging Face) nor ckpt.pt (nanoGPT)",
     "convert file.bin o": "file.bin: not a readable file of tensors",

@@ -40,7 +40,7 @@ GENERATE: dict[str, str] = {
     "generate x --prompts p.txt": "generate: give a prompt or --prompts FILE, not both",
     "generate --prompts none.txt": "[Errno 2] No such file or directory: 'none.txt'",
     "generate --prompts '*.none'": "*.none: no file matches this pattern",
-    "generate --prompts empty.txt": "empty.txt: there are no prompts in it; give at least one",
+    "generate --prompts empty.txt": "empty.txt: must hold at least one prompt; it holds none",
     "generate --prompts latin.txt --model model": "latin.txt line 1: must be UTF-8 text; byte 2 of the line is not",
     "generate --prompts zero.txt": "zero.txt: must be an ordinary file; it is not",
     "generate --prompts pipe.txt": "pipe.txt: must be an ordinary file; it is not",
@@ -112,7 +112,7 @@ GENERATE: dict[str, str] = {
     "generate --prompts double.csv": "double.csv: its columns must have different names; got prompt, prompt",
     "generate --prompts open.csv": "open.csv line 2: must be CSV (",
     "generate --prompts ragged.csv --model model": "ragged.csv line 2: must have 2 fields, as the header has; it has 1",
-    "generate --prompts latin.csv": "latin.csv: must be UTF-8 text; it is not, past line 0",
+    "generate --prompts latin.csv": "latin.csv: must be UTF-8 text; it is not after line 0",
     "generate --prompts torn.parquet": "torn.parquet: must be a whole Parquet file; it is not",
     "generate --prompts headless.fasta --model model": (
         'headless.fasta line 1: must begin with a header line, ">" and a name'
@@ -121,12 +121,12 @@ GENERATE: dict[str, str] = {
     "generate --prompts plain.jsonl.zst": "plain.jsonl.zst: must be a whole .zst file",
     "generate --prompts torn.txt.gz": "torn.txt.gz: must be a whole .gz file",
     "generate --prompts double.parquet.gz": (
-        "double.parquet.gz: a .parquet file is compressed within; it must end in .parquet"
+        "double.parquet.gz: a .parquet file is already compressed; its name must end in .parquet"
     ),
     "generate --prompts long.txt --model model": (
         "generate: long.txt line 6 has 1600 tokens; the context holds 64; shorten the prompt, or truncate it on"
     ),
-    "generate x --column text": "generate: --column goes with --prompts FILE; give one",
+    "generate x --column text": "generate: --column needs --prompts FILE; give both",
     "generate x --num-samples 0": "generate: --num-samples must be at least 1; got 0",
     "generate x --num-samples -1": "generate: --num-samples must be at least 1; got -1",
     "generate x --num-samples 1000000000000000000000000000000": (
@@ -179,14 +179,14 @@ GENERATE: dict[str, str] = {
     ),
     "generate x --truncate right": "argument --truncate: invalid choice: 'right'",
     "generate x --score all": "argument --score: invalid choice: 'all'",
-    "generate x --score whole": "generate: --score goes with --out FILE; give one",
-    "generate x --resume": "generate: --resume goes with --out FILE; give one",
-    "generate x --overwrite": "generate: --overwrite goes with --out FILE; give one",
-    "generate x --token-ids": "generate: --token-ids goes with --out FILE; give one",
-    "generate x --logprobs": "generate: --logprobs goes with --out FILE; give one",
-    "generate x --keep-best 1": "generate: --keep-best goes with --out FILE; give one",
-    "generate x --dedupe": "generate: --dedupe goes with --out FILE; give one",
-    "generate x --shard 0/2": "generate: --shard goes with --out FILE; give one",
+    "generate x --score whole": "generate: --score needs --out FILE; give both",
+    "generate x --resume": "generate: --resume needs --out FILE; give both",
+    "generate x --overwrite": "generate: --overwrite needs --out FILE; give both",
+    "generate x --token-ids": "generate: --token-ids needs --out FILE; give both",
+    "generate x --logprobs": "generate: --logprobs needs --out FILE; give both",
+    "generate x --keep-best 1": "generate: --keep-best needs --out FILE; give both",
+    "generate x --dedupe": "generate: --dedupe needs --out FILE; give both",
+    "generate x --shard 0/2": "generate: --shard needs --out FILE; give both",
     "generate x --shard 2/2 --out o.jsonl": "a shard must be I/N with 0 <= I < N, as 0/4 .. 3/4; got '2/2'",
     "generate x --shard x --out o.jsonl": "a shard must be I/N with 0 <= I < N, as 0/4 .. 3/4; got 'x'",
     "generate x --out o.tsv": "o.tsv: an output must end in .jsonl, .fasta, .txt; got '.tsv'",
@@ -213,22 +213,22 @@ GENERATE: dict[str, str] = {
     "generate x --out o.csv --keep-best 0": (
         "Selection: keep_best must be a number from 1 on or a percentage up to 100%; got '0'"
     ),
-    "generate x --out o.csv --by logprob": "generate: --by goes with --keep-best; give both",
+    "generate x --out o.csv --by logprob": "generate: --by needs --keep-best; give both",
     "generate x --out o.jsonl --min-length 3 --max-length 2": (
         "Selection: min_length must be at most max_length; got 3 and 2"
     ),
     "generate x --out foreign.jsonl --model model --resume": "foreign.jsonl: was made by another run (",
     "generate x --out unsettled.jsonl --model model --resume": (
-        "unsettled.jsonl: cannot be resumed, unsettled.jsonl.run.json with its settings is not beside it; choose"
+        "unsettled.jsonl: cannot be resumed, because unsettled.jsonl.run.json with its settings is missing;"
     ),
     "generate x --out listed.jsonl --model model --resume": (
-        "listed.jsonl.run.json: is not a run's settings; choose another output"
+        "listed.jsonl.run.json: must hold a run's settings; it does not: choose another output"
     ),
     "generate x --out broken.jsonl --model model --resume": (
-        "broken.jsonl.run.json: is not a run's settings; choose another output"
+        "broken.jsonl.run.json: must hold a run's settings; it does not: choose another output"
     ),
     "generate x --out nested.jsonl --model model --resume": (
-        "nested.jsonl.run.json: is not a run's settings; choose another output"
+        "nested.jsonl.run.json: must hold a run's settings; it does not: choose another output"
     ),
     "generate x --out foreign.jsonl --model model": (
         "foreign.jsonl: exists; continue it with --resume or replace it with --overwrite"

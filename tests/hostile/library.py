@@ -113,16 +113,16 @@ MODELS: Cases = {
         ValueError,
         "position_ids must be integers of shape",
     ),
-    "another device": (lambda: MODEL(IDS.to("meta")), ValueError, "input_ids are on meta, the model is on cpu"),
+    "another device": (lambda: MODEL(IDS.to("meta")), ValueError, "input_ids must be on cpu, like the model; got meta"),
     "cache of other rows": (
         lambda: MODEL(IDS, cache=KVCache(MODEL.config, 3)),
         ValueError,
-        "input_ids has 2 rows and the cache 3 slots; they must agree",
+        "input_ids must have a row for each of the cache's 3 slots; got 2 rows",
     ),
     "cache while training": (
         lambda: GPT2(MODEL.config).train()(IDS, cache=KVCache(MODEL.config, 2)),
         ValueError,
-        "a cache is for evaluation; call model.eval() first",
+        "a cache needs evaluation mode; call model.eval() first",
     ),
     "cache past the context": (lambda: KVCache(MODEL.config, 1, 7), ValueError, "capacity must be in [1, 6]"),
     "cache without slots": (lambda: KVCache(MODEL.config, 0), ValueError, "num_slots must be >= 1; got 0"),
@@ -166,7 +166,11 @@ LOSS: Cases = {
         "class_weight must be floating-point (8,)",
     ),
     "empty option": (lambda: cross_entropy(X, T, empty="one"), ValueError, "empty must be 'nan' or 'zero'; got 'one'"),
-    "shift of rows": (lambda: cross_entropy(X, T, shift=True), ValueError, "shift=True needs to know the rows"),
+    "shift of rows": (
+        lambda: cross_entropy(X, T, shift=True),
+        ValueError,
+        "shift=True needs logits of shape (B, T, V)",
+    ),
     "no vocabulary": (lambda: cross_entropy(X[:, :0], T), ValueError, "the vocabulary must not be empty"),
     "integer logits": (
         lambda: cross_entropy(X.long(), T),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Command line, and how what it says begins after "fastgpt2: ".
 SCORE: dict[str, str] = {
+    "score empty.txt --model model": "empty.txt: there are no sequences in it; give at least one",
     "score text.jsonl --model ./none/here": (
         "none/here: no such file or folder (and no name of a model on the hub, like owner/name)"
     ),
@@ -58,12 +59,12 @@ SCORE: dict[str, str] = {
     "score text.jsonl --device gpu": "device must be one that this machine has; got gpu",
     "score text.jsonl --device cuda:99": "device must be one that this machine has; got cuda:99",
     "score text.jsonl --backend x": "argument --backend: invalid choice: 'x'",
-    "score text.jsonl --resume": "score: --resume goes with --out FILE; give one",
-    "score text.jsonl --overwrite": "score: --overwrite goes with --out FILE; give one",
-    "score text.jsonl --shard 0/2": "score: --shard goes with --out FILE; give one",
-    "score text.jsonl --keep-best 1": "score: --keep-best goes with --out FILE; give one",
-    "score text.jsonl --dedupe": "score: --dedupe goes with --out FILE; give one",
-    "score text.jsonl --strip-special": "score: --strip-special goes with --out FILE; give one",
+    "score text.jsonl --resume": "score: --resume needs --out FILE; give both",
+    "score text.jsonl --overwrite": "score: --overwrite needs --out FILE; give both",
+    "score text.jsonl --shard 0/2": "score: --shard needs --out FILE; give both",
+    "score text.jsonl --keep-best 1": "score: --keep-best needs --out FILE; give both",
+    "score text.jsonl --dedupe": "score: --dedupe needs --out FILE; give both",
+    "score text.jsonl --strip-special": "score: --strip-special needs --out FILE; give both",
     "score text.jsonl --out o.tsv": "o.tsv: an output must end in .jsonl, .fasta, .txt; got '.tsv'",
     "score text.jsonl --out no/o.jsonl": (
         "no/o.jsonl: is in the folder no, which does not exist; name a file in a folder that exists"
@@ -75,7 +76,7 @@ SCORE: dict[str, str] = {
     "score text.jsonl --out o.jsonl --shard -1/2": "argument --shard: expected one argument",
     "score text.jsonl --out o.jsonl --shard 0/0": "a shard must be I/N with 0 <= I < N, as 0/4 .. 3/4; got '0/0'",
     "score text.jsonl --out o.jsonl --shard 0/2 --overwrite": (
-        "--overwrite could drop what another process has written; remove o.jsonl and leave it out"
+        "--overwrite could drop what another process has written; remove o.jsonl and leave the option out"
     ),
     "score text.jsonl --out o.jsonl --resume --overwrite": (
         "--resume keeps what the output holds and --overwrite drops it; give one of them"
@@ -86,12 +87,12 @@ SCORE: dict[str, str] = {
     "score text.jsonl --out rows.jsonl": "rows.jsonl: exists; continue it with --resume or replace it with --overwrite",
     "score text.jsonl --out foreign.jsonl --resume --model model": "foreign.jsonl: was made by another run (",
     "score text.jsonl --out unsettled.jsonl --resume --model model": (
-        "unsettled.jsonl: cannot be resumed, unsettled.jsonl.run.json with its settings is not beside it; choose"
+        "unsettled.jsonl: cannot be resumed, because unsettled.jsonl.run.json with its settings is missing;"
     ),
     "score text.jsonl --out nested.jsonl --resume --model model": (
-        "nested.jsonl.run.json: is not a run's settings; choose another output"
+        "nested.jsonl.run.json: must hold a run's settings; it does not: choose another output"
     ),
-    "score text.jsonl --out o.csv --by logprob": "score: --by goes with --keep-best; give both",
+    "score text.jsonl --out o.csv --by logprob": "score: --by needs --keep-best; give both",
     "score text.jsonl --out o.csv --keep-best x": (
         "Selection: keep_best must be a number from 1 on or a percentage up to 100%; got 'x'"
     ),
@@ -100,7 +101,7 @@ SCORE: dict[str, str] = {
         "score: text.jsonl line 1 is text, but the model has no tokenizer; set model.tokenizer or give ids"
     ),
     "score ids.jsonl --out o.txt --model no-tokenizer": (
-        "o.txt: holds text, and the model no-tokenizer has no tokenizer; use a .jsonl output"
+        "o.txt: needs text, but the model no-tokenizer has no tokenizer; use a .jsonl output"
     ),
     "score": "the following arguments are required: FILE",
 }
@@ -145,7 +146,7 @@ SELECT: dict[str, str] = {
     "select rows.jsonl o.jsonl --keep-best 1000000000000000000000000000000": (
         "Selection: keep_best must be a number from 1 on or a percentage up to 100%; got"
     ),
-    "select rows.jsonl o.jsonl --by logprob": "select: --by goes with --keep-best; give both",
+    "select rows.jsonl o.jsonl --by logprob": "select: --by needs --keep-best; give both",
     "select rows.jsonl o.jsonl --by loss": "argument --by: invalid choice: 'loss'",
     "select rows.jsonl o.jsonl --min-length -1": "Selection: min_length must be at least 0; got -1",
     "select rows.jsonl o.jsonl --max-length -1": "Selection: max_length must be at least 0; got -1",
@@ -153,15 +154,15 @@ SELECT: dict[str, str] = {
         "Selection: min_length must be at most max_length; got 3 and 2"
     ),
     "select rows.jsonl o.jsonl --min-length x": "argument --min-length: invalid int value: 'x'",
-    "select rows.jsonl o.jsonl --special x": "select: --special goes with --strip-special; give both",
+    "select rows.jsonl o.jsonl --special x": "select: --special needs --strip-special; give both",
     "select rows.jsonl o.jsonl --strip-special": (
-        "select: rows.jsonl.run.json, which would name the special tokens, cannot be read; name them with"
+        "select: --strip-special reads the special tokens from rows.jsonl.run.json, which cannot be read; name"
     ),
     "select nested.jsonl o.jsonl --strip-special": (
-        "select: nested.jsonl.run.json, which would name the special tokens, cannot be read; name them with"
+        "select: --strip-special reads the special tokens from nested.jsonl.run.json, which cannot be read; name"
     ),
     "select listed.jsonl o.jsonl --strip-special": (
-        "select: listed.jsonl.run.json, which would name the special tokens, cannot be read; name them with"
+        "select: --strip-special reads the special tokens from listed.jsonl.run.json, which cannot be read; name"
     ),
     "select rows-bare.jsonl o.jsonl --keep-best 1": (
         'rows-bare.jsonl line 1: has no "perplexity" to select by; generate or score the records anew'
@@ -224,7 +225,7 @@ PLOT: dict[str, str] = {
     "plot runs/good --out x": "x: must end in .png or .svg; name another",
     "plot runs/good --out no/x.png": "[Errno 2] No such file or directory: 'no/x.png'",
     "plot runs/good --out empty": "empty: must end in .png or .svg; name another",
-    "plot runs/good runs/good": "plot: several runs go into a picture of their own; name it with --out FILE",
+    "plot runs/good runs/good": "plot: a picture of several runs needs a name; give it with --out FILE",
     "plot runs/good runs/empty --out x.png": (
         "runs/empty/metrics.jsonl: is empty; a run writes its first line after log_interval steps"
     ),

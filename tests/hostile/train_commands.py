@@ -5,7 +5,7 @@ from __future__ import annotations
 # Command line, and how what it says begins after "fastgpt2: ".
 TRAIN: dict[str, str] = {
     "train": "the following arguments are required: --out",
-    "train --out x": "train: give the text to train on with --data PATH (or --data stdlib to try)",
+    "train --out x": "train: there is no text to train on; give it with --data PATH, or try --data stdlib",
     "train --out x --data": "argument --data: expected at least one argument",
     "train --data no/such/text --out x": "no/such/text: no such file or directory",
     "train --data '*.none' --out x": "*.none: no file matches this pattern",
@@ -109,17 +109,17 @@ TRAIN: dict[str, str] = {
         "train: parallel 'fsdp' shares the weights among torchrun's processes; start the command with torchrun,"
     ),
     "train --data text.txt --out x --parallel fsdp --compile": (
-        "TrainConfig: compile goes with parallel 'ddp'; leave one of the two out"
+        "TrainConfig: compile does not work with parallel 'fsdp'; leave one of the two out"
     ),
     "train --data text.txt --out x --export both": "argument --export: invalid choice: 'both'",
     "train --data text.txt --out x --log mlflow": "argument --log/--log-to: invalid choice: 'mlflow'",
     "train --data text.txt --out x --lora-rank -1": "TrainConfig: lora_rank must be an int >= 0; got -1",
     "train --data text.txt --out x --lora-rank 2": (
-        "train: --lora-rank adapts weights that are there; name them with --init-from"
+        "train: --lora-rank needs trained weights to adapt; name them with --init-from"
     ),
-    "train --data text.txt --out x --lora-alpha 4": "TrainConfig: lora_alpha goes with lora_rank; give both or neither",
+    "train --data text.txt --out x --lora-alpha 4": "TrainConfig: lora_alpha needs lora_rank; give both or neither",
     "train --data text.txt --out x --early-stopping 2 --eval-interval 0": (
-        "TrainConfig: early_stopping counts evaluations; give an eval_interval > 0"
+        "TrainConfig: early_stopping needs evaluations; give an eval_interval > 0"
     ),
     "train --data text.txt --out x --log-interval 0": "TrainConfig: log_interval must be an int >= 1; got 0",
     "train --data text.txt --out x --eval-interval -1": "TrainConfig: eval_interval must be an int >= 0; got -1",
@@ -165,13 +165,13 @@ TRAIN: dict[str, str] = {
     "train --data text.txt --out x --dropout nan": "GPT2Config: residual_dropout must be in [0, 1); got nan",
     "train --data text.txt --out x --preset gpt3": "argument --preset: invalid choice: 'gpt3'",
     "train --data text.txt --out x --preset gpt2 --init-from model": (
-        "train: --init-from brings the model's sizes; leave out --preset and the size options"
+        "train: --init-from sets the model's sizes; leave out --preset and the size options"
     ),
     "train --data text.txt --out x --init-from model --layers 2": (
-        "train: --init-from brings the model's sizes; leave out --preset and the size options"
+        "train: --init-from sets the model's sizes; leave out --preset and the size options"
     ),
     "train --data text.txt --out x --init-from model --vocab-size 300": (
-        "train: --init-from brings its vocabulary; leave out --vocab-size"
+        "train: --init-from sets the vocabulary; leave out --vocab-size"
     ),
     "train --data text.txt --out x --init-from ./none/here": (
         "none/here: no such file or folder (and no name of a model on the hub, like owner/name)"
@@ -180,7 +180,7 @@ TRAIN: dict[str, str] = {
         "weightless: has a config.json but no weights; looked for model.safetensors,"
     ),
     "train --data text.txt --out x --init-from no-tokenizer": (
-        "train: no-tokenizer has no tokenizer; give its folder with --tokenizer"
+        "train: no-tokenizer has no tokenizer; name a folder that has one with --tokenizer"
     ),
     "train --data text.txt --out x --tokenizer empty": (
         "empty: has no tokenizer.json, and no vocab.json with merges.txt"
@@ -188,7 +188,7 @@ TRAIN: dict[str, str] = {
     "train --data text.txt --out x --tokenizer tokenizers/torn": "tokenizers/torn/tokenizer.json: not a tokenizer.json",
     "train --data text.txt --out x --tokenizer none": "none: has no tokenizer.json, and no vocab.json with merges.txt",
     "train --data text.txt --out x --tokenizer model --vocab-size 300": (
-        "train: --tokenizer brings its vocabulary; leave out --vocab-size"
+        "train: --tokenizer sets the vocabulary; leave out --vocab-size"
     ),
     "train --data text.txt --out x --device cuda:99": "device must be one that this machine has; got cuda:99",
     "train --data text.txt --out x --device xla": "device must be one that this machine has; got xla",
@@ -217,9 +217,9 @@ TRAIN: dict[str, str] = {
     "train --out resumed-lacking --resume": (
         "resumed-lacking/checkpoints/step-00000001.pt: lacks step, scaler, loss_sum, num_losses, best_loss,"
     ),
-    "train --out begun-torn --resume": "begun-torn/run.json: must be JSON (",
-    "train --out begun-list --resume": "begun-list/run.json: must be JSON (",
-    "train --out begun-nested --resume": "begun-nested/run.json: must be JSON (",
-    "train --out begun-foreign --resume": "begun-foreign/run.json: must be JSON (",
-    "train --out x --resume": "train: give the text to train on with --data PATH (or --data stdlib to try)",
+    "train --out begun-torn --resume": "begun-torn/run.json: must hold a run's options as JSON; it does not",
+    "train --out begun-list --resume": "begun-list/run.json: must hold a run's options as JSON; it does not",
+    "train --out begun-nested --resume": "begun-nested/run.json: must hold a run's options as JSON; it does not",
+    "train --out begun-foreign --resume": "begun-foreign/run.json: must hold a run's options as JSON; it does not",
+    "train --out x --resume": "train: there is no text to train on; give it with --data PATH, or try --data stdlib",
 }

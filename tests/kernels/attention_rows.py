@@ -1,4 +1,4 @@
-"""The attention kernels as they are compiled: every launch row, for an architecture."""
+"""Compile cases of the attention kernels: every launch row for an architecture."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _DOCUMENTS = ("HAS_LENGTHS", "HAS_DOCS")
 
 
 def _blocks(block: int, width: int, flags: tuple[str, ...]) -> tuple[int, ...]:
-    """Of a tensor descriptor: of heads of their own, or of a packed projection."""
+    """The block shape of a tensor descriptor, for separate heads or for a packed projection."""
     return (1, block, 1, width) if "PACKED" in flags else (1, 1, block, width)
 
 
 def attention_cases(arch: str) -> Iterator[Case]:
-    """Every row, and those of head 64 with documents too. Strides are multiples of 16, as heads of 16 n make them."""
+    """Every row, and rows of head size 64 with documents too. Strides are multiples of 16, as for head sizes 16 n."""
     for kernel, kind, width in launch.attention_rows():
         if kind == "tf32" and not launch.has_tf32(arch):
             continue
@@ -41,7 +41,7 @@ def _case(arch: str, name: str, kind: str, width: int, flags: tuple[str, ...]) -
         name, arch, kind, width, has_dropout="HAS_DROPOUT" in flags, has_documents="HAS_DOCS" in flags
     )
     if "HAS_LENGTHS" in flags:
-        row = row._replace(use_tma=False)  # as the launcher does
+        row = row._replace(use_tma=False)  # like the launcher
     heads = attention._Heads(f"*{dtype}", "i32", "i32", "i32")
     walked = f"tensordesc<{dtype}{list(_blocks(row.block_s, width, flags))}>" if row.use_tma else heads
     known = {

@@ -1,8 +1,8 @@
-"""Compile the launch rows for every target, without a GPU, and print what came out as JSON lines.
+"""Compile the launch rows for every target, without a GPU, and print the results as JSON lines.
 
-A program of its own (`python -m tests.kernels.compile_rows [--representative] [TARGET ...]`), because Triton compiles
-nothing in a process whose interpreter is on. With `--representative` the rows that are not compiled are printed too,
-by their names alone.
+Run it as `python -m tests.kernels.compile_rows [--representative] [TARGET ...]`. It is a separate program because
+Triton compiles nothing in a process whose interpreter is on. With `--representative` fewer rows are compiled; of the
+others only the names are printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.kernels.layer_rows import layer_cases
 from tests.kernels.linear_rows import linear_cases
 from tests.kernels.sampling_rows import sampling_cases
 
-# What stands for each kernel and dtype where not every row is compiled: the sizes of GPT-2 124M, as it is used most.
+# The row that represents each kernel and dtype where not every row is compiled: the sizes of GPT-2 124M, used most.
 REPRESENTATIVE = re.compile(
     "|".join(
         (
@@ -51,7 +51,7 @@ REPRESENTATIVE = re.compile(
     )
 )
 
-# Targets that are near to another: each kernel once, for one of them.
+# Targets that are close to another target: each kernel is compiled once for one of them.
 FEWER = {
     "sm_86": r"attention (forward|dq|dkdv) half head 64 \d+x\d+",
     "sm_89": r"(linear_decode layer_norm bf16 768 to 2304, 1 rows,|sample fp32 block \d+ IS_GREEDY|decode_begin).*",

@@ -1,4 +1,4 @@
-"""Compiling a kernel for a GPU that is not there, and reading off what came out."""
+"""Compile a kernel for a GPU that is not present, and measure the result: registers, spills, instructions."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9
 
 
 class Case(NamedTuple):
-    """A kernel and what it is specialised to; the arguments named in `aligned` are multiples of 16.
+    """A kernel and its specialization. The arguments named in `aligned` are multiples of 16.
 
-    signature: the type of every argument, or a tuple of the types of its members; None for one that is not given.
-    constants: the values of "constexpr" arguments. A member of a tuple is named as it is used: "x.stride".
+    signature: the type of every argument, or a tuple of the types of its members; None for an argument that is None.
+    constants: the values of "constexpr" arguments. A member of a tuple is named as in the code: "x.stride".
     """
 
     name: str
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 
 def members(signature: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], str | None]]:
-    """(name, place, type) of every argument, those that are tuples member by member."""
+    """The name, place and type of every argument, and of every member of arguments that are tuples."""
 
     def visit(name: str, place: tuple[int, ...], kind: Any) -> Iterator[tuple[str, tuple[int, ...], str | None]]:
         if not isinstance(kind, tuple):
@@ -56,13 +56,13 @@ def members(signature: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], s
 
 
 def pointers_and_strides(signature: dict[str, Any]) -> tuple[str, ...]:
-    """The names of these arguments, which most kernels find to be multiples of 16."""
+    """The names of these arguments' pointers and strides, which are multiples of 16 for most kernels."""
     names = ((name, kind) for name, _, kind in members(signature) if kind is not None)
     return tuple(name for name, kind in names if kind.startswith("*") or "stride" in name.split(".")[-1])
 
 
 def _given(kind: Any) -> Any:
-    """What Triton calls the type: None is a constant."""
+    """Triton's name of the type. None is a constant."""
     if isinstance(kind, tuple):
         return type(kind)(*map(_given, kind))
     return "constexpr" if kind is None else kind
@@ -71,13 +71,13 @@ def _given(kind: Any) -> Any:
 def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
     """Registers, bytes of shared memory, spills (all, and those in loops), tensor-core and 128-bit instructions.
 
-    And by "reductions", which decide the order that numbers are added up in: see `_reductions`. For NVIDIA also
-    "races", the loads and stores without a barrier between: see `races.py`.
+    Also "reductions", which decide the order of additions; see `_reductions`. For NVIDIA also "races", the loads and
+    stores without a barrier between them; see `races.py`.
     """
     assert list(case.signature) == case.kernel.arg_names, "the kernel's arguments have changed"
     found = list(members(case.signature))
     assert set(case.aligned) <= {name for name, _, _ in found}, "no such argument"
-    # A launch goes through a function that Triton writes with the kernel's own names beside its own, such as "options".
+    # Triton generates a launch function that mixes the kernel's argument names with its own, such as "options".
     create_function_from_signature(case.kernel.signature, case.kernel.params, make_backend(target))
     attributes = {place: [["tt.divisibility", 16]] for name, place, _ in found if name in case.aligned}
     constants = dict(case.constants) | {place: None for _, place, kind in found if kind is None}
@@ -93,8 +93,10 @@ def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
 
 
 def _reductions(ttgir: str) -> list[list[int]]:
-    """Of each tt.reduce over a blocked layout: the length that is reduced, and how many of it lie in neighbouring
-    registers of a thread, in lanes, in warps."""
+    """For each tt.reduce over a blocked layout, how its dimension is laid out.
+
+    That is its length, and how many of its elements lie in neighbouring registers of a thread, in lanes, and in warps.
+    """
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ttgir, re.MULTILINE))
     found = []
     for reduce in re.finditer(
@@ -102,7 +104,7 @@ def _reductions(ttgir: str) -> list[list[int]]:
     ):
         axis, shape, layout = int(reduce[1]), reduce[2].split("x"), reduce[3]
         length = int(shape[axis])
-        for dim in re.findall(r"dim = (\d+)", layout)[::-1]:  # slices, the innermost parent last
+        for dim in re.findall(r"dim = (\d+)", layout)[::-1]:  # nested slices; the innermost parent comes last
             axis += axis >= int(dim)
         name = re.search(r"#(?!ttg)\w+", layout)
         if name is not None and name[0] in layouts:
@@ -113,7 +115,7 @@ def _reductions(ttgir: str) -> list[list[int]]:
 
 def _read_amd(asm: dict[str, Any]) -> dict[str, int]:
     text = asm["amdgcn"]
-    # Scalar registers spill into lanes of vector registers, not into memory.
+    # On AMD, scalar registers spill to lanes of vector registers, not to memory.
     spills = sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))
     return {
         "registers": max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text)),
@@ -157,7 +159,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def _loop_spills(sass: str) -> int:
-    """Loads and stores of local memory between a branch backwards and where it leads."""
+    """The loads and stores of local memory between a backward branch and its target."""
     instructions = [(int(at, 16), name, rest) for at, name, rest in _INSTRUCTION.findall(sass)]
     loops = []
     for at, name, rest in instructions:

@@ -1,4 +1,4 @@
-"""Where kernels run: on a GPU where there is one, else under Triton's interpreter (TRITON_INTERPRET=1)."""
+"""Fixtures: kernels run on a GPU if there is one, else under Triton's interpreter (TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def interpreter_is_on() -> bool:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tensors here are tiny: handing them to several threads takes longer than the work."""
+    """Tensors here are tiny, so sharing the work among threads takes longer than the work itself."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def triton_device() -> str:
 
 @pytest.fixture
 def interpreter(triton_device: str) -> str:
-    """The device, for what Triton's interpreter alone can do: count accesses, survive faults that touch any memory."""
+    """The device for tests that need the interpreter: they count accesses, or have faults that touch any memory."""
     if triton_device != "cpu":
         pytest.skip("only under Triton's interpreter")
     return triton_device
@@ -57,14 +57,14 @@ def interpreter(triton_device: str) -> str:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """What is allocated is NaN until it is written."""
+    """New memory holds NaN until it is written."""
     with nan_memory():
         yield
 
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`tiles((block_t, block_s))` replaces the tiles of attention's launch tables, `tiles(None)` brings them back."""
+    """`tiles((block_t, block_s))` replaces the tiles in attention's launch tables, and `tiles(None)` restores them."""
     shipped = launch.attention_row
 
     def choose(blocks: tuple[int, int] | None, use_tma: bool = False) -> None:

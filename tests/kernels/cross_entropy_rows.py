@@ -1,4 +1,4 @@
-"""The cross-entropy kernel as it is compiled: every launch row, every mode, an odd vocabulary."""
+"""Compile cases of the cross-entropy kernel: every launch row and mode, with an odd vocabulary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastgpt2_kernels.triton import cross_entropy, launch
 from fastgpt2_kernels.triton.arguments import Batch, Matrix
 from tests.kernels.compiling import Case, members
 
-# What the cross-entropy kernel can be asked for besides; each compiled once, fused, at an odd vocabulary.
+# Further options of the cross-entropy kernel. Each is compiled once, fused, with an odd vocabulary.
 FLAGS = ("SHIFT", "HAS_WEIGHT", "HAS_SMOOTHING", "HAS_STATS", "HAS_Z")
 VARIANTS = [
     ("SHIFT",),
@@ -69,7 +69,7 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
 
 
 def _scale_rows_case(dtype: str) -> Case:
-    """Rows of an odd vocabulary begin anywhere, so nothing is known of their strides."""
+    """Rows of an odd vocabulary can begin anywhere, so the compiler knows nothing about their strides."""
     kernel, row = cross_entropy._scale_rows_kernel, launch.cross_entropy_row(50257)
     signature = {
         "grad": Batch("*" + dtype, "i32", "i32"),

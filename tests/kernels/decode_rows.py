@@ -1,4 +1,4 @@
-"""The decode attention kernels as they are compiled: every kind of launch row, for an architecture."""
+"""Compile cases of the decode attention kernels: every kind of launch row for an architecture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNSPECIALISED = ("layer", "N", "num_slots", "S", "max_new", "H", "MAX_SPLITS")
 
 
 def decode_cases(arch: str) -> Iterator[Case]:
-    """One and several new tokens a row, for every launch row; direct and, at GPT-2's head size, indirect."""
+    """One and several new tokens per row, for every launch row; at GPT-2's head size also with a cache table."""
     for dtype, width in (("bf16", 16), ("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 256)):
         yield _attention(width, dtype, 1, ("HAS_SLOTS",))
         yield _attention(width, dtype, 8, ("HAS_STARTS", "HAS_SLOTS"))

@@ -1,4 +1,4 @@
-"""Kernels with a mistake made on purpose: what shows that their checks can fail."""
+"""Kernels with a deliberate mistake, to show that their checks can fail."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import ModuleType
 
 
 def load(path: Path, folder: Path, right: str = "", wrong: str = "") -> ModuleType:
-    """The kernel file `path` as a module of its own, with `wrong` in the place of `right`; written into `folder`."""
+    """Load the kernel file `path` as a separate module in which `wrong` replaces `right`. It is written to `folder`."""
     source = path.read_text(encoding="utf-8")
-    assert right in source, "the kernel has changed: change this mistake with it"
+    assert right in source, "the kernel has changed: adapt this mistake to it"
     if right:
         source = source.replace(right, wrong)
     copy = folder / f"mutant_{folder.name}.py".replace("-", "_")
-    # Operators can be registered once only under a name.
+    # An operator's name can be registered only once.
     copy.write_text(source.replace("fastgpt2::", f"{copy.stem}::"), encoding="utf-8")
     spec = importlib.util.spec_from_file_location(copy.stem, copy)
     assert spec is not None

@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests use it: products in one fixed order, and nothing computed twice or for nothing."""
+"""Triton's interpreter as the tests use it: products in one fixed order, and no needless work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Products that are added up in pairs before the sum goes to the accumulator, as a tensor core takes 16 of K at a time.
+# So many products are summed in pairs before the sum is added to the accumulator: a tensor core takes 16 of K at once.
 DOT_STEP = 16
 
 
@@ -20,12 +20,12 @@ def adjusted_interpreter() -> Iterator[None]:
     """Adjust Triton's interpreter while the context is open. It must be on (TRITON_INTERPRET=1).
 
     - `tl.dot` adds in one order. By itself the interpreter calls NumPy's matrix product, whose order depends on the
-      shapes, on the BLAS and on the processor. A forward and its backward could then compute different bits for the
-      same logit, which no GPU does: a tensor core adds up every element by itself, whatever is beside it.
+      shapes, the BLAS and the processor. A forward and its backward could then compute different bits for the same
+      logit. On a GPU that cannot happen, because a tensor core sums every element independently of its neighbours.
     - Integer arithmetic is not checked for overflow. The interpreter computes that check and drops its result, unless
-      its debug option is on. It is almost half of a kernel's time.
-    - The language is patched once for a launch. By itself the interpreter does that again for every call of a helper,
-      a fifth of a kernel's time.
+      its debug option is on. It takes almost half of a kernel's time.
+    - The language is patched once per launch. By itself the interpreter patches it again for every call of a helper,
+      which takes a fifth of a kernel's time.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -41,7 +41,7 @@ def adjusted_interpreter() -> Iterator[None]:
 def _fixed_order_dot(handle: Callable[..., Any]) -> Callable[..., Any]:
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         total = d.data.copy()
-        # K first: the columns of a beside the rows of b.
+        # K comes first, to pair the columns of a with the rows of b.
         a_K = np.ascontiguousarray(np.moveaxis(a.data.astype(total.dtype), -1, 0))[..., None]
         b_K = np.moveaxis(b.data.astype(total.dtype), -2, 0)[..., None, :]
         for start in range(0, len(a_K), DOT_STEP):

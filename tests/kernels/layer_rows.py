@@ -1,4 +1,4 @@
-"""The kernels of layer norm and activations as they are compiled: GPT-2's widths, and a row too long for registers."""
+"""Compile cases of LayerNorm and activations: GPT-2's widths, and a row too long for registers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastgpt2_kernels.triton.layers import activation, layer_norm, partial_sums
 from tests.kernels.compiling import Case, members
 
 WIDTHS = (768, 1024, 1280, 1600)
-LONGEST = 8192  # held in registers in the backward
+LONGEST = 8192  # the longest row that the backward holds in registers
 WIDE = 20000
-# A width of a multiple of 8 but not of 16: what the compiler knows of alignment it knows from the launcher.
+# A multiple of 8 but not of 16, so the compiler knows the alignment only from the launcher.
 ODD_BLOCKS = 776
 
 
@@ -21,7 +21,7 @@ def layer_cases(arch: str) -> Iterator[Case]:
     for C, dtype in [(C, dtype) for C in WIDTHS for dtype in ("bf16", "fp32")] + [
         (C, "bf16") for C in (ODD_BLOCKS, LONGEST, WIDE)
     ]:
-        more = dtype == "bf16"  # with the residual, which is the larger kernel; without it in fp32
+        more = dtype == "bf16"  # with the residual in bf16, which is the larger kernel; without it in fp32
         row = launch.layer_norm_row("forward", C, arch)
         kernel = layer_norm._layer_norm_wide_fwd_kernel if row.block_c < C else layer_norm._layer_norm_fwd_kernel
         rows = Batch("*" + dtype, "i32", "i32")
@@ -57,7 +57,7 @@ def layer_cases(arch: str) -> Iterator[Case]:
 
 
 def case(name: str, kernel: Any, dtype: str, known: dict[str, Any], meta: Any, row: Any) -> Case:
-    """Tensors of `dtype` but for the statistics and partial sums; strides known by the launcher's ALIGN alone."""
+    """All tensors have `dtype`, except statistics and partial sums. Only the launcher's ALIGN tells about strides."""
     known = {"META": "constexpr", "partials_ptr": "*fp32", "eps": "fp32", **known}
     other = {argument: "*" + dtype if argument.endswith("_ptr") else "i32" for argument in kernel.arg_names}
     signature = {argument: known.get(argument, kind) for argument, kind in other.items()}

@@ -1,4 +1,4 @@
-"""Random linear maps of a few rows, as decoding makes them, and what they have to give."""
+"""Random linear layers for a few rows, as in decoding, and their expected results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.triton import launch
 from tests.helpers import assert_rms_within_budget
 
-# Triton's interpreter multiplies bfloat16 tiles wrong (it takes their bits): judged where kernels are compiled.
+# Triton's interpreter multiplies bfloat16 tiles wrong (it takes their bits), so bfloat16 is tested on compiled kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 CANARY = -7.5
-# Tiles that put every border within a few rows, outputs and inputs, beside the shipped ones.
+# Tiles, besides the shipped ones, that put every kind of border within a few rows, outputs and inputs.
 TILES = [(8, 16, 16), (8, 32, 32), (16, 16, 64), (16, 64, 16), (16, 32, 128), (32, 64, 64), None]
 
 
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 
 def use_tiles(monkeypatch, tiles: tuple[int, int, int] | None) -> None:
-    """Launch with (block_r, block_n, block_k) in place of the launch table's, or with those."""
+    """Launch with (block_r, block_n, block_k), or with the launch table's tiles if it is None."""
     monkeypatch.undo()
     if tiles is not None:
         row = launch.LinearDecodeRow(*tiles)
@@ -64,7 +64,7 @@ def random_case(rng: random.Random) -> dict[str, Any]:
         "counts": rng.random() < 0.5,
         "product": product,
         "int8": rng.random() < 0.3,
-        # A mean that a variance in one pass would lose all its digits to, and a spread that eps counts beside.
+        # A mean so large that a one-pass variance would lose all digits, and a spread so small that eps matters.
         "mean": mean,
         "spread": 1.0 if mean else rng.choice([1.0, 3e-3]),
         "x_dtype": rng.choice([torch.float32, product]),
@@ -72,19 +72,19 @@ def random_case(rng: random.Random) -> dict[str, Any]:
         "residual": rng.choice([None, torch.float32, product, "out"]),
         "out": rng.choice([torch.float32, product]),
         "activation": rng.choice(["linear", "gelu_new"]),
-        # Many programs of many steps take long to interpret.
+        # Many programs with many steps take long under the interpreter.
         "tiles": rng.choice(TILES if R < 17 and K < 500 else TILES[4:]),
     }
 
 
 def surrounded(x: Tensor, fill: float = math.nan) -> Tensor:
-    """The same values as a view in the middle of a larger buffer, its rows wider than they are."""
+    """The same values as a view in the middle of a larger buffer whose rows are longer."""
     buffer = torch.full((x.shape[0] + 2, x.shape[1] + 13), fill, dtype=x.dtype, device=x.device)
     return buffer[1:-1, 8 : 8 + x.shape[1]].copy_(x)
 
 
 def random_parts(case: dict[str, Any], device: str) -> tuple[Parts, Rows, int]:
-    """What decode_splits leaves for R rows of one new token: NaN in splits that a row does not have."""
+    """The parts that `decode_splits` writes for R rows of one new token. Splits that a row does not have hold NaN."""
     R, H, D, splits, split_s = (case[key] for key in ("R", "heads", "head_size", "splits", "split_s"))
     num_slots = R + 3 if case["slots"] else R
     lengths = torch.randint(0, splits * split_s, (num_slots,), dtype=torch.int32)
@@ -106,7 +106,7 @@ def random_parts(case: dict[str, Any], device: str) -> tuple[Parts, Rows, int]:
 
 
 def combined(parts: Parts, dtype: torch.dtype) -> Tensor:
-    """Attention's output (R, C) from the parts; 0 for a row that has none."""
+    """The output of attention (R, C), combined from the parts; 0 for a row that has none."""
     used = ~parts.max.isnan()
     m = parts.max.to(dtype).where(used, -math.inf)
     weight = torch.exp2(m - m.amax(-1, keepdim=True).clamp_min(-1e30))
@@ -116,7 +116,7 @@ def combined(parts: Parts, dtype: torch.dtype) -> Tensor:
 
 
 def check(kernel: ModuleType, case: dict[str, Any], device: str) -> Tensor:
-    """Launch the case's map and hold it to the 2x rule; its result."""
+    """Launch the case's linear layer, check it by the 2x rule, and return its result."""
     R, N, product = case["R"], case["N"], case["product"]
     is_combined = case["prologue"] == "combine"
     K = case["heads"] * case["head_size"] if is_combined else case["K"]
@@ -128,7 +128,7 @@ def check(kernel: ModuleType, case: dict[str, Any], device: str) -> Tensor:
     if case["int8"]:
         weight, scale = ops.quantize_rows(weight)
     weight = surrounded(weight, 0 if case["int8"] else math.nan)
-    # The dtype of an int8 weight's products is the bias's, the LayerNorm's or else x's.
+    # The products of an int8 weight have the dtype of the bias, else of the LayerNorm, else of x.
     bias = None if case["bias"] is None else draw(N, dtype=product if case["int8"] else case["bias"])
     layer_norm = None
     if case["prologue"] == "layer_norm":
@@ -174,7 +174,7 @@ def check(kernel: ModuleType, case: dict[str, Any], device: str) -> Tensor:
     assert_rms_within_budget(out, plains, exact, f"{case}", terms=4.0 * case["mean"])
     rest = buffer.clone()
     rest[1:-1, 4 : 4 + N] = CANARY
-    assert (rest == CANARY).all(), f"written outside of out: {case}"
+    assert (rest == CANARY).all(), f"written outside its output: {case}"
     if before is not None and case["residual"] != "out":
         assert torch.equal(residual, before)
     return out.clone()

@@ -1,7 +1,7 @@
-"""The linear maps of a decoding step as they are compiled: every launch row, for an architecture.
+"""Compile cases of the linear layers of a decoding step: every launch row for an architecture.
 
-Rows and outputs are in no compiled code but by their tiles, inputs only by the number of steps: the widths of gpt2 and
-gpt2-xl stand for those of gpt2-medium and gpt2-large, which have the same tiles.
+The compiled code depends on rows and outputs only through their tiles, and on inputs only through the number of steps.
+So gpt2 and gpt2-xl represent gpt2-medium and gpt2-large, which have the same tiles.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
 
 
 def _begin_case() -> Case:
-    """The kernel that a step begins with."""
+    """The first kernel of a step."""
     kernel = step._begin_step_kernel
     table = Matrix("*bf16", "i32")
     signature = {
@@ -105,6 +105,6 @@ def _case(arch: str, prologue: str, product: str, R: int, N: int, K: int, change
     kinds = [*(["int8"] if types["weight"] == "i8" else []), *(name for name in changes if name.isupper())]
     tile = f"{row.block_r}x{row.block_n}x{row.block_k}"
     label = " ".join([f"linear_decode {prologue} {product} {K} to {N}, {R} rows, {tile}", *kinds])
-    # Weights of nn.Linear and the step's buffers; a head's outputs are any number.
+    # Weights as in nn.Linear, and the step's buffers. A head may have any number of outputs.
     aligned = (*pointers_and_strides(signature), "sizes.K")
     return Case(label, _KERNEL, signature, {"META": meta}, row.num_warps, {"num_stages": 1, **launch.OPTIONS}, aligned)

@@ -1,4 +1,4 @@
-"""The losses as PyTorch itself spells them, for any option that ours take; in float64 what every loss is held to."""
+"""The losses in plain PyTorch, with every option of ours. In float64 they are the reference of the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def plain_cross_entropy(
     label_smoothing: float = 0.0, z_loss: float = 0.0, class_weight: Tensor | None = None,
     num_items: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Of logits (..., V) and targets (...), in the dtype `wide`."""
+    """The loss of logits (..., V) and targets (...), in the dtype `wide`."""
     V = logits.shape[-1]
     counted = targets != ignore_index
     safe = targets.long().masked_fill(~counted, -100).reshape(-1)
@@ -30,10 +30,13 @@ def plain_cross_entropy(
 
 
 def shifted(targets: Tensor, ignore_index: int) -> Tensor:
-    """What `shift=True` reads: the targets one position on, nothing at the last."""
+    """The targets that `shift=True` uses: the next position's, and nothing at the last position."""
     return torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)), 1)
 
 
 def as_the_oracle_sees(result: Tensor) -> Tensor:
-    """Of a row whose rest is below 1e-16, float64 makes a loss and a p - 1 of 0; the kernel keeps them."""
+    """The result with tiny values set to 0.
+
+    In float64, the loss and p - 1 of a row whose rest is below 1e-16 are 0. The kernel keeps them.
+    """
     return result.where((result.abs() > 1e-15) | result.isnan(), 0.0)

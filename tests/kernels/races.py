@@ -1,11 +1,11 @@
-"""Races inside a program: what one warp reads while another writes it, looked for in a kernel's PTX.
+"""Find races inside a program in a kernel's PTX: a warp reads memory while another one writes it.
 
-The warps of a program run at their own pace. A number that all of them load from global memory, and that one of them
-then stores there, may be read too late by the others unless a barrier stands between. The tests on values see nothing
-of it: the interpreter and the sanitizer run a program's warps in step.
+The warps of a program run at their own pace. If all of them load a number from global memory and one of them then
+stores to it, the others may load it too late, unless there is a barrier between. Tests of values cannot find this,
+because the interpreter and the sanitizer run the warps of a program in step.
 
-Looked at is every path of the code from a load to a store of the same memory, or from a store to a load, without a
-barrier. Memory is told apart by the argument that an address was made from.
+The search covers every path of the code from a load to a store of the same memory, or from a store to a load, without a
+barrier. Two addresses may be the same memory if they were computed from the same argument.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# Arguments that may be one and the same tensor, by kernel.
+# Arguments that may be the same tensor, by kernel.
 ALIASES: dict[str, tuple[frozenset[str], ...]] = {
     "_cross_entropy_kernel": (frozenset({"logits.ptr", "grad.ptr"}),),
     "_linear_decode_kernel": (frozenset({"residual.ptr", "out.ptr"}),),
 }
-# (load, store) pairs without a barrier that are right all the same, by kernel, and why. An address that is the same
-# for all threads is no such pair: every warp loads from it.
+# (load, store) pairs without a barrier that are correct nevertheless, by kernel, and why. A pair whose address is the
+# same for all threads is never correct, because every warp loads from it.
 _SAME_ELEMENT = "a thread loads what it stores itself, and the number goes nowhere else"
 _NEW_POSITIONS = "cached positions are loaded, new ones are stored"
 REVIEWED: dict[str, dict[tuple[str, str], str]] = {
@@ -37,14 +37,14 @@ REVIEWED: dict[str, dict[tuple[str, str], str]] = {
 _STATEMENT = re.compile(r"(@!?%?\w+\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _REGISTER = re.compile(r"%[a-z]+\d+")
 _THREAD = ("%tid.", "%laneid", "%warpid")
-# Results of these are alike in all threads of a warp, whatever goes in.
+# The results of these are the same in all threads of a warp, whatever their operands.
 _ALIKE = ("shfl", "redux", "vote", "ld.shared")
 
 
 class Pair(NamedTuple):
-    """A load and a store without a barrier on some path between them, by the arguments that their addresses are of.
+    """A load and a store without a barrier on some path between them, named by the arguments of their addresses.
 
-    own: both addresses differ from thread to thread, so each thread may keep to numbers of its own.
+    own: both addresses differ between threads, so each thread may use only its own numbers.
     """
 
     load: str
@@ -59,7 +59,7 @@ class _Statement(NamedTuple):
 
     @property
     def operand_list(self) -> list[str]:
-        """Operands, those in braces or brackets whole."""
+        """The operands. Those in braces or brackets count as one."""
         return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", self.operands)]
 
     @property
@@ -77,7 +77,7 @@ class _Statement(NamedTuple):
 
     @property
     def address(self) -> list[str]:
-        """The registers that an access of global memory finds its address in."""
+        """The registers that hold the address of an access to global memory."""
         brackets = re.findall(r"\[([^\]]*)\]", self.operands)
         return _REGISTER.findall(brackets[1 if self.name.startswith("cp.async") else 0].split(",")[0])
 
@@ -88,7 +88,7 @@ class _Statement(NamedTuple):
 
     @property
     def sources(self) -> list[str]:
-        """Registers that decide the result's value; the choice that a predicate makes is left out."""
+        """The registers that decide the result's value, except the predicate."""
         return [r for r in _REGISTER.findall(",".join(self.operand_list[1:])) if not r.startswith("%p")]
 
 
@@ -124,7 +124,7 @@ def _own_bases(statement: _Statement, bases: dict[str, set[str]]) -> set[str]:
 
 
 def _arguments(ttgir: str) -> list[str | None]:
-    """The names of the compiled function's arguments, in their order; None for those that are no addresses."""
+    """The names of the compiled function's arguments, in order; None for those that are not addresses."""
     header = re.search(r"tt\.func public @\w+\((.*?)\) attributes", ttgir, re.DOTALL)
     if header is None:
         raise ValueError("the code has no public function")
@@ -133,7 +133,7 @@ def _arguments(ttgir: str) -> list[str | None]:
 
 
 def _parse(ptx: str) -> tuple[list[_Statement], dict[int, int]]:
-    """The statements of the function's body, and where those of them that branch lead."""
+    """The statements of the function's body, and the targets of its branches."""
     body = re.sub(
         r"//.*|^\s*\.(?:loc|reg|pragma)\b.*", "", ptx[ptx.index("{", ptx.index(".entry")) :], flags=re.MULTILINE
     )
@@ -150,13 +150,13 @@ def _parse(ptx: str) -> tuple[list[_Statement], dict[int, int]]:
     branches = {}
     for i, statement in enumerate(statements):
         if statement.name.startswith("bra"):
-            # A label of inline assembly stands there as often as that does: the nearest one is meant.
+            # A label of inline assembly occurs once for each copy of it; the nearest one is meant.
             branches[i] = min(places[statement.operands.strip()], key=lambda place, at=i: abs(place - at))
     return statements, branches
 
 
 def _trace(statements: Sequence[_Statement], arguments: Sequence[str | None]) -> tuple[dict[str, set[str]], set[str]]:
-    """Of every register the arguments that its value may be an address of; and which registers differ by thread."""
+    """For every register, the arguments that its value may be an address of; and which registers differ by thread."""
     bases: dict[str, set[str]] = {}
     threads: set[str] = set()
     has_changed = True
@@ -170,7 +170,7 @@ def _trace(statements: Sequence[_Statement], arguments: Sequence[str | None]) ->
                 argument = arguments[int(at[1])]
                 made = set() if argument is None else {argument}
             elif s.name.startswith("ld.global"):
-                if "64" in s.name:  # an address out of memory
+                if "64" in s.name:  # an address loaded from memory
                     made = {f"*{base}" for base in _own_bases(s, bases) if not base.startswith("*")}
             elif not s.name.startswith(_ALIKE):
                 made = set().union(*(bases.get(register, set()) for register in s.sources))
@@ -186,7 +186,7 @@ def _trace(statements: Sequence[_Statement], arguments: Sequence[str | None]) ->
 
 
 def _reached(start: int, statements: Sequence[_Statement], branches: dict[int, int]) -> set[int]:
-    """The statements that may run after `start` with no barrier before them."""
+    """The statements that may run after `start` without a barrier between."""
 
     def following(i: int) -> Iterator[int]:
         if i in branches:

@@ -1,4 +1,4 @@
-"""The sampling kernel's own noise functions, vectorised: many rows' draws from one program."""
+"""The noise functions of the sampling kernel, vectorised: one program draws for many rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def of_words(words: Tensor, device: str) -> Tensor:
 
 
 def of_tokens(key: Tensor, positions: Tensor, vocab_size: int, device: str, *, in_blocks: bool = False) -> Tensor:
-    """key (2,), positions (N,) int32 -> (N, V) float32: token by token, or as the first pass draws, in blocks of 64."""
+    """key (2,), positions (N,) int32 -> (N, V) float32: token by token, or in blocks of 64 as in the first pass."""
     N = len(positions)
     out = torch.full((N, vocab_size), math.nan, device=device)
     packed = (key[:1] | key[1:] << 32).to(device)

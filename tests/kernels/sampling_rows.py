@@ -1,4 +1,4 @@
-"""The sampling kernel as it is compiled: every launch row and every filter, logits of an odd vocabulary."""
+"""Compile cases of the sampling kernel: every launch row and filter, with an odd vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANTS = [
 
 
 def sampling_cases(arch: str) -> Iterator[Case]:
-    """Rows of logits padded to a multiple of 64: their stride is one of 16."""
+    """Rows of logits are padded to a multiple of 64, so their stride is a multiple of 16."""
     kernel = sampling._sample_kernel
     cases = [(50257, "fp32", flags) for flags in VARIANTS]
     cases += [(50257, "bf16", VARIANTS[-1]), (2000, "fp32", VARIANTS[-1]), (200, "fp32", VARIANTS[-1])]

@@ -1,4 +1,4 @@
-"""The attention kernels against float64, over shapes, layouts, masks and dropout; and as PyTorch operators."""
+"""The attention kernels against float64, with random shapes, layouts, masks and dropout; and as PyTorch operators."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastgpt2_kernels.triton import launch
 from tests.helpers import assert_rms_within_budget, parts, random_ids, random_model
 from tests.kernels.traffic import Traffic
 
-# Triton's interpreter multiplies bfloat16 tiles wrong (it takes their bits): judged where kernels are compiled.
+# Triton's interpreter multiplies bfloat16 tiles wrong (it takes their bits), so bfloat16 is tested on compiled kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
-# Tiles that put every border somewhere within a short sequence, beside the shipped ones.
+# Tiles, besides the shipped ones, that put every kind of border within a short sequence.
 TILES = [(16, 16), (32, 16), (16, 32), (32, 32), (32, 32), (64, 32), (16, 32), None]
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -38,10 +38,10 @@ def random_case(rng: random.Random) -> dict:
     layout = rng.choice(["heads", "heads", "broadcast", "packed", "packed", "documents"])
     T = rng.choice([1, 2, 3, 15, 16, 17, 31, 32, 33, 33, 50])
     B, H = rng.choice([(1, 1), (1, 1), (1, 2), (2, 1), (2, 2)])
-    if T < 15:  # enough numbers that the largest error of a few is not a matter of luck
+    if T < 15:  # with fewer numbers the largest error would be a matter of luck
         B, H = (1, 8) if layout == "documents" else (4, 2)
     D = rng.choice([1, 8, 16, 20, 32, 40, 64, 80])
-    # Large logits only where their products are summed in blocks and in several orders, as the plain expression's are.
+    # Large logits only where products are summed in blocks and in several orders, like those of the plain expression.
     may_be_large = INTERPRETED and D > 1
     return {
         "layout": layout,
@@ -77,7 +77,7 @@ def surrounded(x: torch.Tensor) -> torch.Tensor:
 
 
 def expected(inputs, dout, case, keep, mask):
-    """(exact, plain) of output, log-sum-exp, dq, dk and dv; plain is what three orders of summing over D give."""
+    """(exact, plain) for output, log-sum-exp, dq, dk, dv; plain has the results of three orders of summing over D."""
     D = dout.shape[-1]
     orders = [torch.arange(D), torch.arange(D).flip(0), torch.randperm(D)]
     results = []
@@ -94,7 +94,7 @@ def expected(inputs, dout, case, keep, mask):
 
 
 def sizes_of_terms(inputs, dout, case):
-    """How large the summands are: dS = P (dP - delta), say, cancels where one key has all the weight."""
+    """The size of the summands. For example dS = P (dP - delta) cancels where one key has all the weight."""
     q, k, v = (x.double().abs() for x in inputs)
     dout = dout.double().abs()
     largest_dp = torch.matmul(dout, v.mT).max().item() / (1 - case["dropout_p"])
@@ -109,8 +109,10 @@ def sizes_of_terms(inputs, dout, case):
 
 
 def hold_all(got, inputs, dout, case, keep, mask):
-    """The 2x rule for output, log-sum-exp, dq, dk, dv, of root-mean-square errors: where two keys share a row's weight,
-    rounding their logits decides the largest."""
+    """The 2x rule for output, log-sum-exp, dq, dk and dv, with root-mean-square errors.
+
+    The largest error would depend on the rounding of two logits, where two keys share the weight of a row.
+    """
     terms = sizes_of_terms(inputs, dout, case)
     names = ("output", "lse", "dq", "dk", "dv")
     for name, value, (exact, plains) in zip(names, got, expected(inputs, dout, case, keep, mask), strict=True):
@@ -122,7 +124,7 @@ def hold_all(got, inputs, dout, case, keep, mask):
 
 
 def check(case: dict, device: str) -> None:
-    """Output, log-sum-exp and gradients of the public operator within the budget."""
+    """Output, log-sum-exp and gradients of the public operator are within the budget."""
     B, H, T, S, D = (case[name] for name in "BHTSD")
     dtype, packed = case["dtype"], case["layout"] in ("packed", "documents")
     if case["lengths"] and S != T:
@@ -207,7 +209,7 @@ def test_shipped_tiles(triton_device, seed, name, dtype):
 
 
 def run_launchers(kernel, case, device):
-    """Forward and backward of the launchers into views of canaries; the views and the buffers around them."""
+    """Run the forward and backward launchers, writing into views of canaries. Return the views and their buffers."""
     B, H, T, S, D = (case[name] for name in "BHTSD")
     tensors = {}
     for name, n in {"q": T, "k": S, "v": S, "dout": T}.items():
@@ -242,7 +244,7 @@ CASES = {
     "square": {"T": 40, "S": 40},
     "chunk": {"T": 19, "S": 53},
     "mixed": {"T": 17, "S": 17, "B": 3, "H": 2},
-    "sections": {"T": 17, "S": 17, "B": 5, "H": 6, "D": 8},  # more heads than go together, and a rest
+    "sections": {"T": 17, "S": 17, "B": 5, "H": 6, "D": 8},  # more heads than a section holds, and a remainder
     "padding": {"T": 42, "S": 42, "lengths": True},
     "documents": {"T": 75, "S": 75, "documents": True},
     "dropout": {"T": 20, "S": 20, "dropout_p": 0.4},
@@ -303,7 +305,7 @@ def test_a_row_does_not_depend_on_its_neighbours(triton_device, seed):
 
 
 def test_strides_of_descriptors_fall(seed):
-    """As CUDA's manual wants them, each a multiple of the next one; what cannot be so goes by pointers."""
+    """Each stride is a multiple of the next, as CUDA's manual requires. Where that is impossible, pointers are used."""
     from fastgpt2_kernels.triton.attention import Heads
 
     B, H, T, D = 2, 3, 20, 16
@@ -339,7 +341,7 @@ def test_strides_of_descriptors_fall(seed):
 
 @pytest.mark.parametrize("layout", ["packed", "heads", "mixed"])
 def test_descriptors_read_what_pointers_read(interpreter, tiles, seed, layout):
-    """To the bit, whichever stride is the larger; keys and values may lie differently."""
+    """The results are bitwise the same, whichever stride is larger; keys and values may have different layouts."""
     torch.manual_seed(seed)
     q, k, v = torch.randn(2, 37, 3 * 2 * 24).view(2, 37, 3, 2, 24).permute(2, 0, 3, 1, 4)
     if layout != "packed":
@@ -354,8 +356,11 @@ def test_descriptors_read_what_pointers_read(interpreter, tiles, seed, layout):
 
 @pytest.mark.parametrize("use_tma", [False, True])
 def test_interpreted_traffic(interpreter, tiles, monkeypatch, use_tma):
-    """Everything is written once. A tile's own rows are read once, the rows that it walks over once a tile: an
-    element of k and v by the query tiles that see it, one of q and dO by the key tiles that it sees."""
+    """Everything is written once. The rows of a program's own tile are read once, other rows once per program.
+
+    So each element of k and v is read by the query tiles that see it, and each of q and dO by the key tiles that it
+    sees.
+    """
     from fastgpt2_kernels.triton import attention
 
     T, H, D, block_t, block_s = 70, 2, 32, 32, 16
@@ -366,7 +371,7 @@ def test_interpreted_traffic(interpreter, tiles, monkeypatch, use_tma):
     row_max, row_sum = torch.empty(2, H, T), torch.empty(2, H, T)
     packed, merged = heads.packed(qkv, H), heads.merged(out, H)
     starts = torch.arange(T)
-    # How many tiles of block_t queries, and of block_s keys, see or are seen by each row.
+    # For each row, how many tiles of block_t queries see it, and how many tiles of block_s keys it sees.
     query_tiles = -(-T // block_t) - starts // block_t
     key_tiles = (starts // block_t * block_t + block_t - 1).clamp_max(T - 1) // block_s + 1
 
@@ -402,7 +407,7 @@ def test_interpreted_traffic(interpreter, tiles, monkeypatch, use_tma):
 
 
 def test_dropout_rate_and_seed(triton_device, seed):
-    """The share of weights kept, and the mask a function of (seed, offset) and of PyTorch's generator."""
+    """The right share of weights is kept, and the mask depends only on (seed, offset), or on PyTorch's generator."""
     torch.manual_seed(seed)
     T, p = 128, 0.25
     q = torch.zeros(1, 2, T, 16, device=triton_device)
@@ -411,7 +416,7 @@ def test_dropout_rate_and_seed(triton_device, seed):
     def run(**options):
         return ops.causal_attention(q, q, v, dropout_p=p, backend="triton", **options)
 
-    # With equal weights every output is the share kept / (1 - p): its mean is 1 and its spread the binomial's.
+    # With equal weights every output is the share kept / (1 - p), with mean 1 and a binomial spread.
     share = run(dropout_seed=torch.tensor([3, 0], device=triton_device))[0, 0, :, 0] * (1 - p)
     kept = (share * torch.arange(1, T + 1, device=triton_device)).sum().item()
     weights = T * (T + 1) / 2
@@ -442,9 +447,9 @@ def test_nothing_to_do(triton_device, shape):
 
 
 def test_offsets_past_32_bits(triton_device):
-    """Rows of a batch and heads more than 2^31 elements apart, in a buffer that is only reserved, not filled."""
+    """Rows of the batch and heads are more than 2^31 elements apart, in a buffer that is reserved but not filled."""
     stride = 2**31 + 16
-    torch.use_deterministic_algorithms(False)  # which would fill it
+    torch.use_deterministic_algorithms(False)  # deterministic mode would fill the buffer
     store = torch.empty(2 * stride + 64, dtype=torch.float16, device=triton_device)
     for strides in ((stride, 16, 32), (16, stride, 32)):
         q = torch.as_strided(store, (2, 2, 2, 16), (*strides, 1))
@@ -480,7 +485,7 @@ def test_opcheck(triton_device):
 
 
 def test_compiles_whole(triton_device, seed):
-    """torch.compile(fullgraph=True) takes it without a break, and gives what eager gives, dropout too."""
+    """torch.compile(fullgraph=True) captures it without a graph break. The result, even of dropout, is eager mode's."""
     torch.manual_seed(seed)
     qkv = torch.randn(1, 20, 3 * 32, device=triton_device, requires_grad=True)
     cu_seqlens = torch.tensor([0, 8, 20], device=triton_device)
@@ -558,7 +563,7 @@ def test_second_derivatives_are_refused(triton_device):
 
 
 def test_tf32_on_request(triton_device, monkeypatch):
-    """What the kernels are told follows PyTorch's own switches."""
+    """The precision of the kernels follows PyTorch's own switches."""
     flags = []
     shipped = launch.attention_row
     monkeypatch.setattr(launch, "attention_row", lambda *key, **more: flags.append(key[2]) or shipped(*key, **more))
@@ -567,7 +572,7 @@ def test_tf32_on_request(triton_device, monkeypatch):
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
             ops.causal_attention(q, q, q, backend="triton")
-        for precision in ("ieee", "tf32"):  # the newer one
+        for precision in ("ieee", "tf32"):  # the newer switch
             torch.backends.cuda.matmul.fp32_precision = precision
             ops.causal_attention(q, q, q, backend="triton")
     finally:
@@ -576,7 +581,7 @@ def test_tf32_on_request(triton_device, monkeypatch):
 
 
 def test_gpt2_on_the_kernels(triton_device, seed):
-    """The model's logits, gradients and greedy tokens are those of the PyTorch backend."""
+    """The model's logits, gradients and greedy tokens are the same as on the PyTorch backend."""
     models = [random_model(seed).to(triton_device) for _ in range(2)]
     models[1].backend = "triton"
     assert sum(x.numel() for x in models[1].parameters()) == sum(x.numel() for x in models[0].parameters())
@@ -605,7 +610,7 @@ BAD = {
     ),
     "a wide head in float32": (
         lambda q: ops.causal_attention(*[q.new_zeros(1, 1, 4, 200)] * 3, backend="triton"),
-        "float32 head sizes up to 128, beyond that in tf32; got 200",
+        "float32 head sizes up to 128, and larger ones only in tf32; got 200",
     ),
     "a strided last dimension": (
         lambda q: ops.causal_attention(q, q.new_zeros(1, 1, 16, 4).mT, q, backend="triton"),

@@ -1,4 +1,4 @@
-"""The checks of attention are worth something: each of these mistakes, made on purpose, is caught."""
+"""The checks of attention catch each of these deliberate mistakes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.kernels.faults import load
 from tests.kernels.test_attention import CASES, check_launchers, pytestmark  # noqa: F401
 
 SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/attention.py"
-# Deliberate faults: what would then be checked wrong, and where it is to be noticed.
+# Deliberate faults: the case that must notice it, the right code, and the wrong code.
 MUTATIONS = {
     "diagonal off by one": (
         "square",

@@ -1,4 +1,4 @@
-"""`fastgpt2 check` of the Triton kernels: on a GPU, or under the interpreter."""
+"""`fastgpt2 check` on the Triton kernels, on a GPU or under the interpreter."""
 
 from __future__ import annotations
 

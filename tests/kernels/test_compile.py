@@ -1,7 +1,7 @@
 """Launch rows compile for every target without a GPU: no spills, shared memory within limits, wide accesses.
 
-A row for each kernel and dtype by default, fewer for targets that are near to another, and every row of the tables with
-`--all-rows`.
+By default one row is compiled for each kernel and dtype, and fewer for targets that are close to another target. With
+`--all-rows` every row of the tables is compiled.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def table(pytestconfig: pytest.Config) -> list[dict]:
-    """Every row; what was compiled of it where it was."""
+    """Every row, with the results of those that were compiled."""
     pytest.importorskip("triton")
-    # Nothing compiles in a process whose interpreter is on.
+    # Triton compiles nothing in a process whose interpreter is on.
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
@@ -90,8 +90,10 @@ def test_a_row_stands_for_each_kernel_and_dtype(table, rows):
 
 
 def test_no_spills(rows):
-    """None in a loop. Beside the loops attention's may spill, but not Hopper's forward; and on sm_120 those sampling
-    kernels that have every filter over a small vocabulary, 8 bytes."""
+    """There are no spills in loops. Outside loops attention may spill, except its forward on Hopper.
+
+    On sm_120, sampling kernels with every filter and a small vocabulary may spill 8 bytes.
+    """
     for row in rows:
         assert row["loop_spills"] == 0, row
         may_spill = row["case"].startswith("attention") and (row["target"] != "sm_90" or "forward" not in row["case"])
@@ -102,7 +104,7 @@ def test_no_spills(rows):
 
 
 def test_warps_do_not_race(rows):
-    """No warp may load what another has stored meanwhile; what has been looked at and found right is in `races.py`."""
+    """No warp may load what another warp may already have overwritten. `races.py` lists reviewed exceptions."""
     found, reviewed = set(), {(kernel, *pair) for kernel, pairs in REVIEWED.items() for pair in pairs}
     for row in rows:
         for load, store, own in row.get("races", ()):
@@ -116,13 +118,13 @@ def test_shared_memory_fits(rows):
 
 
 def test_rows_move_in_128_bits(rows):
-    """Cross-entropy at an odd vocabulary too: its signatures know no row stride to be a multiple of anything."""
+    """Also cross-entropy with an odd vocabulary, whose signatures do not promise any alignment of rows."""
     for row in rows:
         if row["case"].startswith(("decode_", "scale_rows")):
             continue
-        # Sampling holds 4 logits a thread: 64 bits in bf16.
+        # Sampling holds 4 logits per thread, which are 64 bits in bf16.
         assert row["wide_loads"] > 0 or row["case"].startswith("sample bf16"), row
-        # On AMD a thread holds four neighbours of an attention tile: 64 bits of 16-bit numbers.
+        # On AMD a thread holds four neighbours of an attention tile, which are 64 bits of 16-bit numbers.
         is_narrow = row["case"].startswith(("cross_entropy forward", "linear_decode", "sample", "partial_sums"))
         narrow = is_narrow or (launch.is_amd(row["target"]) and "half" in row["case"])
         assert row["wide_stores"] > 0 or narrow, row
@@ -136,7 +138,7 @@ def test_half_precision_multiplies_on_tensor_cores(rows):
 
 
 def test_decoding_reads_keys_and_values_in_128_bits(rows):
-    """All of them, whether their address comes as an argument or out of memory."""
+    """All of them are, whether their address is an argument or is loaded from memory."""
     for row in rows:
         if row["case"].startswith("decode_attention"):
             fields = row["case"].split()
@@ -148,7 +150,7 @@ def test_decoding_reads_keys_and_values_in_128_bits(rows):
 
 
 def test_linear_rows_add_up_in_one_order(rows):
-    """LayerNorm's sums before a linear map: the same parts of a row in the same lanes, whatever rows are beside it."""
+    """In LayerNorm before a linear layer, the same parts of a row are in the same lanes, whatever the other rows."""
     orders: dict[tuple[str, ...], set[str]] = {}
     for row in rows:
         if row["case"].startswith("linear_decode layer_norm"):
@@ -159,7 +161,7 @@ def test_linear_rows_add_up_in_one_order(rows):
 
 
 def test_three_programs_or_more_fit_a_multiprocessor(rows):
-    """Of the largest blocks, plain, in bf16: 8 warps, 65536 registers; 4 unless fused."""
+    """For the largest blocks without extras in bf16, with 8 warps and 65536 registers. 4 programs fit unless fused."""
     for row in rows:
         capability = launch.ARCHITECTURES[row["target"]].capability
         if row["case"].endswith("bf16 block 8192") and capability is not None:
@@ -168,11 +170,11 @@ def test_three_programs_or_more_fit_a_multiprocessor(rows):
 
 
 def test_the_compile_report_is_current(table, rows):
-    """The names of all rows, always; what was compiled of them under the Triton version that it was written with."""
+    """The names of all rows are checked always, and results only under the Triton version that wrote the report."""
     renew = "renew it: python -m benchmarks compile-report --write"
     version, written = compile_report.committed()
     names = {(row["target"], row["case"]) for row in table}
-    assert len(names) == len(table), "two rows bear one name"
+    assert len(names) == len(table), "two rows have the same name"
     assert written.keys() == names, renew
     if version == importlib.metadata.version("triton"):
         compiled = {(row["target"], row["case"]): compile_report.cells(row) for row in rows}
@@ -180,7 +182,7 @@ def test_the_compile_report_is_current(table, rows):
 
 
 def test_the_summary_names_every_version_and_row(table):
-    """Of each Triton that a supported PyTorch for GPUs pins; and the newest's parts agree with the report."""
+    """The summary covers each Triton that a supported PyTorch for GPUs pins. The newest part agrees with the report."""
     text = compile_report.SUMMARY.read_text(encoding="utf-8")
     parts = {part.split("\n", 1)[0]: part for part in text.split("\n## Triton ")[1:]}
     pinned = {version for torch, version in PINNED.items() if tuple(map(int, torch.split("."))) >= (2, 10)}

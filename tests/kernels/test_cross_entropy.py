@@ -1,4 +1,4 @@
-"""The cross-entropy kernel against float64, over its options crossed at random; and as a PyTorch operator."""
+"""The cross-entropy kernel against float64, with random combinations of its options; and as a PyTorch operator."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def random_case(rng: random.Random) -> dict:
 def check(case: dict, device: str) -> None:
     B, T, V = case["shape"]
     dtype = case["dtype"]
-    # The logits lie in the middle of a larger buffer: any alignment, any row stride, canaries around every row.
+    # The logits lie in the middle of a larger buffer, with any alignment and row stride, and canaries around every row.
     width = case["offset"] + V + case["padding"]
     buffer = torch.full((B, T, width), CANARY, dtype=dtype)
     at = slice(case["offset"], case["offset"] + V)
     buffer[..., at] = (torch.randn(B, T, V) * case["scale"]).to(dtype)
     buffer = buffer.to(device)
-    # Targets are views shifted by one, so not aligned to 16 bytes.
+    # Targets are views shifted by one element, so they are not aligned to 16 bytes.
     store = torch.randint(0, V, (B, T + 1)).to(case["target_dtype"])
     ignore_index = case["ignore_index"] if case["target_dtype"] == torch.int64 else max(case["ignore_index"], -100)
     store[torch.rand(B, T + 1) < case["ignored"]] = ignore_index
@@ -64,7 +64,7 @@ def check(case: dict, device: str) -> None:
     if case["shift"]:
         own = shifted(targets, ignore_index)
     if case["reduction"] == "mean" and not (own != ignore_index).any():
-        return  # NaN, which `test_nothing_to_count` is for
+        return  # the result is NaN, which `test_nothing_to_count` tests
 
     def run(wide, use_kernel):
         leaf = buffer.clone().requires_grad_()
@@ -87,11 +87,11 @@ def check(case: dict, device: str) -> None:
         return loss.detach(), leaf.grad[..., at].detach()
 
     loss, grad = run(None, True)
-    # In half precision the plain expression is that of F.cross_entropy: float32 inside, gradient rounded once.
+    # In half precision the plain expression works like F.cross_entropy: float32 inside, the gradient rounded once.
     plain_loss, plain_grad = run(torch.float32, False)
     exact_loss, exact_grad = run_exact(buffer, at, own, ignore_index, class_weight, options, device)
     assert_within_budget(as_the_oracle_sees(loss), plain_loss, exact_loss, f"loss of {case}")
-    # float64 takes 1 - p of a sure target for 0 where the kernel, which never forms it, has its bits.
+    # In float64, 1 - p of a nearly certain target may be 0. The kernel never computes 1 - p, so it keeps its bits.
     floor = 4 * torch.finfo(torch.float64).eps
     assert_within_budget(as_the_oracle_sees(grad), plain_grad, exact_grad, f"gradient of {case}", floor=floor)
 
@@ -108,7 +108,7 @@ def run_exact(buffer, at, own, ignore_index, class_weight, options, device):
 
 @pytest.mark.parametrize("part", parts(5))
 def test_random_cases(triton_device, seed, part):
-    """The 2x rule for loss and gradient: 5 x 64 random cases (a fifth as many where every launch is checked twice)."""
+    """The 2x rule for loss and gradient: 5 x 64 random cases (a fifth of them where every launch is checked twice)."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     for _ in range(64):
@@ -118,8 +118,10 @@ def test_random_cases(triton_device, seed, part):
 @pytest.mark.parametrize("probability", [0.5, 0.7, 0.99, 0.999, 1 - 1e-6, 1 - 1e-10])
 @pytest.mark.parametrize("mode", [{}, {"fuse_backward": True}, {"inplace_backward": True}])
 def test_confident_rows(triton_device, probability, mode):
-    """The loss of the true class is log(1 + little), its gradient p - 1: rounded first, both would be lost. Ours keep
-    four digits where float32's own 1 + little and p hold one, or none."""
+    """The loss of the true class is log(1 + rest), its gradient p - 1. Rounding 1 + rest and p would lose both.
+
+    The kernel keeps four digits where 1 + rest and p in float32 hold one or none.
+    """
     V = 300
     logits = torch.zeros(1, 4, V, dtype=torch.float64)
     logits[..., 3] = math.log(probability / (1 - probability) * (V - 1))
@@ -154,7 +156,7 @@ def test_huge_logits(triton_device, scale, seed):
 
 def test_rows_of_minus_infinity(triton_device):
     logits = torch.full((4, 4100), -math.inf)
-    logits[1, 4099] = 1.0  # all blocks but the last are -inf
+    logits[1, 4099] = 1.0  # all blocks except the last are -inf
     logits[2, 0] = 2.0
     logits[3] = torch.randn(4100)
     targets = torch.tensor([0, 4099, 7, 5])
@@ -294,7 +296,7 @@ def test_opcheck(triton_device):
 
 
 def test_compiles_whole(triton_device, seed):
-    """torch.compile(fullgraph=True) takes it without a break, and gives what eager gives."""
+    """torch.compile(fullgraph=True) captures it without a graph break, with the same result as eager mode."""
     torch.manual_seed(seed)
     logits = torch.randn(2, 3, 40, device=triton_device, requires_grad=True)
     targets = torch.randint(0, 40, (2, 3), device=triton_device)
@@ -313,7 +315,7 @@ def test_compiles_whole(triton_device, seed):
 
 @pytest.mark.parametrize("V", [7, 300, 2500])
 def test_gradient_into_another_layout(triton_device, seed, V):
-    """The launcher takes a gradient with strides of its own, and writes nothing outside its rows."""
+    """The launcher accepts a gradient with other strides, and writes nothing outside its rows."""
     from fastgpt2_kernels.triton import cross_entropy as kernel
 
     torch.manual_seed(seed)
@@ -364,9 +366,11 @@ def test_large_vocabularies(triton_device, seed, V):
 
 
 def test_interpreted_traffic(monkeypatch, interpreter, seed):
-    """Logits are read once and gradients written once. Fused, the gradient's pass reads each row again while it lies
-    in the L2 cache, its end first: of 3 programs on each of an H100's 132 multiprocessors, at V = 50257 in bf16, 40 MB
-    of the cache's 50."""
+    """Logits are read once and gradients are written once. In the fused form, the gradient's pass reads each row again.
+
+    It begins at the row's end, while the row is still in the L2 cache: with 3 programs on each of the 132
+    multiprocessors of an H100 and V = 50257 in bf16, the rows take 40 MB of 50.
+    """
     from fastgpt2_kernels.triton import cross_entropy as kernel
 
     torch.manual_seed(seed)
@@ -379,7 +383,7 @@ def test_interpreted_traffic(monkeypatch, interpreter, seed):
     with monkeypatch.context() as patch:
         traffic = Traffic(patch, logits=logits, grad=grad)
         rows = kernel.cross_entropy_rows(logits, targets, ignore_index=-100)
-        assert torch.equal(traffic.reads["logits"][0], (counted + target_reads)[0])  # nothing of an ignored row
+        assert torch.equal(traffic.reads["logits"][0], (counted + target_reads)[0])  # ignored rows are not read
         assert not traffic.writes["logits"].any()
     with monkeypatch.context() as patch:
         traffic = Traffic(patch, logits=logits, grad=grad)

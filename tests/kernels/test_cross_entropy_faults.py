@@ -1,4 +1,4 @@
-"""The checks of the cross-entropy kernel are worth something: each of these mistakes, made on purpose, is caught."""
+"""The checks of the cross-entropy kernel catch each of these deliberate mistakes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MUTATIONS = {
 
 
 def check(kernel: ModuleType, device: str) -> None:
-    """A handful of the random cases, chosen to meet every branch."""
+    """A few of the random cases, chosen to reach every branch."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(shape: tuple[int, ...], scale: float = 3.0) -> Tensor:
@@ -53,7 +53,7 @@ def check(kernel: ModuleType, device: str) -> None:
         rows.copy_(draw((2, 3, V)))
         rows[0, 0, : V // 2] = -math.inf
         rows[1, 0] = 0.0
-        rows[1, 0, 7] = 20.0  # confident
+        rows[1, 0, 7] = 20.0  # a confident row
         targets = torch.randint(0, V, (2, 3), generator=generator)
         targets[0, 0], targets[1, 0], targets[1, 1] = V - 1, 7, -100
         if case == 1:

@@ -1,4 +1,4 @@
-"""Attention of new tokens to a KV cache against float64, over lengths, counts, slots and layouts; as an operator."""
+"""Attention of new tokens to a KV cache against float64, with random lengths, slots and layouts; and as an operator."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastgpt2_kernels.triton import launch
 from tests.helpers import assert_rms_within_budget, parts
 from tests.kernels.traffic import Traffic
 
-# Triton's interpreter multiplies bfloat16 tiles wrong (it takes their bits): rows of several new tokens in bfloat16,
-# which `tl.dot` multiplies, are judged where kernels are compiled.
+# Triton's interpreter multiplies bfloat16 tiles wrong (it takes their bits). So rows of several new tokens in bfloat16,
+# which use `tl.dot`, are tested on compiled kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAN = float("nan")
 pytestmark = [
@@ -39,7 +39,7 @@ def kernels():
 
 
 class Case(NamedTuple):
-    """past and counts: cached and new tokens of each row."""
+    """past, counts: how many cached and new tokens each row has."""
 
     past: list[int]
     counts: list[int]
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Inputs of a case: the caches are NaN past the lengths, between other layers, in slots of any order."""
+    """The inputs of a case. The caches are NaN past the lengths and lie between other layers. Slots have any order."""
 
     qkv: Tensor
     caches: Tensor  # (2, layers, slots, H, S, D)
@@ -76,7 +76,7 @@ class Problem(NamedTuple):
 
 
 def surrounded(x: Tensor, around: int = 1) -> Tensor:
-    """The same values as a view in the middle of a larger buffer of NaN, its rows 8 elements longer."""
+    """The same values as a view in the middle of a larger buffer of NaN whose rows are 8 elements longer."""
     shape = [x.shape[0] + 2 * around, *x.shape[1:-1], x.shape[-1] + 8]
     view = torch.full(shape, NAN, dtype=x.dtype, device=x.device)[around : around + x.shape[0], ..., : x.shape[-1]]
     return view.copy_(x)
@@ -92,7 +92,7 @@ def make(case: Case, device: str, room: int = 3) -> Problem:
     for slot, past in zip(slots, case.past, strict=True):
         lengths[slot] = past
         caches[:, :, slot, :, :past] = torch.randn(2, 3, case.H, past, case.D).to(cache_dtype)
-    # Rows in any order among the tokens, and tokens between them that are in no row.
+    # The rows' tokens lie in any order, with tokens between them that belong to no row.
     order, starts, end = random.sample(range(R), R), [0] * R, 0
     for row in order:
         starts[row], end = end, end + case.counts[row] + (random.random() < 0.2 and case.max_new > 1)
@@ -102,7 +102,7 @@ def make(case: Case, device: str, room: int = 3) -> Problem:
 
 
 def run(kernels: Any, case: Case, problem: Problem, poison: float = NAN) -> Tensor:
-    """The launchers' output, with room after every buffer for mistakes to show in."""
+    """The output of the launchers. Every buffer has room after its end, where mistakes would show."""
     N, S, device = problem.qkv.shape[0], problem.k.shape[2], problem.qkv.device
     integers = (problem.lengths, problem.slots, problem.starts, problem.counts)
     rows = kernels.Rows(len(case.past), *integers, case.max_new)
@@ -110,7 +110,7 @@ def run(kernels: Any, case: Case, problem: Problem, poison: float = NAN) -> Tens
     if case.is_indirect:
         keys, values = problem.caches
         table = torch.tensor([keys.data_ptr(), values.data_ptr(), *keys.stride()[:3]], device=device)
-        # Of the tensors given only the dtype counts, and the capacity may be larger than what the table tells.
+        # Only the dtype of these tensors is used. The capacity may be larger than the table's.
         unread = keys.new_full((1, case.H, 1, case.D), NAN)
         cache = kernels.Cache(unread, unread, S + 1, table, layer=1)
     shape = (N + 2, case.H, kernels.num_splits(cache.capacity, cache.k, case.D))
@@ -153,7 +153,7 @@ def tokens_of(problem: Problem) -> list[int]:
 
 
 def check(kernels: Any, case: Case, device: str) -> None:
-    """Output within the budget, the caches what appending makes of them, and nothing else written."""
+    """The output is within the budget, the new tokens are in the caches, and nothing else is written."""
     problem = make(case, device)
     exact, plains, k, v = expected(case, problem)
     before = problem.caches.clone()
@@ -177,7 +177,7 @@ def random_case(rng: random.Random) -> Case:
     D = rng.choice([16, 16, 32, 32, 40, 64, 64, 80, 128, 256])
     split = launch.decode_row(dtype.itemsize, max(16, 1 << (D - 1).bit_length())).split_s
     R = rng.choice([1, 1, 1, 1, 1, 2, 2, 2, 3, 9])
-    # Borders of splits at, before and after each length. A program takes the interpreter 10 ms: few are long.
+    # Lengths at, before and after the borders of splits. The interpreter takes 10 ms per program, so few are long.
     border = [split * rng.choice([1, 1, 2]) + rng.choice([-9, -8, -7, -2, -1, 0, 1]) for _ in range(R)]
     long = [rng.randrange(700) if R == 1 else border[i] for i in range(R)]
     past = [rng.choice([0, 1, rng.randrange(split), border[i], long[i]] if R < 9 else [0, 3, 40]) for i in range(R)]
@@ -212,7 +212,7 @@ CASES = {
 
 
 def check_full(kernels: Any, case: Case, device: str) -> None:
-    """A row that does not fit writes nothing to the cache and is NaN; the one beside it is right."""
+    """A row that does not fit writes nothing to the cache and gives NaN. The other row is right."""
 
     def broken(*, good_start: int = 2, **changes: int) -> None:
         problem = make(case, device, room=0)
@@ -243,7 +243,7 @@ def check_full(kernels: Any, case: Case, device: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    # The sanitizer takes an address that comes out of memory for another tensor's.
+    # The sanitizer attributes an address that is loaded from memory to another tensor.
     [pytest.param(name, marks=[pytest.mark.unsanitized] if case.is_indirect else []) for name, case in CASES.items()],
 )
 def test_caches_and_outputs_are_written_and_nothing_else(triton_device, kernels, seed, name):
@@ -254,7 +254,7 @@ def test_caches_and_outputs_are_written_and_nothing_else(triton_device, kernels,
 
 @pytest.mark.parametrize("max_new", [1, 8])
 def test_interpreted_traffic(interpreter, kernels, monkeypatch, seed, max_new):
-    """Each cached key and value is read once, each new one written once; what lies past a row is not touched."""
+    """Each cached key and value is read once, and each new one is written once. Nothing past a row is touched."""
     torch.manual_seed(seed)
     random.seed(seed)
     case = Case([200, 128, 0], [1, 1, 1] if max_new == 1 else [5, 0, 8], D=16, max_new=max_new)
@@ -277,7 +277,7 @@ def test_interpreted_traffic(interpreter, kernels, monkeypatch, seed, max_new):
 
 @pytest.mark.parametrize("max_new", [1, 8])
 def test_a_row_does_not_depend_on_its_neighbours(triton_device, seed, max_new):
-    """To the bit: alone, in other slots, and in batches of 3, 17 and 64 (17 at most of several tokens)."""
+    """A row is bitwise the same alone, in other slots, and in batches of 3, 17 and 64 (17 with several tokens)."""
     torch.manual_seed(seed)
     random.seed(seed)
     past, count, D = 133, 1 if max_new == 1 else 5, 16
@@ -296,7 +296,7 @@ def test_a_row_does_not_depend_on_its_neighbours(triton_device, seed, max_new):
         qkv[own] = own_qkv
         given = [x.to(triton_device) for x in (qkv, k, v, lengths, starts, counts, slots)]
         qkv, k, v, lengths, starts, counts, slots = given
-        if max_new == 1:  # as one token a row is given: every row has one
+        if max_new == 1:  # with one token per row, every row has a token
             counts = torch.ones_like(counts)
             starts = torch.arange(R, device=triton_device)
             qkv, own = torch.randn(R, 3 * D).to(triton_device), slice(row, row + 1)
@@ -308,7 +308,7 @@ def test_a_row_does_not_depend_on_its_neighbours(triton_device, seed, max_new):
 
 
 def test_decoding_equals_attention_of_the_whole(triton_device, seed):
-    """Token after token, and a few at a time, as `causal_attention` gives all at once."""
+    """Decoding one token or a few at a time gives the same as `causal_attention` of all tokens at once."""
     torch.manual_seed(seed)
     H, D, T = 2, 32, 12
     past = 125
@@ -334,7 +334,7 @@ def test_decoding_equals_attention_of_the_whole(triton_device, seed):
 
 @pytest.mark.unsanitized
 def test_a_cache_that_moves(triton_device, kernels, seed):
-    """With the same arguments, what the table says at the time of the launch counts: a longer cache elsewhere."""
+    """With the same arguments, the launch uses the cache that the table then names: a longer one at another address."""
     torch.manual_seed(seed)
     H, D = 2, 16
     lengths = torch.tensor([4], dtype=torch.int32, device=triton_device)
@@ -362,7 +362,7 @@ def test_a_cache_that_moves(triton_device, kernels, seed):
 
 
 def mixed_plan(device: str) -> tuple[list[int], list[int], list[int], Any]:
-    """Rows of every kind: fresh, one new token, a few, many."""
+    """A plan with rows of every kind: without cached tokens, and with one, a few and many new tokens."""
     slots, counts, past = [6, 0, 1, 2, 4, 5, 7], [1, 5, 3, 1, 12, 4, 1], [10, 0, 0, 33, 20, 126, 0]
     return slots, counts, past, ops.plan_rows(slots, counts, past, device)
 
@@ -393,7 +393,7 @@ def test_cached_attention_of_mixed_rows(triton_device, seed, backend, cache_dtyp
 
 
 def test_cached_rows_do_not_depend_on_their_neighbours(triton_device, seed):
-    """One new token, and several, alone and among rows of every kind: the same to the bit."""
+    """Rows of one and of several new tokens are bitwise the same alone and among rows of every kind."""
     torch.manual_seed(seed)
     H, D = 1, 16
     slots, counts, past, plan = mixed_plan(triton_device)
@@ -429,7 +429,7 @@ def test_kernels_and_door_agree_on_the_most_new_tokens(kernels):
 
 
 def test_the_pytorch_backend(seed):
-    """Rows in any order, of any counts, in float64."""
+    """Rows in any order, with any counts, in float64."""
     torch.manual_seed(seed)
     random.seed(seed)
     case = Case([9, 0, 30], [3, 0, 1], dtype=torch.float64)
@@ -476,7 +476,7 @@ def test_opcheck(triton_device, kernels):
 
 
 def test_compiles_whole(triton_device, seed):
-    """torch.compile(fullgraph=True) takes it without a break, and sees that the caches change."""
+    """torch.compile(fullgraph=True) captures it without a graph break, and knows that the caches change."""
     torch.manual_seed(seed)
     caches = torch.randn(2, 3, 2, 9, 16, device=triton_device)
     lengths = torch.tensor([4, 0, 7], dtype=torch.int32, device=triton_device)
@@ -494,11 +494,11 @@ def test_compiles_whole(triton_device, seed):
         torch.testing.assert_close(eager, compiled)
 
 
-@pytest.mark.unsanitized  # which copies the buffer for every argument that lies in it
+@pytest.mark.unsanitized  # the sanitizer copies the buffer for every argument that lies in it
 def test_offsets_past_32_bits(triton_device, kernels):
-    """Slots and heads more than 2^31 elements apart, in a buffer that is only reserved, not filled."""
+    """Slots and heads are more than 2^31 elements apart, in a buffer that is reserved but not filled."""
     stride = 2**31 + 16
-    torch.use_deterministic_algorithms(False)  # which would fill it
+    torch.use_deterministic_algorithms(False)  # deterministic mode would fill the buffer
     store = torch.empty(2 * stride + 2048, dtype=torch.float16, device=triton_device)
     qkv = torch.randn(2, 96, dtype=torch.float16, device=triton_device)
     lengths = torch.tensor([3, 3], dtype=torch.int32, device=triton_device)
@@ -521,18 +521,21 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "starts alone": ({"starts": torch.tensor([0, 1])}, "give starts and counts together; got only starts"),
     "lengths of another cache": ({"lengths": torch.tensor([1])}, r"lengths must be int32 or int64 of shape \(2,\)"),
     "lengths as floats": ({"lengths": torch.zeros(2)}, "got torch.float32"),
-    "more rows than slots": ({"qkv": torch.zeros(3, 48)}, "got 3 rows and 2 cache slots"),
+    "more rows than slots": (
+        {"qkv": torch.zeros(3, 48)},
+        "there must be at most 2 rows, one for each cache slot; got 3",
+    ),
     "a scale of 0": ({"scale": 0.0}, "scale must be finite and > 0"),
     "a full slot": ({"lengths": torch.tensor([1, 4])}, "slot 1 holds 4 tokens and gets 1; the cache has room for 4"),
     "a slot that is not": ({"slots": torch.tensor([0, 2])}, r"slots must be in \[0, 2\); got 2"),
     "a slot in two rows": ({"slots": torch.tensor([1, 1])}, r"in one row only; got slots \[1, 1\]"),
     "nine tokens": (
         {"qkv": torch.zeros(9, 48), "starts": torch.tensor([0]), "counts": torch.tensor([9])},
-        "a row has 0 to 8 of the 9 tokens; got 9 from token 0 on",
+        "a row must have 0 to 8 of the 9 tokens; got 9 tokens from token 0 on",
     ),
     "tokens that are not": (
         {"starts": torch.tensor([0, 1]), "counts": torch.tensor([1, 2])},
-        "a row has 0 to 8 of the 2 tokens; got 2 from token 1 on",
+        "a row must have 0 to 8 of the 2 tokens; got 2 tokens from token 1 on",
     ),
 }
 
@@ -556,7 +559,7 @@ def test_refused(what):
 CANNOT: dict[str, tuple[Any, str]] = {
     "float64": (lambda k, q: (q.double(), k.double()), "float32, bfloat16 and float16; got torch.float64"),
     "a wide head": (lambda k, q: (q.new_zeros(1, 3 * 257), k.new_zeros(1, 1, 4, 257)), "up to 256; got 257"),
-    "caches with gaps": (lambda k, q: (q, k.new_zeros(1, 1, 4, 32)[..., :16]), "must lie without gaps"),
+    "caches with gaps": (lambda k, q: (q, k.new_zeros(1, 1, 4, 32)[..., :16]), "must be contiguous"),
     "tokens with gaps": (lambda k, q: (q.new_zeros(1, 96)[:, ::2], k), "qkv must have stride 1"),
 }
 

@@ -1,4 +1,4 @@
-"""The checks of decode_attention are worth something: each of these mistakes, made on purpose, is caught."""
+"""The checks of decode_attention catch each of these deliberate mistakes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.kernels.faults import load
 from tests.kernels.test_decode_attention import CASES, check, check_full, pytestmark  # noqa: F401
 
 SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/decode/attention.py"
-# Deliberate faults: what would then be checked wrong, and where it is to be noticed.
+# Deliberate faults: the case that must notice it, the right code, and the wrong code.
 MUTATIONS = {
     "a token does not see itself": ("one", "is_here & (offs_t <= t)", "is_here & (offs_t < t)"),
     "tokens see later ones": ("few", "is_here & (offs_t <= t)", "is_here"),

@@ -17,7 +17,7 @@ from tests.helpers import TINY, assert_within_budget, random_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SMALL = {"num_layers": 2, "num_heads": 2}
-# What the interpreter is quick with, for whole generations.
+# Tiles with which the interpreter is quick, for whole generations.
 TINIEST = {"num_layers": 1, "hidden_size": 32, "feedforward_dim": 32, "vocab_size": 31}
 GREEDY = SamplingConfig(temperature=0)
 
@@ -30,8 +30,8 @@ def device(triton_device: str) -> str:
 def pair(device: str, seed: int = 0, **changes: object) -> tuple[GPT2, GPT2]:
     """The same model twice: on the Triton kernels and on PyTorch's operators.
 
-    Its head is its own, its biases lie around 0 and its embeddings are large: else it says one token for ever, and
-    what it has seen, or where, would not show.
+    Its head is untied, its biases lie around 0 and its embeddings are large. Otherwise it would repeat one token for
+    ever, and the tokens it has seen and their positions would make no difference.
     """
     plain = random_model(seed, **{**SMALL, "tie_word_embeddings": False, **changes})
     with torch.no_grad():
@@ -48,7 +48,7 @@ def pair(device: str, seed: int = 0, **changes: object) -> tuple[GPT2, GPT2]:
 
 
 def begun(model: GPT2, prompts: list[list[int]], slots: list[int] | None = None, limit: int = 1000, **options):
-    """A session whose rows hold `prompts`, prefilled on PyTorch's operators each by itself, and their first tokens."""
+    """A session whose rows hold `prompts`, each prefilled alone on PyTorch's operators, and their first tokens."""
     sampling = options.pop("sampling", GREEDY)
     slots = list(range(len(prompts))) if slots is None else slots
     num_slots = options.pop("num_slots", max(slots) + 1)
@@ -72,7 +72,7 @@ def logits_of(session: DecodeSession, rows: int) -> torch.Tensor:
 
 
 def test_greedy_tokens_are_the_reference_paths(device):
-    """64 tokens of ragged prompts in float32, to the token."""
+    """64 tokens after prompts of different lengths, in float32. All tokens must be the same."""
     ours, plain = pair(device, context_length=72, **TINIEST)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8]]
     options = {"max_new_tokens": 64, "temperature": 0, "stop_token_ids": ()}
@@ -84,7 +84,7 @@ def test_greedy_tokens_are_the_reference_paths(device):
 
 
 def test_tokens_chosen_outside_the_step_are_the_reference_paths(device):
-    """A ban, a penalty and a processor of the user's: logits come out of a step, and a token goes in."""
+    """With a ban, a penalty and a logits processor: the step returns its logits, and takes the chosen token."""
     ours, plain = pair(device, context_length=40, **TINIEST)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8]]
 
@@ -101,7 +101,7 @@ def test_tokens_chosen_outside_the_step_are_the_reference_paths(device):
 def test_tokens_that_a_penalty_has_marked_cannot_be_replaced(device):
     ours, _ = pair(device, context_length=24, **TINIEST)
     session, _ = begun(ours, [[1, 2]], sampling=SamplingConfig(temperature=0, repetition_penalty=2.0))
-    with pytest.raises(ValueError, match="with a repetition penalty tokens cannot be replaced"):
+    with pytest.raises(ValueError, match="tokens cannot be replaced with a repetition penalty"):
         session.replace_tokens([0], torch.tensor([3]))
 
 
@@ -132,7 +132,7 @@ def test_logits_of_a_step(device, dtype, changes):
 
 @pytest.mark.slow
 def test_logits_of_a_step_at_the_size_of_gpt2(device):
-    """One block of GPT-2 small, and a head of an odd number of words."""
+    """One block of GPT-2 small, and a head with an odd vocabulary."""
     torch.manual_seed(0)
     config = GPT2Config.preset("gpt2", num_layers=1, vocab_size=3001)
     plain = GPT2(config, backend="torch").to(device).eval()
@@ -150,7 +150,7 @@ def test_logits_of_a_step_at_the_size_of_gpt2(device):
 
 
 def test_launches_of_a_step(device, monkeypatch):
-    """5 a layer and 3."""
+    """A step takes 5 kernel launches per layer, and 3 more."""
     ours, _ = pair(device)
     session, _ = begun(ours, [[1, 2], [3]])
     session.step([0, 1])
@@ -177,7 +177,7 @@ def count_launches(monkeypatch) -> list[str]:
 
 
 def test_a_step_needs_no_synchronisation(device, monkeypatch):
-    """Nothing in a step turns a tensor into a number, or into something whose size depends on one."""
+    """Nothing in a step reads a tensor on the host, or has a size that depends on a tensor's values."""
     ours, _ = pair(device)
     session, _ = begun(ours, [[1, 2], [3]], sampling=SamplingConfig(top_k=5, top_p=0.9, repetition_penalty=1.2))
     session.step([0, 1])
@@ -209,7 +209,7 @@ def count_waits(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("others", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 63))])
 def test_neighbours_do_not_matter(device, others):
-    """A row alone gives the same bits as in a batch of 3, 17 and 64, whatever its slot and its neighbours' lengths."""
+    """A row is bitwise the same alone and in batches of 3, 17 and 64, whatever its slot and the other rows' lengths."""
     ours, _ = pair(device, 1, **(SMALL if others < 20 else TINIEST))
     sampling = SamplingConfig(temperature=0.8, top_k=20)
     prompt = [4, 9, 2, 7]
@@ -226,7 +226,7 @@ def test_neighbours_do_not_matter(device, others):
 
 
 def check_rows_that_end(device: str) -> None:
-    """By a stop token, a limit, a full context; they then stand still, and their neighbours go on unharmed."""
+    """Rows end at a stop token, a limit or a full context. Then they do not change, and the other rows go on."""
     ours, plain = pair(device, 7)
     prompts, limits = [[1, 2, 3], [4] * 23, [5, 6], [7, 8]], [9, 9, 9, 3]
     want = [s.token_ids for s in plain.generate(prompts, max_new_tokens=6, temperature=0, stop_token_ids=())]
@@ -255,7 +255,7 @@ def test_rows_end_on_the_device(device):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_generation_is_the_hosts(device, batch_size):
-    """Refilled slots, several samples of a prompt, stop tokens and full contexts: what the loop on the host gives."""
+    """Refilled slots, several samples per prompt, stop tokens and full contexts give the same as the host's loop."""
     ours, plain = pair(device, 4, **TINIEST)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3] * 20]
     options = {"max_new_tokens": 5, "temperature": 0, "num_samples": 2}
@@ -268,8 +268,18 @@ def test_generation_is_the_hosts(device, batch_size):
     assert {s.finish_reason for s in got} == {"stop", "length"}
 
 
+def test_a_shifted_context_is_the_hosts(device):
+    """Rows go on from their last tokens, with what they have seen and their place in the random numbers."""
+    ours, plain = pair(device, 4, context_length=6, **TINIEST)
+    options = {"max_new_tokens": 9, "num_samples": 2, "stop_token_ids": (), "context_shift": True}
+    options |= {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.7}
+    got, want = (model.generate([[1, 2, 3], [4]], batch_size=3, **options) for model in (ours, plain))
+    assert [s.token_ids for s in got] == [s.token_ids for s in want]
+    assert {len(s.token_ids) for s in got} == {9}
+
+
 def test_stop_strings_and_text(device):
-    """A stop string is found on the host, a step late; the sample ends where it says all the same."""
+    """A stop string is found on the host, one step late. The sample still ends at the string."""
     tokenizer = Tokenizer.train(["def add(a, b):\n    return a + b\n"] * 4, 280)
     ours, plain = pair(device, **{**TINIEST, "vocab_size": tokenizer.vocab_size})
     ours.tokenizer = plain.tokenizer = tokenizer
@@ -302,10 +312,10 @@ def test_repetition_penalty_sees_prompt_and_new_tokens(device):
     assert [s.token_ids for s in got] == [s.token_ids for s in want]
 
 
-# The sanitizer takes an address that comes out of memory for another tensor's.
+# The sanitizer attributes an address that is loaded from memory to another tensor.
 @pytest.mark.parametrize("use_table", [False, pytest.param(True, marks=pytest.mark.unsanitized)])
 def test_the_cache_may_grow_between_steps(device, use_table):
-    """Rows go on with what they had; a graph reads the new place from the device's table."""
+    """Rows go on with their cached tokens. A graph reads the new address from the table on the device."""
     ours, plain = pair(device, context_length=150)
     prompts = [[1, 2, 3] * 20, [4]]
     want = [s.token_ids for s in plain.generate(prompts, max_new_tokens=8, temperature=0, stop_token_ids=())]
@@ -323,7 +333,7 @@ def test_the_cache_may_grow_between_steps(device, use_table):
 
 
 def test_a_session_is_kept_for_the_next_run(device):
-    """With new settings of the same filters; weights that have moved, or other filters, take a new one."""
+    """The next run may have other settings of the same filters. Moved weights or other filters need a new session."""
     ours, plain = pair(device, **TINIEST)
     options = {"max_new_tokens": 3, "stop_token_ids": ()}
     ours.generate([[1]], top_k=3, **options)
@@ -354,7 +364,7 @@ def test_a_session_is_kept_for_the_next_run(device):
 
 
 def test_a_session_serves_in_and_outside_of_inference_mode(device):
-    """The first run is there, and its cache grows there; the next one writes to what the first one made."""
+    """The first run, in inference mode, makes the cache and lets it grow. The next run, outside of it, writes to it."""
     ours, plain = pair(device, **{**TINIEST, "context_length": 100})
     options = {"max_new_tokens": 3, "temperature": 0, "stop_token_ids": ()}
     prompts = [[1, 2, 3], list(range(30)) * 2 + list(range(8))]
@@ -369,7 +379,7 @@ def test_a_session_serves_in_and_outside_of_inference_mode(device):
 
 
 def test_either_precision_switch(device):
-    """PyTorch's newer one by itself makes the older one raise where it is read."""
+    """If only PyTorch's newer switch is set, reading the older one raises."""
     ours, _ = pair(device, **TINIEST)
     options = {"max_new_tokens": 2, "temperature": 0, "stop_token_ids": ()}
     want = ours.generate([[1, 2]], **options)[0].token_ids
@@ -389,7 +399,7 @@ def test_either_precision_switch(device):
 
 
 def test_int8_weights(device):
-    """The step of 8-bit weights is that of a model with the weights rounded so."""
+    """A step with 8-bit weights equals that of a model whose weights were rounded to 8 bits."""
     ours, plain = pair(device, 6)
     rounded = GPT2(plain.config, backend="torch").to(device).eval()
     state = plain.state_dict()
@@ -400,8 +410,8 @@ def test_int8_weights(device):
     rounded.load_state_dict(state)
     session, first = begun(ours, [[3, 1, 4]], weight_dtype=torch.int8)
     session.step([0])
-    # The prompt's keys are those of the unrounded model, so only a prompt of one token could be compared as a whole:
-    # hold the last block's part by its effect instead.
+    # The prompt's keys come from the unrounded model, so only a prompt of one token could be compared exactly. Instead,
+    # check that the logits are closer to the rounded model than the unrounded model's are.
     exact = rounded(torch.tensor([[3, 1, 4, *first]], device=device))[0, -1]
     unrounded = plain(torch.tensor([[3, 1, 4, *first]], device=device))[0, -1]
     ours_logits = logits_of(session, 1)[0].to(device)
@@ -419,7 +429,7 @@ def test_a_failed_capture_costs_a_warning_only(device, monkeypatch):
 
     monkeypatch.setattr(session, "_captured", refuse)
     session.use_pdl = False
-    with pytest.warns(UserWarning, match="no CUDA graph .*not permitted"):
+    with pytest.warns(UserWarning, match="a CUDA graph cannot be used .*not permitted"):
         got = [*first, session.step([0]).read()[0][0]]
     got += [session.step([0]).read()[0][0] for _ in range(2)]
     assert got == want
@@ -444,13 +454,13 @@ def test_bad_inputs(device):
         DecodeSession(ours, KVCache(ours.config, 2, 8, dtype=torch.float16, device=device), GREEDY)
     session = DecodeSession(ours, cache, GREEDY)
     logits = torch.zeros(1, TINY.vocab_size, device=device)
-    with pytest.raises(ValueError, match=r"slots are 0 .. 1; got 2"):
+    with pytest.raises(ValueError, match=r"slots must be in 0 .. 1; got 2"):
         session.begin([NewRow(2, [1], (0, 0), 5)], logits)
     with pytest.raises(ValueError, match=r"slot 1 cannot hold 25 tokens; the cache has room for 24"):
         session.begin([NewRow(1, [1] * 25, (0, 0), 5)], logits)
     with pytest.raises(ValueError, match=r"logits must be float32 of shape \(1, 61\); got torch.float16 \(1, 61\)"):
         session.begin([NewRow(1, [1], (0, 0), 5)], logits.half())
-    with pytest.raises(ValueError, match=r"a step takes 1 .. 2 different slots; got \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"a step must have 1 to 2 different slots; got \[0, 1, 2\]"):
         session.step([0, 1, 2])
     with pytest.raises(ValueError, match="different slots"):
         session.step([0, 0])

@@ -1,4 +1,4 @@
-"""The checks of the decoding step are worth something: each of these mistakes, made on purpose, is caught."""
+"""The checks of the decoding step catch each of these deliberate mistakes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every launch is on its tensors' device: the kernels' operators with two GPUs that are not there.
+"""Every kernel is launched on the device of its tensors: the operators with two simulated GPUs.
 
-PyTorch's fake tensors say that they are on a GPU and have no data, and a stand-in for the driver says which device is
-current. A kernel that is launched notes where; it computes nothing.
+PyTorch's fake tensors claim to be on a GPU and have no data. A stand-in for the driver knows the current device.
+Kernels compute nothing; their launches are recorded with the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ errors = pytest.importorskip("triton.runtime.errors")
 def fake_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str | None = None, shared: int = 232_448
 ) -> None:
-    """A GPU of this capability and with as much shared memory a program, or AMD's of this name."""
+    """Simulate an NVIDIA GPU of this capability, with this much shared memory per program, or this AMD GPU."""
     backends._why_not_gpu.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -51,7 +51,7 @@ def real_gpus_afterwards() -> Iterator[None]:
 
 
 class Driver:
-    """Which of two devices is current, and on which each kernel was launched: what Triton asks at a launch."""
+    """Stands in for the driver that Triton asks at a launch. Knows the current one of two devices, records launches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current = 0
@@ -62,7 +62,7 @@ class Driver:
         monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", self._exchange)
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
         fake_gpu(monkeypatch, (9, 0))
-        # With a GPU to be found, fake tensors would turn to the real one.
+        # If PyTorch found a GPU, fake tensors would use the real one.
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(backends, "_why_not_this_gpu", lambda device: None)
         monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 0)
@@ -81,7 +81,7 @@ class Driver:
 
 
 def _part(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    """tensor[index], of slices and ints, by operators: PyTorch's own brackets ask for a GPU that is there."""
+    """tensor[index] for slices and ints, by operators, because PyTorch's own indexing needs a real GPU."""
     dim = 0
     for i in index if isinstance(index, tuple) else (index,):
         if isinstance(i, slice):
@@ -98,7 +98,7 @@ def driver(interpreter: str, monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 class Calls(TorchDispatchMode):
-    """The package's operators as a case calls them, forward and backward, and what with."""
+    """Records the operators of the package that a case calls, forward and backward, and their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,8 +111,10 @@ class Calls(TorchDispatchMode):
 
 
 def on_device(device: str, func: Any, args: Any, kwargs: Any) -> None:
-    """The implementation of an operator for a GPU, called with fake tensors there. (Autograd knows no GPU without one,
-    so what it calls is noted on the CPU.)"""
+    """Call the GPU implementation of an operator with fake tensors on that device.
+
+    Autograd needs a real GPU, so its calls are recorded on the CPU.
+    """
     with FakeTensorMode():
         fake = tree_map_only(
             torch.Tensor,
@@ -125,7 +127,7 @@ def on_device(device: str, func: Any, args: Any, kwargs: Any) -> None:
 def run_step(device: str) -> None:
     with FakeTensorMode(), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "__getitem__", _part)
-        patch.setattr(torch.Tensor, "copy_", lambda to, of: to)  # asks for one too
+        patch.setattr(torch.Tensor, "copy_", lambda to, of: to)  # needs a real GPU too
         decode_step(Inputs(0, device), "triton", torch.float32)
 
 
@@ -157,7 +159,7 @@ def test_a_current_device_is_not_set_again(driver: Driver, monkeypatch: pytest.M
 
 
 class Capture:
-    """Stands in for `torch.cuda.graph`: notes how it is asked for; can fail at its end, as PyTorch's leaves it then."""
+    """Stands in for `torch.cuda.graph` and records its arguments. It can fail at its end, like PyTorch's."""
 
     def __init__(self, driver: Driver, error: Exception | None = None) -> None:
         self.driver, self.error = driver, error
@@ -180,7 +182,7 @@ class Capture:
 def on_second_gpu(
     driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Exception | None], tuple[DecodeSession, Capture, list[int]]]:
-    """A session that takes its device for cuda:1, its captures, and where its graphs and events were used."""
+    """A session that believes it is on cuda:1, its captures, and the devices of its graphs and events."""
 
     def make(error: Exception | None) -> tuple[DecodeSession, Capture, list[int]]:
         used: list[int] = []
@@ -204,7 +206,7 @@ def test_graphs_and_events_are_on_the_sessions_device(driver: Driver, on_second_
     session, capture, used = on_second_gpu(None)
     session.step([0])
     session.step([0, 1])
-    assert used == [1] * 4  # a replay and an event each
+    assert used == [1] * 4  # a replay and an event for each
     assert capture.asked == [("thread_local", 1, "a stream of cuda:1")] * 2
     assert (driver.current, driver.stream) == (0, "the user's")
 
@@ -214,7 +216,7 @@ def test_graphs_and_events_are_on_the_sessions_device(driver: Driver, on_second_
 )
 def test_a_capture_that_fails_leaves_the_users_stream(driver: Driver, on_second_gpu: Any, error: Exception) -> None:
     session, _, _ = on_second_gpu(error)
-    with pytest.warns(UserWarning, match="no CUDA graph"):
+    with pytest.warns(UserWarning, match="a CUDA graph cannot be used"):
         session.step([0])
     assert not session.use_graphs
     assert (driver.current, driver.stream) == (0, "the user's")
@@ -239,7 +241,7 @@ def test_a_capture_that_fails_leaves_the_users_stream(driver: Driver, on_second_
 def test_gpus_that_cannot(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amd: str | None, reason: str | None
 ) -> None:
-    """ "auto" then runs on PyTorch; who asks for Triton is told why not."""
+    """On such a GPU "auto" runs on PyTorch, and an explicit "triton" raises an error that says why."""
     fake_gpu(monkeypatch, capability, amd)
     device = torch.device("cuda:1")
     for operator in ops.OPERATORS:
@@ -265,7 +267,7 @@ def test_gpus_that_cannot(
         ((10, 3), 232_448, "sm_100"),
         ((12, 0), 101_376, "sm_120"),
         ((12, 1), 101_376, "sm_120"),
-        # Not known yet: the newest one before it whose rows fit.
+        # An unknown architecture takes the newest earlier one whose rows fit.
         ((9, 5), 166_912, "sm_89"),
         ((10, 9), 101_376, "sm_89"),
         ((13, 0), 232_448, "sm_120"),
@@ -291,7 +293,7 @@ def test_tf32_only_where_there_is_tf32(monkeypatch: pytest.MonkeyPatch, amd: str
 
 
 def test_an_architecture_takes_anothers_rows_but_for_its_own() -> None:
-    """sm_89 has none for itself, sm_120 has some: what neither has, sm_86 has, or sm_80."""
+    """sm_89 has no rows of its own, and sm_120 has some. Rows that neither has come from sm_86 or sm_80."""
     key = ("half", 128)
     assert launch.attention_row("dq", "sm_89", *key) == launch.attention_row("dq", "sm_86", *key)
     assert launch.attention_row("dq", "sm_86", *key) != launch.attention_row("dq", "sm_80", *key)
@@ -309,7 +311,7 @@ def test_the_choice_compiles_whole() -> None:
 
 
 def test_every_launch_goes_through_launch_kernel() -> None:
-    """A kernel in brackets with its grid is a launch: `launch_kernel` alone writes it so."""
+    """Only `launch_kernel` launches a kernel, which the code writes as kernel[grid](...)."""
     found = []
     for path in sorted((KERNELS_ROOT / "fastgpt2_kernels").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

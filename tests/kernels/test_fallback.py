@@ -1,4 +1,4 @@
-"""A kernel that does not compile or launch: reported once, by name; "auto" goes on with PyTorch's operators."""
+"""Kernels that do not compile or launch are reported once, by name. "auto" then falls back to PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OUT_OF_MEMORY = errors.OutOfResources(131072, 101376, "shared memory")
 
 
 class Failing:
-    """A kernel whose launches fail from number `first` on."""
+    """A kernel whose launches fail from launch number `first` on."""
 
     def __init__(self, kernel: Any, error: Exception, first: int) -> None:
         self._kernel, self._error, self._left = kernel, error, first
@@ -57,7 +57,7 @@ def fail(interpreter: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """ "auto" is Triton on the interpreter too."""
+    """Make "auto" choose Triton under the interpreter, as on a GPU."""
     choose = backends.choose_backend
 
     def chosen(operator: str, device: Any, backend: str, limit: Any = None, size: Any = None) -> str:
@@ -71,7 +71,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     backends._FAILED.clear()
 
 
-# Kernel, the number of its launch that fails first, operator, case.
+# Kernel, number of its first launch that fails, operator, case.
 FAILURES = [
     ("_attention_fwd_kernel", 0, "causal_attention", "T=5 S=41 D=24"),
     ("_attention_bwd_dq_kernel", 0, "causal_attention", "T=5 S=41 D=24"),
@@ -79,11 +79,11 @@ FAILURES = [
     ("_attention_bwd_dkdv_kernel", 0, "causal_attention_packed", "lengths"),
     ("_attention_bwd_dq_kernel", 0, "causal_attention_packed", "dropout"),
     ("_attention_fwd_kernel", 0, "causal_attention_packed", "dropout"),
-    ("_decode_attention_kernel", 0, "decode_attention", "several tokens a row"),
-    ("_combine_kernel", 0, "decode_attention", "a token a row"),
-    ("_decode_attention_kernel", 1, "cached_attention", "fresh rows and rows with a past"),
-    ("_layer_norm_fwd_kernel", 0, "layer_norm", "of a sum, C=96"),
-    ("_layer_norm_bwd_kernel", 0, "layer_norm", "of a sum, C=96"),
+    ("_decode_attention_kernel", 0, "decode_attention", "several tokens per row"),
+    ("_combine_kernel", 0, "decode_attention", "one token per row"),
+    ("_decode_attention_kernel", 1, "cached_attention", "rows with and without cached tokens"),
+    ("_layer_norm_fwd_kernel", 0, "layer_norm", "residual, C=96"),
+    ("_layer_norm_bwd_kernel", 0, "layer_norm", "residual, C=96"),
     ("_layer_norm_wide_bwd_kernel", 0, "layer_norm", "C=17000"),
     ("_sum_partials_kernel", 0, "layer_norm", "C=96"),
     ("_bias_activation_fwd_kernel", 0, "bias_activation", "gelu_new"),
@@ -91,7 +91,7 @@ FAILURES = [
     ("_linear_decode_kernel", 0, "linear_decode", "3 rows"),
     ("_sample_kernel", 0, "sample", "top_p, min_p, penalty"),
     ("_cross_entropy_kernel", 0, "cross_entropy", "mean, fused backward"),
-    ("_cross_entropy_kernel", 1, "cross_entropy", "every row's loss"),
+    ("_cross_entropy_kernel", 1, "cross_entropy", "a loss per row"),
     ("_scale_rows_kernel", 0, "cross_entropy", "mean, fused backward"),
     ("_cross_entropy_kernel", 0, "linear_cross_entropy", "chunks of 4 rows"),
     ("_scale_rows_kernel", 0, "linear_cross_entropy", "chunks of 4 rows"),
@@ -117,7 +117,7 @@ def test_auto_goes_on_and_triton_raises(
 
 
 def test_a_failure_at_one_size_leaves_the_others(fail: Callable[..., None]) -> None:
-    """Forward and backward: another width, and another dtype, still run on the kernel; the warning is not repeated."""
+    """In forward and backward, other widths and dtypes still run on the kernel. The warning is not repeated."""
     kernels = {}
     for name, first in (("_layer_norm_fwd_kernel", 0), ("_layer_norm_bwd_kernel", 1)):
         fail(name, first=first)
@@ -149,7 +149,7 @@ def test_a_failure_at_one_size_leaves_the_others(fail: Callable[..., None]) -> N
 
 def test_every_kernel_has_a_failure() -> None:
     of_the_step = {"_begin_step_kernel"}
-    without = {"_layer_norm_wide_fwd_kernel"}  # as the forward kernel of shorter rows
+    without = {"_layer_norm_wide_fwd_kernel"}  # like the forward kernel of shorter rows
     assert {failure[0] for failure in FAILURES} | of_the_step | without == KERNELS.keys()
 
 
@@ -158,7 +158,7 @@ def test_every_kernel_has_a_failure() -> None:
     ("kernel", "first"), [("_begin_step_kernel", 2), ("_linear_decode_kernel", 7), ("_sample_kernel", 1)]
 )
 def test_decoding_goes_on(fail: Callable[..., None], interpreter: str, kernel: str, first: int) -> None:
-    """In the middle of a run, and in the middle of a step: the same tokens, stop tokens and penalties."""
+    """After a failure in the middle of a run and of a step, tokens, stop tokens and penalties are the same."""
     ours, plain = pair(interpreter, context_length=24, **TINIEST)
     ours.backend = "auto"
     prompts = [[1, 2, 3, 4], [8]]
@@ -176,7 +176,7 @@ def test_decoding_goes_on(fail: Callable[..., None], interpreter: str, kernel: s
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_decoding_goes_on_with_its_8_bit_weights(fail: Callable[..., None], interpreter: str, is_tied: bool) -> None:
-    """After a failure the logits are those of the rounded weights, and not of the model's own, which stays as it is."""
+    """After a failure the logits are still those of the rounded weights. The model's own weights are unchanged."""
     ours, plain = pair(interpreter, context_length=24, **{**TINIEST, "tie_word_embeddings": is_tied})
     ours.backend = "auto"
     before = {name: p.clone() for name, p in ours.named_parameters()}
@@ -200,7 +200,7 @@ def test_decoding_goes_on_with_its_8_bit_weights(fail: Callable[..., None], inte
     for model in (rounded, plain):
         own = KVCache(model.config, 1)
         model.extend(torch.tensor([1, 2, 3]), ops.plan_rows([0], [3], [0]), own)
-        own.keys, own.values = cache.keys.clone(), cache.values.clone()  # the prefill was of the model's own weights
+        own.keys, own.values = cache.keys.clone(), cache.values.clone()  # the prefill used the model's own weights
         hidden = model.extend(torch.tensor([token]), ops.plan_rows([0], [1], [3]), own)
         results.append(model.logits(hidden))
     got = session.step_logits(1)
@@ -219,7 +219,7 @@ def test_decoding_on_triton_by_name_raises(fail: Callable[..., None], interprete
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (OUT_OF_MEMORY, "too little"),
+        (OUT_OF_MEMORY, "too few resources"),
         (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "install gcc"),
         (subprocess.CalledProcessError(1, ["gcc", "main.c"]), "install gcc"),
         (PermissionError(13, "Permission denied", "cache"), "TRITON_CACHE_DIR"),
@@ -250,7 +250,7 @@ def test_other_errors_are_not_taken_for_a_kernels(fail: Callable[..., None]) -> 
 
 
 def test_a_real_launch_without_a_driver_and_without_a_folder(tmp_path: Path) -> None:
-    """Triton itself: no GPU's driver; then a driver that is faked, and a cache folder that cannot be written to."""
+    """Triton's own errors: without a GPU driver, then with a fake driver and a cache folder that is not writable."""
     (tmp_path / "file").touch()
     code = """
 import torch, triton

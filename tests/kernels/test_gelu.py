@@ -1,4 +1,4 @@
-"""Bias and activation in one kernel against float64, over names, shapes and layouts; and as a PyTorch operator."""
+"""Bias and activation in one kernel against float64, with random shapes and layouts; and as a PyTorch operator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = sorted(ops.TRITON_ACTIVATIONS)
 
 
 def plain(x: Tensor, bias: Tensor | None, *, name: str) -> Tensor:
-    """In float32 inside, rounded once: stricter than PyTorch's own, which rounds the sum too."""
+    """Computed in float32 and rounded once. This is stricter than PyTorch's own operators, which also round the sum."""
     wide = torch.promote_types(torch.float32, x.dtype)
     z = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
     return reference.ACTIVATIONS[name](z).to(x.dtype)
@@ -46,7 +46,7 @@ def hold(f: Any, inputs: Inputs, dy: Tensor, needed: list[str], name: str, what:
 
 
 def exactly(name: str) -> Any:
-    return functools.partial(plain, name=name)  # of float64 it computes in float64
+    return functools.partial(plain, name=name)  # it computes in float64 for float64 inputs
 
 
 def random_case(rng: random.Random, device: str) -> tuple[Inputs, Tensor, list[str], str, str]:
@@ -54,7 +54,7 @@ def random_case(rng: random.Random, device: str) -> tuple[Inputs, Tensor, list[s
     C = rng.choice(widths)
     lead = rng.choice([(33,), (5, 7)] if more or C < 8 else [(), (1,), (7,), (2, 5), (3, 2, 2)])
     if C * math.prod(lead) < 64:
-        lead = (64 // C,)  # enough numbers that the largest error of a few is not a matter of luck
+        lead = (64 // C,)  # with fewer numbers the largest error would be a matter of luck
     name = rng.choice([*NAMES, "gelu_new", "gelu"])
     dtype = rng.choice([torch.float32, torch.float32, *HALVES])
     layout, dout_layout = (rng.choice(["plain", "padded", "sliced", "transposed"]) for _ in range(2))
@@ -70,7 +70,7 @@ def random_case(rng: random.Random, device: str) -> tuple[Inputs, Tensor, list[s
 
 @pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device: str, seed: int, part: int, poison: Poison) -> None:
-    """The 2x rule for results and gradients: 4 x 50 random cases, outputs poisoned and fenced in."""
+    """The 2x rule for results and gradients: 4 x 50 random cases, with poisoned outputs between canaries."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     for _ in range(50):
@@ -82,8 +82,10 @@ def test_random_cases(triton_device: str, seed: int, part: int, poison: Poison) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_activation_over_its_range(triton_device: str, name: str) -> None:
-    """At a thousand numbers from -12 to 12, at the kinks and at 0: results and slopes within the budget, and their
-    tails to 4 digits where the formula in PyTorch keeps as many."""
+    """Results and slopes are within the budget at a thousand numbers from -12 to 12, at the kinks and at 0.
+
+    Their tails are right to 4 digits where the formula in PyTorch keeps as many.
+    """
     x = torch.cat((torch.linspace(-12, 12, 1001), torch.tensor([0.0, -0.0, 1e-6, 1e-20, -1e-3, 40.0, -40.0])))
     x = x[None].to(triton_device)
     f = functools.partial(ops.bias_activation, bias=None, name=name, backend="triton")
@@ -101,7 +103,7 @@ def test_every_activation_over_its_range(triton_device: str, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_and_not_finite(triton_device: str, name: str, dtype: torch.dtype) -> None:
-    """Numbers whose square or cube overflows: what float64 gives. NaN and -inf: what PyTorch gives; inf: the limit."""
+    """Numbers whose square or cube overflows give float64's results, NaN and -inf give PyTorch's, inf the limit."""
     x = torch.tensor([[math.nan, -math.inf, math.inf, 1e20, -1e20, 3e38, -3e38, 1e5, -1e5]]).to(dtype)
     expected = reference.ACTIVATIONS[name](x.double()).to(dtype)
     if "gelu" in name:
@@ -135,7 +137,7 @@ def test_runs_are_bitwise_equal(triton_device: str, seed: int) -> None:
     f = functools.partial(ops.bias_activation, name="gelu", backend="triton")
     runs = [gradients(f, inputs, [dy], ["x", "bias"]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert torch.equal(f(inputs["x"][-3:], inputs["bias"]), runs[0][0][-3:])  # a row does not look at its neighbours
+    assert torch.equal(f(inputs["x"][-3:], inputs["bias"]), runs[0][0][-3:])  # a row does not depend on its neighbours
 
 
 def test_frozen_parts_cost_nothing(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +174,7 @@ def test_opcheck(triton_device: str) -> None:
 
 
 def test_compiles_whole(triton_device: str, seed: int) -> None:
-    """torch.compile(fullgraph=True) takes it without a break, and gives what eager gives; in `linear` too."""
+    """torch.compile(fullgraph=True) captures it, and `linear`, without a graph break. The result is eager mode's."""
     torch.manual_seed(seed)
     inputs = {
         "x": torch.randn(2, 3, 24, device=triton_device),
@@ -204,7 +206,7 @@ def test_interpreted_offsets_past_31_bits(triton_device: str, seed: int) -> None
 
 
 def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, interpreter: str, seed: int) -> None:
-    """x and dy are read once, y and dx written once, the bias once a tile."""
+    """x and dy are read once, y and dx are written once, and the bias is read once per tile."""
     from fastgpt2_kernels.triton.layers import activation as kernel
 
     torch.manual_seed(seed)
@@ -236,7 +238,7 @@ def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, interpreter: str, 
 def test_the_model_obeys_its_backend(
     triton_device: str, seed: int, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both backends give the same logits and gradients; each kernel runs where it is asked for, and nowhere else."""
+    """Both backends give the same logits and gradients. The kernels run only on the backend that asks for them."""
     from fastgpt2_kernels.triton.layers import activation as bias_activation
     from fastgpt2_kernels.triton.layers import layer_norm
 
@@ -318,7 +320,7 @@ MUTATIONS = {
 
 
 def check(kernel: ModuleType, device: str, poison: Poison) -> None:
-    """A few cases that meet every branch mutated, through the operator and autograd."""
+    """A few cases that reach every mutated branch, through the operator and autograd."""
     torch.manual_seed(3)
     for name in ("gelu_new", "gelu", "relu", "tanh"):
         x, dy = (lay_out(torch.randn(42, 300) * 4, "padded").to(device)[:38] for _ in range(2))

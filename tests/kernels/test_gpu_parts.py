@@ -1,4 +1,4 @@
-"""Parts of `make gpu` with the kernels themselves, at toy size: under Triton's interpreter where there is no GPU."""
+"""Parts of `make gpu` at toy size, with the real kernels; without a GPU they run under Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layer norm kernels against float64, over shapes, dtypes and layouts at random; and as a PyTorch operator."""
+"""The LayerNorm kernels against float64, with random shapes, dtypes and layouts; and as a PyTorch operator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Inputs = dict[str, Tensor]
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values (..., C) in other places: among canaries, every second row, columns first."""
+    """The same values (..., C) in another layout: between canaries, in every second row, or with columns first."""
     C = values.shape[-1]
     if layout == "padded":
         buffer = values.new_full((*values.shape[:-1], C + 13), CANARY)
@@ -53,7 +53,7 @@ def gradients(f: Any, inputs: Inputs, douts: list[Tensor], needed: list[str]) ->
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, eps: float) -> Any:
-    """F.layer_norm, in float32 inside where dtypes differ, rounded once."""
+    """F.layer_norm. If dtypes differ, it is computed in float32 and rounded once."""
     s = x if residual is None else x + residual
     wide = functools.reduce(torch.promote_types, (torch.float32, s.dtype, weight.dtype))
     y = F.layer_norm(s.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(s.dtype)
@@ -67,7 +67,7 @@ def exactly(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
 
 
 def hold(f: Any, inputs: Inputs, douts: list[Tensor], needed: list[str], eps: float, what: str) -> None:
-    """f's results and gradients are within the budget. Those of a sum at the sum as f rounded it."""
+    """f's results and gradients are within the budget. With a residual, they are judged at the sum as f rounded it."""
     got = gradients(f, inputs, douts, needed)
     terms = sizes_of_terms(inputs, douts, eps)
     names = [*(["y", "s"] if "residual" in inputs else ["y"]), *needed]
@@ -86,7 +86,7 @@ def hold(f: Any, inputs: Inputs, douts: list[Tensor], needed: list[str], eps: fl
 
 
 def sizes_of_terms(inputs: Inputs, douts: list[Tensor], eps: float) -> dict[str, float]:
-    """What each result is a sum of, in size: most of it can cancel."""
+    """The size of the terms that each result sums. Most of them can cancel."""
     x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
     s = x + inputs["residual"].double() if "residual" in inputs else x
     dy = douts[0].double()
@@ -133,7 +133,7 @@ def random_case(rng: random.Random, device: str) -> tuple[Inputs, list[Tensor], 
 
 @pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device: str, seed: int, part: int, poison: Poison) -> None:
-    """The 2x rule for results and gradients: 4 x 50 random cases, outputs poisoned and fenced in."""
+    """The 2x rule for results and gradients: 4 x 50 random cases, with poisoned outputs between canaries."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     for _ in range(50):
@@ -150,19 +150,19 @@ def draw(C: int, *lead: int, device: str, dtype: torch.dtype = torch.float32, me
 
 @pytest.mark.parametrize("C", [768, 1500])
 def test_a_mean_far_larger_than_the_spread(triton_device: str, seed: int, C: int) -> None:
-    """Two passes: squares of differences, not differences of squares, which would leave no digit of this."""
+    """Two passes take squares of differences. Differences of squares would leave no correct digit here."""
     torch.manual_seed(seed)
     inputs = draw(C, 24, device=triton_device, mean=1e4)
     del inputs["residual"]
     compare(inputs, [torch.randn(24, C, device=triton_device)], list(inputs), 1e-5, f"mean 1e4, C {C}")
     got = ops.layer_norm(**inputs, eps=1e-5, backend="triton")
     exact = reference.layer_norm(*(t.double() for t in inputs.values()), 1e-5)
-    torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=2e-6)  # the mean's own rounding is taken off again
+    torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=2e-6)  # the mean's rounding error is subtracted
 
 
 @pytest.mark.parametrize(("C", "residual"), [(16384, True), (16391, False), (20000, True), (8200, False)])
 def test_long_rows(triton_device: str, seed: int, C: int, residual: bool, poison: Poison) -> None:
-    """Held in registers to the last, and too long for them: in the backward from 8193 on, in the forward from 16385."""
+    """The longest rows that fit in registers, and longer ones. The limit is 8192 in the backward, else 16384."""
     torch.manual_seed(seed)
     inputs = draw(C, 3, device=triton_device, mean=5.0)
     if not residual:
@@ -174,7 +174,7 @@ def test_long_rows(triton_device: str, seed: int, C: int, residual: bool, poison
 
 @pytest.mark.parametrize("C", [1, 5, 300, 17000])
 def test_constant_rows(triton_device: str, C: int) -> None:
-    """A variance of 0: the bias comes out, to the bit, and only the part of dx that eps leaves."""
+    """With a variance of 0 the result is exactly the bias, and dx is only what eps leaves of it."""
     inputs = draw(C, 2, device=triton_device)
     x = torch.tensor([[3.0], [-1e4]], device=triton_device).expand(2, C).requires_grad_()
     y = ops.layer_norm(x, inputs["weight"], inputs["bias"], 1e-5, backend="triton")
@@ -215,7 +215,7 @@ def test_no_rows(triton_device: str, shape: tuple[int, ...]) -> None:
 
 
 def test_gradients_of_one_result_alone(triton_device: str, seed: int) -> None:
-    """Only the sum is used, or only its norm; and the same tensor is x and residual."""
+    """Only the sum or only its LayerNorm is used; also with one tensor as both x and residual."""
     torch.manual_seed(seed)
     inputs = draw(40, 6, device=triton_device)
     dout = torch.randn(6, 40, device=triton_device)
@@ -234,7 +234,7 @@ def test_gradients_of_one_result_alone(triton_device: str, seed: int) -> None:
 
 
 def test_frozen_parts_cost_nothing(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launch for what is frozen: not the backward at all, or not the sums, or not dx."""
+    """Nothing is launched for frozen inputs: no backward at all, or no sums, or no dx."""
     from fastgpt2_kernels.triton.layers import layer_norm as kernel
 
     asked: list[tuple[bool, ...]] = []
@@ -302,7 +302,7 @@ def test_opcheck(triton_device: str) -> None:
 
 
 def test_compiles_whole(triton_device: str, seed: int) -> None:
-    """torch.compile(fullgraph=True) takes it without a break, and gives what eager gives."""
+    """torch.compile(fullgraph=True) captures it without a graph break, with the same result as eager mode."""
     torch.manual_seed(seed)
     inputs = draw(24, 2, 3, device=triton_device)
     douts = [torch.randn(2, 3, 24, device=triton_device) for _ in range(2)]
@@ -334,7 +334,7 @@ def test_interpreted_offsets_past_31_bits(triton_device: str, seed: int) -> None
 
 
 def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, interpreter: str, seed: int) -> None:
-    """x, residual, dy are read once and y, s, dx written once; weight and bias once for all rows of a program."""
+    """x, residual and dy are read once; y, s and dx are written once; weight and bias are read once per program."""
     from fastgpt2_kernels.triton.layers import layer_norm as kernel
 
     torch.manual_seed(seed)
@@ -345,7 +345,7 @@ def test_interpreted_traffic(monkeypatch: pytest.MonkeyPatch, interpreter: str, 
         traffic = Traffic(patch, **inputs, **out._asdict())
         kernel.layer_norm_forward(*inputs.values(), 1e-5)
         assert all((traffic.reads[name] == 1).all() for name in ("x", "residual"))
-        assert (traffic.reads["weight"] <= 24).all()  # programs, of 40 rows
+        assert (traffic.reads["weight"] <= 24).all()  # once per program, for 40 rows
         assert all((traffic.writes[name] == 1).all() for name in out._fields)
         assert not any(traffic.reads[name].any() for name in out._fields)
     grads = kernel._empty_gradients(out.s, inputs["weight"], torch.float32, True, True, True)
@@ -423,7 +423,7 @@ HELD, LONG = ((130, torch.float32), (520, torch.bfloat16)), ((20000, torch.float
 
 
 def check(kernel: ModuleType, device: str, poison: Poison, cases: tuple[tuple[int, torch.dtype], ...]) -> None:
-    """A few cases that meet every branch, through the operator and autograd."""
+    """A few cases that reach every branch, through the operator and autograd."""
     torch.manual_seed(3)
     for C, dtype in cases:
         B, T = (1, 3) if C == 20000 else (2, 7)
@@ -441,7 +441,7 @@ def check(kernel: ModuleType, device: str, poison: Poison, cases: tuple[tuple[in
         s = got[1].double()
         doubles = {**{name: t.double() for name, t in inputs.items()}, "x": s, "residual": s * 0}
         exact = gradients(functools.partial(exactly, eps=1e-3), doubles, [d.double() for d in douts], ["x"])
-        for a, b in zip((got[0], got[2]), (exact[0], exact[2]), strict=True):  # of y and dx, every row
+        for a, b in zip((got[0], got[2]), (exact[0], exact[2]), strict=True):  # every row of y and dx
             assert ((a.double() - b).abs().amax(-1) < 0.02 * b.abs().amax(-1)).all()
         if C == 130:
             torch.testing.assert_close(got[0].double(), exact[0], rtol=2e-5, atol=2e-5)

@@ -1,5 +1,8 @@
-"""The linear cross-entropy, on the kernel and on PyTorch's operators: its options crossed at random against float64;
-what it computes and holds; and as a PyTorch operator."""
+"""The linear cross-entropy, on the kernel and on PyTorch's operators.
+
+It is tested against float64 with random combinations of its options, for how much it computes and how much memory it
+takes, and as a PyTorch operator.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def device(backend: str) -> str:
 
 
 def random_case(rng: random.Random, dtype: torch.dtype) -> dict[str, Any]:
-    """The largest error of a few elements is luck: accuracy is judged where there are many, edges in float64."""
+    """A random case. Among few elements the largest error is luck, so small cases, for borders, are in float64."""
     tiny = dtype == torch.float64
     V = rng.choice([1, 2, 7, 64] if tiny else [64, 130, 257, 1031])
     reduction = rng.choice(["mean", "mean", "sum", "none"])
@@ -59,12 +62,12 @@ def random_case(rng: random.Random, dtype: torch.dtype) -> dict[str, Any]:
         "logit_scale": logit_scale,
         "bias": rng.random() < 0.4,
         "frozen": rng.sample(["x", "weight", "bias"], rng.choice([0, 0, 1, 2])),
-        # A product with one row is a matrix-vector one in PyTorch, summed in another, less exact order.
+        # PyTorch computes a product with one row as a matrix-vector product, which sums in another, less exact order.
         "chunk_rows": rng.choice([None, 1, 4, 100] if tiny else [None, 8, 33, 100]),
-        # (Logits of hundreds make an error the luck of the one row where two classes are near each other.)
+        # With logits in the hundreds, the error depends on the luck of one row in which two classes are close.
         "scale": rng.choice([0.1, 1.0, 8.0]) / max(1.0, logit_scale),
         "int32": rng.random() < 0.3,
-        "offset": rng.choice([0, 1]),  # tensors that begin one element into their storage
+        "offset": rng.choice([0, 1]),  # tensors that begin at element 1 of their storage
         "ignored": rng.choice([0.0, 0.3, 1.0]),
         "shift": rng.random() < 0.3,
         "accumulate": rng.random() < 0.3,
@@ -72,7 +75,7 @@ def random_case(rng: random.Random, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def tensors_of(case: dict[str, Any], seed: int, device: str) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Tensor]:
-    """Inputs by name, targets, class weights, and the gradient of the loss."""
+    """The inputs by name, the targets, the class weights, and the gradient of the loss."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -110,8 +113,10 @@ def plain_loss(inputs: dict[str, Tensor], targets: Tensor, class_weight: Tensor 
 def plain_in_several_orders(
     inputs: dict[str, Tensor], targets: Tensor, class_weight: Tensor | None, case: dict[str, Any], grad_output: Tensor
 ) -> list[dict[str, Tensor]]:
-    """The plain expression's loss and gradients for three orders of summing over C: one row of large logits can make
-    the error of a single order a matter of luck."""
+    """The plain expression's loss and gradients, for three orders of summing over C.
+
+    With only one order, a row of large logits could make the error a matter of luck.
+    """
     C = inputs["x"].shape[-1]
     results = []
     for order in (
@@ -144,9 +149,9 @@ def check(case: dict[str, Any], seed: int, backend: str, device: str) -> None:
     exact = with_grads(plain_loss(wide, targets, class_weight, case), wide, grad_output)
     dtype = case["dtype"]
     assert got["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    if exact["loss"].isnan().all():  # a mean of nothing
+    if exact["loss"].isnan().all():  # a mean over no rows
         assert got.pop("loss").isnan().all()
-        assert not any(gradient.any() for gradient in got.values()), f"{case}: a gradient of nothing"
+        assert not any(gradient.any() for gradient in got.values()), f"{case}: a gradient although no row counts"
         return
     for name, c in exact.items():
         a = as_the_oracle_sees(got[name])
@@ -160,7 +165,7 @@ def check(case: dict[str, Any], seed: int, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_random_cases(seed: int, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Loss and every gradient. (The kernel's own cases are `test_cross_entropy.py`'s.)"""
+    """Loss and every gradient. `test_cross_entropy.py` has the cases of the kernel alone."""
     if dtype == torch.float64 and backend == "triton":
         with pytest.raises(ValueError, match="backend='triton' cannot be used: it computes in float32; got float64"):
             check(random_case(random.Random(seed), dtype), seed, backend, device)
@@ -183,7 +188,7 @@ def draw(seed: int, device: str, N: int = 37, C: int = 24, V: int = 131, dtype: 
 def test_confident_rows_and_huge_logits(seed: int, scale: float, backend: str, device: str) -> None:
     x, weight, targets = draw(seed, device, N=8, C=4, V=9)
     x = (x.detach() * scale).requires_grad_()
-    targets = (x @ weight.T).argmax(-1)  # the class that is all but certain
+    targets = (x @ weight.T).argmax(-1)  # the class that is almost certain
     targets[::2] = 3
     inputs = {"x": x, "weight": weight}
     got = with_grads(ops.linear_cross_entropy(x, weight, targets, backend=backend), inputs)
@@ -196,7 +201,7 @@ def test_confident_rows_and_huge_logits(seed: int, scale: float, backend: str, d
 
 @pytest.mark.parametrize("probability", [0.999, 1 - 1e-6])
 def test_the_gradient_of_a_probability_next_to_one(probability: float, backend: str, device: str) -> None:
-    """It is p - 1: rounding p first would lose it."""
+    """The gradient is p - 1, which would be lost if p were rounded first."""
     V = 300
     logit = torch.tensor(probability / (1 - probability) * (V - 1), dtype=torch.float64).log().float()
     weight = torch.zeros(V, 1, device=device)
@@ -214,7 +219,7 @@ def test_the_gradient_of_a_probability_next_to_one(probability: float, backend: 
 
 
 def test_classes_masked_by_minus_infinity(seed: int, backend: str, device: str) -> None:
-    """As a bias, which is how a vocabulary is masked."""
+    """A bias of -inf, which is how classes of a vocabulary are masked."""
     x, weight, targets = draw(seed, device)
     bias = torch.zeros(131, device=device)
     bias[64:] = -torch.inf
@@ -227,7 +232,7 @@ def test_classes_masked_by_minus_infinity(seed: int, backend: str, device: str) 
 
 
 def test_float16_under_a_loss_scale(seed: int, backend: str, device: str) -> None:
-    """Of many rows and a large vocabulary p / N underflows in float16, which is what loss scales are for."""
+    """With many rows and a large vocabulary p / N underflows in float16. Loss scales exist to prevent that."""
     x, weight, targets = draw(seed, device, N=256, C=8, V=2100, dtype=torch.float16)
     weight = (weight.detach() * 0.1).requires_grad_()
     inputs = {"x": x, "weight": weight}
@@ -242,9 +247,9 @@ def test_float16_under_a_loss_scale(seed: int, backend: str, device: str) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_bits_are_lost_over_the_chunks(seed: int, dtype: torch.dtype, backend: str, device: str) -> None:
-    """A sum of 50 chunks in half precision would stop growing: it is held to the error of one product of all rows."""
+    """The error must be that of a single product of all rows. A half-precision sum of 50 chunks would stop growing."""
     x, weight, targets = draw(seed, device, N=400, C=16, V=64, dtype=dtype)
-    x = (x.detach() + 3).requires_grad_()  # the terms of a sum agree in sign, as those of a frequent token do
+    x = (x.detach() + 3).requires_grad_()  # the terms of a sum have the same sign, like those of a frequent token
     targets = targets % 4
     inputs = {"weight": weight}
     got = with_grads(
@@ -262,7 +267,7 @@ def test_no_bits_are_lost_over_the_chunks(seed: int, dtype: torch.dtype, backend
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("empty", ["nan", "zero"])
 def test_nothing_counted(reduction: str, empty: str, backend: str, device: str) -> None:
-    """As F.cross_entropy: the mean over no row is NaN, unless 0 is asked for; the gradients are zero."""
+    """As in F.cross_entropy, the mean over no rows is NaN, unless empty="zero". The gradients are zero."""
     x, weight, targets = draw(0, device, N=4, C=3, V=5)
     loss = ops.linear_cross_entropy(x, weight, targets * 0 - 100, reduction=reduction, empty=empty, backend=backend)
     assert loss.isnan().all() == (reduction == "mean" and empty == "nan")
@@ -273,7 +278,7 @@ def test_nothing_counted(reduction: str, empty: str, backend: str, device: str) 
 
 
 def test_num_items_is_transformers_normalisation(seed: int, backend: str, device: str) -> None:
-    """Two unequal batches, each divided by the items of both, give the loss and gradients of one batch of all."""
+    """Two unequal batches, each divided by the items of both, give the loss and gradients of one joint batch."""
     x, weight, targets = draw(seed, device)
     targets[::3] = -100
     whole = with_grads(ops.linear_cross_entropy(x, weight, targets, backend=backend), {"x": x, "weight": weight})
@@ -319,7 +324,7 @@ def test_the_chunk_rule() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 def test_a_large_weight_on_a_cpu(seed: int, scale: float) -> None:
-    """Its logits are oneDNN's: the 2x rule at that size, with a vocabulary that is odd."""
+    """oneDNN computes the logits of a weight of this size. They keep the 2x rule, with an odd vocabulary."""
     torch.manual_seed(seed)
     N, C, V = 40, 512, 2051
     assert linear._use_onednn(torch.zeros(N, C), torch.zeros(V, C), None)
@@ -346,13 +351,13 @@ def test_a_large_weight_on_a_cpu(seed: int, scale: float) -> None:
     ("needed", "products"), [("", 1), ("x", 2), ("weight", 2), ("bias", 1), ("x weight", 3), ("x weight bias", 3)]
 )
 def test_no_work_for_what_needs_no_gradient(seed: int, needed: str, products: int) -> None:
-    """Counted in matrix products; and the largest tensor is a chunk of logits or a gradient."""
+    """Matrix products are counted. The largest tensor is a chunk of logits or a gradient."""
     x, weight, targets = draw(seed, "cpu", N=64, C=8, V=50)
     x, weight, bias = x.detach(), weight.detach(), torch.zeros(50)
     options = linear.LossOptions(-100, 0.0, 0.0, 1.0, 16, torch.float32, False)
     names = needed.split()
     grads = linear._new_gradients(x, weight, [name in names for name in ("x", "weight", "bias")], torch.float32)
-    # PyTorch's counter does not know oneDNN's product: shapes of x (n, k) and weight (v, k).
+    # PyTorch's counter does not know oneDNN's product. The shapes are those of x (n, k) and weight (v, k).
     onednn = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x[0] * x[1] * weight[0]}
     with FlopCounterMode(display=False, custom_mapping=onednn) as counter:
         linear.loss_chunks(x, weight, bias, targets, None, torch.ones(64), grads if needed else None, options)
@@ -370,7 +375,7 @@ def test_frozen_inputs_need_nothing(seed: int, backend: str, device: str) -> Non
 
 
 def test_no_host_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without values run through whole: nothing, forward or backward, waits for one."""
+    """Tensors without values pass through forward and backward, so nothing there waits for a value."""
     x = torch.randn(40, 8, device="meta")
     weight = torch.randn(50, 8, device="meta")
     targets = torch.zeros(40, dtype=torch.int64, device="meta")
@@ -383,7 +388,7 @@ def test_no_host_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         loss = ops.cross_entropy(logits, targets.view(2, 20), backend="torch", **options)
         (loss[0] if isinstance(loss, tuple) else loss).backward()
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know this device
     backends = [False]
     if pytest.importorskip("triton"):
         from fastgpt2_kernels.triton import cross_entropy as kernel
@@ -415,7 +420,7 @@ def test_inputs_are_left_alone(seed: int, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 0.1, "logit_scale": 0.7}], ids=str)
 def test_gradcheck(seed: int, options: dict[str, float]) -> None:
-    """Of the losses of rows: gradcheck runs backward several times, which only they allow."""
+    """With reduction "none", because gradcheck runs backward several times, which only this allows."""
     x, weight, _ = draw(seed, "cpu", N=5, C=3, V=7, dtype=torch.float64)
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 6, -100, 3, 3])
@@ -432,7 +437,7 @@ def test_a_second_backward_raises(seed: int, backend: str, device: str) -> None:
     x, weight, targets = draw(seed, device)
     loss = ops.linear_cross_entropy(x, weight, targets, backend=backend)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="backward ran a second time"):
+    with pytest.raises(RuntimeError, match="backward can run only once for each loss"):
         loss.backward()
 
 
@@ -447,7 +452,7 @@ def test_the_first_gradient_is_not_copied(seed: int, device: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_accumulating_into_grad(seed: int, reduction: str, backend: str, device: str) -> None:
-    """The gradient is added to the very tensor that is there; with a tied embedding, the embedding's too."""
+    """The gradient is added in place to the existing tensor. With a tied embedding, the embedding's gradient is too."""
     x, weight, targets = draw(seed, device)
     ids = targets.clone()
 
@@ -477,11 +482,11 @@ def test_accumulating_makes_no_second_gradient(seed: int, backend: str, device: 
     assert torch.autograd.grad(loss, weight, allow_unused=True) == (None,)
     torch.testing.assert_close(
         weight.grad.sum(), torch.tensor(1.0, device=device) * weight.numel()
-    )  # rows of dZ sum to 0
+    )  # each row of dZ sums to 0
 
 
 def test_accumulating_into_half_precision_is_a_plain_gradient(seed: int, backend: str, device: str) -> None:
-    """A bfloat16 `.grad` is no place for a sum over chunks."""
+    """A bfloat16 `.grad` is not exact enough for a sum over chunks, so the gradient is returned as usual."""
     x, weight, targets = draw(seed, device, dtype=torch.bfloat16)
     ops.linear_cross_entropy(x, weight, targets, chunk_rows=8, backend=backend).backward()
     once = weight.grad.clone()
@@ -506,7 +511,7 @@ def test_under_gradient_checkpointing(
 
 
 def test_under_autocast(seed: int, backend: str, device: str) -> None:
-    """The products run in autocast's dtype, also those of backward, and the gradients come in the inputs' own."""
+    """All products, also those of backward, run in the autocast dtype. The gradients have the dtypes of the inputs."""
     x, weight, targets = draw(seed, device)
     inputs = {"x": x, "weight": weight}
     full = with_grads(ops.linear_cross_entropy(x, weight, targets, backend=backend), inputs)
@@ -544,7 +549,7 @@ def test_opcheck(seed: int, dtype: torch.dtype, backend: str, device: str) -> No
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_whole(seed: int, reduction: str, backend: str, device: str) -> None:
-    """torch.compile(fullgraph=True) takes it without a break, and gives what eager gives."""
+    """torch.compile(fullgraph=True) captures it without a graph break, with the same result as eager mode."""
     x, weight, targets = draw(seed, device, N=12)
     inputs = {"x": x, "weight": weight}
 
@@ -595,15 +600,15 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "negative z-loss": ((X, W, IDS), {"z_loss": -1.0}, "z_loss must be finite and >= 0; got -1.0"),
     "an infinite scale": ((X, W, IDS), {"logit_scale": float("inf")}, "logit_scale must be finite; got inf"),
     "empty": ((X, W, IDS), {"empty": "one"}, "empty must be 'nan' or 'zero'; got 'one'"),
-    "shift without rows": ((X, W, IDS), {"shift": True}, r"shift=True needs to know the rows: x \(B, T, C\)"),
+    "shift without rows": ((X, W, IDS), {"shift": True}, r"shift=True needs x of shape \(B, T, C\)"),
     "no items": ((X, W, IDS), {"num_items_in_batch": 0}, "num_items_in_batch must be >= 1, or a tensor .*; got 0"),
-    "items of a sum": ((X, W, IDS), {"num_items_in_batch": 2, "reduction": "sum"}, "is what a mean divides by; got it"),
+    "items of a sum": ((X, W, IDS), {"num_items_in_batch": 2, "reduction": "sum"}, "needs reduction .mean.; got .sum."),
     "many items": ((X, W, IDS), {"num_items_in_batch": X[0]}, r"a tensor of one element; got torch.float32 \(4,\)"),
     "chunks of no rows": ((X, W, IDS), {"chunk_rows": 0}, "chunk_rows must be >= 1; got 0"),
     "no leaf to accumulate in": (
         (X, (W * 1).requires_grad_() * 1, IDS),
         {"accumulate_into_grad": True},
-        "accumulate_into_grad needs a leaf as weight",
+        "accumulate_into_grad needs a leaf tensor as weight",
     ),
 }
 

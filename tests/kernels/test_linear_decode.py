@@ -1,4 +1,4 @@
-"""Linear maps of a few rows against float64, over everything that they can be crossed at random; and as an operator."""
+"""Linear layers for a few rows against float64, with random combinations of all options; and as an operator."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_random_cases(triton_device, kernel, monkeypatch, seed, part):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("prologue", ["none", "layer_norm", "combine"])
 def test_a_few_cases(triton_device, kernel, seed, prologue, int8, product):
-    """One of every kind, few enough for every access to be checked."""
+    """One case of every kind, few enough that every memory access can be checked."""
     torch.manual_seed(seed)
     changes = {"prologue": prologue, "int8": int8, "product": product, "x_dtype": product}
     changes |= {"residual": "out", "activation": "gelu_new"}
@@ -60,10 +60,10 @@ def test_a_few_cases(triton_device, kernel, seed, prologue, int8, product):
 @pytest.mark.parametrize("prologue", ["none", "layer_norm", "combine"])
 @pytest.mark.parametrize("product", [torch.float32, torch.float16], ids=str)
 def test_a_row_alone_is_the_same_row_in_any_batch(triton_device, kernel, monkeypatch, seed, prologue, product):
-    """To the bit, though batches of other sizes are launched with other tiles.
+    """A row is bitwise the same, although batches of other sizes are launched with other tiles.
 
-    NumPy, which multiplies in the interpreter, orders a sum by the shapes of the operands, as no tensor core does:
-    there, products are summed over K one by one.
+    In the interpreter NumPy computes the products. Its order of summing depends on the shapes of the operands, unlike a
+    tensor core's. So there products are summed over K one by one.
     """
     if triton_device == "cpu" and INTERPRETED:
         sum_one_by_one(monkeypatch)
@@ -98,7 +98,7 @@ def test_a_row_alone_is_the_same_row_in_any_batch(triton_device, kernel, monkeyp
         got = run(first, first + size)
         low, high = max(first, 5), min(first + size, 10)
         assert torch.equal(got[low - first : high - first], alone[low - 5 : high - 5]), size
-        if size == 64:  # and with the tiles that more outputs would have
+        if size == 64:  # also with the tiles that more outputs would have
             shipped = launch.linear_decode_row(64, 10**6, K, product.itemsize, prologue, "sm_80")
             monkeypatch.setattr(launch, "linear_decode_row", lambda *_, row=shipped: row)
 
@@ -117,7 +117,7 @@ def sum_one_by_one(monkeypatch) -> None:
 
 
 def test_a_row_that_does_not_fit_is_nan_alone(triton_device, kernel, seed):
-    """`decode/attention.py` leaves NaN in its first split; the splits past its end are not read."""
+    """`decode/attention.py` writes NaN to its first split. Splits past its end are not read."""
     torch.manual_seed(seed)
     case = {**BASE, "prologue": "combine", "slots": False, "counts": False}
     parts, rows, split_s = linear_maps.random_parts(case, triton_device)
@@ -149,12 +149,14 @@ def test_nothing_to_do(triton_device, backend):
 
 
 def test_interpreted_traffic(monkeypatch, kernel, interpreter, seed):
-    """The weight is read once a block of rows, and what is written is written once. x is read once a block of outputs;
-    by LayerNorm, what does not fit into its first step three times."""
+    """The weight is read once per block of rows, x once per block of outputs, and the output is written once.
+
+    LayerNorm reads what does not fit into its first step three times.
+    """
     torch.manual_seed(seed)
     x, weight, out = torch.randn(20, 700), torch.randn(50, 700), torch.zeros(20, 50)
     norm = ops.LayerNormWeights(torch.ones(700), torch.zeros(700), 1e-5)
-    # A share of 96 inputs: three steps of 32, or one.
+    # A share of 96 inputs, in three steps of 32 or in one.
     for tiles, layer_norm, expected in [
         ((16, 32, 32), None, {"x": 2, "weight": 2}),
         ((8, 16, 128), norm, {"x": 4, "weight": 3}),
@@ -215,7 +217,7 @@ def test_reference_is_pytorch(seed):
 
 
 def test_other_activations_fall_back(triton_device, seed):
-    """Where Triton has no kernel, "auto" is PyTorch and "triton" says so."""
+    """Where Triton has no kernel, "auto" takes PyTorch, and "triton" raises an error that says so."""
     torch.manual_seed(seed)
     x, weight = torch.randn(3, 20, device=triton_device), torch.randn(7, 20, device=triton_device)
     missing = sorted(set(ops.ACTIVATIONS) - set(ops.TRITON_ACTIVATIONS) - {"linear"})
@@ -272,7 +274,7 @@ def test_triton_is_refused(triton_device, changes, message):
 
 
 def test_tf32_is_for_float32_alone(triton_device, monkeypatch):
-    """Some GPUs have no tf32, and there even a product of bfloat16 that allows it does not compile."""
+    """On GPUs without tf32, even a bfloat16 product that allows tf32 does not compile."""
     told = []
     monkeypatch.setattr(linear, "launch_kernel", lambda *_, META, **arguments: told.append(META.PRECISION))
     was = torch.get_float32_matmul_precision()
@@ -300,7 +302,7 @@ def test_opcheck(triton_device):
 
 
 def test_compiles_whole(triton_device, seed):
-    """torch.compile(fullgraph=True) takes it without a break, and gives what eager gives."""
+    """torch.compile(fullgraph=True) captures it without a graph break, with the same result as eager mode."""
     torch.manual_seed(seed)
     x, weight = torch.randn(3, 32, device=triton_device), torch.randn(9, 32, device=triton_device)
     norm = ops.LayerNormWeights(*torch.randn(2, 32).to(triton_device), 1e-5)
@@ -316,7 +318,7 @@ def test_compiles_whole(triton_device, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_quantize_rows(seed, dtype):
-    """Each number is off by half a step at most, a row's largest is 127 steps, a row of zeros stays one."""
+    """Each number is off by at most half a step, a row's largest is 127 steps, and a row of zeros stays zero."""
     torch.manual_seed(seed)
     weight = (torch.randn(20, 31) * torch.logspace(-3, 2, 20)[:, None]).to(dtype)
     weight[7] = 0.0

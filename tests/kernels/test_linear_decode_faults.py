@@ -1,4 +1,4 @@
-"""The checks of the maps of a few rows are worth something: each of these mistakes, made on purpose, is caught."""
+"""The checks of the maps of a few rows catch each of these deliberate mistakes."""
 
 from __future__ import annotations
 

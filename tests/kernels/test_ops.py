@@ -1,4 +1,4 @@
-"""The operators: the attention and the linear layers of the PyTorch backend against float64, and what is refused."""
+"""The operators: attention and linear layers of the PyTorch backend against float64, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_causal_attention_over_random_shapes(seed: int, dtype: torch.dtype, upca
     for _ in range(25):
         B, H, D = rng.choice([0, 1, 2]), rng.choice([1, 3]), rng.choice([1, 5, 16])
         T = rng.choice([0, 1, 2, 7, 33])
-        H = H if T * D >= 64 else 16 * H  # enough numbers that the largest error of a few is not a matter of luck
+        H = H if T * D >= 64 else 16 * H  # with fewer numbers the largest error would be a matter of luck
         S = T + rng.choice([0, 0, 1, 10])
         scale = rng.choice([None, 1.0, 0.3])
         q, k, v = (torch.randn(B, H, n, D, generator=generator).to(dtype) for n in (T, S, S))
@@ -47,7 +47,7 @@ def test_causal_attention_over_random_shapes(seed: int, dtype: torch.dtype, upca
 
 
 def test_causal_attention_options(seed: int) -> None:
-    """Row lengths, documents, seeded dropout and the log-sum-exp of the PyTorch backend, with gradients, in float64."""
+    """Lengths, documents, seeded dropout and the log-sum-exp of the PyTorch backend in float64, with gradients."""
     generator = torch.Generator().manual_seed(seed)
     B, H, T, D = 3, 2, 17, 4
     qkv = torch.randn(B, T, 3 * H * D, generator=generator, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_causal_attention_options(seed: int) -> None:
 
 
 def test_dropout_keep_is_philox() -> None:
-    """The words of Random123's test of philox4x32-7, whose counter and key are all ones or all zeros."""
+    """The test vectors of Random123 for philox4x32-7, with counter and key of all ones or all zeros."""
     expected = {
         0: (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
         -1: (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
@@ -110,7 +110,7 @@ def test_the_oracle_is_pytorchs(seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", [*ops.ACTIVATIONS, "residual"])
 def test_linear(seed: int, dtype: torch.dtype, activation: str) -> None:
-    """Against float64: a bias, every activation, a residual."""
+    """A bias, every activation and a residual, against float64."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((32, 40), (32,)))
     x, residual = (torch.randn(9, n, generator=generator).to(dtype) for n in (40, 32))
@@ -130,7 +130,7 @@ IDS = torch.zeros(3, dtype=torch.int64)
 REFUSED: dict[str, tuple[Any, str]] = {
     "q of 3 dimensions": (lambda: ops.causal_attention(Q[0], Q, Q), r"q must be \(B, H, T, D\)"),
     "k and v differ": (lambda: ops.causal_attention(Q, Q, Q[:, :, :2]), r"v \(1, 2, 2, 4\)"),
-    "fewer keys than queries": (lambda: ops.causal_attention(Q, Q[:, :, :2], Q[:, :, :2]), "got 2 < 3"),
+    "fewer keys than queries": (lambda: ops.causal_attention(Q, Q[:, :, :2], Q[:, :, :2]), "got 2 keys and 3 queries"),
     "two dtypes": (lambda: ops.causal_attention(Q, Q.double(), Q.double()), "one dtype; got q torch.float32, k"),
     "dropout of 1": (lambda: ops.causal_attention(Q, Q, Q, dropout_p=1.0), r"dropout_p must be in \[0, 1\); got 1"),
     "width no multiple": (lambda: ops.causal_attention_packed(X[None], 3), r"got \(1, 3, 4\) with num_heads=3"),
@@ -205,7 +205,7 @@ def test_refused(what: str) -> None:
 
 
 def test_every_operator_is_in_the_table_of_backends() -> None:
-    """Those that take a backend, and the step that has no other than Triton."""
+    """The table holds the operators that take a backend, and the decoding step."""
     functions = {name: getattr(ops, name) for name in ops.__all__ if callable(getattr(ops, name))}
     public = {
         name
@@ -217,7 +217,7 @@ def test_every_operator_is_in_the_table_of_backends() -> None:
 
 @pytest.mark.parametrize("operator", ops.OPERATORS)
 def test_the_functions_of_a_row_of_the_table_take_the_same_arguments(operator: str) -> None:
-    """A decoding step may have more, which have defaults."""
+    """A decoding step may take more arguments, which have defaults."""
     found = ops.backends_of(operator)
     assert found.keys() <= set(ops.BACKENDS) - {"auto"}
     if "triton" in found:
@@ -233,7 +233,7 @@ def test_the_functions_of_a_row_of_the_table_take_the_same_arguments(operator: s
 
 
 def test_a_first_call_may_be_within_torch_compile(triton_device: str) -> None:
-    """The kernel's module is loaded then, in a new process."""
+    """The call loads the kernel's module. It runs in a new process."""
     code = f"""import torch; from fastgpt2_kernels import ops
 x = torch.randn(1, 4, 96, device={triton_device!r})
 f = torch.compile(lambda x: ops.causal_attention_packed(x, 2, backend="triton"), fullgraph=True, backend="aot_eager")

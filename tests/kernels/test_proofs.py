@@ -1,6 +1,6 @@
 """Every Triton kernel has its three proofs: interpreted, sanitized, compiled. A kernel without one fails here.
 
-The first two are the cases below: they launch every kernel through its public operator and hold the results to float64.
+The first two are the cases below. They launch every kernel through its public operator and compare with float64.
 They run under Triton's interpreter (`make test`), under the sanitizer (`make sanitize`) and on a GPU. The third is the
 table of launch rows, which test_compile.py compiles for every target. Each kernel's own file tests it thoroughly.
 """
@@ -32,12 +32,12 @@ KERNELS_ROOT = ROOT / "kernels"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 Results = Sequence[Tensor]
-# An operator of a backend, of tensors of a dtype: its results and gradients.
+# Takes inputs of a dtype and a backend; returns an operator's results and gradients.
 Operator = Callable[[str, torch.dtype], Results]
 
 
 def kernels() -> dict[str, str]:
-    """The name of every kernel that is launched, and the module that defines it."""
+    """The names of all kernels that are launched, and the modules that define them."""
     found = {}
     for path in sorted((KERNELS_ROOT / "fastgpt2_kernels").rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -51,7 +51,7 @@ KERNELS = kernels()
 
 
 class Inputs:
-    """Random tensors, the same ones whatever dtype they are asked for in."""
+    """Random tensors. They are the same whatever dtype is asked for."""
 
     def __init__(self, seed: int, device: str) -> None:
         self.seed, self.device = seed, device
@@ -114,7 +114,7 @@ def sample(inputs: Inputs, backend: str, dtype: torch.dtype) -> Results:
 
 
 def decode_step(inputs: Inputs, backend: str, dtype: torch.dtype) -> Results:
-    """The logits after one token at position 0: attention then returns its value, and LayerNorm is the reference's."""
+    """The logits after one token at position 0, where attention returns its value. LayerNorm is the reference's."""
     C, V, inner = 32, 61, 64
 
     def draw(index: int, *shape: int) -> Tensor:
@@ -162,7 +162,7 @@ def _first_token_logits(weights: ops.StepWeights, token: int) -> Tensor:
     return linear(norm(x, weights.ln_f), weights.head)
 
 
-# The kernels that a case launches, each held to what the case returns.
+# The kernels that each case launches. The case's results check them all.
 CASES: dict[str, tuple[Callable[[Inputs, str, torch.dtype], Results], set[str]]] = {
     "causal_attention": (
         causal_attention,
@@ -189,7 +189,7 @@ CASES: dict[str, tuple[Callable[[Inputs, str, torch.dtype], Results], set[str]]]
 
 
 class Recorder:
-    """A kernel that notes that it was launched."""
+    """A kernel that records its launches."""
 
     def __init__(self, kernel: Any, name: str, launched: set[str]) -> None:
         self._kernel, self._name, self._launched = kernel, name, launched
@@ -228,7 +228,7 @@ def test_kernels_against_float64(name: str, launched: set[str], triton_device: s
 
 
 def test_the_sanitizer_runs_the_cases() -> None:
-    """`make sanitize` leaves tests out by name and by mark; these are not among them."""
+    """`make sanitize` deselects some tests by name and mark. These cases must not be among them."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     expression = re.search(r"^SANITIZED := (.*(?:\\\n.*)*)", makefile, re.MULTILINE)
     assert expression is not None
@@ -241,7 +241,7 @@ def test_the_sanitizer_runs_the_cases() -> None:
 
 
 def test_every_kernel_has_launch_rows_for_every_target() -> None:
-    """Looked up in another process, as kernels have other objects where the interpreter is on."""
+    """They are listed in another process, because kernels are other objects while the interpreter is on."""
     pytest.importorskip("triton")
     code = (
         "import json; from tests.kernels.compile_rows import cases, TARGETS; "

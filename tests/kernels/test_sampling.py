@@ -1,4 +1,4 @@
-"""Sampling against float64 with the same noise, over its options crossed at random; its noise and its distribution."""
+"""Sampling against float64 with the same noise, for random combinations of options; its noise and distribution."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def some_logits(kind: str, R: int, V: int) -> Tensor:
     if kind == "holes":
         logits[torch.rand(R, V) < 0.7] = -math.inf
         logits[:, -1] = 0.5
-    if kind == "lanes":  # the largest a block apart from each other
+    if kind == "lanes":  # the largest logits are a block apart
         logits[:, 5::2048] = 20.0 + torch.rand(logits[:, 5::2048].shape)
     if kind == "signs":
         logits = logits.round(decimals=2)  # zeros of both signs
@@ -56,7 +56,7 @@ def random_case(rng: random.Random) -> dict:
 
 
 def state(case: dict, rng: random.Random, slots: int, device: str) -> dict:
-    """The tensors of a case; every setting takes its value or another one, slot by slot."""
+    """The tensors of a case. In each slot, every setting has the case's value or another one."""
 
     def column(name: str, dtype: torch.dtype) -> Tensor | None:
         value = case[name]
@@ -77,7 +77,7 @@ def state(case: dict, rng: random.Random, slots: int, device: str) -> dict:
 
 
 def check(kernel, case: dict, rng: random.Random, device: str) -> int:
-    """Holds the kernel's choice to the float64 reference's; returns in how many rows rounding decided."""
+    """Compare the kernel's choice with the float64 reference. Return in how many rows rounding decided."""
     R, V = case["R"], case["V"]
     buffer = torch.full((R, V + case["padding"]), 1e9)
     buffer[:, :V] = some_logits(case["kind"], R, V)
@@ -87,7 +87,7 @@ def check(kernel, case: dict, rng: random.Random, device: str) -> int:
     tensors = state(case, rng, slots, device)
     seen = (torch.rand(slots, V + 3) < 0.3)[:, :V].to(device)
     before = seen.clone()
-    # Room for mistakes before and after what is written to.
+    # Room before and after the outputs, where mistakes would show.
     ids = torch.full((slots + 2,), -7, dtype=rng.choice([torch.int64, torch.int32]), device=device)
     logprobs = torch.full((slots + 2,), math.nan, device=device)
     kernel.sample_rows(
@@ -132,14 +132,14 @@ def test_top_p_needs_no_more_than_its_mass(triton_device):
 
 
 def exact_logprobs(logits: Tensor) -> Tensor:
-    """log_softmax, to the bits that adding 1 to what a confident row's largest logit leaves would round away."""
+    """log_softmax that is accurate for confident rows, where adding 1 to the sum of other tokens would lose bits."""
     largest, at = logits.max(-1, keepdim=True)
     others = (logits - largest).exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
     return logits - largest - others.log1p()
 
 
 def hold_choice(chosen: Tensor, logits: Tensor, tensors: dict, seen: Tensor, case: dict) -> int:
-    """The choice is float64's, or float64 holds the two within rounding: of their scores, or of a filter's border."""
+    """The choice is float64's, or in float64 the two differ only by rounding: of scores, or of a filter's border."""
     exact = reference.sampling_scores(logits.double(), seen=seen, **tensors)
     expected = exact.argmax(-1)
     differing = (chosen != expected).nonzero()[:, 0].tolist()
@@ -165,7 +165,7 @@ def hold_choice(chosen: Tensor, logits: Tensor, tensors: dict, seen: Tensor, cas
 
 @pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device, seed, part):
-    """4 x 50 random cases; float64 agrees on the token of all but a few rows, which rounding decides."""
+    """4 x 50 random cases; float64 chooses the same token in all rows but a few, which rounding decides."""
     from fastgpt2_kernels.triton import sampling as kernel
 
     torch.manual_seed(seed)
@@ -178,7 +178,7 @@ def test_random_cases(triton_device, seed, part):
 
 
 def many_draws(device: str) -> Tensor:
-    """(2^17, 13) of the kernel's noise: as many positions of one fresh key; drawn once for all tests."""
+    """(2^17, 13) of the kernel's noise, for 2^17 positions of one random key. Drawn once for all tests."""
     if not NOISE:
         from tests.kernels.sampling_noise import of_tokens
 
@@ -190,7 +190,7 @@ NOISE: list[Tensor] = []
 
 
 def test_gumbel_of_every_kind_of_word(triton_device, seed):
-    """Both tails to the last word, against float64; the upper one, 2^-24 and beyond, at float32's full resolution."""
+    """Both tails up to the last word, against float64. The upper one, 2^-24 and beyond, has full float32 resolution."""
     from tests.kernels.sampling_noise import of_words
 
     edges = torch.tensor([0, 1, 2, 3, 255, 256, 2**31 - 1, 2**31, WORD - 257, WORD - 2, WORD - 1])
@@ -202,7 +202,7 @@ def test_gumbel_of_every_kind_of_word(triton_device, seed):
     exact = -(-torch.log1p(-v)).log()
     assert got.isfinite().all()
     assert (got - exact).abs().max() < 3e-6
-    assert got.max() > 22.8  # 2^-33: a uniform number of 24 bits ends at 16.6
+    assert got.max() > 22.8  # for 2^-33; with uniform numbers of 24 bits it would end at 16.6
     assert len(got[: 2**12].unique()) == 2**12
 
 
@@ -221,12 +221,12 @@ def test_noise_depends_on_key_position_and_token_alone(triton_device, seed):
 
 
 def chi_square(counts: Tensor, probs: Tensor) -> None:
-    """Counts (V,) against exact probabilities: within 5 standard deviations of the statistic, nothing where 0."""
+    """Check counts (V,) against exact probabilities: within 5 standard deviations of the statistic, 0 where p is 0."""
     assert (counts[probs == 0] == 0).all()
     counts, expected = counts[probs > 0].double(), probs[probs > 0] * counts.sum()
     freedom = len(counts) - 1
     statistic = ((counts - expected) ** 2 / expected).sum().item()
-    # Wilson and Hilferty: the cube root is very nearly normal.
+    # Wilson and Hilferty: the cube root is almost normally distributed.
     deviation = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
     assert deviation < 5, f"chi-square {statistic:.1f} of {freedom} degrees of freedom"
 
@@ -253,7 +253,7 @@ def settings_of(name: str, N: int) -> dict[str, Tensor]:
 
 
 def by_hand(name: str) -> Tensor:
-    """The probabilities (13,), from a plain sort."""
+    """The probabilities (13,), computed with a plain sort."""
     options = FILTERS[name]
     penalty, temperature = options.get("penalty", 1.0), options["temperature"]
     y = [
@@ -283,7 +283,7 @@ def test_the_filters_are_what_a_sort_says(name):
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_a_hundred_thousand_draws_of_the_kernels_noise(triton_device, seed, name):
-    """2^17 positions of one key through the kernel's noise function, the filters and the argmax the reference's."""
+    """2^17 positions of one key, with the noise function of the kernel, and the filters and argmax of the reference."""
     torch.manual_seed(seed)
     settings = settings_of(name, 1)
     y = LOGITS
@@ -297,7 +297,7 @@ def test_a_hundred_thousand_draws_of_the_kernels_noise(triton_device, seed, name
 
 
 def test_the_noise_is_gumbels(triton_device, seed):
-    """Kolmogorov and Smirnov, and the numbers of draws far up, of 1.7 million from the kernel's function."""
+    """1.7 million draws of the kernel's function: the Kolmogorov-Smirnov test, and the number of very large draws."""
     torch.manual_seed(seed)
     noise = many_draws(triton_device).flatten().double()
     n = len(noise)
@@ -312,7 +312,7 @@ def test_the_noise_is_gumbels(triton_device, seed):
 @pytest.mark.parametrize("name", ["temperature", "top-k", "top-p", "min-p", "all"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_distribution(triton_device, seed, name, backend):
-    """The whole operator against exact probabilities: 1e5 rows, and under the interpreter as many as seconds allow."""
+    """The whole operator against exact probabilities, with 1e5 rows; under the interpreter with fewer, for seconds."""
     N = 60 if backend == "triton" and triton_device == "cpu" else 100_000
     settings = settings_of(name, N)
     settings["repetition_penalty"] = settings.pop("penalty", 1.0)
@@ -329,7 +329,7 @@ def test_distribution(triton_device, seed, name, backend):
 
 
 def test_neighbours_do_not_matter(triton_device, seed):
-    """A row alone and in batches of 3 and 17, elsewhere in the state too: the same bits."""
+    """A row is bitwise the same alone, in batches of 3 and 17, and in other slots."""
     torch.manual_seed(seed)
     V = 300
     logits = torch.randn(17, V, device=triton_device) * 3
@@ -351,7 +351,7 @@ def test_neighbours_do_not_matter(triton_device, seed):
     "options", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}, {"top_p": 0.5}]
 )
 def test_rows_that_cannot_be_sampled(triton_device, backend, options):
-    """NaN, +inf, only -inf: id 0, log-probability NaN, nothing marked; the rows beside them as if alone."""
+    """Rows with NaN, +inf or only -inf give id 0 and NaN, and mark nothing. Other rows are not affected."""
     V = 600
     logits = torch.full((5, V), -math.inf)
     logits[1, V - 1] = math.nan
@@ -372,7 +372,7 @@ def test_rows_that_cannot_be_sampled(triton_device, backend, options):
 
 
 def test_greedy_is_argmax(triton_device, seed):
-    """Ties go to the lowest index; temperature 0 and top-k 1 are the same, as numbers and as tensors."""
+    """Ties go to the lowest index. Temperature 0 and top-k 1 mean the same, as numbers and as tensors."""
     torch.manual_seed(seed)
     logits = (torch.randn(3, 4500) * 2).round().to(triton_device)
     keys = ops.row_keys(seed, range(3), range(3)).to(triton_device)
@@ -388,12 +388,13 @@ def test_greedy_is_argmax(triton_device, seed):
 
 
 def test_interpreted_traffic(monkeypatch, interpreter, seed):
-    """Passes over the row: greedy, temperature, top-k and top-k with top-p one; top-p two where its first try stands.
+    """Passes over a row: 1 for greedy, temperature, top-k with or without top-p; 2 for top-p if its first try stands.
 
-    One logit, the chosen one, is read again each time."""
+    One logit, the chosen one, is read again each time.
+    """
     torch.manual_seed(seed)
     logits = torch.randn(1, 4 * 2048 + 77)
-    logits[0, 5] = 14.0  # nearly everything: the first try stands
+    logits[0, 5] = 14.0  # nearly all the mass, so the first try stands
     state = {"keys": ops.row_keys(seed, [0], [0]), "positions": torch.zeros(1, dtype=torch.int32)}
     for options, passes in (
         ({"temperature": 0.0}, 1), ({"temperature": 0.8}, 1), ({"top_k": 20}, 1), ({"top_k": 20, "top_p": 0.9}, 1),
@@ -435,7 +436,7 @@ def test_compiles_whole(triton_device, seed):
 
 
 def test_row_keys():
-    """Distinct over seeds, prompts of 64 bits and samples; one by one what they are together."""
+    """Keys differ between seeds, 64-bit prompts and samples, and are the same computed one by one or together."""
     prompts = [0, 1, 2**32, 2**64 - 1]
     everything = torch.cat([ops.row_keys(s, prompts, [n] * 4) for s in (0, 1, 2**64 - 1) for n in (0, 1, 2**32 - 1)])
     assert everything.dtype == torch.int64

@@ -1,4 +1,4 @@
-"""Sampling on every backend: one token for one noise, the filters of transformers, a result for every row."""
+"""Sampling on every backend: one token for the same noise, filters as in transformers, a result for every row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def kernel(backend: str) -> SimpleNamespace:
 
     def sample_rows(logits: Tensor, ids: Tensor, logprobs: Tensor, **options: Any) -> None:
         slots, seen, mark_seen = (options.pop(name) for name in ("slots", "seen", "mark_seen"))
-        if options["temperature"] is None:  # as `ops.sample` makes greedy rows
+        if options["temperature"] is None:  # like `ops.sample` for greedy rows
             options |= dict.fromkeys(("top_k", "top_p", "min_p"))
         implementation("sample", backend)(logits, ids, logprobs, slots, options, seen, mark_seen)
 
@@ -42,7 +42,7 @@ def kernel(backend: str) -> SimpleNamespace:
 @pytest.mark.parametrize("gathered", [0, 20, 2048])
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_random_cases(monkeypatch, seed, backend, gathered):
-    """The cases of the Triton kernel, by the same rule; top-k's few tokens gathered or not."""
+    """The cases of the Triton kernel, by the same rule, with the few tokens of top-k gathered or not."""
     need(backend)
     if backend == "torch":
         monkeypatch.setattr(torch_sampling, "_MOST_GATHERED", gathered)
@@ -54,7 +54,7 @@ def test_random_cases(monkeypatch, seed, backend, gathered):
 
 
 def test_noise_is_the_references(seed):
-    """The words of all tokens and of some, and the rough noise: what may win is never left out."""
+    """The words of all tokens and of some; and the rough noise never drops a token that may win."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randint(2**32, (3, 2), generator=generator)
     positions = torch.randint(2**31, (3,), generator=generator, dtype=torch.int32)
@@ -74,7 +74,7 @@ def test_noise_is_the_references(seed):
 
 
 def test_the_same_tokens_on_every_backend(triton_device, seed):
-    """Settings crossed at random; rounding may decide in a few rows."""
+    """Random combinations of settings. Rounding may decide in a few rows."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     differing = rows = 0
@@ -142,7 +142,7 @@ def test_filters_draw_what_transformers_draws(top_k, top_p, min_p, seed):
     expected = transformers_probabilities(logits, config, history).double()
     counts = ids.bincount(minlength=V)
     assert not counts[expected == 0].any(), "a token that the filters removed was drawn"
-    # The chi-square statistic wants no rare tokens: those are one.
+    # The chi-square statistic needs frequent tokens, so rare ones are merged.
     is_rare = (expected > 0) & (expected * N < 10)
     groups = [[*t[expected * N >= 10].tolist(), t[is_rare].sum().item()] for t in (counts, expected)]
     if expected[is_rare].sum() * N < 10:
@@ -173,10 +173,10 @@ STRANGE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_strange_settings_have_one_result(triton_device, seed, name):
-    """Finite log-probabilities of the same tokens on every backend; and generation takes the same settings."""
+    """Every backend gives the same tokens with finite log-probabilities; and generation takes the same settings."""
     torch.manual_seed(seed)
     logits = torch.randn(6, 70)
-    logits[0] = -logits[0].abs() - 1  # all below 0
+    logits[0] = -logits[0].abs() - 1  # all logits below 0
     logits[1, 4:] = -math.inf
     logits[2] = 3.0
     seen = torch.rand(6, 70) < 0.3
@@ -199,7 +199,7 @@ def test_strange_settings_have_one_result(triton_device, seed, name):
 
 
 def _slot_settings(config: dict[str, Any]) -> list[Tensor]:
-    """What a decoding session makes of the settings."""
+    """The settings as a decoding session stores them."""
     from fastgpt2.step_inputs import slot_sampling
 
     seen = torch.zeros(1, 70, dtype=torch.bool)
@@ -209,7 +209,7 @@ def _slot_settings(config: dict[str, Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_rows_that_cannot_be_sampled(backend):
-    """NaN, +inf, only -inf: token 0 and NaN, nothing marked; on Triton see test_sampling.py."""
+    """Rows with NaN, +inf or only -inf give token 0 and NaN, and mark nothing. For Triton see test_sampling.py."""
     need(backend)
     logits = torch.zeros(4, 50)
     logits[0, 7], logits[1, 7], logits[2] = math.nan, math.inf, -math.inf
@@ -224,7 +224,7 @@ def test_rows_that_cannot_be_sampled(backend):
 
 
 def test_float64_logits_are_sampled_in_float64():
-    """On PyTorch's operators, whatever the machine: two logits that float32 cannot tell apart."""
+    """Two logits that float32 cannot tell apart are sampled on PyTorch's operators, on every machine."""
     logits = torch.tensor([[1.0, 1.0 + 2.0**-40]], dtype=torch.float64)
     assert ops.sample(logits, temperature=0.0)[0].tolist() == [1]
     need("native")

@@ -1,4 +1,4 @@
-"""The checks of the sampling kernel are worth something: each of these mistakes, made on purpose, is caught."""
+"""The checks of the sampling kernel catch each of these deliberate mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kernels import test_sampling as sampling
 from tests.kernels.faults import load
 
 SOURCE = Path(__file__).parents[2] / "kernels/fastgpt2_kernels/triton/sampling.py"
-# Of every mistake: what is written, what is written instead, and the case that meets it.
+# For every mistake: the right code, the wrong code, and the case that must notice it.
 MUTATIONS = {
     "words out of order": ("tl.join(w0, w2), tl.join(w1, w3)", "tl.join(w0, w1), tl.join(w2, w3)", "plain"),
     "the wrong half is log1p's": ("is_low = signed >= 0", "is_low = signed < 0", "plain"),
@@ -72,7 +72,7 @@ CASES = {
 
 
 def check(kernel: ModuleType, name: str, device: str) -> None:
-    """The random tests' check on a case, two times; or one of the cases that are made by hand."""
+    """Run the check of the random tests on a case, twice; or one of the cases made by hand."""
     if name == "exact":
         sampling.check_exact_mass(kernel, device)
         return

@@ -1,4 +1,4 @@
-"""What pyproject.toml declares can be installed together: PyTorch's wheels for GPUs each pin one version of Triton."""
+"""The versions in pyproject.toml can be installed together. PyTorch's GPU wheels each pin one version of Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
-# Of PyTorch's wheels for CUDA, by their own metadata.
+# From the metadata of PyTorch's wheels for CUDA.
 PINNED = {"2.9.1": "3.5.1", "2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.12.1": "3.7.1", "2.13.0": "3.7.1"}
 
 

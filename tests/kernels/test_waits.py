@@ -1,7 +1,7 @@
-"""What makes the host wait for a GPU: nothing in a prefill, a step, a loss or a training step.
+"""Nothing in a prefill, a decoding step, a loss or a training step makes the host wait for a GPU.
 
-Tensors on the device "meta" have no values and are not on the host, so that the code takes them for a GPU's. Kernels
-are not launched: `test_devices.py` runs what is around them on tensors without values too.
+Tensors on the device "meta" have no values and are not on the host, so the code treats them like tensors on a GPU.
+Kernels are not launched. `test_devices.py` also runs the code around them on tensors without values.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fastgpt2_kernels import ops
 from tests.kernels.test_proofs import KERNELS
 
 aten = torch.ops.aten
-# Operators whose result, or its size, the host has to know. Of "meta" they raise as well.
+# Operators whose result, or its size, the host must know. They also raise for tensors on "meta".
 READS = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten.is_nonzero, aten._unique2)
 CONFIG = GPT2Config(vocab_size=61, context_length=64, hidden_size=32, num_layers=2, num_heads=2, attention_dropout=0.1)
 
 
 class _Notes:
-    """A mode of PyTorch that notes where the host waits."""
+    """A PyTorch mode that records where the host waits."""
 
     def __init__(self, waits: list[str]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _Operators(_Notes, TorchDispatchMode):
 
 
 class _Constructors(_Notes, TorchFunctionMode):
-    """`torch.tensor(numbers, device=...)` copies from pageable memory where no operator is seen."""
+    """Catches `torch.tensor(numbers, device=...)`, which copies from pageable memory without calling an operator."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -85,7 +85,7 @@ def without_launches(interpreter: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, module in KERNELS.items():
         monkeypatch.setattr(importlib.import_module(module), name, Launched())
-    # Autocast knows no such device.
+    # Autocast does not know this device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
@@ -97,7 +97,7 @@ def model_on_meta(training: bool = False) -> GPT2:
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_prefill_and_steps(penalty: float) -> None:
-    """With rows that come and go, and a cache that grows: what the host knows goes by pinned memory."""
+    """With rows that come and go and a cache that grows. Numbers go to the device through pinned memory."""
     model = model_on_meta()
     cache = KVCache(model.config, 5, 8, device="meta")
     sampling = SamplingConfig(temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=penalty)
@@ -117,7 +117,7 @@ def test_prefill_and_steps(penalty: float) -> None:
 
 
 def test_cached_attention_of_all_kinds_of_rows() -> None:
-    """Fresh rows that are no neighbours, rows of one token and of some, and long ones."""
+    """Rows without cached tokens that are not neighbours, and rows with one, a few and many new tokens."""
     model = model_on_meta()
     cache = KVCache(model.config, 5, 64, device="meta")
     with noted_waits() as waits:
@@ -143,7 +143,7 @@ def test_a_training_step(kind: str) -> None:
 
 
 def test_scores_wait_once_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where their numbers are read."""
+    """Only where their numbers are read."""
     read: list[int] = []
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self.numel()) or [0.0] * self.numel())
     batch = [scoring.Score(i, (1, 2, 3, 4), 2, []) for i in range(3)]

@@ -1,4 +1,4 @@
-"""Counting what a launch reads and writes, under Triton's interpreter."""
+"""Count what a launch reads and writes, under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Traffic:
-    """How often launches under Triton's interpreter read and wrote each element of some tensors."""
+    """Counts how often launches under Triton's interpreter read and write each element of some tensors."""
 
     def __init__(self, monkeypatch, **tensors):
         from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""The native sources compiled apart from the package: for one instruction set, with other flags, with a mistake."""
+"""Compile the native sources apart from the package: for one instruction set, with other flags, or with a mistake."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import ModuleType
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "kernels/native"
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-# `python -c LOADER EXTENSION ARGUMENTS`: pytest with an extension in the place of the package's own.
+# `python -c LOADER EXTENSION ARGUMENTS` runs pytest with another extension instead of the package's own.
 LOADER = """
 import importlib.util, sys
 import torch
@@ -28,7 +28,7 @@ sys.exit(pytest.main(sys.argv[2:]))
 
 
 def setup_file() -> ModuleType:
-    """setup.py, as a module that sets nothing up."""
+    """Load setup.py as a module, without running the setup."""
     spec = importlib.util.spec_from_file_location("native_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -41,9 +41,9 @@ def build(
     folder: Path, isas: Sequence[str], flags: Sequence[str] = ("-O1",), right: str = "", wrong: str = "",
     file: str = "", isa_flags: Sequence[str] | None = None,
 ) -> Path:  # fmt: skip
-    """The extension for some instruction sets, in `folder`; with `wrong` in the place of `right` in `file`.
+    """Compile the extension for some instruction sets in `folder`. In `file`, `wrong` replaces `right`.
 
-    isa_flags: instead of those that setup.py has for an instruction set.
+    isa_flags: compiler flags that replace those of setup.py for an instruction set.
     """
     assert COMPILER is not None, "no C++ compiler"
     setup = setup_file()
@@ -51,7 +51,7 @@ def build(
     shutil.copytree(SOURCES, sources)
     if right:
         text = (sources / file).read_text(encoding="utf-8")
-        assert text.count(right) == 1, f"{file} has changed: change this mistake with it"
+        assert text.count(right) == 1, f"{file} has changed: adapt this mistake to it"
         (sources / file).write_text(text.replace(right, wrong), encoding="utf-8")
     include = subprocess.run(
         [sys.executable, "-c", "import sysconfig; print(sysconfig.get_paths()['include'])"],
@@ -78,7 +78,7 @@ def build(
 
 
 def run_tests(extension: Path | None, arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """pytest in a process of its own, with another extension (None: the package's)."""
+    """Run pytest in a separate process, with another extension, or with the package's for None."""
     start = ["-m", "pytest"] if extension is None else ["-c", LOADER, str(extension)]
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     return subprocess.run(

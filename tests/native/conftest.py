@@ -1,4 +1,4 @@
-"""The native operators' tests run where the extension was compiled and this processor can run it."""
+"""Fixtures: the native tests run if the extension was compiled and this processor can run it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastgpt2_kernels import native
 
 @pytest.fixture(params=[1, 2])
 def threads(request, monkeypatch):
-    """Each test with one thread and with two; PyTorch keeps its own number, for two would only slow the reference."""
+    """Run each test with one thread and with two. PyTorch keeps its own number: two would only slow the reference."""
     monkeypatch.setattr(native, "num_threads", lambda: request.param)
     return request.param
 
 
-# Every instruction set of this processor that was compiled, or the one that the variable names.
+# Every compiled instruction set that this processor has, or the one that the variable names.
 ISAS = [name for name, is_usable in native.isas().items() if is_usable]
 if os.environ.get(native.ISA_VARIABLE) or not ISAS:
     ISAS = [os.environ.get(native.ISA_VARIABLE, "")]
@@ -24,7 +24,7 @@ if os.environ.get(native.ISA_VARIABLE) or not ISAS:
 
 @pytest.fixture(params=ISAS)
 def needs_native(request, monkeypatch):
-    """Each test on every instruction set, in one process: a process of its own would mostly import PyTorch."""
+    """Run each test on every instruction set, in one process: a new process would mostly import PyTorch."""
     if (reason := native.why_not_native()) is not None:
         pytest.skip(f"native backend: {reason}")
     monkeypatch.setattr(native, "_choice", lambda: (request.param, None))

@@ -1,4 +1,4 @@
-// What kernels/native takes from arm_neon.h, in SSE: the code for AArch64 runs on an x86 processor.
+// The functions of arm_neon.h that kernels/native uses, written in SSE, so that the code for AArch64 runs on x86.
 #include <immintrin.h>
 typedef __m128 float32x4_t;
 typedef unsigned uint32x4_t __attribute__((vector_size(16)));

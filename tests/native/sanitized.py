@@ -1,6 +1,6 @@
-"""The operators' tests on an extension compiled with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Run the native tests on an extension compiled with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Run as `python -m tests.native.sanitized`, from the repository's root; see `make sanitize-native`.
+Run it as `python -m tests.native.sanitized` from the root of the repository; see `make sanitize-native`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cached attention of one and of several new tokens a row against the reference in float64."""
+"""Cached attention with one and with several new tokens per row, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CACHE_DTYPES = [torch.float32, torch.bfloat16]
 def expected(
     qkv: Tensor, keys: Tensor, values: Tensor, slots: Sequence[int], counts: Sequence[int], pasts: Sequence[int]
 ) -> Tensor:
-    """The reference in the caches' dtype; writes them."""
+    """The reference in the caches' dtype. It writes to the caches."""
     counts_R, slots_R = torch.tensor(counts), torch.tensor(slots)
     lengths = torch.zeros(keys.shape[0], dtype=torch.int64)
     lengths[slots_R] = torch.tensor(pasts)
@@ -34,9 +34,9 @@ def expected(
 def check_attention(
     seed: int, H: int, D: int, counts: Sequence[int], pasts: Sequence[int], dtype: torch.dtype, *, room: int = 3
 ) -> None:
-    """Rows in shuffled slots of the middle one of three layers; what no row holds is NaN and stays as it is.
+    """Rows in shuffled slots of the middle one of three layers. All other memory is NaN and must not change.
 
-    New keys and values are such as the cache's dtype has: the rest is float32 in either, and is held to its budget.
+    New keys and values are exact in the cache's dtype. Everything else is float32 for either dtype, within its budget.
     """
     generator = torch.Generator().manual_seed(seed)
     L, S = 3, len(counts) + 2
@@ -78,7 +78,7 @@ def test_several_new_tokens_a_row(seed, threads, head_size, dtype):
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 5, 60]], ids=["one", "several"])
 def test_new_keys_and_values_are_rounded_to_nearest(seed, counts):
-    """The cache is PyTorch's rounding to bfloat16, ties to even, of numbers large, small and not finite."""
+    """The cache rounds to bfloat16 as PyTorch does, ties to even, for large, small and non-finite numbers."""
     generator = torch.Generator().manual_seed(seed)
     H, D = 2, 33
     bits = torch.randint(-(2**31), 2**31, (sum(counts), 3 * H * D), generator=generator).int()

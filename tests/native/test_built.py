@@ -1,4 +1,4 @@
-"""The other tests here are skipped where the extension is absent. This one fails if it could have been built."""
+"""The other tests here are skipped if the extension is missing. This one fails if it could have been built."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from tests.native.building import COMPILER
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_the_extension_was_built():
-    assert native.isas(), f"a C++ compiler is there and the extension is not: {native.why_not_native()}"
+    assert native.isas(), f"there is a C++ compiler but no extension: {native.why_not_native()}"

@@ -1,4 +1,4 @@
-"""The checks of the native kernels are worth something: each of these mistakes, made on purpose, is caught."""
+"""The checks of the native kernels catch each of these deliberate mistakes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
 ]
 
-# The tests that must fail, the file, what is right in it, and the mistake.
+# For every mistake: the tests that must fail, the file, the right code, and the wrong code.
 MISTAKES = {
     "the last block of K only": (
         "linear",
@@ -156,5 +156,5 @@ def test_mistake_is_caught(tmp_path, mistake):
     isa = list(setup_file().ISAS)[-1]
     extension = build(tmp_path, [isa], ["-O1"], right, wrong, file)
     result = run_tests(extension, [f"tests/native/test_{tests}.py"], FASTGPT2_NATIVE_ISA=isa, OMP_NUM_THREADS="1")
-    assert result.returncode == 1, f"{mistake!r} went unseen:\n{result.stdout}{result.stderr}"
+    assert result.returncode == 1, f"no test noticed {mistake!r}:\n{result.stdout}{result.stderr}"
     assert "failed" in result.stdout

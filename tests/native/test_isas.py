@@ -1,4 +1,4 @@
-"""Every instruction set: tested where this processor has it, compiled where the compiler can; and how one is chosen."""
+"""Every instruction set is tested if this processor has it, and compiled if the compiler can; and how one is chosen."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_all_that_setup_names_were_compiled():
 @pytest.mark.slow
 @pytest.mark.skipif("avx2" not in native.isas() or COMPILER is None, reason="needs x86 and a C++ compiler")
 def test_the_code_for_aarch64_on_four_lanes_of_x86(tmp_path):
-    """Without AVX2 the sources take what they have for AArch64; a header stands in for its few intrinsics."""
+    """Without AVX2 the sources use their code for AArch64. A header replaces its few intrinsics."""
     shim = str(Path(__file__).parent / "neon_on_x86.h")
     extension = build(tmp_path, ["avx2"], ["-O2"], isa_flags=["-mfma", "-include", shim])
     result = run_tests(extension, OPERATORS, **{native.ISA_VARIABLE: "avx2", "OMP_NUM_THREADS": "1"})
@@ -57,7 +57,7 @@ def test_the_variable_chooses_the_instruction_set(monkeypatch):
 
 def test_without_the_extension_it_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastgpt2_kernels.native._native", None)
-    assert "without a C++ compiler" in native._extension.__wrapped__()[1]
+    assert "without a suitable C++ compiler" in native._extension.__wrapped__()[1]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -1,4 +1,4 @@
-"""Linear layers of packed weights and LayerNorm against the reference in float64."""
+"""Linear layers with packed weights, and LayerNorm, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def random_linear(
 
 
 def quantized(x: Tensor) -> Tensor:
-    """x (R, K) as int8 operands hold it: a scale for every row."""
+    """x (R, K) rounded like int8 operands, with a scale for every row."""
     scale = x.abs().amax(1, keepdim=True) / 127
     return (x / scale.clamp_min(torch.finfo(x.dtype).tiny)).round() * scale
 
 
 def expected(x: Tensor, linear: LinearWeights, dtype: torch.dtype, product: torch.dtype, **options: object) -> Tensor:
-    """The reference, computed in `dtype` from operands rounded to `product`; int8 rounds x by row."""
+    """The reference, computed in `dtype` from operands rounded to `product`. int8 rounds x row by row."""
     norm, activation, residual = (options.get(name) for name in ("layer_norm", "activation", "residual"))
     x = x.to(dtype)
     if norm is not None:
@@ -55,7 +55,7 @@ def expected(x: Tensor, linear: LinearWeights, dtype: torch.dtype, product: torc
 
 
 def on_grid(x: Tensor, product: torch.dtype) -> Tensor:
-    """x such that its rounding to `product` is the same in float32 and float64."""
+    """Change x so that float32 and float64 round it to the same `product` values."""
     if product == torch.int8:
         x = (x / x.abs().amax(1, keepdim=True) * 127).round()
         x[:, 0] = 127.0
@@ -66,7 +66,7 @@ def on_grid(x: Tensor, product: torch.dtype) -> Tensor:
 def check_linear(seed: int, dtype: torch.dtype, rows: int, n: int, k: int, **flags: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     linear = random_linear(n, k, dtype, generator, bias=flags.get("bias", True))
-    # A wider tensor with a canary past every row: what is read beyond shows.
+    # A wider tensor with a canary past every row, so that reads beyond the row show.
     wide = torch.full((rows, k + 3), CANARY)
     x = wide[:, :k]
     x.copy_(on_grid(torch.randn(rows, k, generator=generator) * 3, dtype))
@@ -95,7 +95,7 @@ def test_linear_of_odd_shapes(seed, threads, dtype):
 @pytest.mark.parametrize("name", native.ACTIVATIONS)
 def test_activations(seed, name):
     generator = torch.Generator().manual_seed(seed)
-    # An identity as the weight: what the activation sees is x.
+    # With an identity as weight, the activation gets x itself.
     x = torch.cat([torch.randn(40, 61, generator=generator) * scale for scale in (0.01, 1.0, 12.0)])
     x[0, :6] = torch.tensor([0.0, -0.0, 1e-30, 60.0, -60.0, 3.0])
     linear = LinearWeights(torch.eye(61))
@@ -111,7 +111,7 @@ def test_layer_norm_before_a_linear_layer(seed, threads, dtype):
     for rows, n, k in ((1, 30, 7), (8, 64, 100), (9, 50, 768), (33, 70, 129)):
         linear = random_linear(n, k, dtype, generator)
         weights = LayerNormWeights(*torch.randn(2, k, generator=generator), 1e-5)
-        # A mean far from zero: one pass would lose the variance.
+        # With a mean far from zero, a single pass would lose the variance.
         x = torch.randn(rows, k, generator=generator) + 50.0
         norm = decode.pack_norm(weights)
         got = decode.linear(x, decode.pack_linear(linear), layer_norm=norm, activation="gelu_tanh")
@@ -119,7 +119,7 @@ def test_layer_norm_before_a_linear_layer(seed, threads, dtype):
         exact = expected(x, linear, torch.float64, torch.float64, **options)
         plain = expected(x, linear, torch.float32, dtype, **options)
         assert_within_budget(got, plain, exact, "LayerNorm + linear", dtype=dtype)
-        # An identity as the weight: what comes out is LayerNorm itself.
+        # With an identity as weight, the result is the LayerNorm itself.
         got = decode.linear(x, decode.pack_linear(LinearWeights(torch.eye(k))), layer_norm=norm)
         exact, plain = (
             reference.layer_norm(x.to(t), weights.weight.to(t), weights.bias.to(t), 1e-5)

@@ -1,4 +1,4 @@
-"""The native sampler draws what the reference draws: the same noise, the same filters, ties apart."""
+"""The native sampler draws the same tokens as the reference, except for ties: same noise, same filters."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def draw_settings(rng: random.Random, name: str, S: int, V: int) -> SlotSampling
 
 
 def check_sampling(seed: int, name: str, V: int, *, R: int = 5, spread: float = 2.0) -> None:
-    """R of 2 R slots: those get the reference's tokens, and nothing happens to the others."""
+    """R of 2 R slots are sampled. They get the reference's tokens, and the other slots do not change."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     S = 2 * R
@@ -68,7 +68,7 @@ def check_sampling(seed: int, name: str, V: int, *, R: int = 5, spread: float = 
     decode.sample(logits, slots, state, sampling)
     tokens = state.tokens[here].long()
     chosen, best = scores.gather(1, tokens[:, None])[:, 0], scores.amax(1)
-    # The best of the reference's scores, or one that rounding cannot tell from it.
+    # The best of the reference's scores, or one so close that rounding decides.
     assert (best - chosen <= 1e-4 * best.abs().clamp_min(1.0)).all(), (name, best, chosen)
     exact, plain = (logits.to(t).log_softmax(-1).gather(1, tokens[:, None]) for t in (torch.float64, torch.float32))
     assert_within_budget(state.logprobs[here, None], plain, exact, "log-probabilities")
@@ -94,7 +94,7 @@ def test_ties_go_to_the_lowest_token(seed):
     slots = torch.arange(2, dtype=torch.int32)
     decode.sample(logits, slots, state, SlotSampling())
     assert state.tokens.tolist() == [4000, 0]
-    # Of equal logits top-k keeps all, and a temperature of 0 is greedy whatever the filters.
+    # top-k keeps all of several equal logits, and a temperature of 0 is greedy whatever the filters.
     settings = {"top_k": torch.tensor([1, 3], dtype=torch.int32), "top_p": torch.tensor([0.1, 0.1])}
     decode.sample(logits, slots, state, SlotSampling(temperature=torch.zeros(2), **settings))
     assert state.tokens.tolist() == [4000, 0]

@@ -1,4 +1,4 @@
-"""The whole step and prefill against the model in float64: tokens, state, ends, any mixture of rows."""
+"""The whole step and prefill against the model in float64: tokens, state, ends of rows, any mixture of rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers import TINY, assert_rms_within_budget, assert_within_budget, 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
 CPU = torch.device("cpu")
-# The dtypes of the model, of its linear layers (None: the model's) and of the cache.
+# The dtypes of the model, of its linear layers (None means the model's) and of the cache.
 KINDS = {
     "float32": (torch.float32, None, torch.float32),
     "bfloat16": (torch.bfloat16, None, torch.float32),
@@ -49,7 +49,7 @@ def make_step(
 
 
 def poison(step: DecodeStep) -> None:
-    """NaN into what the phases hand on: 0xFF bytes are one in float32 and bfloat16."""
+    """Fill the buffers between phases with NaN: bytes of 0xFF are NaN in float32 and bfloat16."""
     buffers = step._step[0] if step._step is not None else None
     for tensor in [] if buffers is None else vars(buffers).values():
         if isinstance(tensor, Tensor) and tensor.numel() and tensor.is_contiguous():
@@ -57,7 +57,7 @@ def poison(step: DecodeStep) -> None:
 
 
 def begin(step: DecodeStep, slots: Sequence[int], prompts: Sequence[Tensor], limit: int = 1000) -> Tensor:
-    """Put prompts into slots and choose their first tokens; the logits that those were chosen from."""
+    """Put prompts into slots and choose their first tokens. Return the logits that these were chosen from."""
     counts = [len(ids) for ids in prompts]
     logits = step.prefill(torch.cat(list(prompts)), slots, counts)
     at = torch.tensor(slots)
@@ -71,13 +71,13 @@ def begin(step: DecodeStep, slots: Sequence[int], prompts: Sequence[Tensor], lim
 
 
 def logits_of(model: GPT2, ids: Tensor) -> Tensor:
-    """Of the last token of one sequence, as the model's forward gives them, with products of its own dtype."""
+    """The logits after the last token of one sequence, from the model's forward, with products in its own dtype."""
     with torch.no_grad():
         return model(ids[None])[0, -1]
 
 
 def check_rows(seed: int, kind: str, activation: str = "gelu_new") -> None:
-    """Rows of several lengths in shuffled slots, 6 steps: logits, tokens and lengths."""
+    """Check logits, tokens and lengths over 6 steps, for rows of different lengths in shuffled slots."""
     rng = random.Random(seed)
     dtype, _, _ = KINDS[kind]
     model = random_model(seed, activation_function=activation).to(dtype)
@@ -90,7 +90,7 @@ def check_rows(seed: int, kind: str, activation: str = "gelu_new") -> None:
     for turn in range(6):
         exact, plain = (torch.stack([logits_of(m, ids).double() for ids in sequences]) for m in (exact_model, model))
         if "int8" in kind:
-            # Rounding to 8 bits is the error, and the plain expression has none of it.
+            # The error is the rounding to 8 bits, which the plain expression does not have.
             error = (got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
             assert error < 0.1, f"int8 logits are off by {error:.3f} of their size"
         else:
@@ -107,7 +107,7 @@ def check_rows(seed: int, kind: str, activation: str = "gelu_new") -> None:
 
 
 def check_several_steps_in_a_call(seed: int) -> None:
-    """As many calls of one step: tokens, state, and no step after the one in which a row ends."""
+    """Several steps in a call equal as many calls of one step, and no step follows the one in which a row ends."""
     rng = random.Random(seed)
     model = random_model(seed)
     prompts = [random_ids(seed + i, rng.randint(1, 6)) for i in range(3)]
@@ -126,7 +126,7 @@ def check_several_steps_in_a_call(seed: int) -> None:
             assert single.run(rows) == 1
             assert several.tokens[i, slots].tolist() == single.slots.tokens[slots].tolist()
             assert several.logprobs[i, slots].tolist() == single.slots.logprobs[slots].tolist()
-    # The others go on; the one that has ended is asked for in vain, once.
+    # The other rows go on. The one that has ended is asked for once more, and does not change.
     assert several.run(rows, 5) == single.run(rows) == 1
     assert all(torch.equal(a, b) for a, b in zip(several.slots, single.slots, strict=True))
     assert several.slots.status[slots].tolist() == [ops.RUNNING, ops.RUNNING, ops.IDLE]
@@ -139,7 +139,7 @@ def test_several_steps_in_a_call(seed, threads):
 
 
 def test_an_interrupt_ends_the_steps_of_a_call(seed):
-    """A signal that comes while they run; another try where it came when all of them had."""
+    """A signal arrives while the steps run. If it arrives after all of them, the test tries again."""
     step = make_step(random_model(seed, hidden_size=128, context_length=40, vocab_size=4096), 1)
     row = torch.zeros(1, dtype=torch.int32)
     begin(step, [0], [random_ids(seed, 2)])
@@ -175,7 +175,7 @@ def test_an_interrupt_ends_the_steps_of_a_call(seed):
         signal.signal(signal.SIGUSR1, before)
     done = int(args.steps_done)
     assert 0 < done < MAX_STEPS
-    # What was cut short goes on.
+    # The interrupted steps can go on.
     assert step.run(row, MAX_STEPS) == MAX_STEPS
     assert step.slots.lengths.tolist() == [2 + done + MAX_STEPS - 1]
 
@@ -191,7 +191,7 @@ def test_another_activation(seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_in_pieces_and_in_company(seed, threads, kind):
-    """Logits of a prompt: the same bits in any company, and after any prefix if two tokens or more are left."""
+    """A prompt's logits are bitwise the same among any rows, and after any prefix that leaves at least two tokens."""
     dtype, _, _ = KINDS[kind]
     model = random_model(seed).to(dtype)
     step = make_step(model, 4, kind)
@@ -203,13 +203,13 @@ def test_prefill_in_pieces_and_in_company(seed, threads, kind):
     assert first.isfinite().all()
     for past in (11, 18, 5):
         assert torch.equal(step.prefill(prompts[2][past:], [3], [20 - past], [past])[0], together[2])
-    piece = step.prefill(prompts[2][19:], [3], [1], [19])  # one token is attended to as in a step: other sums
+    piece = step.prefill(prompts[2][19:], [3], [1], [19])  # a single token: sums in another order, as in a step
     error = (piece[0] - together[2]).abs().max() / together[2].abs().max()
     assert error < (1e-5 if kind == "float32" else 0.05)
 
 
 def test_prefill_of_a_long_prompt_in_pieces(seed):
-    """Over blocks of queries, parts of keys and stretches of sums."""
+    """The prompt spans several blocks of queries, parts of keys and blocks of sums."""
     rng = random.Random(seed)
     step = make_step(random_model(seed, context_length=300), 1)
     length = rng.randint(257, 300)
@@ -221,7 +221,7 @@ def test_prefill_of_a_long_prompt_in_pieces(seed):
 
 
 def check_rows_that_end(seed: int) -> None:
-    """A stop token, the limit and a full context end rows; a row that has ended stands still."""
+    """A stop token, the limit and a full context end rows. A row that has ended does not change."""
     model = random_model(seed)
     prompts = [random_ids(seed + i, length) for i, length in enumerate((3, 4, 20, 5))]
     plain = make_step(model, 4)
@@ -236,7 +236,7 @@ def check_rows_that_end(seed: int) -> None:
         begin(step, range(4), prompts)
         step.slots.limits[1] = 4
         ends = [[tokens[row] for tokens in chosen] for row in range(4)]
-        # The last token needs no room in the context.
+        # The last token needs no place in the context.
         ends[1], ends[2] = ends[1][:4], ends[2][: TINY.context_length - 20 + 1]
         for stop in stops:
             ends = [made[: made.index(stop) + 1] if stop in made else made for made in ends]
@@ -259,7 +259,7 @@ def test_rows_that_end(seed, threads):
 
 
 def check_neighbours(seed: int, kind: str) -> None:
-    """Ten rows together, each alone and in threes, with noise: the same tokens and log-probabilities to the bit."""
+    """Ten rows together, alone and in threes, with noise, give bitwise the same tokens and log-probabilities."""
     dtype, _, _ = KINDS[kind]
     model = random_model(seed).to(dtype)
     prompts = [random_ids(seed + i, 1 + i) for i in range(10)]
@@ -290,9 +290,9 @@ def test_a_row_does_not_depend_on_its_neighbours(seed, kind):
 
 
 def check_threads_that_wait(seed: int, kind: str, runs: int) -> None:
-    """More threads than cores, again and again: what a thread reads before another has written it would show.
+    """Steps run many times on more threads than cores, so a read before another thread's write would show.
 
-    Each phase of a step reads what others wrote in the one before. The buffers are NaN before every step.
+    Each phase of a step reads what other threads wrote in the phase before. The buffers are NaN before every step.
     """
     dtype, _, _ = KINDS[kind]
     model = random_model(seed, hidden_size=64, num_layers=2).to(dtype)
@@ -345,7 +345,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(seed):
         (lambda: step.run(torch.zeros(3, dtype=torch.int32)), "up to 2"),
         (lambda: step.run(torch.tensor([5], dtype=torch.int32)), "out of range"),
         (lambda: step.run(torch.tensor([0])), "int32"),
-        (lambda: step.prefill(ids, [2], [3]), "slots are"),
+        (lambda: step.prefill(ids, [2], [3]), "slots must be in"),
         (lambda: step.prefill(ids, [0], [2]), "token_ids"),
         (lambda: step.prefill(ids, [0], [3], [22]), "room for 24"),
         (lambda: step.prefill(ids + 61, [0], [3]), "token ids"),

@@ -2,12 +2,14 @@
 
 `python -m tests.reliability.shares --prompts 10000 --kills 20` generates with 1, 2 and 4 processes, which must give
 equal bytes. Then it kills random ranks of runs that are resumed by another number of processes each
-time: no whole record may disappear, and the output must be those bytes again.
+time: no whole record may disappear, and the output must be those bytes again. With `--folder DIR` a check that was cut
+off goes on with the next one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -107,8 +109,9 @@ def check(folder: Path, arguments: list[str], num_records: int, kills: int, rng:
         print(f"{count} processes: {lines} equal records, {time.monotonic() - started:.0f} s", flush=True)
 
     out, size = folder / "killed.jsonl", (folder / "1.jsonl").stat().st_size
-    kept = Counter[bytes]()
-    done = 0
+    state = folder / "kills"
+    done = int(state.read_text()) if state.exists() else 0
+    kept = whole_records(out)
     while done < kills:
         counts = [count for count in (1, 2, 3, 4) if count == 1 or count <= kills - done + 1]
         count = rng.choice(counts)
@@ -131,6 +134,7 @@ def check(folder: Path, arguments: list[str], num_records: int, kills: int, rng:
         if kept.total() == num_records and files(out) == [out]:  # all ended before they were killed
             out.unlink()
             kept = Counter()
+        state.write_text(str(done))
     run = Run(arguments, out, rng.choice((1, 2, 3, 4)))
     try:
         run.finish()
@@ -147,10 +151,15 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
+    parser.add_argument(
+        "--folder", type=Path, help="where the outputs stay; a check with the same --seed goes on there"
+    )
     args = parser.parse_args()
-    print(f"seed {args.seed}")
+    print(f"seed {args.seed}", flush=True)
     rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as name:
+    with contextlib.ExitStack() as stack:
+        name = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        Path(name).mkdir(exist_ok=True)
         prompts = Path(name) / "prompts.jsonl"
         write_prompts(prompts, args.prompts, rng)
         arguments = ["--prompts", str(prompts), "--num-samples", str(args.samples), "--device", "cpu"]

@@ -71,7 +71,7 @@ def test_the_command_finetunes_and_takes_nanogpt_data(text: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ([], ValueError, "give the text to train on with --data PATH"),
+        ([], ValueError, "there is no text to train on; give it with --data PATH"),
         (["--data", "nowhere"], FileNotFoundError, "nowhere: no such file or directory"),
         (["--data", "{text}", "--steps", 1, "--minutes", 1], ValueError, "give --steps or --minutes, not both"),
         (["--data", "{text}", "--tokenizer", "{dir}"], FileNotFoundError, "has no tokenizer.json"),
@@ -97,7 +97,7 @@ def test_the_command_finetunes_and_takes_nanogpt_data(text: Path, tmp_path: Path
         (["--data", "{text}", "--lr", -1], ValueError, "lr must be a finite number > 0"),
         (["--data", "{text}", "--device", "cuda"], ValueError, "device must be one that this machine has"),
         (["--data", "{text}", "--parallel", "fsdp"], ValueError, "parallel 'fsdp' shares the weights among torchrun's"),
-        (["--data", "{text}", "--lora-rank", 2], ValueError, "--lora-rank adapts weights that are there; name them"),
+        (["--data", "{text}", "--lora-rank", 2], ValueError, "--lora-rank needs trained weights to adapt; name them"),
         (["--data", "{text}", "--val-fraction", 2], ValueError, r"val_fraction must be in \[0, 1\)"),
     ],
     ids=str,
@@ -172,7 +172,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(text: Path, tmp_path: P
             run_command(out, "--resume", option, value)
     for content in ("{", "[]", "[" * 99_999, '{"colour": 3}'):
         (out / "run.json").write_text(content, encoding="utf-8")
-        with pytest.raises(ValueError, match=r"run.json: must be JSON"):
+        with pytest.raises(ValueError, match=r"run.json: must hold a run's options as JSON"):
             run_command(out, "--resume")
 
 

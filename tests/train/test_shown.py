@@ -173,7 +173,7 @@ def test_plots_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run_plot(run)
     with pytest.raises(ValueError, match=r"all.gif: must end in .png or .svg; name another"):
         run_plot(run, "--out", tmp_path / "all.gif")
-    with pytest.raises(ValueError, match="plot: several runs go into a picture of their own; name it with --out FILE"):
+    with pytest.raises(ValueError, match="plot: a picture of several runs needs a name; give it with --out FILE"):
         run_plot(run, run)
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

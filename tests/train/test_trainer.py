@@ -204,7 +204,7 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(data: TokenData, tmp_
             values = torch.linalg.svdvals(step) / (1e-2 * 0.2 * math.sqrt(max(step.shape)))
             assert values.max() < 1.4, name
             assert values.median() > 0.5, name
-    with pytest.raises(ValueError, match="optimizer 'muon' goes with dtype bf16 or fp32; got fp16"):
+    with pytest.raises(ValueError, match="optimizer 'muon' needs dtype bf16 or fp32; got fp16"):
         Trainer(make_model(), data, make_config(optimizer="muon", dtype="fp16"), tmp_path / "fp16")
 
 
@@ -461,7 +461,7 @@ def no_optimizer_state(state: dict[str, Any]) -> None:
 DAMAGE: dict[str, tuple[Any, str]] = {
     "no step": (lambda state: state.pop("step"), "lacks step; remove it"),
     "no model": (lambda state: state.pop("model"), "lacks model; remove it"),
-    "optimizer without state": (no_optimizer_state, "not a whole checkpoint .*optimizer's state is not that"),
+    "optimizer without state": (no_optimizer_state, "not a whole checkpoint .*optimizer's state does not belong"),
     "empty optimizer": (lambda state: state["optimizer"].clear(), "not a whole checkpoint"),
     "optimizer of another kind": (lambda state: state.update(optimizer=3), "not a whole checkpoint"),
     "weight missing": (lambda state: state["model"].popitem(), "not a whole checkpoint"),
@@ -566,10 +566,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         ({"parallel": "tp"}, "parallel must be one of ddp, fsdp; got 'tp'"),
         ({"log": "mlflow"}, "log must be one of tensorboard, wandb; got 'mlflow'"),
         ({"lora_rank": -1}, "lora_rank must be an int >= 0; got -1"),
-        ({"lora_alpha": 4.0}, "lora_alpha goes with lora_rank; give both or neither"),
+        ({"lora_alpha": 4.0}, "lora_alpha needs lora_rank; give both or neither"),
         ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha must be a finite number > 0; got 0"),
-        ({"early_stopping": 2, "eval_interval": 0}, "early_stopping counts evaluations; give an eval_interval > 0"),
-        ({"parallel": "fsdp", "compile": True}, "compile goes with parallel 'ddp'; leave one of the two out"),
+        ({"early_stopping": 2, "eval_interval": 0}, "early_stopping needs evaluations; give an eval_interval > 0"),
+        ({"parallel": "fsdp", "compile": True}, "compile does not work with parallel 'fsdp'; leave one of the two out"),
         ({"seed": 2**63}, r"seed must be below 2\*\*63"),
     ],
     ids=str,

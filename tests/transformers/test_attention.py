@@ -119,7 +119,7 @@ def test_bidirectional_attention_of_a_decoder(seed: int) -> None:
 def test_what_would_change_the_scores_is_refused(seed: int) -> None:
     settings = transformers.Gemma2Config(**SIZES, **GROUPED, head_dim=8, attn_implementation="fastgpt2")
     model = transformers.Gemma2ForCausalLM(settings).eval()
-    with pytest.raises(ValueError, match=r'has no softcap .*Gemma2Attention asks for; choose "eager"'):
+    with pytest.raises(ValueError, match=r'does not support softcap .*Gemma2Attention uses; choose "eager"'):
         model(random_ids(seed, 1, 5))
 
 

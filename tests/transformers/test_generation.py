@@ -84,7 +84,7 @@ def pair(seed: int, name: str = "GPT2LMHeadModel") -> tuple[GPT2LMHeadModel, GPT
 
 
 def batch(seed: int, side: str = "left") -> dict[str, Tensor]:
-    """Ragged prompts, padded to T; one fills it."""
+    """Ragged prompts, padded to T. One of them has length T."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, V, (B, T), generator=generator)
     counts = [T, *torch.randint(1, T, (B - 1,), generator=generator).tolist()]
@@ -98,7 +98,7 @@ def prompts_of(inputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 def greedy(model: GPT2LMHeadModel, inputs: dict[str, Tensor], **options: object) -> tuple[Tensor, bool]:
-    """Greedy ids, and whether every choice was clear."""
+    """The greedy ids, and whether every choice was clear."""
     out = model.generate(**inputs, output_scores=True, return_dict_in_generate=True, do_sample=False, **options)
     best = torch.stack(out.scores).topk(2, -1).values
     return out.sequences, bool(((best[..., 0] - best[..., 1]) > MARGIN).all())
@@ -540,7 +540,7 @@ def assert_same_weights(mine: GPT2, hf_model: GPT2LMHeadModel) -> None:
 
 
 def test_special_tokens_past_the_vocabulary_are_no_obstacle(seed, sessions):
-    """As in a small model of the default configuration, whose end of text is 50256."""
+    """As for a small model with the default configuration, whose end-of-text token is 50256."""
     _, ours = pair(seed)
     ours.config.eos_token_id = ours.config.bos_token_id = 50256
     ours.generate(**batch(seed), max_new_tokens=2, eos_token_id=50256, pad_token_id=50256)

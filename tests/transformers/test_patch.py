@@ -1,4 +1,4 @@
-"""`accelerate` and `unaccelerate`: models that are there, models inside others, and the classes of models to come."""
+"""`accelerate` and `unaccelerate`: existing models, models inside others, and models that are built later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OURS, THEIRS = "fastgpt2.transformers.modeling", "transformers.models.gpt2.model
 
 
 def modules_of(model: nn.Module) -> set[str]:
-    """Where the classes of a GPT-2's own modules come from."""
+    """The packages that the classes of a GPT-2's own modules come from."""
     modules = [m for m in model.modules() if type(m).__name__ != "GPT2SequenceSummary"]
     return {type(m).__module__ for m in modules if type(m).__name__.startswith(("GPT2", "LayerNorm"))}
 
@@ -45,7 +45,7 @@ def test_in_place_and_back(seed: int, name: str, attention: str) -> None:
     ids, mask = random_ids(seed, 1, 9), masks(seed, 1, 9)["none"]
     before = model(ids, attention_mask=mask)[0].detach()
     parameters, classes = list(model.parameters()), [type(m) for m in model.modules()]
-    for _ in range(2):  # twice is as once
+    for _ in range(2):  # doing it twice changes nothing
         assert fastgpt2.accelerate(model) is model
         assert type(model) is getattr(fast, name)
         assert modules_of(model) == {OURS}

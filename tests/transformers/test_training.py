@@ -84,7 +84,7 @@ def test_trainer(seed: int, tmp_path: Path, changes: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_resume(seed: int, tmp_path: Path) -> None:
-    """A run that was cut after 2 of 4 steps ends with the weights of one that was not, to the bit."""
+    """A run that stops after 2 of 4 steps and resumes ends with bit-identical weights."""
     whole = trainer(pair(seed)[1].float().train(), tmp_path / "whole", seed)
     whole.train()
     settings = {"save_strategy": "steps", "save_steps": 2}

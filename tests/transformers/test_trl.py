@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def tokenizer() -> Any:
-    """One token for each of the letters; TRL asks it for little but the ids of padding and end."""
+    """A tokenizer with a token for each letter. TRL needs little more than the ids of padding and end."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<bos>", "<eos>", *(chr(ord("a") + i) for i in range(20))]
@@ -27,7 +27,7 @@ def tokenizer() -> Any:
 
 
 def train(library: Any, folder: Path, seed: int, changes: dict[str, Any]) -> tuple[list[dict[str, float]], Any]:
-    """What is logged at each step, and the model afterwards."""
+    """Train; returns what is logged at each step, and the model."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

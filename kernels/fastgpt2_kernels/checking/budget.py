@@ -32,5 +32,5 @@ def rms_error(got: Tensor, exact: Tensor) -> float:
 
 def _difference(got: Tensor, exact: Tensor) -> Tensor:
     if got.shape != exact.shape:
-        raise ValueError(f"a result of shape {tuple(got.shape)} where {tuple(exact.shape)} was due")
+        raise ValueError(f"the result must have shape {tuple(exact.shape)}; got {tuple(got.shape)}")
     return got.detach().double() - exact

@@ -1,6 +1,7 @@
-"""Random cases of every operator, forward and backward: on a backend, or as the plain PyTorch expression.
+"""Random test cases of every operator, forward and backward, on a backend or as the plain PyTorch expression.
 
-In float64 the plain expression is what every backend is held to; in a backend's own dtype its error is the measure.
+Every backend is compared with the plain expression in float64. The plain expression's own error, in the dtype under
+test, sets how large the backend's error may be.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from torch import Tensor
 from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.checking.poison import is_untouched, within_poison
 
-PLAIN, FUSED = "plain", "fused"  # in the place of a backend: the expression by hand, PyTorch's own fused operator
+# These take the place of a backend: the expression written out in PyTorch, and PyTorch's own fused operator.
+PLAIN, FUSED = "plain", "fused"
 Results = Sequence[Tensor]
 
 
 class Inputs:
-    """Random tensors between margins of NaN: the same numbers, those of `rounded`, whatever dtype they come in."""
+    """Random tensors between margins of NaN.
+
+    The numbers are rounded to the dtype `rounded` and then returned in `dtype`, so every dtype gets the same numbers.
+    """
 
     def __init__(
         self, seed: int, device: torch.device | str, dtype: torch.dtype, rounded: torch.dtype | None = None
@@ -30,7 +35,7 @@ class Inputs:
         self._buffers: list[Tensor] = []
 
     def __call__(self, index: int, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Number `index` of the case, a leaf. dtype: of one that is not of the dtype under test."""
+        """Input number `index` of the case, a leaf. `dtype` is for an input that is not of the dtype under test."""
         generator = torch.Generator().manual_seed(self.seed * 1000 + index)
         values = (torch.randn(shape, generator=generator) * scale).to(dtype or self.rounded)
         wide = self.dtype if dtype is None else torch.promote_types(dtype, self.dtype)
@@ -45,14 +50,16 @@ class Inputs:
         return inside
 
     def are_untouched(self) -> bool:
-        """Whether nothing was written beside the inputs."""
+        """Whether nothing was written outside the inputs."""
         return all(map(is_untouched, self._buffers))
 
 
 class Case(NamedTuple):
-    """run(inputs, backend or PLAIN): results and gradients. dtypes: those that it is run in, None: all.
+    """A case of an operator.
 
-    has_fused: `run` knows FUSED too, whose error in a dtype counts as the plain expression's does.
+    run: takes the inputs and a backend or `PLAIN`, and returns results and gradients.
+    dtypes: the dtypes that it runs in; None means all.
+    has_fused: `run` also takes `FUSED`. Its error then counts like that of the plain expression.
     """
 
     operator: str
@@ -63,7 +70,7 @@ class Case(NamedTuple):
 
 
 def _gradients(outs: Tensor | tuple[Tensor, ...], inputs: Inputs, *leaves: Tensor) -> Results:
-    """The results, and the leaves' gradients for random gradients of the results."""
+    """The results, and the gradients of the leaves for random gradients of the results."""
     outs = (outs,) if isinstance(outs, Tensor) else outs
     weights = [inputs(900 + i, *out.shape).detach().to(out.dtype) for i, out in enumerate(outs)]
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, weights)]
@@ -126,7 +133,7 @@ def _decode_attention(inputs: Inputs, backend: str, several: bool) -> Results:
 
 
 def _cached_attention(inputs: Inputs, backend: str) -> Results:
-    """A fresh row, one new token, a few and many after cached ones."""
+    """Four rows: one without cached tokens, and one each with one, a few and many new tokens after cached ones."""
     H, D, S = 2, 16, 64
     slots, counts, held = [2, 0, 3, 1], [19, 1, 4, 13], [0, 40, 7, 21]
     qkv, keys, values = (inputs(i, *s).detach() for i, s in enumerate([(sum(counts), 3 * H * D), *[(4, H, S, D)] * 2]))
@@ -153,7 +160,7 @@ def _layer_norm(inputs: Inputs, backend: str, width: int, of_sum: bool = False) 
         outs = ops.layer_norm(x, weight, bias, 1e-5, residual=residual, backend=backend)
         return _gradients(outs, inputs, *leaves)
     s = x if residual is None else x + residual
-    # PyTorch's own, as the expression by hand rounds at every step.
+    # Not the reference in other dtypes than float64, because it rounds at every step.
     norm = reference.layer_norm(s, weight, bias, 1e-5) if s.dtype == torch.float64 else _torch_norm(s, weight, bias)
     return _gradients(norm if residual is None else (norm, s), inputs, *leaves)
 
@@ -197,7 +204,7 @@ def _linear_decode(inputs: Inputs, backend: str, rows: int, int8: bool = False) 
     )
     scale = None
     if int8:
-        # Of the same numbers, whatever the dtype: those that the dtype under test holds.
+        # Quantize the same numbers in every dtype: those rounded to the dtype under test.
         weight, scale = ops.quantize_rows(weight.to(inputs.rounded))
     if backend != PLAIN:
         norm = ops.LayerNormWeights(norm_weight, norm_bias, 1e-5)
@@ -215,7 +222,10 @@ def _linear_decode(inputs: Inputs, backend: str, rows: int, int8: bool = False) 
 
 
 def _decode_step(inputs: Inputs, backend: str) -> Results:
-    """The logits after one token at position 0: attention then returns its value, and LayerNorm is PyTorch's."""
+    """The logits after one token at position 0.
+
+    At position 0 attention returns the token's value, so the plain expression is short.
+    """
     C, V, inner, token = 32, 61, 64, 5
 
     def draw(index: int, *shape: int) -> Tensor:
@@ -323,14 +333,14 @@ CASES = (
         )
         for kind in ("plain rows", "lengths", "documents", "dropout")
     ),
-    Case("cached_attention", "fresh rows and rows with a past", _cached_attention),
+    Case("cached_attention", "rows with and without cached tokens", _cached_attention),
     *(
         Case("decode_attention", title, functools.partial(_decode_attention, several=several))
-        for title, several in (("a token a row", False), ("several tokens a row", True))
+        for title, several in (("one token per row", False), ("several tokens per row", True))
     ),
     *(
         Case("layer_norm", title, functools.partial(_layer_norm, width=width, of_sum=of_sum))
-        for title, width, of_sum in (("C=96", 96, False), ("of a sum, C=96", 96, True), ("C=17000", 17_000, False))
+        for title, width, of_sum in (("C=96", 96, False), ("residual, C=96", 96, True), ("C=17000", 17_000, False))
     ),
     Case("activation", "every name", _activation),
     *(
@@ -343,7 +353,7 @@ CASES = (
     ),
     Case("linear_decode", "8-bit weights", functools.partial(_linear_decode, rows=3, int8=True), _FLOAT32),
     Case("decode_step", "a first token", _decode_step),
-    Case("cross_entropy", "every row's loss", functools.partial(_cross_entropy, fuse=False)),
+    Case("cross_entropy", "a loss per row", functools.partial(_cross_entropy, fuse=False)),
     Case("cross_entropy", "mean, fused backward", functools.partial(_cross_entropy, fuse=True)),
     Case("linear_cross_entropy", "chunks of 4 rows", _linear_cross_entropy),
     Case("sample", "greedy", functools.partial(_sample, temperature=0.0), _FLOAT32),

@@ -1,4 +1,4 @@
-"""Memory that shows what a kernel left unwritten, what it read beside its inputs, and what it wrote there."""
+"""Poisoned memory. It shows what a kernel did not write, and what it read or wrote outside its tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 CANARY = -7.5
-MARGIN = 512  # elements on either side: room for a row too many
+MARGIN = 512  # elements on either side, so that one row too many still lies inside
 
 
 class Poison:
-    """While it is in force, `Tensor.new_empty` gives NaN between canaries; `is_intact` says whether those are alive.
+    """Makes tensors of NaN between canaries, in place of `Tensor.new_empty`. `is_intact` checks the canaries.
 
-    Integers are poisoned too, with canaries of -7 and -1 where nothing was written.
+    Integer tensors hold -1 between canaries of -7.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Poison:
         self.new_empty = torch.Tensor.new_empty
 
     def make(self, like: Tensor, shape: Sequence[int] | int, **options: Any) -> Tensor:
-        if isinstance(shape, int):  # Triton's interpreter, for itself
+        if isinstance(shape, int):  # a call by Triton's interpreter, for its own use
             return self.new_empty(like, shape, **options)
         numel = torch.Size(shape).numel()
         is_float = options.get("dtype", like.dtype).is_floating_point
@@ -36,7 +36,7 @@ class Poison:
         return buffer[MARGIN : MARGIN + numel].view(shape)
 
     def is_intact(self) -> bool:
-        """Whether nothing was written beside what was asked for since the last look."""
+        """Whether nothing was written outside the tensors that were made since the last call."""
         buffers = self.buffers.copy()
         self.buffers.clear()
         canaries = (CANARY if buffer.is_floating_point() else int(CANARY) for buffer in buffers)
@@ -48,7 +48,7 @@ class Poison:
 
 @contextmanager
 def canaries() -> Iterator[Poison]:
-    """While it is open, what Python allocates by `new_empty` is NaN between canaries."""
+    """While the context is open, `Tensor.new_empty` returns NaN between canaries."""
     poison, new_empty = Poison(), torch.Tensor.new_empty
 
     def make(like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -63,7 +63,10 @@ def canaries() -> Iterator[Poison]:
 
 @contextmanager
 def nan_memory() -> Iterator[None]:
-    """While it is open, what is allocated is NaN until it is written (PyTorch fills it where it is deterministic)."""
+    """While the context is open, new memory holds NaN until it is written.
+
+    PyTorch fills it like this when deterministic algorithms are on.
+    """
     was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -75,7 +78,7 @@ def nan_memory() -> Iterator[None]:
 
 
 def within_poison(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of `values` that lies between two margins of NaN (-7 for integers), and the whole buffer."""
+    """A copy of `values` between two margins of NaN (-7 for integers), and the whole buffer."""
     canary = torch.nan if values.is_floating_point() else int(CANARY)
     buffer = values.new_full((values.numel() + 2 * MARGIN,), canary)
     inside = buffer[MARGIN : MARGIN + values.numel()].view(values.shape)
@@ -84,6 +87,6 @@ def within_poison(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_untouched(buffer: Tensor) -> bool:
-    """Whether the margins of what `within_poison` made are as they were."""
+    """Whether the margins of a buffer that `within_poison` made are unchanged."""
     edges = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])
     return bool((edges.isnan() if buffer.is_floating_point() else edges == int(CANARY)).all())

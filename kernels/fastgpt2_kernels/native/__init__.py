@@ -1,6 +1,6 @@
-"""The "native" backend: decoding on a CPU by C++ kernels, compiled for several instruction sets when it is installed.
+"""The backend "native": C++ kernels for decoding on a CPU, compiled for several instruction sets at installation.
 
-`import torch` comes before the extension: both then share the OpenMP library that PyTorch has loaded, and its threads.
+`import torch` comes before the extension, so that both share PyTorch's OpenMP library and its threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 ISA_VARIABLE = "FASTGPT2_NATIVE_ISA"
 MAX_HEAD_SIZE = 256
 LARGE_PAGE = 2 << 20
-# The values of the C++ enum; ops.TRITON_ACTIVATIONS maps the names of configurations to them.
+# In the order of the C++ enum. `ops.TRITON_ACTIVATIONS` maps the names in a model's configuration to these.
 ACTIVATIONS = (
     "linear", "gelu_tanh", "silu", "quick_gelu", "gelu", "gelu_10", "laplace", "sigmoid", "tanh", "mish", "relu",
     "relu2", "relu6", "leaky_relu", "hardswish",
@@ -27,24 +27,27 @@ ACTIVATIONS = (
 
 @functools.cache
 def _extension() -> tuple[Any, str | None]:
-    """The extension module, or why there is none."""
+    """The extension module and None, or None and the reason why there is none."""
     try:
         return importlib.import_module("fastgpt2_kernels.native._native"), None
     except ModuleNotFoundError:
-        return None, "it was not compiled, for fastgpt2 was installed without a C++ compiler that serves it"
+        return None, "it was not compiled, because fastgpt2 was installed without a suitable C++ compiler"
     except ImportError as error:
         return None, f"its extension cannot be loaded: {error}"
 
 
 def isas() -> dict[str, bool]:
-    """The instruction sets that were compiled, the best one first, and whether this processor has them."""
+    """The instruction sets that were compiled, the best first, and whether this processor has each of them."""
     extension, _ = _extension()
     return {} if extension is None else dict(extension.isas())
 
 
 @functools.cache
 def _choice() -> tuple[str, str | None]:
-    """The instruction set in use, and why there is none. Looked at once: packed weights lie as it needs them."""
+    """The instruction set in use, or the reason why there is none.
+
+    It is chosen only once, because the layout of packed weights depends on it.
+    """
     wanted = os.environ.get(ISA_VARIABLE, "")
     _, reason = _extension()
     if reason is not None:
@@ -61,12 +64,16 @@ def _choice() -> tuple[str, str | None]:
 
 
 def why_not_native() -> str | None:
-    """Why nothing can run on the native backend of this machine, in one sentence; None if it can."""
+    """Why the native backend cannot run on this machine, in one sentence; None if it can."""
     return _choice()[1]
 
 
 def isa() -> str:
-    """The instruction set in use; RuntimeError where there is none."""
+    """The name of the instruction set in use.
+
+    Raises:
+        RuntimeError: The native backend cannot run on this machine.
+    """
     name, reason = _choice()
     if reason is not None:
         raise RuntimeError(f"the native backend cannot be used: {reason}")
@@ -74,15 +81,22 @@ def isa() -> str:
 
 
 def call(operation: int, arguments: ctypes.Structure) -> None:
-    """Run an operation of the extension on its arguments' struct, without Python's lock."""
+    """Run an operation of the extension on the struct of its arguments. Releases Python's global lock meanwhile."""
     extension, _ = _extension()
     extension.call(isa(), operation, ctypes.addressof(arguments), ctypes.sizeof(arguments))
 
 
 def use_large_pages(tensor: Tensor) -> Tensor:
-    """The tensor, with the system asked for large pages under it: fewer entries of the page tables to walk.
+    """Ask the operating system to back a tensor with large pages, which need fewer page-table entries.
 
-    Only a hint, for memory that nothing was written to yet. On a GPU, and where there is no such hint, nothing happens.
+    Call it before anything is written to the tensor. It is only a hint. It does nothing for a tensor on a GPU or on a
+    system without this hint.
+
+    Args:
+        tensor: a tensor that nothing was written to yet.
+
+    Returns:
+        The same tensor.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None and tensor.device.type == "cpu":

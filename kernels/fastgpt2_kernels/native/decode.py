@@ -1,9 +1,11 @@
-"""Decoding on a CPU: linear layers of packed weights, cached attention, sampling, and the whole step as one call.
+"""Decoding on a CPU: linear layers with packed weights, cached attention, sampling, and the whole step as one call.
 
-A step is one call of the extension and one OpenMP region in it. The residual stream, sums, scores and statistics are
-float32; what the matrix products read is the model's dtype, or 8 bits with a scale for every token; the cache is
-float32 or bfloat16. An output is summed in one order whatever the number of rows and threads: a row's numbers do not
-depend on its neighbours, bit for bit. Nothing here may be called for the same object from two threads at once.
+A step is one call into the extension, which enters one OpenMP region. The residual stream, sums, scores and statistics
+are float32. The operands of the matrix products are in the model's dtype, or int8 with a scale for each token. The
+cache is float32 or bfloat16.
+
+Every output is summed in one order, whatever the number of rows and threads. So a row's result is bitwise the same
+whatever other rows are in the batch. Two threads must not use the same object at once.
 
 Dimension key: R rows, N new tokens of all rows, S slots, L layers, C width, V vocabulary, H heads, D head size.
 """
@@ -23,16 +25,16 @@ from fastgpt2_kernels.types import LayerNormWeights, LinearWeights, SlotSampling
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _CACHE_DTYPES = (torch.float32, torch.bfloat16)
-# What the times of a step are of; `waiting` is for other threads.
+# The phases of a step that `DecodeStep.times` measures. `waiting` is waiting for other threads.
 PHASES = ("embedding", "norms and operands", "qkv", "attention", "other linear layers", "head", "sampling", "waiting")
-# A prefill runs through the layers with at most so many tokens at a time, unless one row has more.
+# A prefill runs at most this many tokens through the layers at a time, unless one row has more.
 PREFILL_TOKENS = 1024
-# The most steps of one call: what they choose is read in one go.
+# The most steps of one call. Their tokens are read together afterwards.
 MAX_STEPS = 16
 
 
 class Layout(NamedTuple):
-    """How the instruction set in use lays out weights and operands (see LayoutArgs in api.h)."""
+    """How the instruction set in use lays out weights and operands; see LayoutArgs in api.h."""
 
     panel: int
     group: tuple[int, ...]
@@ -52,7 +54,7 @@ class Layout(NamedTuple):
         )  # fmt: skip
 
     def operand_bytes(self, type_: int, k: int) -> int:
-        """Of one row of k numbers."""
+        """The bytes that one row of k numbers takes as an operand."""
         padded = -(-k // self.group[type_]) * self.group[type_]
         return -(-padded * self.operand[type_] // 64) * 64 + self.row_padding
 
@@ -61,7 +63,10 @@ class Layout(NamedTuple):
 
 
 class PackedLinear(NamedTuple):
-    """A linear layer's weight (n, k) in panels, and what belongs to it, float32 and filled up to whole panels."""
+    """A linear layer: its weight (n, k) in panels, its float32 bias and scale, and the int32 sums of int8 weights.
+
+    Bias, scale and sums are padded with zeros to whole panels.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -94,7 +99,10 @@ def packed_bytes(n: int, k: int, dtype: torch.dtype, layout: Layout) -> int:
 
 
 def pack_linear(linear: LinearWeights, into: Tensor | None = None) -> PackedLinear:
-    """A layer's weight (n, k) float32, bfloat16, or int8 with scale (n,), in panels; `into`: bytes to pack it into."""
+    """Pack a layer's weight (n, k), which is float32, bfloat16, or int8 with scale (n,), into panels.
+
+    The weight is packed into the bytes `into`, or into new memory. Raises ValueError if arguments do not go together.
+    """
     weight, bias, scale = linear
     if weight.dim() != 2 or 0 in weight.shape or weight.dtype not in _TYPES or weight.device.type != "cpu":
         raise ValueError(
@@ -103,7 +111,7 @@ def pack_linear(linear: LinearWeights, into: Tensor | None = None) -> PackedLine
         )
     n, k = weight.shape
     if (scale is not None) != (weight.dtype == torch.int8):
-        raise ValueError("pack_linear: scale belongs to int8 weights, and they need one")
+        raise ValueError(f"pack_linear: an int8 weight needs scale, no other takes one; got {weight.dtype}")
     for name, tensor in (("bias", bias), ("scale", scale)):
         if tensor is not None and tensor.shape != (n,):
             raise ValueError(f"pack_linear: {name} must be ({n},); got {tuple(tensor.shape)}")
@@ -150,9 +158,10 @@ def linear(
     x: Tensor, linear: PackedLinear, *, layer_norm: PackedNorm | None = None, activation: str = "linear",
     residual: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """activation(LN(x) weight^T + bias) + residual: x (R, k) float32 -> (R, n) float32.
+    """activation(LN(x) weight^T + bias) + residual, for x (R, k) float32 -> (R, n) float32.
 
-    The operands of the product are of the weight's dtype. `out` may be `residual`. ValueError for what does not fit.
+    The operands of the product are rounded to the weight's dtype. `out` may be `residual`. Raises ValueError if
+    arguments do not go together.
     """
     _check_rows("linear: x", x, linear.k)
     if activation not in native.ACTIVATIONS:
@@ -190,9 +199,9 @@ def linear(
 
 
 def cache_struct(keys: Tensor, values: Tensor) -> structs.Cache:
-    """Of keys, values (L, S, H, T, D) float32 or bfloat16, of one set of strides, contiguous in T and D.
+    """The struct of a cache: keys and values (L, S, H, T, D), float32 or bfloat16.
 
-    ValueError for others.
+    They must have the same strides and be contiguous in T and D; else it raises ValueError.
     """
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dim() != 5 or tensor.dtype not in _CACHE_DTYPES or tensor.device.type != "cpu":
@@ -214,7 +223,7 @@ def cache_struct(keys: Tensor, values: Tensor) -> structs.Cache:
 
 
 class RowTensors(NamedTuple):
-    """Rows of a call, int32: see Rows in api.h."""
+    """The rows of a call as int32 tensors; see Rows in api.h."""
 
     slots: Tensor
     starts: Tensor
@@ -232,7 +241,7 @@ class RowTensors(NamedTuple):
 
     @staticmethod
     def plan(num_rows: int, num_heads: int) -> tuple[Tensor, Tensor]:
-        """What the extension fills in: tasks, done."""
+        """The tensors that the extension fills in: tasks and done."""
         return torch.zeros(num_rows + 1, dtype=torch.int32), torch.zeros(num_rows * num_heads, dtype=torch.int32)
 
     def struct(self, num_rows: int, num_tokens: int) -> structs.Rows:
@@ -240,14 +249,14 @@ class RowTensors(NamedTuple):
 
 
 def _num_parts(num_rows: int, num_heads: int, capacity: int, head_size: int, layout: Layout) -> int:
-    """Numbers that the parts of the rows' attention take."""
+    """How many float32 numbers the partial results of the rows' attention take."""
     return num_rows * num_heads * -(-capacity // layout.key_split) * (-(-head_size // 16) * 16 + 16)
 
 
 def _check_rows_of(name: str, slots: Sequence[int], counts: Sequence[int], pasts: Sequence[int]) -> None:
     if not len(slots) == len(counts) == len(pasts) or len(set(slots)) != len(slots) or min(counts, default=1) < 1:
         raise ValueError(
-            f"{name}: slots (all different), counts (1 or more) and pasts must have one entry a row; "
+            f"{name}: slots (all different), counts (1 or more) and pasts must have one entry per row; "
             f"got {list(slots)}, {list(counts)} and {list(pasts)}"
         )
 
@@ -256,10 +265,11 @@ def attention(
     qkv: Tensor, keys: Tensor, values: Tensor, layer: int, slots: Sequence[int], counts: Sequence[int],
     pasts: Sequence[int], *, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Append the rows' new tokens of qkv (N, 3C) float32 to a layer of the cache and attend; (N, C).
+    """Append the new tokens of qkv (N, 3C) float32 to one layer of the cache, then attend to it -> (N, C).
 
-    Row r has counts[r] tokens of qkv, after those of the rows before it, and slot slots[r] of the cache holds pasts[r]
-    tokens. A row that does not fit the cache is NaN and leaves it as it is. ValueError for arguments that do not fit.
+    Row r has counts[r] new tokens in qkv, after those of earlier rows. Its cache slot slots[r] already holds pasts[r]
+    tokens. A row that does not fit in its slot gives NaN and leaves the cache unchanged. Raises ValueError if arguments
+    do not go together.
     """
     cache = cache_struct(keys, values)
     L, _, H, _, D = keys.shape
@@ -313,13 +323,13 @@ def _sampling_struct(sampling: SlotSampling, num_slots: int, vocab: int) -> stru
                 f"{tensor.device}"
             )
     if sampling.penalty is not None and sampling.seen is None:
-        raise ValueError("a repetition penalty needs the tokens that were seen")
+        raise ValueError("a repetition penalty needs `seen` (S, V); got None")
     stride = 0 if sampling.seen is None else sampling.seen.stride(0)
     return structs.Sampling(*(_address(t) for t in sampling), stride)
 
 
 def sample(logits: Tensor, slots: Tensor, state: SlotState, sampling: SlotSampling) -> None:
-    """The next token of each of the slots (R,) int32 from logits (R, V) float32, into the slots' state."""
+    """Choose the next token of the slots (R,) int32 from logits (R, V) float32, and write it to the slots' state."""
     R, V = logits.shape
     _check_rows("sample: logits", logits, V)
     if slots.shape != (R,) or slots.dtype != torch.int32 or not slots.is_contiguous() or V == 0:
@@ -339,7 +349,10 @@ def sample_rows(
     logits: Tensor, ids: Tensor, logprobs: Tensor, slots: Tensor | None, settings: dict[str, Tensor | None],
     seen: Tensor | None, mark_seen: bool,
 ) -> None:  # fmt: skip
-    """What `ops.sample` calls: a token for every row of logits (R, V), into ids and logprobs (S,) at `slots`."""
+    """Choose a token for every row of logits (R, V), and write it to ids and logprobs (S,) at `slots`.
+
+    `ops.sample` calls it.
+    """
     R = logits.shape[0]
     at = torch.arange(R) if slots is None else slots.long()
     rows = {name: None if t is None else t[at].contiguous() for name, t in settings.items()}
@@ -347,7 +360,7 @@ def sample_rows(
     state = SlotState.idle(R, logits.device)
     if keys is not None and positions is not None:
         state = state._replace(keys=keys.long(), produced=positions)
-    # A copy of the rows of `seen`, for the extension marks what it chooses.
+    # A copy of the rows of `seen`, because the extension marks the tokens that it chooses.
     penalized = None if penalty is None or seen is None else seen[at].bool()
     sampling = SlotSampling(**rows, penalty=penalty, seen=penalized)
     wide = logits.detach().float()
@@ -372,7 +385,7 @@ class PackedLayer(NamedTuple):
 
 
 class PackedWeights(NamedTuple):
-    """A model's weights for the native step: the linear layers packed into one piece of memory, the rest float32."""
+    """A model's weights for the native step: linear layers packed into one block of memory, the rest in float32."""
 
     layers: tuple[PackedLayer, ...]
     ln_f: PackedNorm
@@ -389,7 +402,7 @@ def pack_weights(weights: StepWeights) -> PackedWeights:
 
     linears = [m for layer in weights.layers for m in (layer.qkv, layer.projection, layer.up, layer.down)]
     linears.append(weights.head)
-    # One piece, at the start of a large page.
+    # One block of memory that begins at a large page.
     memory = torch.empty(sum(map(size, linears)) + 2 * native.LARGE_PAGE, dtype=torch.uint8)
     offset = -native.use_large_pages(memory).data_ptr() % native.LARGE_PAGE
     packed = []
@@ -425,7 +438,7 @@ def why_not_step(weights: StepWeights) -> str | None:
 
 
 class _Buffers:
-    """What the phases of a forward pass hand on, for up to `num_tokens` tokens of `num_rows` rows."""
+    """Buffers between the phases of a forward pass, for up to `num_tokens` tokens in `num_rows` rows."""
 
     def __init__(self, step: DecodeStep, num_tokens: int, num_rows: int) -> None:
         C, inner, layout = step.width, step.inner, step.layout
@@ -440,7 +453,7 @@ class _Buffers:
         # Rows of logits begin at multiples of 64 bytes.
         self.logits = torch.empty(num_rows, -(-step.vocab // 16) * 16)[:, : step.vocab]
         self.active = torch.empty(num_rows, dtype=torch.int32)
-        self.parts = torch.empty(0)  # for the cache in use
+        self.parts = torch.empty(0)  # its size depends on the cache; see `_arguments`
         self.scratch = torch.empty(self.threads * layout.scratch_bytes, dtype=torch.uint8)
 
     def fit(self, num_tokens: int, num_rows: int) -> bool:
@@ -448,12 +461,21 @@ class _Buffers:
 
 
 class DecodeStep:
-    """A decoding step as one call, over the slots' state and a cache in float32 or bfloat16 (`cache_dtype`).
+    """A decoding step as one call into the extension. `prefill` runs on the same weights.
 
-    `prefill` runs on the same weights.
+    The weights are packed when the step is made. This copy does not see later changes of the model's weights.
 
-    The weights are packed when it is made: a copy, which does not follow the model's. weight dtypes float32, bfloat16
-    or int8 with scales. Raises ValueError where `why_not_step` says why.
+    Args:
+        weights: the weights of the model. Linear layers are float32, bfloat16, or int8 with scales.
+        slots: the state of every slot.
+        sampling: how the tokens of every slot are chosen.
+        stop_ids: the ids of the stop tokens.
+        max_rows: the most rows that a step decodes.
+        cache_dtype: float32 or bfloat16.
+        packed: the result of `pack_weights(weights)`, to be shared by several steps. None packs the weights now.
+
+    Raises:
+        ValueError: The step cannot use these weights (see `why_not_step`) or this cache dtype.
     """
 
     def __init__(
@@ -485,8 +507,8 @@ class DecodeStep:
         self.keys = self.values = torch.empty(0)
         self._step: tuple[_Buffers, RowTensors, structs.ForwardArgs] | None = None
         self._prefill: _Buffers | None = None
-        self.times: Tensor | None = None  # (8,) float64: seconds of PHASES are added, for a profile
-        # What the steps of a call chose, by step and slot.
+        self.times: Tensor | None = None  # (8,) float64, to which each step adds the seconds of PHASES, for a profile
+        # The tokens that the steps of a call chose, by step and slot.
         self.tokens = torch.zeros(MAX_STEPS, len(slots.tokens), dtype=torch.int32)
         self.logprobs = torch.zeros(MAX_STEPS, len(slots.tokens))
 
@@ -495,7 +517,7 @@ class DecodeStep:
         return Layout.of(self.vocab, self.context, self.width // self.num_heads, max(self.width, self.inner))
 
     def use_cache(self, keys: Tensor, values: Tensor) -> None:
-        """The cache of this step and those after it: keys, values (L, S, H, T, D) of one set of strides."""
+        """Use this cache from now on: keys and values (L, S, H, T, D), which must have the same strides."""
         cache = cache_struct(keys, values)
         L, _, H, _, D = keys.shape
         if (len(self._layers), self.num_heads, self.width // self.num_heads, self.cache_dtype) != (L, H, D, keys.dtype):
@@ -507,10 +529,19 @@ class DecodeStep:
         self._step = self._prefill = None
 
     def run(self, slots: Tensor, steps: int = 1) -> int:
-        """A token for each of the slots (R,) int32, no two the same. A row that has ended stands still.
+        """Decode a token for each of the slots, up to `steps` times. A row that has ended is left alone.
 
-        Up to `steps` times, and MAX_STEPS, until one of the rows has ended; how many. They are in `tokens` and
-        `logprobs`. A signal is attended to between two of them.
+        It stops early after a step in which a row has ended. Signals are handled between two steps.
+
+        Args:
+            slots: (R,) int32, no two the same.
+            steps: how many steps to run at most; no more than `MAX_STEPS` are run.
+
+        Returns:
+            How many steps were run. Their tokens are in `tokens` and `logprobs`.
+
+        Raises:
+            ValueError: `slots` does not fit, or there is no cache.
         """
         R = slots.shape[0]
         if slots.dim() != 1 or slots.dtype != torch.int32 or not slots.is_contiguous() or self.max_rows < R:
@@ -531,18 +562,27 @@ class DecodeStep:
         return int(args.steps_done)
 
     def step_logits(self, num_rows: int) -> Tensor:
-        """Logits (R, V) of the last `run` for those of its rows that went on, in their order; `run` overwrites them."""
+        """The logits (R, V) of the latest step, for its rows that had not ended, in order. `run` overwrites them."""
         if self._step is None:
-            raise ValueError("step_logits: no step was run")
+            raise ValueError("step_logits: there are no logits before the first step; call run first")
         return self._step[0].logits[:num_rows]
 
     def prefill(
         self, token_ids: Tensor, slots: Sequence[int], counts: Sequence[int], pasts: Sequence[int] | None = None
     ) -> Tensor:
-        """Append counts[r] tokens of token_ids (N,) int64 to each of the slots; logits (R, V) float32 of the last ones.
+        """Append tokens to the cache slots. The slots' state is neither read nor written.
 
-        The slots hold pasts[r] tokens (None: none) already; their state is neither read nor written. ValueError for
-        tokens or rows that do not fit.
+        Args:
+            token_ids: (N,) int64, the tokens of all rows, row after row.
+            slots: the cache slot of each row, no two the same.
+            counts: how many tokens each row has.
+            pasts: how many tokens each row's slot already holds. None means that all are empty.
+
+        Returns:
+            The logits (R, V) float32 after the last token of each row.
+
+        Raises:
+            ValueError: Tokens or rows do not fit, or there is no cache.
         """
         pasts = [0] * len(slots) if pasts is None else pasts
         _check_rows_of("prefill", slots, counts, pasts)
@@ -557,7 +597,7 @@ class DecodeStep:
         for slot, count, past in zip(slots, counts, pasts, strict=True):
             if not 0 <= slot < self._cache.slots or past < 0 or past + count > room:
                 raise ValueError(
-                    f"prefill: slots are 0 .. {self._cache.slots - 1} with room for {room} tokens; "
+                    f"prefill: slots must be in 0 .. {self._cache.slots - 1} with room for {room} tokens; "
                     f"got slot {slot}, {past} tokens and {count} more"
                 )
         token_ids = token_ids.contiguous()
@@ -590,7 +630,7 @@ class DecodeStep:
         return buffers.logits[:R]
 
     def choose(self, logits: Tensor, slots: Tensor) -> None:
-        """The next token of each of the slots (R,) int32 from logits (R, V) float32, into the slots' state."""
+        """Choose the next token of the slots (R,) int32 from logits (R, V) float32, and write it to the state."""
         sample(logits, slots, self.slots, self.sampling)
 
     def _arguments(

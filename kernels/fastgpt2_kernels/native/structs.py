@@ -1,4 +1,4 @@
-"""The arguments of the extension's operations, field by field as in kernels/native/api.h."""
+"""The arguments of the extension's operations: the structs of kernels/native/api.h, field by field."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Every operator takes `backend="auto" | "triton" | "native" | "torch"`. "auto" is Triton on a GPU and native on a CPU
 where the operator has such a kernel, and PyTorch's own operators otherwise. `why_not_triton` and `why_not_native` say
 in one sentence why a backend is not used.
-Checks look at shapes, dtypes and devices. Values are looked at on the CPU only, where that costs no synchronisation.
+Checks look at shapes, dtypes and devices. They look at values only on a CPU, where this needs no synchronisation.
 
 Dimension key: B batch, T query tokens, S key tokens, H heads, D head size, C = H * D width, N rows, V vocabulary.
 """

@@ -26,10 +26,10 @@ from fastgpt2_kernels.torch import decode as torch_decode
 from fastgpt2_kernels.types import AttentionOptions, DecodeRows, Documents, KernelPlan, RowPlan
 
 MAX_HEAD_SIZE = 256
-# Float32 products outside the tensor cores would spill beyond this; PyTorch's operator does not.
+# With larger heads, exact float32 products (outside the tensor cores) spill registers. PyTorch's operator does not.
 MAX_FLOAT32_HEAD_SIZE = 128
 MAX_ROW_STRIDE = 2**23  # offsets within a tile of up to 256 rows are 32-bit
-MAX_DECODE_TOKENS = 8  # new tokens of a row that go through decode_attention
+MAX_DECODE_TOKENS = 8  # the most new tokens of a row that decode_attention takes
 
 
 def plan_documents(cu_seqlens: Tensor, num_tokens: int) -> Documents:
@@ -37,11 +37,15 @@ def plan_documents(cu_seqlens: Tensor, num_tokens: int) -> Documents:
 
     Args:
         cu_seqlens: (documents + 1,) int32 or int64. Document i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
-            The numbers rise from 0. Tokens past the last number belong to no document: their outputs are 0.
+            The numbers rise from 0 to T. On a GPU they are not checked, and the Triton backend gives 0 for tokens past
+            the last number.
         num_tokens: the number T of tokens in the row.
 
+    Returns:
+        The plan, on the device of `cu_seqlens`.
+
     Raises:
-        ValueError: The shape or dtype does not fit. On a CPU also: the numbers do not rise from 0 to at most T.
+        ValueError: The shape or dtype does not fit. On a CPU also: the numbers do not rise from 0 to T.
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -102,7 +106,7 @@ def causal_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention: softmax(scale q k^T) v.
 
-    Query t sees the keys 0 to S - T + t. So the last query sees every key, which is what new tokens after a cache need.
+    Query t sees the keys 0 to S - T + t. So the last query sees every key, as new tokens after cached ones must.
 
     Args:
         q: (B, H, T, D), float32, bfloat16, float16 or float64.
@@ -112,10 +116,10 @@ def causal_attention(
         lengths: (B,) int32 or int64, only for T = S. Tokens of row b from lengths[b] on are padding: they are never
             read, and their outputs and gradients are 0.
         dropout_p: the probability with which an attention weight is dropped.
-        dropout_seed: (2,) int64, a seed and an offset. With it the mask comes from Philox and is the same on every
-            backend (`reference.dropout_keep`). Without it PyTorch's generator draws.
-        upcast: compute scores and softmax of half precision in float32, as transformers' `reorder_and_upcast_attn`
-            does. The Triton backend always does.
+        dropout_seed: (2,) int64, a seed and an offset. With it, Philox draws the dropout mask, and the mask is the same
+            on every backend (`reference.dropout_keep`). Without it, PyTorch's generator is used.
+        upcast: compute scores and softmax of half-precision inputs in float32, as transformers'
+            `reorder_and_upcast_attn` does. The Triton backend always does.
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", "triton" or "torch".
 
@@ -127,9 +131,9 @@ def causal_attention(
         ValueError: Shapes, dtypes or devices do not go together, or the backend cannot be used.
 
     Notes:
-        The Triton backend (FlashAttention-2, Dao 2023) takes D up to 256 and any strides but the last one's. It has no
-        second derivatives. float32 is multiplied exactly, unless `torch.set_float32_matmul_precision` allows tf32.
-        Under autocast float32 inputs become the autocast dtype.
+        The Triton backend (FlashAttention-2, Dao 2023) takes D up to 256. The last dimension must have stride 1; other
+        strides are free. It has no second derivatives. float32 is multiplied exactly, unless
+        `torch.set_float32_matmul_precision` allows tf32. Under autocast, float32 inputs become the autocast dtype.
 
     Example:
         >>> q = k = v = torch.randn(1, 2, 5, 16)
@@ -145,11 +149,11 @@ def causal_attention(
     B, _, T, D = q.shape
     S = k.shape[2]
     if S < T:
-        raise ValueError(f"{name}: needs at least as many keys as queries; got {S} < {T}")
+        raise ValueError(f"{name}: needs at least as many keys as queries; got {S} keys and {T} queries")
     q, k, v = (_autocast(x) for x in (q, k, v))
     check_same(name, q=q, k=k, v=v)
     if lengths is not None and S != T:
-        raise ValueError(f"{name}: lengths are for as many keys as queries; got {S} keys and {T} queries")
+        raise ValueError(f"{name}: lengths need as many keys as queries; got {S} keys and {T} queries")
     lengths = _check_lengths(name, lengths, B, T, q.device)
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     _check_dropout(name, dropout_p, dropout_seed, q.device)
@@ -201,12 +205,12 @@ def causal_attention_packed(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal self-attention on the packed projection, read where it lies.
+    """Causal self-attention on packed QKV, which is read in place.
 
     Args:
         qkv: (B, T, 3C): queries, then keys, then values, as GPT-2's `c_attn` makes them.
         num_heads: the number H of heads; C must be a multiple of it.
-        cu_seqlens: (documents + 1,), or what `plan_documents` made of it. The T tokens of the one row (B = 1) are then
+        cu_seqlens: (documents + 1,), or the result of `plan_documents`. B must be 1. The T tokens of the row are then
             documents laid end to end, and no document sees another. The PyTorch backend reads it on the host.
         scale, lengths, dropout_p, dropout_seed, upcast, return_lse, backend: as in `causal_attention`.
 
@@ -239,7 +243,9 @@ def causal_attention_packed(
         if documents.starts.shape[0] != T:
             raise ValueError(f"{name}: the documents were planned for {documents.starts.shape[0]} tokens; got {T}")
         if documents.starts.device != qkv.device:
-            raise ValueError(f"{name}: qkv is on {qkv.device}, cu_seqlens on {documents.starts.device}")
+            raise ValueError(
+                f"{name}: qkv and cu_seqlens must be on one device; got {qkv.device} and {documents.starts.device}"
+            )
     lengths = _check_lengths(name, lengths, B, T, qkv.device)
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     _check_dropout(name, dropout_p, dropout_seed, qkv.device)
@@ -253,18 +259,18 @@ def causal_attention_packed(
 
 
 def _why_not_triton(*tensors: Tensor, head_size: int | None = None) -> str | None:
-    """Why these queries, keys and values (or all in one) are none for the Triton kernel."""
+    """Why the Triton kernel cannot take these queries, keys and values (or packed QKV); None if it can."""
     dtype, D = tensors[0].dtype, head_size or tensors[0].shape[-1]
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16; got {dtype}"
     if D > MAX_HEAD_SIZE:
         return f"it takes head sizes up to {MAX_HEAD_SIZE}; got {D}"
-    if D > MAX_FLOAT32_HEAD_SIZE and dtype == torch.float32 and torch.version.hip:  # not all of AMD's have tf32
+    if D > MAX_FLOAT32_HEAD_SIZE and dtype == torch.float32 and torch.version.hip:  # not all have tf32
         return f"on AMD's GPUs it takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}; got {D}"
     if D > MAX_FLOAT32_HEAD_SIZE and dtype == torch.float32 and is_float32_exact():
         return (
-            f"it takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, beyond that in tf32; got {D}: "
-            "torch.set_float32_matmul_precision('high') allows it"
+            f"it takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, and larger ones only in tf32; got {D}: "
+            "call torch.set_float32_matmul_precision('high') to allow tf32"
         )
     if D > 1 and any(x.stride(-1) != 1 for x in tensors):
         got = ", ".join(str(x.stride(-1)) for x in tensors)
@@ -275,6 +281,7 @@ def _why_not_triton(*tensors: Tensor, head_size: int | None = None) -> str | Non
 
 
 def _autocast(x: Tensor) -> Tensor:
+    """x, in the autocast dtype if it is float32 and autocast is on."""
     device = x.device.type
     if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
@@ -287,7 +294,7 @@ def _check_lengths(operator: str, lengths: Tensor | None, B: int, T: int, device
     if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{operator}: lengths must be int32 or int64 of shape ({B},); got {describe(lengths)}")
     if lengths.device != device:
-        raise ValueError(f"{operator}: the inputs are on {device}, lengths on {lengths.device}")
+        raise ValueError(f"{operator}: lengths must be on {device}, like the inputs; got {lengths.device}")
     if device.type == "cpu" and not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > T)).any():
         raise ValueError(f"{operator}: lengths must be in [0, T={T}]; got {lengths.tolist()}")
     return lengths.to(torch.int32)
@@ -311,16 +318,19 @@ def _check_dropout(operator: str, dropout_p: float, seed: Tensor | None, device:
 def plan_rows(
     slots: Sequence[int], counts: Sequence[int], lengths: Sequence[int], device: torch.device | str = "cpu"
 ) -> RowPlan:
-    """Plan one step of `cached_attention`. Make it once a step and pass it to every layer.
+    """Plan one step of `cached_attention`. Make one plan per step and pass it to every layer.
 
     Args:
-        slots: the cache slot of each row; no slot twice.
+        slots: the cache slot of each row. No slot may be in two rows.
         counts: how many new tokens each row adds, at least 1.
-        lengths: how many tokens each row's slot holds already.
+        lengths: how many tokens each row's slot already holds.
         device: where the caches are.
 
+    Returns:
+        The plan, on `device`.
+
     Raises:
-        ValueError: A row adds no token, or a slot is in two rows.
+        ValueError: A row adds no token, a length is negative, or a slot is in two rows.
     """
     rows = tuple(zip(slots, counts, lengths, strict=True))
     if any(count < 1 or past < 0 for _, count, past in rows):
@@ -355,7 +365,7 @@ def _plan_kernels(rows: Sequence[tuple[int, int, int]], device: torch.device | s
     slot_lengths = [0] * (1 + max(slot for slot, _, _ in rows))
     for slot, _, past in rows:
         slot_lengths[slot] = past
-    # One copy to the device for all of them.
+    # All numbers go to the device in one copy.
     parts = [slot_lengths, *zip(*one, strict=True), *zip(*few, strict=True)]
     parts += ([border - borders[0] for border in borders] for borders in fresh)
     flat = to_device([number for part in parts for number in part], device, torch.int32)
@@ -383,26 +393,29 @@ def cached_attention(
     upcast: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Append new tokens to a KV cache, and attend to what it then holds.
+    """Append new tokens to a KV cache, then attend to it.
 
-    Each new token sees the earlier tokens of its slot and itself. There are no gradients: the caches are overwritten.
+    Each new token sees itself and the earlier tokens of its slot. There are no gradients, because the caches are
+    overwritten.
 
     Args:
-        qkv: (N, 3C): the packed projection of N new tokens, row after row of `plan`.
-        k_cache: (slots, H, S, D), in qkv's dtype or float32. The new keys are written into it.
+        qkv: (N, 3C), the packed projection of N new tokens, in the order of the rows of `plan`.
+        k_cache: (slots, H, S, D), in qkv's dtype or float32. The new keys are written to it.
         v_cache: the same for the values.
-        plan: what `plan_rows` made.
+        plan: the result of `plan_rows`.
         scale, upcast, backend: as in `causal_attention`.
 
     Returns:
         The outputs (N, C).
 
     Raises:
-        ValueError: The cache is too short, or the shapes do not go together.
+        ValueError: A cache slot is too short, shapes, dtypes or devices do not go together, or the backend cannot be
+            used.
 
     Notes:
-        On Triton, neighbouring rows without earlier tokens (prefill) are one launch, as documents of one packed row.
-        Rows of up to 8 new tokens after earlier ones go through `decode_attention` together, longer ones one by one.
+        On Triton, neighbouring rows without cached tokens (prefill) take one kernel launch, as documents of one packed
+        row. Rows with cached tokens and up to 8 new ones go through `decode_attention` together. Rows with cached
+        tokens and more new ones run one by one.
     """
     name = "cached_attention"
     R, H, S, D = _check_cache(name, qkv, k_cache, v_cache)
@@ -424,7 +437,7 @@ def cached_attention(
         except KernelFailedError as error:
             if backend != "auto":
                 raise
-            note_failure(name, qkv.device, error, size)  # what the caches have by now is written once more
+            note_failure(name, qkv.device, error, size)  # PyTorch's operators write the new tokens to the caches again
     return torch_decode.cached_attention(qkv, k_cache, v_cache, plan, AttentionOptions(scale, upcast=upcast))
 
 
@@ -465,20 +478,37 @@ def decode_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Append up to 8 new tokens a row to a KV cache and attend: qkv (N, 3C), the packed projection -> (N, C).
+    """Append up to 8 new tokens per row to a KV cache, then attend to it.
 
-    k_cache, v_cache (slots, H, S, D), in qkv's dtype or float32, are written in place. `lengths` (slots,): tokens that
-    each slot holds; it stays as it is. `starts`, `counts` (R,): row r has counts[r] tokens, 0 to 8, from token
-    starts[r] of the N on; None: N rows of one token. `slots` (R,): the rows' cache slots, no two the same; None: slot
-    r. All int32 or int64. A token sees its slot's earlier tokens, the row's new ones up to itself and nothing else; a
-    token that is in no row gives 0. `scale` defaults to 1/sqrt(D). Not differentiable.
+    A token sees the cached tokens of its slot, and the new tokens of its row up to itself. There are no gradients.
 
-    Nothing waits for the device, so a CUDA graph may hold it: on a GPU the values of the integers are not looked at,
-    and a row that has too many tokens, does not fit in its cache or names a slot or tokens that there are not writes
-    nothing to the cache and gives NaN. The PyTorch backend reads them on the host, row by row. On Triton a row's result
-    is the same to the bit whatever the other rows are (keys are split as Flash-Decoding does, Dao et al. 2023, at
-    places that depend on dtype and D alone). Raises ValueError for shapes, dtypes or devices that do not go together,
-    and where values are looked at for rows that do not fit.
+    Args:
+        qkv: (N, 3C), the packed projection of N new tokens.
+        k_cache: (slots, H, S, D), in qkv's dtype or float32. The new keys are written to it.
+        v_cache: the same for the values.
+        lengths: (slots,) int32 or int64, how many tokens each slot holds. It is not changed.
+        starts: (R,) int32 or int64, the index of each row's first token among the N. With starts and counts None, there
+            are N rows of one token each.
+        counts: (R,) int32 or int64, how many tokens each row has, 0 to 8.
+        slots: (R,) int32 or int64, the cache slot of each row, no two the same. With None, row r uses slot r.
+        scale: what the scores are multiplied by, 1 / sqrt(D) by default.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The outputs (N, C). A token that is in no row gives 0.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not go together, or the backend cannot be used. On a CPU, and on the
+            PyTorch backend, also: a row has too many tokens, does not fit in its slot, or names a slot or tokens that
+            do not exist.
+
+    Notes:
+        The Triton backend never makes the host wait for the device, so a CUDA graph can capture it. On a GPU it does
+        not check the values of the integers: such a bad row gives NaN and writes nothing to the cache. The PyTorch
+        backend reads the integers on the host, and runs the rows one by one.
+
+        On Triton a row's result is bitwise the same whatever the other rows are. Keys are split as in Flash-Decoding
+        (Dao et al. 2023), at positions that depend only on the dtype and D.
     """
     name = "decode_attention"
     num_slots, H, _, D = _check_cache(name, qkv, k_cache, v_cache)
@@ -494,7 +524,9 @@ def decode_attention(
         for what, given in (("starts", starts), ("counts", counts), ("slots", slots))
     )
     if slots is None and num_rows > num_slots:
-        raise ValueError(f"{name}: row r is slot r without slots; got {num_rows} rows and {num_slots} cache slots")
+        raise ValueError(
+            f"{name}: without slots, row r uses cache slot r; got {num_rows} rows and {num_slots} cache slots"
+        )
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     size = (D, qkv.dtype, k_cache.dtype)
     chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache), size)
@@ -517,7 +549,7 @@ def _check_rows(
     counts: Tensor | None,
     slots: Tensor | None,
 ) -> None:
-    """Looks at the values of the rows' tensors."""
+    """Raise ValueError unless the values of the rows' tensors are valid. Reads them on the host."""
     held = lengths.tolist()
     slot_R = list(range(num_rows)) if slots is None else slots.tolist()
     start_R = list(range(num_rows)) if starts is None else starts.tolist()
@@ -526,7 +558,8 @@ def _check_rows(
     for slot, start, count in zip(slot_R, start_R, count_R, strict=True):
         if not 0 <= count <= MAX_DECODE_TOKENS or start < 0 or start + count > N:
             raise ValueError(
-                f"{name}: a row has 0 to {MAX_DECODE_TOKENS} of the {N} tokens; got {count} from token {start} on"
+                f"{name}: a row must have 0 to {MAX_DECODE_TOKENS} of the {N} tokens; "
+                f"got {count} tokens from token {start} on"
             )
         if not 0 <= slot < len(held):
             raise ValueError(f"{name}: slots must be in [0, {len(held)}); got {slot}")
@@ -541,7 +574,7 @@ def _check_rows(
 
 
 def _check_cache(name: str, qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[int, ...]:
-    """The caches' shape (slots, H, S, D)."""
+    """Check the caches and qkv; return the shape (slots, H, S, D) of the caches."""
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"{name}: k_cache and v_cache must share shape (R, H, S, D); "
@@ -554,7 +587,7 @@ def _check_cache(name: str, qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> tu
     if k_cache.dtype not in (qkv.dtype, torch.float32):
         raise ValueError(f"{name}: the caches must be {qkv.dtype} as qkv or float32; got {k_cache.dtype}")
     if k_cache.device != qkv.device:
-        raise ValueError(f"{name}: qkv is on {qkv.device}, the caches are on {k_cache.device}")
+        raise ValueError(f"{name}: the caches must be on {qkv.device}, like qkv; got {k_cache.device}")
     return tuple(k_cache.shape)
 
 
@@ -576,5 +609,5 @@ def _why_not_triton_decoding(qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> s
     if qkv.stride(1) != 1 or qkv.stride(0) > MAX_ROW_STRIDE:
         return f"qkv must have stride 1 in its last dimension and at most {MAX_ROW_STRIDE} between tokens"
     if any((D > 1 and x.stride(3) != 1) or (x.shape[2] > 1 and x.stride(2) != D) for x in (k_cache, v_cache)):
-        return "the caches' last two dimensions, tokens and head size, must lie without gaps"
+        return "the last two dimensions of the caches, tokens and head size, must be contiguous"
     return None

@@ -137,20 +137,22 @@ def decode_step(
     """Build a decode step for up to `max_rows` rows over the state of the slots.
 
     Args:
-        weights: The weights of the model.
-        slots: The state of every slot.
-        sampling: How the tokens of every slot are chosen.
-        stop_ids: The ids of the stop tokens.
-        max_rows: The most rows that a step decodes.
-        cache_dtype: The dtype of the key-value cache.
-        packed: The result of `pack_step_weights(weights)`, for the native backend. None packs the weights now.
-        backend: the backend, or "auto".
+        weights: the weights of the model. The Triton backend reads them in place. The native backend copies them when
+            the step is built, so it does not see later changes.
+        slots: the state of every slot. The step reads and updates it.
+        sampling: how the tokens of every slot are chosen.
+        stop_ids: the ids of the stop tokens, 1-D.
+        max_rows: the most rows that a step decodes.
+        cache_dtype: the dtype of the KV cache; float32 or bfloat16 on the native backend.
+        packed: the result of `pack_step_weights(weights)`, only for the native backend. None packs the weights now.
+        backend: "auto", "triton" or "native". There is no PyTorch version.
 
     Returns:
-        `triton.decode.step.DecodeStep` on a GPU, `native.decode.DecodeStep` on a CPU.
+        `triton.decode.step.DecodeStep` or `native.decode.DecodeStep`. Call its `use_cache` before `run`.
 
     Raises:
-        ValueError: The backend cannot be used, or cannot serve these weights.
+        ValueError: The backend cannot be used. The native backend also raises if it cannot use these weights or this
+            cache dtype.
     """
     chosen = choose_backend("decode_step", weights.wte.device, backend)
     options = {} if packed is None else {"packed": packed}
@@ -161,8 +163,14 @@ def decode_step(
 def pack_step_weights(weights: StepWeights) -> PackedWeights:
     """Copy the weights of a decode step into the layout of the native backend. Several steps can share the copy.
 
+    Args:
+        weights: the weights of the model, on the CPU. Linear layers must be float32, bfloat16 or int8.
+
+    Returns:
+        The packed weights, for the argument `packed` of `decode_step`.
+
     Raises:
-        ValueError: The native backend cannot be used.
+        ValueError: The native backend cannot be used, or a linear layer has another dtype.
     """
     choose_backend("decode_step", weights.wte.device, "native")
     return native_decode.pack_weights(weights)

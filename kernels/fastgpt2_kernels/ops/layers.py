@@ -34,8 +34,8 @@ def layer_norm(
     """LayerNorm with bias over the last dimension (Ba et al. 2016), optionally after adding a residual.
 
     Statistics are computed in float32; float64 inputs run on PyTorch's operators, with float64 statistics. Every input
-    is differentiable once. The backward pass adds the two gradients of the residual sum where it computes them. Frozen
-    inputs cost nothing.
+    is differentiable. The Triton backend has no second derivatives. With a residual, its backward kernel also adds the
+    gradient that reaches the sum directly. No gradient is computed for a frozen input.
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.
@@ -101,7 +101,8 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str, *, backend: str =
     """activation(x + bias) in one pass.
 
     The Triton kernel computes in float32 and rounds once, to x's dtype; PyTorch's operators also round the sum. The
-    result is differentiable once, in x and bias. A frozen input costs nothing.
+    result is differentiable in x and bias. The Triton backend has no second derivatives. No gradient is computed for a
+    frozen input.
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.
@@ -173,7 +174,7 @@ def linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be one of {sorted(ACTIVATIONS)}; got {activation!r}")
     if activation != "linear" and residual is not None:
-        raise ValueError("linear: takes an activation or a residual, not both")
+        raise ValueError("linear: give an activation or a residual, not both")
     chosen = choose_backend("linear" if activation == "linear" else "bias_activation", x.device, backend)
     if chosen == "triton":
         return bias_activation(F.linear(x, weight), bias, activation, backend=backend)

@@ -93,13 +93,14 @@ def cross_entropy(
         shift: use the next position's target for each row, without a copy. The last position of each row of B
             does not count. Needs (B, T, V).
         empty: the value of a mean over no rows: "nan" (as in PyTorch) or "zero".
-        check_targets: what to do with a target that is neither `ignore_index` nor in [0, V). It is never used as an
-            index. False: its row's loss and gradient are NaN. True: raise, which waits for the device. A `TargetCheck`:
-            raise where you ask it to. None, the default, is True on a CPU and False on a GPU.
-        fuse_backward: compute the gradient in the forward launch, for when backward is sure to follow. Not with "none".
-            A second backward then raises. PyTorch's operators make no use of it.
-        inplace_backward: let backward write the gradient over the logits. A second backward then raises. PyTorch's
-            operators make no use of it.
+        check_targets: what to do with a target that is neither `ignore_index` nor in [0, V). Such a target is never
+            used as an index. False makes its row's loss and gradient NaN. True raises an error, and waits for the
+            device to find it. A `TargetCheck` raises it when you call `raise_if_bad`. None, the default, is True on a
+            CPU and False on a GPU.
+        fuse_backward: compute the gradient in the forward kernel launch, for when backward is sure to follow. Not for
+            "none". A second backward then raises. PyTorch's operators ignore it.
+        inplace_backward: let backward overwrite the logits with their gradient. A second backward then raises.
+            PyTorch's operators ignore it.
         return_stats: also return `CrossEntropyStats`.
         backend: "auto", "triton" or "torch".
 
@@ -123,14 +124,14 @@ def cross_entropy(
     if logits.shape[-1] == 0:
         raise ValueError(f"{name}: the vocabulary must not be empty; got logits {tuple(logits.shape)}")
     if shift and logits.dim() != 3:
-        raise ValueError(f"{name}: shift=True needs to know the rows: logits (B, T, V); got {tuple(logits.shape)}")
+        raise ValueError(f"{name}: shift=True needs logits of shape (B, T, V); got {tuple(logits.shape)}")
     _check_loss_options(name, logits.shape[-1], reduction, label_smoothing, z_loss, class_weight, empty)
     if fuse_backward and reduction == "none":
         raise ValueError(
-            f"{name}: fuse_backward needs reduction 'mean' or 'sum': with 'none' every row's factor is open"
+            f"{name}: fuse_backward needs reduction 'mean' or 'sum': with 'none' only backward knows the rows' factors"
         )
     if fuse_backward and inplace_backward:
-        raise ValueError(f"{name}: choose fuse_backward or inplace_backward; both were given")
+        raise ValueError(f"{name}: give fuse_backward or inplace_backward, not both")
     given = {
         "logits": logits,
         "targets": targets,
@@ -187,7 +188,7 @@ def _check_targets(
 
 
 def _counted_weight(targets: Tensor, counted: Tensor, class_weight: Tensor | None, shift: bool, empty: str) -> Tensor:
-    """What a mean divides by."""
+    """What a mean divides by: the number of counted rows, or the sum of their targets' class weights."""
     if class_weight is None:
         total = counted.sum().float()
     else:
@@ -219,8 +220,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The cross-entropy of a linear layer's logits, which are never all stored.
 
-    The loss is `cross_entropy(logit_scale * (x @ weight.T + bias), targets)`. It is differentiable once, in x, weight
-    and bias; a frozen one costs nothing.
+    The loss is `cross_entropy(logit_scale * (x @ weight.T + bias), targets)`. It is differentiable in x, weight and
+    bias, but has no second derivatives. No gradient is computed for a frozen input.
 
     Args:
         x: (N, C) or (B, T, C), the hidden states.
@@ -229,27 +230,30 @@ def linear_cross_entropy(
         bias: (V,), or None.
         ignore_index: rows with this target do not count.
         reduction: "mean" over the rows that count, "sum", or "none".
-        num_items_in_batch: what a mean divides by in place of its own count: an int, or a tensor of one element. Give
-            the number of counted targets in all the batches whose gradients are added up, as transformers does.
+        num_items_in_batch: what a mean divides by instead of its own count: an int, or a tensor of one element. With
+            gradient accumulation, give the number of counted targets in all the batches together, as transformers
+            does.
         label_smoothing, z_loss, class_weight, shift, empty, check_targets: as in `cross_entropy`.
         logit_scale: what the logits are multiplied by.
-        accumulate_into_grad: backward adds the weight's gradient to a float32 `weight.grad` that is there already, and
-            needs no other (V, C) buffer. The weight must be a leaf. Backward computes the logits again.
-        chunk_rows: how many rows of logits exist at a time. The default on a GPU is a sixteenth of the rows, from 256
-            to 2048; on a CPU about 32 MB of float32, from 128 to 512 rows.
+        accumulate_into_grad: let backward add the weight's gradient to an existing float32 `weight.grad`, so that it
+            needs no other (V, C) buffer. The weight must be a leaf. Backward computes the logits again. Not under
+            torch.compile.
+        chunk_rows: how many rows of logits exist at a time. The default on a GPU is a sixteenth of the rows, but 256 to
+            2048; on a CPU about 32 MB of float32, but 128 to 512 rows.
         backend: "auto", "triton" or "torch".
 
     Returns:
         The loss, float32 (float64 for float64 inputs); for "none" in the shape of targets.
 
     Raises:
-        ValueError: Arguments do not go together, or a target is bad (see `check_targets` of `cross_entropy`).
-        RuntimeError: A second backward, where the gradients were computed along with the loss (all but "none" and
-            `accumulate_into_grad`).
+        ValueError: Arguments do not go together, a target is bad (see `check_targets` of `cross_entropy`), or the
+            backend cannot be used.
+        RuntimeError: Backward ran a second time, although the gradients were computed along with the loss.
 
     Notes:
-        The gradients are computed along with the loss and handed out by the first backward. Under autocast the matrix
-        products run in its dtype.
+        The gradients are computed along with the loss, and the first backward uses them up. With "none" or
+        `accumulate_into_grad`, backward computes them, and can run again. Under autocast, the matrix products run in
+        the autocast dtype.
 
     Example:
         >>> x, weight = torch.randn(6, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
@@ -269,7 +273,7 @@ def linear_cross_entropy(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias must be ({weight.shape[0]},); got {tuple(bias.shape)}")
     if shift and x.dim() != 3:
-        raise ValueError(f"{name}: shift=True needs to know the rows: x (B, T, C); got {tuple(x.shape)}")
+        raise ValueError(f"{name}: shift=True needs x of shape (B, T, C); got {tuple(x.shape)}")
     _check_loss_options(name, weight.shape[0], reduction, label_smoothing, z_loss, class_weight, empty)
     if not -math.inf < logit_scale < math.inf:  # isfinite cannot be traced with dynamic sizes
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale}")
@@ -277,7 +281,9 @@ def linear_cross_entropy(
         raise ValueError(f"{name}: chunk_rows must be >= 1; got {chunk_rows}")
     _check_num_items(name, num_items_in_batch, reduction)
     if accumulate_into_grad and (not weight.is_leaf or torch.compiler.is_compiling()):
-        raise ValueError(f"{name}: accumulate_into_grad needs a leaf as weight, and eager mode; leave it out here")
+        raise ValueError(
+            f"{name}: accumulate_into_grad needs a leaf as weight and does not work under torch.compile; leave it out"
+        )
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     tensors = {"x": x, "weight": weight, **({"bias": bias} if bias is not None else {})}
     check_same(name, check_dtype=not autocast, **tensors)
@@ -324,7 +330,7 @@ def _check_num_items(operator: str, num_items: int | Tensor | None, reduction: s
     if num_items is None:
         return
     if reduction != "mean":
-        raise ValueError(f"{operator}: num_items_in_batch is what a mean divides by; got it with {reduction!r}")
+        raise ValueError(f"{operator}: num_items_in_batch needs reduction 'mean'; got {reduction!r}")
     if num_items.numel() != 1 if isinstance(num_items, Tensor) else num_items < 1:
         got = describe(num_items) if isinstance(num_items, Tensor) else num_items
         raise ValueError(f"{operator}: num_items_in_batch must be >= 1, or a tensor of one element; got {got}")

@@ -203,7 +203,9 @@ def row_keys(seed: int, prompts: Sequence[int], samples: Sequence[int]) -> Tenso
         ValueError: A number is out of range, or `prompts` and `samples` differ in length.
     """
     if len(prompts) != len(samples):
-        raise ValueError(f"row_keys: prompts and samples must pair up; got {len(prompts)} and {len(samples)}")
+        raise ValueError(
+            f"row_keys: prompts and samples must have the same length; got {len(prompts)} and {len(samples)}"
+        )
     for what, numbers, bits in (("seed", [seed], 64), ("prompts", prompts, 64), ("samples", samples, 32)):
         if not all(0 <= number < 2**bits for number in numbers):
             raise ValueError(f"row_keys: {what} must be in [0, 2^{bits}); got {[*numbers][:4]}")

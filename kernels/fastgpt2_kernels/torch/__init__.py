@@ -1,1 +1,1 @@
-"""The backend "torch": PyTorch's own fused operators, on any device. Called by `ops` with arguments it has checked."""
+"""The backend "torch": PyTorch's own fused operators, on any device. `ops` calls it with checked arguments."""

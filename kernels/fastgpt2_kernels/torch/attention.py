@@ -1,4 +1,4 @@
-"""Attention on PyTorch's own fused operators: causal, of packed projections, of documents laid end to end."""
+"""Attention on PyTorch's own fused operators: causal, with packed QKV, and of documents laid end to end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUERY_BLOCK = 128
 def attention(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, lengths: Tensor | None, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The output (B, H, T, D) and, where it is asked for, the log-sum-exp (B, H, T)."""
+    """The output (B, H, T, D) and, with `return_lse`, the log-sum-exp (B, H, T)."""
     out = causal_attention(q, k, v, options, lengths=lengths)
     return out, attention_lse(q, k, options, lengths=lengths) if return_lse else None
 
@@ -32,7 +32,7 @@ def attention_packed(
     documents: Documents | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output (B, T, C) and, where it is asked for, the log-sum-exp (B, H, T)."""
+    """The output (B, T, C) and, with `return_lse`, the log-sum-exp (B, H, T)."""
     cu_seqlens = None if documents is None else documents.cu_seqlens
     out = causal_attention_packed(qkv, num_heads, options, lengths=lengths, cu_seqlens=cu_seqlens)
     if not return_lse:
@@ -66,9 +66,11 @@ def causal_attention(
 class _DropoutAttention(torch.autograd.Function):
     """Attention with dropout on a CPU, for which PyTorch has no fused kernel.
 
-    Blocks of queries attend to the keys up to their last one. Of the (B, H, T, S) tensors only what was dropped is
-    kept for the backward pass, a byte each; the probabilities P are computed again. With the dropped ones at 0 and the
-    others scaled, P', and the gradient G of the output: dV = P'^T G, dP' = G V^T, and dP from dP' as P' from P.
+    Queries are processed in blocks, each against the keys that its last query sees. For the backward pass only the
+    dropout mask is kept of all (B, H, T, S) tensors, one byte per weight. The probabilities P are computed again.
+
+    Let P' be P with dropped weights at 0 and the others scaled, and G the gradient of the output. Then dV = P'^T G and
+    dP' = G V^T, and dP follows from dP' by the same mask and scale.
     """
 
     @staticmethod
@@ -76,7 +78,7 @@ class _DropoutAttention(torch.autograd.Function):
         wide_q, wide_k, wide_v = _wide(q), _wide(k), _wide(v)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
         dropped = []
-        with torch.autocast("cpu", enabled=False):  # the backward pass, which computes P again, runs without it
+        with torch.autocast("cpu", enabled=False):  # backward runs without autocast, and must compute the same P
             for start, end, seen in _query_blocks(q.shape[2], k.shape[2]):
                 probs = _causal_probs(wide_q[:, :, start:end], wide_k[:, :, :seen], scale)
                 dropped.append(_draw_dropped(probs.shape, dropout_p))
@@ -89,7 +91,7 @@ class _DropoutAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *dropped = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants second derivatives
+        if torch.is_grad_enabled():  # for second derivatives (create_graph=True)
             return *_differentiable_gradients(ctx, q, k, v, dropped, grad), None, None
         wide_q, wide_k, wide_v = _wide(q), _wide(k), _wide(v)
         grad = _wide(grad) * _kept_factor(ctx.dropout_p)
@@ -118,14 +120,14 @@ def _differentiable_gradients(
 
 
 def _query_blocks(T: int, S: int) -> Iterator[tuple[int, int, int]]:
-    """First query, the one past the last, and how many keys the last one sees."""
+    """For each block: its first query, the one past its last, and how many keys its last query sees."""
     for start in range(0, T, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, T)
         yield start, end, end + S - T
 
 
 def _causal_probs(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Probabilities (B, H, n, s) of n queries, the last of which sees all s keys."""
+    """The probabilities (B, H, n, s) of n queries over s keys. The last query sees all keys."""
     n, s = q.shape[2], k.shape[2]
     scores = (q * scale) @ k.transpose(-1, -2)
     scores[..., s - n :].masked_fill_(~reference.causal_mask(n, n, q.device), float("-inf"))
@@ -133,12 +135,15 @@ def _causal_probs(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """(B, H, T, D) laid out in this order, in float32 at least."""
+    """x in float32 or wider, contiguous as (B, H, T, D)."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _draw_dropped(shape: torch.Size, dropout_p: float) -> Tensor:
-    """True with probability `dropout_p`, to within 2^-17: 16 random bits each, a third of the time of `bernoulli_`."""
+    """A mask that is True with probability `dropout_p`, to within 2^-17.
+
+    It takes 16 random bits per element, and a third of the time of `bernoulli_`.
+    """
     count = shape.numel()
     bits = (
         torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count].view(shape)
@@ -152,19 +157,19 @@ def _kept_factor(dropout_p: float) -> float:
 
 
 def attention_lse(q: Tensor, k: Tensor, options: AttentionOptions, *, lengths: Tensor | None = None) -> Tensor:
-    """The softmax's log-sum-exp (B, H, T) in float32 (float64 for float64 inputs), without gradient."""
+    """The log-sum-exp (B, H, T) of the scores, in float32 (float64 for float64 inputs), without gradient."""
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = reference.attention_lse(q.detach().to(wide), k.detach().to(wide), scale=options.scale)
     return lse if lengths is None else lse.masked_fill(_padding(lengths, q.shape[-2]).squeeze(-1), float("-inf"))
 
 
 def _padding(lengths: Tensor, num_tokens: int) -> Tensor:
-    """(B, 1, T, 1) bool, True from each row's length on."""
+    """(B, 1, T, 1) bool, True at padding: each row's tokens from its length on."""
     return (torch.arange(num_tokens, device=lengths.device) >= lengths[:, None])[:, None, :, None]
 
 
 def _upcast_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
-    # The order of operations (baddbmm with alpha, softmax in float32, back to v's dtype) is transformers'.
+    # The operations and their order are those of transformers: baddbmm with alpha, softmax in float32, v's dtype.
     B, H, T, D = q.shape
     S = k.shape[-2]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -178,7 +183,7 @@ def _upcast_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed (..., T, 3C) -> three views (..., H, T, D)."""
+    """Split packed QKV (..., T, 3C) into three views (..., H, T, D)."""
     *lead, T, width = qkv.shape
     q, k, v = qkv.view(*lead, T, 3, num_heads, width // (3 * num_heads)).unbind(-3)
     return q.transpose(-2, -3), k.transpose(-2, -3), v.transpose(-2, -3)
@@ -192,7 +197,7 @@ def causal_attention_packed(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """qkv (B, T, 3C) -> (B, T, C); with `cu_seqlens` B is 1 and each document sees itself only."""
+    """Attention of qkv (B, T, 3C) -> (B, T, C). With `cu_seqlens`, B is 1 and each document sees only itself."""
     if cu_seqlens is None:
         out = causal_attention(*split_heads(qkv, num_heads), options, lengths=lengths)
         return out.transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and the figures of its rows on PyTorch's own operators, and that of a chunk of logits."""
+"""Softmax cross-entropy on PyTorch's own operators, with statistics of its rows, and the loss of a chunk of logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cross_entropy(
     counted: Tensor,
     divisor: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The reduced loss, and (lse, logprob, entropy, correct) of every row where they are asked for."""
+    """The reduced loss, and with `return_stats` (lse, logprob, entropy, correct) of every row."""
     rows = cross_entropy_rows(
         logits,
         reference.shift_targets(targets, options.ignore_index) if options.shift else targets,
@@ -41,7 +41,7 @@ def cross_entropy_rows(
     z_loss: float,
     with_stats: bool,
 ) -> LossRows:
-    """Loss of every row of logits (..., V), targets (...), in float32 (float64 for float64 logits)."""
+    """The loss of every row, for logits (..., V) and targets (...), in float32 (float64 for float64 logits)."""
     V = logits.shape[-1]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     counted = targets != ignore_index
@@ -59,7 +59,7 @@ def cross_entropy_rows(
     if z_loss and lse is not None:
         loss = loss + z_loss * lse.square()
     if logits.device.type != "cpu" or torch.compiler.is_compiling() or is_bad.any():
-        # A bad target makes its row NaN: the loss, and through the sum of its logits the gradient.
+        # With a bad target the loss is NaN times the sum of the row's logits, so their gradient is NaN too.
         rows = flat.masked_fill(~is_bad.reshape(-1, 1), 0.0).sum(-1).view(targets.shape)
         loss = torch.where(is_bad, rows * float("nan"), loss)
     if not with_stats or lse is None:
@@ -76,16 +76,16 @@ def cross_entropy_rows(
 def chunk_loss(
     logits_nV: Tensor, targets: Tensor, class_weight: Tensor | None, row_grad: Tensor | None, options: LossOptions
 ) -> Tensor:
-    """Loss (n,) of logits (n, V), contiguous; they are overwritten: with `row_grad` (n,) by the gradient."""
+    """The loss (n,) of contiguous logits (n, V), which are overwritten, with `row_grad` (n,) by their gradient."""
     V, smoothing = logits_nV.shape[-1], options.label_smoothing
     wide = options.wide_dtype
     target_n = targets.long()
     counted_n = target_n != options.ignore_index
     is_valid_n = (target_n >= 0) & (target_n < V)
     index_n1 = torch.where(counted_n & is_valid_n, target_n, 0)[:, None]
-    # A bad target's factor is NaN: so are its loss and its row of the gradient.
+    # A bad target has the factor NaN, which makes its loss and its row of the gradient NaN.
     row_n = counted_n.to(wide).masked_fill_(counted_n & ~is_valid_n, float("nan"))
-    wide_nV = logits_nV.to(wide)  # the chunk itself where the dtypes are the same
+    wide_nV = logits_nV.to(wide)  # the chunk itself if the dtypes are the same
     max_n, argmax_n = wide_nV.max(-1) if options.z_loss else (None, None)
     logprob_nV = torch.log_softmax(wide_nV, -1, out=wide_nV)
     logprob_n = logprob_nV.gather(-1, index_n1).squeeze(-1)
@@ -101,7 +101,7 @@ def chunk_loss(
     loss_n = torch.where(counted_n, loss_n, 0.0) * row_n
     if row_grad is None:
         return loss_n
-    # As the kernel's `_gradient_step`. The target's p - 1 is expm1's: right to the last bit for a p next to 1, too.
+    # As in the kernel's `_gradient_step`. expm1 computes the target's p - 1 accurately even for p close to 1.
     row_n = torch.where(counted_n, row_grad, 0.0) * row_n
     target_factor_n, prob_n = (1 - smoothing) * weight_n * row_n, logprob_n.exp()
     at_target_n, prob_factor_n = target_factor_n * logprob_n.expm1(), target_factor_n

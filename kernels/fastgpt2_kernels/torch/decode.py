@@ -1,4 +1,4 @@
-"""A decoding step's parts: new tokens against a KV cache, one fused attention call a row, and linear maps."""
+"""The parts of a decoding step: attention to a KV cache, with one fused call per row, and linear layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgpt2_kernels.types import AttentionOptions, DecodeRows, LayerNormWeight
 
 
 def cached_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPlan, options: AttentionOptions) -> Tensor:
-    """Append the new tokens of qkv (N, 3C) to the caches (R, H, S, D) and attend, row after row of `plan` -> (N, C)."""
+    """Append the new tokens of qkv (N, 3C) to the caches (R, H, S, D), then attend, row by row of `plan` -> (N, C)."""
     append_to_cache(qkv, k_cache, v_cache, plan.slots, plan.positions)
     attend = functools.partial(causal_attention, options=options)
     return attend_row_by_row(qkv, k_cache, v_cache, plan.rows, attend)
@@ -23,7 +23,7 @@ def cached_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RowPla
 def append_and_attend(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lengths: Tensor, rows: DecodeRows, scale: float
 ) -> None:
-    """As `cached_attention`, into `out` (N, C), of rows that are tensors: they are read on the host."""
+    """Like `cached_attention`, but the rows are tensors, which are read on the host. Writes to `out` (N, C)."""
     num_rows = qkv.shape[0] if rows.starts is None else rows.starts.shape[0]
     each = range(num_rows)
     slots = each if rows.slots is None else rows.slots.tolist()
@@ -53,10 +53,9 @@ def attend_row_by_row(
     rows: Iterable[tuple[int, int, int]],
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The queries of qkv (N, 3C) against the caches that hold their keys already -> (N, C).
+    """Attend with the queries of qkv (N, 3C) to the caches, which already hold their keys -> (N, C).
 
-    One fused call a row: rows of any lengths cost what they hold (no padding is computed), and a row's result does
-    not depend on its neighbours.
+    Each row is one fused call. So nothing is computed for padding, and a row's result does not depend on other rows.
     """
     q_HND = _split_tokens(qkv, k_cache)[0].transpose(0, 1).unsqueeze(0)
     outs, start = [], 0

@@ -1,4 +1,4 @@
-"""Linear layers, activations and LayerNorm."""
+"""Linear layers, activations and LayerNorm on PyTorch's own operators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y, or with `residual` (y, s): y the LayerNorm of s = x + residual."""
+    """The LayerNorm y of x; with `residual` the pair (y, s), where y is the LayerNorm of s = x + residual."""
     if residual is None:
         return _layer_norm(x, weight, bias, eps)
     s = residual + x

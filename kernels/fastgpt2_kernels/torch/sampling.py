@@ -1,10 +1,12 @@
-"""The next token of every row of logits on PyTorch's own operators.
+"""Sampling: the next token of every row of logits, on PyTorch's own operators.
 
-On a CPU nothing is sorted, and logarithms are taken of what may win alone. With y the penalised logits and T the
-temperature the token is the argmax of y + T g = y - T log e, e the row's exponential noise: the argmin of e / w, w =
-exp((y - max y) / T). That argmin is found roughly in float32, then among what is near it in float64. top-p needs no
-threshold: the argmin over a larger set is the right one if it lies in the smaller; if not, it and all tokens below it
-are left out and the argmin is taken again, with the same noise.
+Let y be the penalised logits, T the temperature, g the Gumbel noise and e the exponential noise. The token is the
+argmax of y + T g = y - T log e, which is the argmin of e / w, where w = exp((y - max y) / T).
+
+On a CPU nothing is sorted. The argmin is found roughly in float32, and then in float64 among the tokens close to it, so
+only those need an exact logarithm. top-p needs no threshold. If the argmin over a larger set lies in the set that top-p
+keeps, it is the right one. If not, it and all tokens with no larger logit are dropped, and the argmin is taken again
+with the same noise.
 
 Dimension key: R rows, V vocabulary, B rows of a block, K tokens that top-k may keep, G groups of four tokens.
 """
@@ -20,12 +22,12 @@ from torch import Tensor
 from fastgpt2_kernels import reference
 
 _WORD = 0xFFFFFFFF
-# Rows are drawn in blocks whose noise stays in a processor's cache, and is enough for several threads.
+# Rows are sampled in blocks. The noise of a block fits in the processor's cache, yet keeps several threads busy.
 _BLOCK_TOKENS = 2**18
-# Up to so many tokens a row that top-k keeps are gathered, and only they get noise.
+# If top-k keeps at most this many tokens per row, they are gathered, and only they get noise.
 _MOST_GATHERED = 2048
-# How far the rough e / w of the right token may lie above the least one. A word's float32 may be 1, where e is cut off
-# at 24 log 2 while it may be 33 log 2: a factor of 1.375.
+# By which factor the rough e / w of the right token may exceed the smallest one. In float32, 1 - u may round to 1. Then
+# e is cut off at 24 log 2, though it may be as large as 33 log 2: a factor of 1.375.
 _MARGIN = 1.5
 
 
@@ -39,11 +41,11 @@ def sample(
     seen: Tensor | None,
     mark_seen: bool,
 ) -> None:
-    """Choose a token for every row of logits (R, V), into ids and logprobs (S,) at `slots`."""
+    """Choose a token for every row of logits (R, V), and write it to ids and logprobs (S,) at `slots`."""
     at = torch.arange(len(logits), device=logits.device) if slots is None else slots.long()
     rows = {name: None if t is None else t[at] for name, t in settings.items()}
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # A look at values would make the host wait for a GPU, and torch.compile cannot trace it.
+    # `_choose` looks at values. That would make the host wait for a GPU, and torch.compile cannot trace it.
     is_plain = logits.device.type != "cpu" or torch.compiler.is_compiling()
     choose = reference.sample if is_plain else _choose
     chosen, row_logprobs = choose(wide, seen=None if seen is None or rows["penalty"] is None else seen[at], **rows)
@@ -66,14 +68,14 @@ def _choose(
 ) -> tuple[Tensor, Tensor]:
     """`reference.sample` for a CPU."""
     R, V = logits.shape
-    is_good = logits.amax(-1).isfinite()  # amax hands NaN on
+    is_good = logits.amax(-1).isfinite()  # amax propagates NaN
     y = logits
     if penalty is not None and seen is not None:
         y = reference.penalized_logits(logits, seen, penalty.to(logits.dtype))
     ids = y.argmax(-1)
     if temperature is not None and keys is not None and positions is not None:
         largest = y.gather(-1, ids[:, None])[:, 0]
-        # Noise, which is below 23, that rounding would take away again leaves a row greedy.
+        # Noise is below 23. If it would be rounded away from the largest logit, the row is greedy.
         noise = 23 * temperature.double()
         is_drawn = is_good & largest.isfinite() & (noise > largest.abs() * (torch.finfo(y.dtype).eps / 4))
         if top_k is not None:
@@ -89,10 +91,13 @@ def _choose(
 
 
 class _Rows(NamedTuple):
-    """What is known of the rows of a block that have no token yet.
+    """The rows of a block that have no token yet.
 
-    y, weights, ratio (B, V) or (B, K): see above, ratio infinite where a token is out. ids (B, K): the tokens, None
-    for all. words: four of (B, G) or one of (B, K). temperature, limit (B, 1): the mass that top-p wants.
+    y, weights, ratio: (B, V) or (B, K), the module docstring's y, w and e / w. The ratio of a dropped token is
+        infinite.
+    ids: (B, K), the tokens of the columns, or None for all tokens.
+    words: the random words, four tensors (B, G) or one (B, K).
+    temperature: (B, 1). limit: (B, 1), the mass that top-p keeps.
     """
 
     y: Tensor
@@ -118,7 +123,7 @@ def _draw(
     top_p: Tensor | None,
     min_p: Tensor | None,
 ) -> Tensor:
-    """The tokens (B,) of rows of penalised logits y (B, V) with a temperature above 0."""
+    """The tokens (B,) of rows of penalised logits y (B, V), with temperatures above 0."""
     V = y.shape[-1]
     y, ids, low = _top_k(y, top_k)
     T = temperature.to(y.dtype).clamp_max(1e30)[:, None]
@@ -152,7 +157,10 @@ def _draw(
 
 
 def _top_k(y: Tensor, top_k: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y (B, V) and the least value (B, 1) that top-k keeps; where it keeps few tokens only them, and their ids."""
+    """y (B, V), None, and the smallest value (B, 1) that top-k keeps.
+
+    If top-k keeps few tokens, only their y (B, K), and their ids (B, K) in place of None.
+    """
     V = y.shape[-1]
     everything = torch.full_like(y[:, :1], -math.inf)
     if top_k is None:
@@ -165,7 +173,7 @@ def _top_k(y: Tensor, top_k: Tensor | None) -> tuple[Tensor, Tensor | None, Tens
     last = top_k.long().clamp(1, most)[:, None] - 1
     low = top.values.gather(-1, last).where(is_on[:, None], -math.inf)
     if is_on.all() and most <= _MOST_GATHERED:
-        kept = int(((y >= low) & (y > -math.inf)).sum(-1).max())  # more where values tie
+        kept = int(((y >= low) & (y > -math.inf)).sum(-1).max())  # more than `most` where values tie
         if kept <= _MOST_GATHERED:
             ids = (top if kept <= most else y.topk(kept)).indices.sort(-1).values
             return y.gather(-1, ids), ids, low
@@ -173,7 +181,7 @@ def _top_k(y: Tensor, top_k: Tensor | None) -> tuple[Tensor, Tensor | None, Tens
 
 
 def _least(rows: _Rows) -> Tensor:
-    """The columns (B,) of the largest y + T g, of equals the first."""
+    """The columns (B,) of the largest y + T g. Among equals the first counts."""
     bound = rows.ratio.amin(-1, keepdim=True) * _MARGIN
     at, columns = (rows.ratio <= bound).nonzero().unbind(1)
     if rows.ids is None:
@@ -188,7 +196,7 @@ def _least(rows: _Rows) -> Tensor:
 
 
 def _noise(keys: Tensor, positions: Tensor, V: int, ids: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The random words of every token, or of `ids` (B, K), and roughly the exponential noise -log u, float32."""
+    """The random words of all tokens or of `ids` (B, K), and the exponential noise -log u, roughly, in float32."""
     k0, k1 = (keys.long() & _WORD)[:, :, None].unbind(1)
     position = (positions.long() & _WORD)[:, None]
     if ids is None:
@@ -200,13 +208,13 @@ def _noise(keys: Tensor, positions: Tensor, V: int, ids: Tensor | None) -> tuple
 
 
 def _rough_wait(word: Tensor) -> Tensor:
-    """-log u of 1 - u = (word + 1/2) / 2^32 in float32."""
+    """-log u in float32, where 1 - u = (word + 1/2) / 2^32."""
     v = word.float().mul_(2.0**-32).add_(2.0**-33).clamp_max_(1 - 2.0**-24)
     return v.neg_().log1p_().neg_()
 
 
 def _philox(c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
-    """`reference.philox` of the counters (c0, c1, 0, 0), broadcast, in fewer operations."""
+    """`reference.philox` for the counters (c0, c1, 0, 0), which broadcast, in fewer operations."""
     c2 = c3 = torch.zeros_like(c1)
     for _ in range(7):
         high0, low0 = _multiply(c0, 0xD2511F53)
@@ -217,6 +225,6 @@ def _philox(c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of a b: a (b - 2^32) does not leave int64's range, and is less by 2^32 a."""
+    """The high and the low 32 bits of a b. Here a (b - 2^32) fits into int64, and is smaller than a b by 2^32 a."""
     product = a * (b - 2**32)
     return (product >> 32).add_(a), product.bitwise_and_(_WORD)

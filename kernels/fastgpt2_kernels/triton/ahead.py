@@ -65,7 +65,7 @@ _AMD = ("gfx90a", "gfx942", "gfx950")
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """The target "sm_90" or "gfx942". ValueError for another name."""
+    """The target of a name like "sm_90" or "gfx942". Raises ValueError for any other name."""
     if name not in (*_NVIDIA, *_AMD):  # for a GPU that it does not know LLVM ends the process
         raise ValueError(f"a target must be like sm_90 or gfx942, one of {', '.join((*_NVIDIA, *_AMD))}; got {name!r}")
     return GPUTarget("hip", name, 64) if name in _AMD else GPUTarget("cuda", int(name[3:]), 32)

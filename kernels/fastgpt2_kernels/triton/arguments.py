@@ -1,11 +1,12 @@
-"""How kernels and their helpers are called: with tuples whose members have names, such as a matrix.
+"""Arguments of kernels and their helpers: named tuples, such as a matrix.
 
-Triton passes each member of a tuple as if it were an argument of its own: a pointer or an integer is compiled for its
-alignment, an integer of 1 and None for that value. An integer that nothing may be compiled for (`do_not_specialize`)
-has to be an argument by itself, for Triton does not look for members of tuples there; and so has a tensor descriptor.
-What is known when a kernel is compiled (tiles, flags) is one tuple in capitals, `META: tl.constexpr`. Triton 3.6 takes
-what is in it as a tile's shape or an alignment, and a string as a helper's argument, only by a name of its own:
-`BLOCK: tl.constexpr = META.BLOCK`.
+Triton treats each member of a tuple like a separate argument. It specializes pointers and integers by alignment, and
+the integer 1 and None by value. An integer that must not be specialized (`do_not_specialize`) has to be an argument of
+its own, because that option does not reach members of tuples. So does a tensor descriptor.
+
+What is known at compile time (tile sizes, flags) is one tuple in capitals, `META: tl.constexpr`. In Triton 3.6 a member
+of it needs a name of its own, `BLOCK: tl.constexpr = META.BLOCK`, to serve as a tile's shape or an alignment, or as a
+string that is passed to a helper.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 class Matrix(NamedTuple):
-    """A matrix whose rows lie `stride` elements apart; the numbers of a row lie side by side."""
+    """A matrix whose rows are `stride` elements apart. Each row is contiguous."""
 
     ptr: Any
     stride: Any
@@ -27,7 +28,7 @@ class Matrix(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """(B, T, width), row b T + t at b stride_b + t stride_t; the numbers of a row lie side by side."""
+    """A tensor (B, T, width). Row b T + t is at b stride_b + t stride_t, and each row is contiguous."""
 
     ptr: Any
     stride_b: Any

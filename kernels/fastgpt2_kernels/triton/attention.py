@@ -1,26 +1,28 @@
 """Causal attention, forward and backward, in tiles (FlashAttention-2, Dao 2023).
 
-For a head's queries Q (T, D), keys K and values V (S, D), S >= T, query t sitting at position t + S - T:
+For a head's queries Q (T, D), keys K and values V (S, D), with S >= T, query t is at position t + S - T:
 
     x = scale Q K^T, masked to s <= t + S - T     P = exp(x - lse), lse = log sum_s exp(x)     O = (P o Z) V
     dV = (P o Z)^T dO     dP = (dO V^T) o Z     dS = P o (dP - delta), delta = rowsum(dO o O)
     dQ = scale dS K       dK = scale dS^T Q
 
-with Z = keep / (1 - p) the dropout mask, drawn anew wherever it is needed from Philox (Salmon et al. 2011) with the
-key `seed` and the counter (s // 8, t, b H + h, offset): the same whatever the tiles. Exponentials are base 2,
-with scale and
-log2(e) folded into one factor (so scale > 0). Saved for backward are the inputs, O and of every row, (B, H, T) in
-float32, lse / ln 2 for inputs of 16 bits. For float32 that would have P = exp(x - lse) lose what rounding takes from a
-large lse: there it is the maximum m of x log2(e) and, apart, the sum l of 2^(x log2(e) - m).
+Z = keep / (1 - p) is the dropout mask. It is drawn again wherever it is needed, from Philox (Salmon et al. 2011) with
+the key `seed` and the counter (s // 8, t, b H + h, offset), so it does not depend on the tiles. Exponentials are base
+2. Scale and log2(e) are folded into one factor, so scale must be > 0.
 
-Forward and dQ own a tile of queries and walk over the keys, dK and dV own a tile of keys and walk over the queries:
-nothing is added up across programs, so results are the same bit for bit in every run. Tiles that the mask empties are
-never visited, and only those that it cuts through pay for it: a walk is one loop over whole tiles, then one over the
-cut ones. The longest walks start first, but only over SECTION heads at a time, whose keys and values the L2 cache holds
-until their last tile is done. The dQ pass comes first, since it makes delta on its way.
+Saved for backward are the inputs, O, and statistics of every row in float32 (B, H, T). For 16-bit inputs that is
+lse / ln 2. For float32 inputs the rounding of a large lse would show in P = exp(x - lse). So the maximum m of x log2(e)
+and the sum l of 2^(x log2(e) - m) are saved separately.
 
-Documents laid end to end (`doc_start`, each token's first visible key) cut a walk at the other end too. Rows at and
-past `lengths` are zero in the outputs, and what lies there in the inputs is never read.
+The forward and dQ kernels own a tile of queries and loop over the keys. The dK and dV kernel owns a tile of keys and
+loops over the queries. No sum crosses two programs, so results are bitwise the same in every run. Tiles that are masked
+out are never visited. Only tiles that the mask cuts through apply it: there is one loop over whole tiles, then one over
+cut tiles. Programs with the longest loops start first, but only within SECTION heads at a time, so that the L2 cache
+holds the keys and values of these heads until their last tile is done. The dQ kernel runs first, because it also
+computes delta.
+
+Documents laid end to end (`doc_start`, each token's first visible key) limit the loops at the other end too. Tokens at
+and past `lengths` are zero in the outputs, and are never read in the inputs.
 
 Dimension key: B batch, T query tokens, S key tokens, H heads, D head size.
 """
@@ -45,7 +47,7 @@ from fastgpt2_kernels.types import AttentionOptions, Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every statistical test (Salmon et al. 2011, table 2)
-# Heads: at T = 2048, D = 64 and 16 bits their K and V take 12.6 MB of a cache of 40 to 50 MB.
+# In heads. At T = 2048, D = 64 and 16 bits, their K and V take 12.6 MB of an L2 cache of 40 to 50 MB.
 SECTION = tl.constexpr(24)
 
 
@@ -53,7 +55,7 @@ SECTION = tl.constexpr(24)
 
 
 class _Heads(NamedTuple):
-    """A (T, D) matrix for every row b and head h."""
+    """A matrix (T, D) for every row b and head h."""
 
     ptr: Any
     stride_b: Any
@@ -68,7 +70,7 @@ class _Inputs(NamedTuple):
 
 
 class _Statistics(NamedTuple):
-    """(B, H, T) float32. Without sum_ptr, max_ptr holds m + log2 l."""
+    """Statistics (B, H, T) in float32. With sum_ptr None, max_ptr holds m + log2 l."""
 
     max_ptr: Any
     sum_ptr: Any
@@ -76,7 +78,7 @@ class _Statistics(NamedTuple):
 
 
 class _Mask(NamedTuple):
-    """Each None where there is no such mask."""
+    """The parts of the mask; each is None where there is no such part."""
 
     lengths_ptr: Any
     doc_start_ptr: Any
@@ -99,16 +101,16 @@ class _Meta(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """What stays the same while a program walks from its own tile over the others."""
+    """What stays the same while a program that owns one tile loops over the others."""
 
     b: Any
     h: Any
     bh: Any
-    start: Any  # of its own tile
+    start: Any  # of the program's own tile
     offs: Any
-    limit: Any  # of the rows that it walks over
+    limit: Any  # end of the rows that it loops over
     offset: Any
-    doc_start: Any  # of its queries, or None
+    doc_start: Any  # of the program's queries, or None
     scale_log2: Any
     threshold: Any
     keep_scale: Any
@@ -119,7 +121,10 @@ class _Walk(NamedTuple):
 
 @triton.jit
 def _place(num_tiles):
-    """This program's (head of all heads, rank of its tile): rank after rank over the heads of a section."""
+    """This program's head among all heads, and the rank of its tile.
+
+    Within a section, all heads come with one rank before they come with the next.
+    """
     num_heads = tl.num_programs(0) // num_tiles
     section = tl.program_id(0) // (SECTION * num_tiles)
     within = tl.program_id(0) - section * SECTION * num_tiles
@@ -129,13 +134,13 @@ def _place(num_tiles):
 
 @triton.jit
 def _head(x, b, h):
-    """The matrix of a row's head."""
+    """The matrix of head h of row b."""
     return Matrix(x.ptr + (tl.cast(b, tl.int64) * x.stride_b + tl.cast(h, tl.int64) * x.stride_h), x.stride_t)
 
 
 @triton.jit
 def _load_tile(x, start, limit, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, META: tl.constexpr):
-    """Rows start .. start + BLOCK of a (T, D) matrix, zeros from row `limit` on (HAS_MASK) and past column D."""
+    """Load rows start .. start + BLOCK of a (T, D) matrix: zeros from row `limit` on (HAS_MASK) and past column D."""
     D: tl.constexpr = META.D
     BLOCK_D: tl.constexpr = META.BLOCK_D
     offs_t = tl.arange(0, BLOCK)
@@ -154,7 +159,10 @@ def _load_tile(x, start, limit, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, MET
 
 @triton.jit
 def _load_keys(x, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
-    """Rows s .. s + BLOCK_S of k or v, a matrix or with USE_TMA a (B, H, S, D) or (B, S, H, D) tensor descriptor."""
+    """Load rows s .. s + BLOCK_S of k or v.
+
+    x is a matrix, or with USE_TMA a tensor descriptor (B, H, S, D) or (B, S, H, D).
+    """
     BLOCK_S: tl.constexpr = META.BLOCK_S
     BLOCK_D: tl.constexpr = META.BLOCK_D
     if META.USE_TMA:
@@ -169,7 +177,7 @@ def _load_keys(x, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
 
 @triton.jit
 def _store_tile(x, tile, start, limit, BLOCK: tl.constexpr, META: tl.constexpr):
-    """Rows start .. start + BLOCK up to `limit`, columns up to D, in the matrix's dtype."""
+    """Store rows start .. start + BLOCK up to `limit`, and columns up to D, in the matrix's dtype."""
     offs_t = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, META.BLOCK_D)
     ptrs = x.ptr + tl.cast(start, tl.int64) * x.stride + (offs_t[:, None] * x.stride + offs_d[None, :])
@@ -179,9 +187,9 @@ def _store_tile(x, tile, start, limit, BLOCK: tl.constexpr, META: tl.constexpr):
 
 @triton.jit
 def _keep_mask(seed_ptr, bh, t_start, s_start, threshold, META: tl.constexpr):
-    """Which weights of a tile dropout keeps, (BLOCK_T, BLOCK_S); threshold: p in units of 2^-16.
+    """Which weights of a tile dropout keeps, (BLOCK_T, BLOCK_S). `threshold` is p in units of 2^-16.
 
-    One call of Philox gives 128 bits, 16 for each of 8 neighbouring keys; calls are what dropout costs.
+    A call of Philox gives 128 bits, 16 for each of 8 neighbouring keys. These calls are the cost of dropout.
     """
     BLOCK_T: tl.constexpr = META.BLOCK_T
     BLOCK_S: tl.constexpr = META.BLOCK_S
@@ -192,17 +200,17 @@ def _keep_mask(seed_ptr, bh, t_start, s_start, threshold, META: tl.constexpr):
     w0, w1, w2, w3 = tl.philox(
         tl.load(seed_ptr), zero + offs_g, zero + offs_t, zero + bh, zero + counter, n_rounds=PHILOX_ROUNDS
     )
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (..., 2, 2), the words in their order
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (..., 2, 2), the words in order
     keep = tl.join(words & 0xFFFF, words >> 16).to(tl.int32) >= threshold
     return tl.reshape(keep, (BLOCK_T, BLOCK_S))
 
 
 @triton.jit
 def _key_range(t_start, t_end, offset, doc_start_ptr, BLOCK_S: tl.constexpr):
-    """The keys that the queries t_start .. t_end see, in tiles: (whole_start, whole_end, cut_start, num_lead, num_cut).
+    """The tiles of keys that the queries t_start .. t_end see: (whole_start, whole_end, cut_start, num_lead, num_cut).
 
-    Whole tiles lie in whole_start .. whole_end. Of the `num_cut` tiles that the mask cuts through, the first `num_lead`
-    start at cut_start (documents cut them), the others at whole_end (the diagonal does).
+    Whole tiles lie in whole_start .. whole_end. The mask cuts through `num_cut` tiles. The first `num_lead` of them
+    start at cut_start and are cut by documents. The others start at whole_end and are cut by the diagonal.
     """
     whole_start, cut_start = 0, 0
     whole_end = (t_start + offset + 1) // BLOCK_S * BLOCK_S
@@ -217,7 +225,10 @@ def _key_range(t_start, t_end, offset, doc_start_ptr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def _query_range(s_start, s_end, num_queries, offset, doc_end_ptr, BLOCK_T: tl.constexpr):
-    """The queries that see the keys s_start .. s_end, in the terms of `_key_range`: diagonal first, documents last."""
+    """The tiles of queries that see the keys s_start .. s_end, as in `_key_range`.
+
+    Here the diagonal cuts the first `num_lead` tiles, and documents cut the others.
+    """
     cut_start = tl.maximum(s_start - offset, 0) // BLOCK_T * BLOCK_T
     last, whole_last = num_queries, num_queries
     if doc_end_ptr is not None:
@@ -233,7 +244,7 @@ def _query_range(s_start, s_end, num_queries, offset, doc_end_ptr, BLOCK_T: tl.c
 
 @triton.jit
 def _limits(mask, b, T, S):
-    """(queries, keys) of row b that there are: all of them, or up to its length."""
+    """The numbers of queries and keys of row b: all, or up to its length."""
     t_limit, s_limit = T, S
     if mask.lengths_ptr is not None:
         t_limit = tl.minimum(tl.maximum(tl.load(mask.lengths_ptr + b), 0), T)
@@ -243,7 +254,7 @@ def _limits(mask, b, T, S):
 
 @triton.jit
 def _is_seen(walk, offs_s):
-    """Whether the program's own queries see the keys offs_s, (BLOCK_T, BLOCK_S)."""
+    """Which of the keys offs_s the program's own queries see, (BLOCK_T, BLOCK_S)."""
     allowed = offs_s[None, :] <= walk.offs[:, None] + walk.offset
     if walk.doc_start is not None:
         allowed = allowed & (offs_s[None, :] >= walk.doc_start[:, None])
@@ -255,7 +266,7 @@ def _is_seen(walk, offs_s):
 
 @triton.jit
 def _online_softmax_step(acc, m, l, q, k_heads, v_heads, mask, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
-    """Take the keys s .. s + BLOCK_S into the running maximum m, sum l and output acc (before division by l)."""
+    """Add the keys s .. s + BLOCK_S to the running maximum m, sum l and output acc (not yet divided by l)."""
     PRECISION: tl.constexpr = META.PRECISION
     offs_s = s + tl.arange(0, META.BLOCK_S)
     k = _load_keys(k_heads, walk, s, IS_CUT=IS_CUT, META=META)
@@ -265,7 +276,7 @@ def _online_softmax_step(acc, m, l, q, k_heads, v_heads, mask, walk, s, IS_CUT: 
     m_new = tl.maximum(m, tl.max(x, 1) * walk.scale_log2)
     m_used = m_new
     if IS_CUT and mask.doc_start_ptr is not None:
-        # A row of a later document has seen nothing yet: subtract 0, as -inf - (-inf) is NaN.
+        # A row of a later document has seen no key yet. Subtract 0 then, because -inf - (-inf) is NaN.
         m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(x * walk.scale_log2 - m_used[:, None])
     alpha = tl.exp2(m - m_used)
@@ -281,7 +292,7 @@ def _online_softmax_step(acc, m, l, q, k_heads, v_heads, mask, walk, s, IS_CUT: 
 
 @triton.jit(do_not_specialize=["H", "T", "S", "threshold"])
 def _attention_fwd_kernel(q, k, v, o, stats, mask, H, T, S, threshold, scales, META: tl.constexpr):
-    """One tile of queries of one head: its rows of O, m and l. With USE_TMA k and v are tensor descriptors."""
+    """Compute O, m and l for one tile of queries of one head. With USE_TMA, k and v are tensor descriptors."""
     BLOCK_T: tl.constexpr = META.BLOCK_T
     BLOCK_S: tl.constexpr = META.BLOCK_S
     BLOCK_D: tl.constexpr = META.BLOCK_D
@@ -332,7 +343,7 @@ def _attention_fwd_kernel(q, k, v, o, stats, mask, H, T, S, threshold, scales, M
 
 @triton.jit
 def _dq_step(dq, q, do, m, delta, heads, mask, walk, s, IS_CUT: tl.constexpr, META: tl.constexpr):
-    """dq += dS K / scale over the keys s .. s + BLOCK_S; where m has no l in it, l dS K / scale."""
+    """dq += dS K over the keys s .. s + BLOCK_S. If m does not include l, dq += l dS K."""
     PRECISION: tl.constexpr = META.PRECISION
     offs_s = s + tl.arange(0, META.BLOCK_S)
     k = _load_keys(heads.k, walk, s, IS_CUT=IS_CUT, META=META)
@@ -351,7 +362,7 @@ def _dq_step(dq, q, do, m, delta, heads, mask, walk, s, IS_CUT: tl.constexpr, ME
 
 @triton.jit(do_not_specialize=["H", "T", "S", "threshold"])
 def _attention_bwd_dq_kernel(inputs, o, do, dq, stats, mask, H, T, S, threshold, scales, META: tl.constexpr):
-    """One tile of queries of one head: its rows of delta and, unless dq is None, of dQ."""
+    """Compute delta and, unless dq is None, dQ for one tile of queries of one head."""
     BLOCK_T: tl.constexpr = META.BLOCK_T
     BLOCK_S: tl.constexpr = META.BLOCK_S
     BLOCK_D: tl.constexpr = META.BLOCK_D
@@ -396,14 +407,14 @@ def _attention_bwd_dq_kernel(inputs, o, do, dq, stats, mask, H, T, S, threshold,
 
 @triton.jit
 def _dkdv_step(dk, dv, k, v, q_head, do_head, stats, mask, walk, t, IS_CUT: tl.constexpr, META: tl.constexpr):
-    """dk += dS^T Q / scale and dv += (P o Z)^T dO (1 - p) over the queries t .. t + BLOCK_T."""
+    """dk += dS^T Q and dv += (1 - p) (P o Z)^T dO over the queries t .. t + BLOCK_T."""
     PRECISION: tl.constexpr = META.PRECISION
     limit = walk.limit
     offs_t = t + tl.arange(0, META.BLOCK_T)
     q = _load_tile(q_head, t, limit, BLOCK=META.BLOCK_T, HAS_MASK=IS_CUT, META=META)
     do = _load_tile(do_head, t, limit, BLOCK=META.BLOCK_T, HAS_MASK=IS_CUT, META=META)
     if IS_CUT:
-        # Past the last row exp2(x - inf) is 0.
+        # Past the last row, exp2(x - inf) is 0.
         m = tl.load(stats.max_ptr + offs_t, mask=offs_t < limit, other=float("inf"))
         delta = tl.load(stats.delta_ptr + offs_t, mask=offs_t < limit, other=0.0)
     else:
@@ -433,7 +444,7 @@ def _dkdv_step(dk, dv, k, v, q_head, do_head, stats, mask, walk, t, IS_CUT: tl.c
 
 @triton.jit(do_not_specialize=["H", "T", "S", "threshold"])
 def _attention_bwd_dkdv_kernel(inputs, do, dk, dv, stats, mask, H, T, S, threshold, scales, META: tl.constexpr):
-    """One tile of keys of one head: its rows of dK and dV."""
+    """Compute dK and dV for one tile of keys of one head."""
     BLOCK_T: tl.constexpr = META.BLOCK_T
     BLOCK_S: tl.constexpr = META.BLOCK_S
     BLOCK_D: tl.constexpr = META.BLOCK_D
@@ -479,7 +490,7 @@ def _attention_bwd_dkdv_kernel(inputs, do, dk, dv, stats, mask, H, T, S, thresho
 
 
 class Heads(NamedTuple):
-    """A (B, H, T, D) matrix a head somewhere in memory: where it begins and its strides; the last one is 1."""
+    """The matrices (B, H, T, D) of all heads in memory: where they begin, shape and strides. The last stride is 1."""
 
     data: Tensor
     shape: tuple[int, ...]
@@ -491,7 +502,7 @@ class Heads(NamedTuple):
 
     @classmethod
     def packed(cls, qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads]:
-        """Queries, keys and values of a packed (B, T, 3C), in place."""
+        """The queries, keys and values of packed QKV (B, T, 3C), in place."""
         B, T, width = qkv.shape
         C = width // 3
         shape, strides = (B, num_heads, T, C // num_heads), (qkv.stride(0), C // num_heads, qkv.stride(1))
@@ -499,7 +510,7 @@ class Heads(NamedTuple):
 
     @classmethod
     def merged(cls, x: Tensor, num_heads: int) -> Heads:
-        """The heads side by side in a (B, T, C)."""
+        """The heads that lie side by side in a tensor (B, T, C)."""
         B, T, C = x.shape
         return cls(x, (B, num_heads, T, C // num_heads), (x.stride(0), C // num_heads, x.stride(1)))
 
@@ -507,9 +518,10 @@ class Heads(NamedTuple):
         return _Heads(self.data, *self.strides)
 
     def descriptor(self, block: int, block_d: int) -> Any:
-        """For the tensor memory accelerator, which fills up with zeros outside the shape: (B, H, T, D) or (B, T, H, D).
+        """A descriptor for the tensor memory accelerator, (B, H, T, D) or (B, T, H, D).
 
-        CUDA's manual wants every stride to be a multiple of the next one and to span its dimension.
+        The accelerator gives zeros outside the shape. CUDA's manual requires that every stride is a multiple of the
+        next one and spans its dimension.
         """
         shape, strides, is_by_tokens = self._falling_strides()
         block_shape = [1, block, 1, block_d] if is_by_tokens else [1, 1, block, block_d]
@@ -525,21 +537,22 @@ class Heads(NamedTuple):
         return self.data.data_ptr() % 16 == 0 and is_aligned and falls
 
     def _falling_strides(self) -> tuple[list[int], list[int], bool]:
-        """Shape and strides, the larger of the heads' and the tokens' stride first; and whether that is the tokens'."""
+        """Shape and strides, the larger of the head and token strides first, and whether that is the token stride."""
         is_by_tokens = self.strides[2] > self.strides[1]
         order = (0, 2, 1, 3) if is_by_tokens else (0, 1, 2, 3)
         shape, strides = ([of[dim] for dim in order] for of in (self.shape, (*self.strides, 1)))
         for dim in (2, 1, 0):
-            if shape[dim] == 1:  # its stride is never taken
+            if shape[dim] == 1:  # its stride is never used
                 strides[dim] = shape[dim + 1] * strides[dim + 1]
         return shape, strides, is_by_tokens
 
 
 class Masking(NamedTuple):
-    """What shapes the mask beside causality. All tensors lie on the inputs' device and are only read there.
+    """The mask apart from causality. All tensors are on the inputs' device, and only the device reads them.
 
-    lengths (B,) int32: rows from there on are padding. doc_start, doc_end (T,) int32: the documents' borders around
-    each token. seed (2,) int64: dropout's (seed, offset), None for none.
+    lengths: (B,) int32. Tokens from there on are padding.
+    doc_start, doc_end: (T,) int32, where each token's document starts and ends.
+    seed: (2,) int64, dropout's seed and offset; None without dropout.
     """
 
     lengths: Tensor | None = None
@@ -552,9 +565,9 @@ class Masking(NamedTuple):
 def attention_forward(
     q: Heads, k: Heads, v: Heads, out: Heads, row_max: Tensor, row_sum: Tensor, masking: Masking, scale: float
 ) -> None:
-    """Write O into `out`, and each row's m and l into `row_max` and `row_sum` (B, H, T).
+    """Write O to `out`, and m and l of each row to `row_max` and `row_sum` (B, H, T).
 
-    For inputs of 16 bits that is m + log2 l in `row_max`, and `row_sum` is not touched.
+    For 16-bit inputs `row_max` gets m + log2 l, and `row_sum` is not used.
     """
     B, H, T, D = q.shape
     if B * H * T == 0:
@@ -590,7 +603,7 @@ def attention_backward(
     masking: Masking,
     scale: float,
 ) -> None:
-    """Write the gradients that are asked for: dq, and dk with dv."""
+    """Write the gradients that are not None: dq, and the pair dk and dv."""
     B, H, T, D = q.shape
     S = k.shape[2]
     block_d = _block_d(D)
@@ -636,7 +649,7 @@ def _block_d(head_size: int) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    """What products of float32 are rounded to, as PyTorch's own are."""
+    """The precision of the products, for float32 as in PyTorch's own operators."""
     return float32_precision(x.device) if x.dtype == torch.float32 else "ieee"
 
 
@@ -675,7 +688,7 @@ def _meta(q: Heads, row: launch.AttentionRow, use_tma: bool = False) -> _Meta:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, lengths: Tensor | None, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The output (B, H, T, D) and, where it is asked for, the log-sum-exp (B, H, T)."""
+    """The output (B, H, T, D) and, with `return_lse`, the log-sum-exp (B, H, T)."""
     seed, dropout_p = _dropout(options, q.device)
     out, *stats = torch.ops.fastgpt2.attention(q, k, v, lengths, None, None, seed, dropout_p, options.scale)
     return out, _lse(*stats) if return_lse else None
@@ -689,7 +702,7 @@ def attention_packed(
     documents: Documents | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output (B, T, C) and, where it is asked for, the log-sum-exp (B, H, T)."""
+    """The output (B, T, C) and, with `return_lse`, the log-sum-exp (B, H, T)."""
     seed, dropout_p = _dropout(options, qkv.device)
     starts, ends = None, None
     if documents is not None:
@@ -701,7 +714,10 @@ def attention_packed(
 
 
 def _dropout(options: AttentionOptions, device: torch.device) -> tuple[Tensor | None, float]:
-    """(seed, offset) of this call's dropout, on the device: drawn there, so that a CUDA graph draws anew; and p."""
+    """The seed and offset (2,) of this call's dropout, or None, and p.
+
+    Without a given seed they are drawn on the device, so that each replay of a CUDA graph draws new ones.
+    """
     if options.dropout_p == 0.0:
         return None, 0.0
     seed = options.dropout_seed
@@ -714,7 +730,7 @@ def _lse(row_max: Tensor, row_sum: Tensor) -> Tensor:
 
 
 # -- PyTorch operators --------------------------------------------------------------------------------------------
-# Outputs and gradients of (B, H, T, D) inputs are laid out as (B, T, H, D): what follows merges heads without a copy.
+# Outputs and gradients of (B, H, T, D) inputs are stored as (B, T, H, D), so that heads can be merged without a copy.
 
 _MASKING = "Tensor? lengths, Tensor? doc_start, Tensor? doc_end, Tensor? seed, float dropout_p"
 torch.library.define(
@@ -752,7 +768,7 @@ def _new_stats(q: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _new_gradients(q: Tensor, k: Tensor, need_dq: bool, need_dkdv: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Those that nobody needs are empty."""
+    """New tensors for the gradients; those that are not needed are empty."""
     dq = _new_heads(q) if need_dq else q.new_empty(0)
     return (dq, *((_new_heads(k), _new_heads(k)) if need_dkdv else (q.new_empty(0), q.new_empty(0))))
 

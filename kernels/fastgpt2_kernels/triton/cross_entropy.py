@@ -6,15 +6,17 @@ Chowdhery et al. 2022), with lse = log sum_j exp(x_j) and W = sum_j w_j:
     loss   = (1 - e) w_t (lse - x_t) + e/V (W lse - sum_j w_j x_j) + z lse^2
     grad_j = dloss * ((1 - e) w_t (p_j - [j = t]) + e/V (W p_j - w_j) + 2 z lse p_j),  p = softmax(x)
 
-The log-sum-exp is online (Milakov and Gimelshein 2018), in float32. Of a row whose target holds all but 1/32 of the
-softmax, the rest is summed once more by itself, for loss = log(1 + rest) and p - 1 = -rest / (1 + rest) to keep their
-bits. Saved for backward are the logits and, of each row, the maximum, the log-sum-exp above it and the target's
-log-probability, from which the gradient takes one more pass. Fused, forward and backward are one launch: the gradient's
-pass follows the forward's in the same program, last block first, while the row still lies in the L2 cache.
+The log-sum-exp is computed online (Milakov and Gimelshein 2018), in float32. If the target holds all but 1/32 of a
+row's softmax, the rest is summed again on its own. So loss = log(1 + rest) and p - 1 = -rest / (1 + rest) stay
+accurate.
 
-Rows need no alignment: a row is a short masked head up to the first 16-byte boundary, whole blocks without a mask
-(128-bit accesses), and a masked tail. A target that is neither ignored nor in [0, V) is never used as an index: its
-row's loss and gradient are NaN.
+Saved for backward are the logits and, for each row, the maximum, the log-sum-exp minus the maximum, and the target's
+log-probability. From these the gradient takes one more pass. The fused form is a single launch: the program makes the
+gradient's pass right after the forward's, last block first, while the row is still in the L2 cache.
+
+Rows need no alignment. A row is split into a short masked head up to the first 16-byte boundary, whole blocks without a
+mask (128-bit accesses), and a masked tail. A target that is neither ignored nor in [0, V) is never used as an index.
+Its row's loss and gradient are NaN.
 
 Dimension key: N = B * T rows, V vocabulary.
 """
@@ -38,21 +40,21 @@ from fastgpt2_kernels.types import CrossEntropyOptions, LossOptions
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Rows begin anywhere; what comes before the first 16-byte boundary is at most 15 bytes.
+# A row may begin anywhere, so up to 15 bytes come before the first 16-byte boundary.
 HEAD = tl.constexpr(16)
-# Where the target holds all but this of a row's softmax, the rest is summed once more, by itself.
+# If the target holds all but this much of a row's softmax, the rest is summed again on its own.
 CONFIDENT = tl.constexpr(2.0**-5)
 
 
 class _ClassWeight(NamedTuple):
-    """(V,) weights and their sum (V without weights, for smoothing): None where they are not needed."""
+    """The class weights (V,), and their sum for smoothing (V if there are no weights). None where not needed."""
 
     ptr: Any
     sum_ptr: Any
 
 
 class _RowPointers(NamedTuple):
-    """Where every row's figures go, or in backward come from."""
+    """Where the results of every row are written or, in backward, read."""
 
     loss_ptr: Any
     max_ptr: Any
@@ -83,7 +85,7 @@ class _Meta(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Running maximum m, sum of exp(x - m), of x (or w x), of exp(x - m) (x - m)."""
+    """The running maximum m, and the running sums of exp(x - m), of x (or w x), and of exp(x - m) (x - m)."""
 
     m: Any
     p: Any
@@ -92,7 +94,7 @@ class _Sums(NamedTuple):
 
 
 class _Factors(NamedTuple):
-    """What a row's gradient is made with: see `_gradient_step`."""
+    """The factors of a row's gradient; see `_gradient_step`."""
 
     target_grad: Any
     m: Any
@@ -105,7 +107,7 @@ class _Factors(NamedTuple):
 
 @triton.jit
 def _log1p_below_half(y):
-    """log(1 + y) for 0 <= y < 1/2 as 2 artanh(y / (2 + y)): the hardware's log2 is inexact next to 1."""
+    """log(1 + y) for 0 <= y < 1/2, as 2 artanh(y / (2 + y)), because the hardware's log2 is inaccurate close to 1."""
     s = y / (2.0 + y)
     s2 = s * s
     return 2.0 * s * (1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0 + s2 * (1.0 / 9.0)))))
@@ -113,7 +115,7 @@ def _log1p_below_half(y):
 
 @triton.jit
 def _exp_minus_one(y):
-    """exp(y) - 1 for y <= 0, as a series where the two are close."""
+    """exp(y) - 1 for y <= 0; a series where exp(y) is close to 1."""
     series = 1.0 + y / 6.0 * (1.0 + y / 7.0 * (1.0 + y / 8.0))
     series = y * (1.0 + y / 2.0 * (1.0 + y / 3.0 * (1.0 + y / 4.0 * (1.0 + y / 5.0 * series))))
     return tl.where(y > -0.5, series, tl.exp2(y * LOG2_E) - 1.0)
@@ -121,7 +123,7 @@ def _exp_minus_one(y):
 
 @triton.jit
 def _sum_of_others(x_ptr, V, target, m, BLOCK: tl.constexpr):
-    """sum of exp(x - m) over all but the target: of a confident row, to the bits that adding 1 would round away."""
+    """The sum of exp(x - m) over all but the target, with the bits that adding the target's 1 would round away."""
     total = 0.0
     for start in range(0, V, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -132,19 +134,19 @@ def _sum_of_others(x_ptr, V, target, m, BLOCK: tl.constexpr):
 
 @triton.jit
 def _online_softmax_step(x_ptr, w_ptr, offs, mask, sums, HAS_MASK: tl.constexpr, META: tl.constexpr):
-    """Take the logits at x_ptr + offs into the running maximum m, the sum of exp(x - m), and the sums asked for."""
+    """Add the logits at x_ptr + offs to the running maximum, the sum of exp(x - m), and the other sums asked for."""
     m, sum_p, sum_x, sum_px = sums
     if HAS_MASK:
         x = tl.load(x_ptr + offs, mask=mask, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
     else:
         x = tl.load(x_ptr + offs, eviction_policy="evict_last").to(tl.float32)
     m_new = tl.maximum(m, tl.max(x, 0))
-    # A row may begin with blocks of -inf: subtract 0 then, as -inf - (-inf) is NaN.
+    # A row may begin with blocks of -inf. Subtract 0 then, because -inf - (-inf) is NaN.
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2((m - m_safe) * LOG2_E)
     p = tl.exp2((x - m_safe) * LOG2_E)
     if META.HAS_STATS:
-        # sum p (x - max), so that nothing large cancels; moving the maximum moves every term by the same amount.
+        # The sum of p (x - max), so that nothing large cancels. A new maximum shifts every x - max by the same amount.
         moved = tl.where(sum_p > 0, m - m_safe, 0.0)
         sum_px = alpha * (sum_px + moved * sum_p) + tl.sum(p * tl.where(p > 0, x - m_safe, 0.0), 0)
     sum_p = sum_p * alpha + tl.sum(p, 0)
@@ -157,9 +159,10 @@ def _online_softmax_step(x_ptr, w_ptr, offs, mask, sums, HAS_MASK: tl.constexpr,
 
 @triton.jit
 def _gradient_step(x_ptr, grad_ptr, w_ptr, offs, mask, target, factors, HAS_MASK: tl.constexpr, META: tl.constexpr):
-    """grad = target_factor (p - [target]) + smooth_factor (W p - w) + z_factor p: differences of equals first.
+    """grad = target_factor (p - [target]) + smooth_factor (W p - w) + z_factor p, where differences come first.
 
-    target_grad is p - 1 of the target, from its log-probability: rounding p first would lose it."""
+    target_grad is the target's p - 1, computed from its log-probability: it would be lost if p were rounded first.
+    """
     if HAS_MASK:
         x = tl.load(x_ptr + offs, mask=mask, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
     else:
@@ -183,7 +186,7 @@ def _gradient_step(x_ptr, grad_ptr, w_ptr, offs, mask, target, factors, HAS_MASK
 
 @triton.jit(do_not_specialize=["T"])
 def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V, settings, META: tl.constexpr):
-    """One row: its loss and lse (IS_FORWARD), its gradient (HAS_GRAD), or both."""
+    """Compute the loss and log-sum-exp of one row (IS_FORWARD), its gradient (HAS_GRAD), or both."""
     ALIGN: tl.constexpr = META.ALIGN
     GRAD_ALIGN: tl.constexpr = META.GRAD_ALIGN
     BLOCK_V: tl.constexpr = META.BLOCK_V
@@ -202,8 +205,8 @@ def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V
     row_start = b * logits.stride_b + t * logits.stride_t
     x_ptr = logits.ptr + row_start
 
-    # The row in elements of its own: [0, head) to the first aligned address, [head, main_end) whole blocks,
-    # [main_end, mid_end) whole small blocks, [mid_end, V) the tail.
+    # The parts of the row, in elements from its start: [0, head) up to the first aligned address, [head, main_end)
+    # whole blocks, [main_end, mid_end) whole small blocks, [mid_end, V) the tail.
     head = ((row_start + ALIGN - 1) // ALIGN * ALIGN - row_start).to(tl.int32)
     head = tl.minimum(head, V)
     main_blocks = (V - head) // BLOCK_V
@@ -215,7 +218,7 @@ def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V
     offs_mid = tl.arange(0, MID_V)
     mask_head = offs_head < head
     mask_tail = mid_end + offs_mid < V
-    # The aligned addresses again, in a form that the compiler sees the alignment of.
+    # The same aligned address, written so that the compiler can see its alignment.
     body_ptr = logits.ptr + tl.multiple_of(row_start + head, ALIGN)
     w_ptr = class_weight.ptr
     wbody_ptr = w_ptr + head if META.HAS_WEIGHT else None
@@ -224,7 +227,7 @@ def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V
         m, log_sum, loss, logprob, entropy = 0.0, 0.0, 0.0, 0.0, 0.0
         correct = 0
         if counted:
-            # Read before the reductions, which all warps pass together: a gradient written in place comes after them.
+            # Read x_t before the reductions, at which all warps synchronize: a gradient written in place comes later.
             x_t = tl.load(x_ptr + target, mask=is_valid, other=float("nan")).to(tl.float32)
             sums = _Sums(float("-inf"), 0.0, 0.0, 0.0)
             for i in range(main_blocks):
@@ -291,7 +294,7 @@ def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V
                 _gradient_step(x_ptr, g_ptr, w_ptr, offs_head, mask_head, target, factors, HAS_MASK=True, META=META)
             tail = mid_end + offs_mid
             _gradient_step(x_ptr, g_ptr, w_ptr, tail, mask_tail, target, factors, HAS_MASK=True, META=META)
-            at = target - head  # the target's place in what follows the head
+            at = target - head  # the target's index in the part after the head
             for i in range(mid_blocks):
                 offs = main_blocks * BLOCK_V + i * MID_V + offs_mid
                 _gradient_step(body_ptr, gbody_ptr, wbody_ptr, offs, None, at, factors, HAS_MASK=False, META=META)
@@ -299,7 +302,7 @@ def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V
                 offs = (main_blocks - 1 - i) * BLOCK_V + offs_main
                 _gradient_step(body_ptr, gbody_ptr, wbody_ptr, offs, None, at, factors, HAS_MASK=False, META=META)
         else:
-            # Whatever the logits are, NaN and inf too: nothing of an ignored row is read.
+            # The logits of an ignored row are not read, so they may be NaN or inf.
             zeros = tl.zeros((MID_V,), grad.ptr.dtype.element_ty)
             for i in range(tl.cdiv(V, MID_V)):
                 tl.store(g_ptr + i * MID_V + offs_mid, zeros, mask=i * MID_V + offs_mid < V)
@@ -307,7 +310,7 @@ def _cross_entropy_kernel(logits, targets, class_weight, dloss, grad, rows, T, V
 
 @triton.jit(do_not_specialize=["T"])
 def _scale_rows_kernel(grad, factor_ptr, T, V, BLOCK_V: tl.constexpr):
-    """grad *= factor, a scalar on the device; where it is 1, as after `loss.backward()`, the rest is left out."""
+    """grad *= factor, a scalar on the device. Nothing is done if it is 1, as after `loss.backward()`."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         n = tl.program_id(0).to(tl.int64)
@@ -322,11 +325,11 @@ def _scale_rows_kernel(grad, factor_ptr, T, V, BLOCK_V: tl.constexpr):
 
 
 class RowOutputs(NamedTuple):
-    """Of every row, (B, T) float32 (`correct` int32), zeros for ignored targets. The last two may be empty."""
+    """The results of every row, (B, T) float32 (`correct` int32), 0 for ignored targets. The last two may be empty."""
 
     loss: Tensor
     max: Tensor
-    log_sum: Tensor  # log sum exp(x - max); the two are kept apart, for their sum would round the smaller one away
+    log_sum: Tensor  # log sum exp(x - max), kept apart from max, because adding them would round the smaller one away
     logprob: Tensor
     entropy: Tensor
     correct: Tensor
@@ -345,9 +348,10 @@ def cross_entropy_rows(
     dloss: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> RowOutputs:
-    """Loss and log-sum-exp of every row of logits (B, T, V), last stride 1; with `grad` (B, T, V) the gradient too.
+    """The loss and log-sum-exp of every row of logits (B, T, V), whose last stride is 1.
 
-    dloss (B, T) float32 is what every row's loss is multiplied by; `grad` may be `logits` itself.
+    With `grad` (B, T, V), also writes the gradient of sum(dloss * loss) to it, where dloss is (B, T) float32. `grad`
+    may be `logits` itself.
     """
     out = _empty_rows(logits, with_stats)
     _launch(logits, targets, out, grad, dloss, ignore_index, class_weight, label_smoothing, z_loss, shift, True)
@@ -378,7 +382,7 @@ def cross_entropy_rows_backward(
     z_loss: float = 0.0,
     shift: bool = False,
 ) -> None:
-    """Write the gradient of sum(dloss * loss) into `grad` (B, T, V), which may be `logits` itself."""
+    """Write the gradient of sum(dloss * loss) to `grad` (B, T, V), which may be `logits` itself."""
     nothing = dloss.new_empty(0)
     out = RowOutputs(nothing, row_max, log_sum, logprob, nothing, nothing)
     _launch(logits, targets, out, grad, dloss, ignore_index, class_weight, label_smoothing, z_loss, shift, False)
@@ -416,7 +420,7 @@ def _launch(
         _cross_entropy_kernel,
         (B * T,),
         logits=Batch.of(logits),
-        # Of one row nobody uses that stride: of a chunk it would be another number each time, and compile anew.
+        # With B = 1 this stride is not used. Its value would differ between chunks, and compile the kernel again.
         targets=Batch(targets, targets.stride(0) if B > 1 else 0, targets.stride(1)),
         class_weight=_ClassWeight(class_weight, weight_sum),
         dloss=None if dloss is None else Matrix.of(dloss.reshape(-1)),
@@ -444,17 +448,17 @@ def _launch(
 
 
 def _capability(x: Tensor) -> tuple[int, int] | None:
-    """Of an NVIDIA GPU that x is on."""
+    """The compute capability of the NVIDIA GPU that x is on, or None."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.version.hip is None else None
 
 
 def _elements_in_16_bytes(x: Tensor) -> int:
-    """How many elements the kernel rounds a row's start to: none where the tensor itself does not start aligned."""
+    """The number of elements to which the kernel rounds up a row's start; 1 if the tensor itself is not aligned."""
     return 16 // x.element_size() if x.data_ptr() % 16 == 0 else 1
 
 
 def scale_rows(grad: Tensor, factor: Tensor) -> None:
-    """grad (B, T, V) *= factor (), in place, without asking the device what the factor is."""
+    """grad (B, T, V) *= factor (), in place. The host does not wait to see the factor."""
     B, T, V = grad.shape
     if B * T:
         row = launch.cross_entropy_row(V)
@@ -473,7 +477,7 @@ def scale_rows(grad: Tensor, factor: Tensor) -> None:
 
 
 # -- PyTorch operators --------------------------------------------------------------------------------------------
-# All of them give every row's own loss or take every row's own factor; reductions are PyTorch's, outside.
+# They return the loss of every row, or take a factor for every row. PyTorch does the reductions outside.
 
 
 @torch.library.custom_op("fastgpt2::cross_entropy", mutates_args=())
@@ -488,7 +492,7 @@ def cross_entropy_op(
     with_stats: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, max, log_sum, logprob, entropy, correct) of every row of logits (B, T, V); differentiable in the loss."""
+    """(loss, max, log_sum, logprob, entropy, correct) of every row of logits (B, T, V). Only loss has a gradient."""
     return cross_entropy_rows(
         logits,
         targets,
@@ -557,7 +561,7 @@ def cross_entropy_backward_inplace_op(
     z_loss: float,
     shift: bool,
 ) -> None:
-    """The gradient takes the logits' place. Their version moves on, so autograd refuses to use them again."""
+    """Overwrite the logits with their gradient. This changes their version, so autograd refuses to use them again."""
     _backward_into(
         logits,
         dloss,
@@ -586,7 +590,7 @@ def cross_entropy_fused_op(
     shift: bool,
     with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(sum(dloss * loss), its gradient, max, log_sum, logprob, entropy, correct) in one launch."""
+    """(sum(dloss * loss), its gradient, max, log_sum, logprob, entropy, correct) in one kernel launch."""
     grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
     rows = cross_entropy_rows(
         logits,
@@ -683,9 +687,9 @@ cross_entropy_op.register_autograd(_rows_backward, setup_context=_save_rows)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """`cross_entropy_fused_op` with its gradient, for eager mode: backward scales the gradient where it lies.
+    """`cross_entropy_fused_op` with autograd, for eager mode. Backward scales the gradient in place.
 
-    (Under torch.compile a saved tensor may not be changed; the two-pass operator serves there.)
+    Under torch.compile saved tensors may not be changed, so there the operator with two passes is used.
     """
 
     @staticmethod
@@ -699,7 +703,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dtotal, *_):
-        (grad,) = ctx.saved_tensors  # a second backward ends here: the scaling below moves the version on
+        (grad,) = ctx.saved_tensors  # raises in a second backward, because the scaling below changes the version
         try:
             scale_rows_op(grad, dtotal)
         except KernelFailedError as error:
@@ -721,7 +725,7 @@ def cross_entropy(
     counted: Tensor,
     divisor: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The reduced loss, and (lse, logprob, entropy, correct) of every row where they are asked for."""
+    """The reduced loss, and with `return_stats` (lse, logprob, entropy, correct) of every row."""
     shape = targets.shape
     if logits.dim() == 2:
         logits, targets, counted = logits[None], targets[None], counted[None]
@@ -744,7 +748,7 @@ def cross_entropy(
 def chunk_loss(
     logits_nV: Tensor, targets: Tensor, class_weight: Tensor | None, row_grad: Tensor | None, options: LossOptions
 ) -> Tensor:
-    """Loss (n,) of logits (n, V), which with `row_grad` (n,) give their place to the gradient: one launch."""
+    """The loss (n,) of logits (n, V), in one kernel launch. With `row_grad` (n,) the gradient overwrites the logits."""
     rows = cross_entropy_rows(
         logits_nV[None],
         targets[None],

@@ -1,6 +1,6 @@
-"""Which device a kernel is launched on, what happens where it does not compile or launch, and float32's products.
+"""Kernel launches: on which device, what happens if a kernel does not compile or launch, and the precision of float32.
 
-Triton launches on the process's current device, wherever the tensors are.
+Triton by itself launches on the current device of the process, wherever the tensors are.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fastgpt2_kernels.backends import KernelFailedError
 from fastgpt2_kernels.precision import is_float32_exact
 from fastgpt2_kernels.triton import launch
 
-# CUDA's errors, and Triton's: too little shared memory, a kernel that does not compile.
+# Errors of CUDA, and of Triton: too little shared memory, or a kernel that does not compile.
 LAUNCH_ERRORS: tuple[type[Exception], ...] = (RuntimeError, TritonError)
-# Also those of the files and programs that a first launch needs: the cache, ptxas, a C compiler, the driver's library.
+# Also errors of what a first launch needs: the cache folder, ptxas, a C compiler, the driver's library.
 _FIRST_LAUNCH_ERRORS: tuple[type[Exception], ...] = (
     *LAUNCH_ERRORS,
     OSError,
@@ -25,23 +25,23 @@ _FIRST_LAUNCH_ERRORS: tuple[type[Exception], ...] = (
     AssertionError,
     ImportError,
 )
-# What a message says, and what to do about it; the first that fits counts.
+# Words in an error message, and what to do about the error. The first entry that matches counts.
 _ADVICE = (
-    (("out of resource",), "this GPU has too little of it for this size; please report the GPU and the size"),
+    (("out of resource",), "this GPU has too few resources for this size; please report the GPU and the size"),
     (("c compiler", "gcc", "clang", "'cc'"), "Triton needs a C compiler: install gcc, or name one in CC"),
     (
         ("cache dir", "permission denied", "read-only file system", "not a directory", "no space left"),
         "Triton needs a folder to write to: name one in TRITON_CACHE_DIR",
     ),
-    (("libcuda", "driver", "ptxas", "unsupported"), "GPU, driver and this Triton do not go together: update them"),
+    (("libcuda", "driver", "ptxas", "unsupported"), "the GPU, its driver and Triton are not compatible: update them"),
 )  # fmt: skip
 _OTHERWISE = "please report it with the output of `fastgpt2 check --json`"
 
 
 def launch_kernel(device: torch.device, kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
-    """Launch `kernel` on the current stream of `device`, where its tensors are: all launches go through here.
+    """Launch `kernel` on the current stream of `device`, where its tensors are. Every kernel launch goes through here.
 
-    KernelFailedError, which names the kernel and says what to do, where it does not compile or launch.
+    Raises KernelFailedError if the kernel does not compile or launch. The error names the kernel and says what to do.
     """
     try:
         if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -61,5 +61,5 @@ def _sentence(kernel: Any, error: Exception) -> str:
 
 
 def float32_precision(device: torch.device) -> str:
-    """What a kernel's products of float32 are rounded to: as PyTorch's own are, where the GPU can."""
+    """The precision of a kernel's float32 products: "tf32" if PyTorch allows it and the GPU has it, else "ieee"."""
     return "tf32" if not is_float32_exact() and launch.has_tf32(launch.architecture(device)) else "ieee"

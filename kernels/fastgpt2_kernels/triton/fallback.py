@@ -1,4 +1,4 @@
-"""Gradients on PyTorch's operators, for where a kernel of the backward pass does not compile or launch."""
+"""Gradients on PyTorch's operators, as a fallback for backward kernels that do not compile or launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def gradients(
     needed: Sequence[bool],
     dout: Tensor,
 ) -> list[Tensor | None]:
-    """The gradients of `function(*inputs)` in those inputs that need one; `error` again unless "auto" was asked for."""
+    """The gradients of `function(*inputs)` in the inputs that need one.
+
+    Raises `error` again if `size` is None, which means that the caller did not ask for "auto".
+    """
     if size is None:
         raise error
     note_failure(operator, dout.device, error, size)

@@ -1,4 +1,4 @@
-"""Launch tables: tile sizes, warps and stages of every kernel. Plain data, shipped, never searched at a first call."""
+"""Launch tables: tile sizes, warps and stages of every kernel. Plain data: no call ever tunes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Compiler options of every launch. Contracting a * b + c is said out loud: its default changes after Triton 3.9.
+# Compiler options of every launch. Fusing a * b + c is set explicitly, because its default changes after Triton 3.9.
 OPTIONS: dict[str, bool | int] = {"enable_fp_fusion": True}
 
 
@@ -16,9 +16,11 @@ OPTIONS: dict[str, bool | int] = {"enable_fp_fusion": True}
 
 
 class Architecture(NamedTuple):
-    """A column of the tables. like: the architecture whose rows it takes where the tables have none for itself.
+    """A column of the tables.
 
-    capability: of NVIDIA's GPUs, else None. shared: bytes of shared memory that one program may have.
+    capability: the compute capability of an NVIDIA GPU, else None.
+    shared: how many bytes of shared memory one program may have.
+    like: the architecture whose rows are used where the tables have none for this one.
     """
 
     capability: tuple[int, int] | None
@@ -32,7 +34,7 @@ ARCHITECTURES = {
     "sm_89": Architecture((8, 9), 101_376, "sm_86"),  # L40, RTX 40
     "sm_90": Architecture((9, 0), 232_448),  # H100, H200
     "sm_100": Architecture((10, 0), 232_448),  # B200
-    "sm_120": Architecture((12, 0), 101_376, "sm_89"),  # RTX 50: the tensor cores are programmed as Ampere's are
+    "sm_120": Architecture((12, 0), 101_376, "sm_89"),  # RTX 50: its tensor cores are programmed like Ampere's
     "gfx90a": Architecture(None, 65_536, "gfx942"),  # MI200
     "gfx942": Architecture(None, 65_536),  # MI300
     "gfx950": Architecture(None, 163_840, "gfx942"),  # MI350
@@ -43,9 +45,9 @@ MOST_SHARED = max(of.shared for of in ARCHITECTURES.values())
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The column of the tables for a device: its own, or the nearest one known."""
+    """The column of the tables for a device: its own, or that of the nearest known architecture."""
     if device.type != "cuda":
-        return "sm_80"  # the interpreter
+        return "sm_80"  # for the interpreter
     properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
@@ -55,14 +57,14 @@ def architecture(device: torch.device) -> str:
 
 
 def nearest_architecture(capability: tuple[int, int], shared: int) -> str:
-    """The newest one of NVIDIA's that is no newer than `capability` and whose rows fit into `shared` bytes."""
+    """The newest NVIDIA architecture that is no newer than `capability` and whose rows fit into `shared` bytes."""
     known = [(of.capability, name) for name, of in ARCHITECTURES.items() if of.capability and of.shared <= shared]
     older = [found for found in known if found[0] <= capability]
     return max(older, default=("", "sm_86"))[1]
 
 
 def has_tf32(arch: str) -> bool:
-    """Whether its matrix units multiply float32 rounded to tf32."""
+    """Whether its matrix units can multiply float32 rounded to tf32."""
     return arch not in ("gfx90a", "gfx950")
 
 
@@ -74,7 +76,7 @@ def is_amd(arch: str) -> bool:
 
 
 class CrossEntropyRow(NamedTuple):
-    """block_v: logits that a step of the main loop takes; mid_v: a step of the loop over what it leaves."""
+    """block_v: logits per step of the main loop. mid_v: logits per step of the loop over the remainder."""
 
     block_v: int
     mid_v: int
@@ -89,14 +91,17 @@ class CrossEntropyRow(NamedTuple):
 def cross_entropy_row(
     vocab_size: int, capability: tuple[int, int] | None = None, *, element_size: int = 2, has_extras: bool = False
 ) -> CrossEntropyRow:
-    """One program a row of logits, looping over blocks of at most 8192; `capability` of an NVIDIA GPU, else None.
+    """The row for one program per row of logits, which loops over blocks of at most 8192.
 
-    8192 logits over 8 warps are 32 a thread, 4 accesses of 128 bits in bf16: enough in flight, and few enough registers
-    for 3 or 4 programs on a multiprocessor (one block of 65536 leaves room for one). 2048 is the smallest block that
-    8 warps still move in 128-bit accesses, so at most 2047 logits of a row go through the masked, narrow tail.
+    `capability` is that of an NVIDIA GPU, else None. `has_extras`: smoothing, class weights or statistics.
 
-    Registers are said where the compiler by itself takes more (80 to 97, for 2 or 3 programs; up to 240 with smoothing,
-    class weights or statistics, `has_extras`) or spills a few bytes to take fewer (Blackwell). Said, it spills none.
+    8192 logits over 8 warps are 32 per thread, or four 128-bit accesses in bf16. That is enough in flight, and takes
+    few enough registers for 3 or 4 programs on a multiprocessor (with a block of 65536 only one fits). 2048 is the
+    smallest block that 8 warps still move in 128-bit accesses. So at most 2047 logits of a row go through the masked,
+    narrow tail.
+
+    The number of registers is set where the compiler would otherwise take more (80 to 97, which leaves 2 or 3 programs;
+    up to 240 with extras), or would spill a few bytes to take fewer (Blackwell). With the number set, nothing spills.
     """
     if vocab_size >= 8192:
         registers = None
@@ -113,17 +118,17 @@ def cross_entropy_row(
 
 
 class SamplingRow(NamedTuple):
-    """block_v: logits that a step of a pass takes, a multiple of 4, and the lanes that top-k deals the row out to."""
+    """block_v: logits per step of a pass, a multiple of 4, and the number of lanes into which top-k splits a row."""
 
     block_v: int
     num_warps: int
 
 
 def sampling_row(vocab_size: int, arch: str, *, has_filters: bool = False) -> SamplingRow:
-    """One program, and so one multiprocessor, a row of logits: as many threads as the registers allow.
+    """The row for one program, and so one multiprocessor, per row of logits, with as many threads as registers allow.
 
-    With filters (top-k, top-p, min-p) the lanes' state and its copies in the loops fill 128 registers a thread at 4
-    lanes a thread.
+    With filters (top-k, top-p, min-p) and 4 lanes per thread, the state of the lanes and its copies in the loops fill
+    128 registers per thread.
     """
     if vocab_size > 2048 and has_filters:
         block_v, threads = 2048, 512
@@ -138,7 +143,7 @@ def sampling_row(vocab_size: int, arch: str, *, has_filters: bool = False) -> Sa
 
 
 class AttentionRow(NamedTuple):
-    """block_t, block_s: queries and keys of a tile. use_tma: load the tiles walked over by the memory accelerator."""
+    """block_t, block_s: queries and keys of a tile. use_tma: the tensor memory accelerator loads the loop's tiles."""
 
     block_t: int
     block_s: int
@@ -150,14 +155,15 @@ class AttentionRow(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
 
 
-# By what is multiplied ("half" 16 bits, "tf32", "ieee" float32) and the largest padded head size: forward, dq, dkdv.
-# Registers decide nearly everywhere: a tile's accumulators have to fit beside its scores without spilling.
-# - half, 64: 32 rows a warp in the forward keep the exponentials and the tensor cores equally busy, two programs on a
-#   multiprocessor; pointers in place of descriptors cost a third more instructions. The backward is bound by shared
-#   memory: the owned tile as large as two score tiles and one or two accumulators leave room for.
-# - half, wider heads: the walked tile shrinks as the accumulators grow.
-# - dropout: drawing the mask takes the registers of half a tile of scores.
-# - ieee: these products run outside the tensor cores, unrolled; more warps mean fewer registers each.
+# (kind of product, largest padded head size) -> rows for forward, dq and dkdv. The kinds are "half" (16 bits), "tf32"
+# and "ieee" (exact float32). Registers decide nearly everywhere: a tile's accumulators must fit beside its scores
+# without spilling.
+# - half, 64: in the forward, 32 rows per warp keep the exponentials and the tensor cores equally busy, with two
+#   programs on a multiprocessor. Pointers instead of descriptors cost a third more instructions. The backward is
+#   limited by shared memory: the program's own tile is as large as two score tiles and one or two accumulators allow.
+# - half, wider heads: the tile of the loop shrinks as the accumulators grow.
+# - dropout: drawing the mask takes as many registers as half a tile of scores.
+# - ieee: these products run outside the tensor cores, unrolled. With more warps, each thread needs fewer registers.
 _ATTENTION: dict[tuple[str, int], tuple[AttentionRow, AttentionRow, AttentionRow]] = {
     ("half", 64): (AttentionRow(128, 64, 4, 2, True), AttentionRow(128, 64, 4, 2), AttentionRow(32, 128, 4, 2)),
     ("half", 128): (AttentionRow(128, 32, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(32, 64, 4, 2)),
@@ -170,7 +176,7 @@ _ATTENTION: dict[tuple[str, int], tuple[AttentionRow, AttentionRow, AttentionRow
     ("ieee", 64): (AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 4, 1)),
     ("ieee", 128): (AttentionRow(32, 32, 8, 1), AttentionRow(16, 16, 8, 1), AttentionRow(32, 32, 8, 1)),
 }
-# Where the row above would spill in a loop on an architecture.
+# Replacements where the row above would spill registers in a loop on an architecture.
 _ATTENTION_ON: dict[tuple[str, str, int, str], AttentionRow] = {
     ("sm_80", "half", 64, "dq"): AttentionRow(128, 32, 4, 2),
     ("sm_80", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 2),
@@ -214,8 +220,12 @@ _KERNELS = ("forward", "dq", "dkdv")
 def attention_row(
     kernel: str, arch: str, kind: str, block_d: int, *, has_dropout: bool = False, has_documents: bool = False
 ) -> AttentionRow:
-    """kernel "forward", "dq" or "dkdv"; kind "half", "tf32" or "ieee"; block_d: head size, a power of two from 16."""
-    # Documents take as much in the backward, and on Blackwell, whose scores come to the registers from elsewhere.
+    """The row for kernel "forward", "dq" or "dkdv", kind "half", "tf32" or "ieee".
+
+    `block_d` is the padded head size, a power of two from 16.
+    """
+    # Documents take as many registers as dropout in the backward. On Blackwell, where scores are not computed in
+    # registers but moved there, they do in the forward too.
     documents_as_dropout = has_documents and (kernel != "forward" or arch == "sm_100")
     if kind == "half" and block_d <= 64 and (has_dropout or documents_as_dropout):
         kind = "half dropout"
@@ -231,7 +241,7 @@ def attention_row(
 
 
 def attention_rows() -> Iterator[tuple[str, str, int]]:
-    """(kernel, kind, widest padded head size) of every row."""
+    """The key of every row: (kernel, kind, largest padded head size)."""
     yield from ((kernel, kind, width) for kind, width in _ATTENTION for kernel in _KERNELS)
 
 
@@ -239,9 +249,9 @@ def attention_rows() -> Iterator[tuple[str, str, int]]:
 
 
 class DecodeRow(NamedTuple):
-    """split_s: keys of a split, which is one tile; one_warps, few_warps: for one new token a row, for several.
+    """split_s: keys in a split, which is one tile. block_c: columns that a program (one warp) combines.
 
-    block_c: columns that a program combines, one warp.
+    one_warps, few_warps: warps for rows with one new token, and for rows with several.
     """
 
     split_s: int
@@ -251,11 +261,11 @@ class DecodeRow(NamedTuple):
 
 
 def decode_row(element_size: int, block_d: int) -> DecodeRow:
-    """element_size: bytes of a cached number; block_d: head size, a power of two from 16.
+    """The row for cached numbers of `element_size` bytes and the padded head size `block_d`, a power of two from 16.
 
-    Nothing else may decide: where splits begin shows in the last bits of a row's result. 2 warps hold 16 KB of keys and
-    as much of values in their registers beside the float32 products; more warps add up more partial sums for the same
-    bytes, and several new tokens need the room.
+    It must not depend on anything else, because the position of the splits shows in the last bits of a row's result.
+    2 warps hold 16 KB of keys and 16 KB of values in registers beside the float32 products. More warps add more partial
+    sums for the same bytes, but rows with several new tokens need their registers.
     """
     row_bytes = block_d * element_size
     if row_bytes <= 128:
@@ -265,14 +275,14 @@ def decode_row(element_size: int, block_d: int) -> DecodeRow:
     return DecodeRow(64 if row_bytes <= 512 else 32, 4, 8)
 
 
-# -- linear maps of a few rows -------------------------------------------------------------------------------------
+# -- linear layers for a few rows ----------------------------------------------------------------------------------
 
 
-SPLIT_K = 8  # shares of K, a warp each
+SPLIT_K = 8  # how many shares K is split into; each has one warp
 
 
 class LinearDecodeRow(NamedTuple):
-    """block_r rows and block_n outputs of a program, block_k inputs of a step of each of its shares of K."""
+    """block_r, block_n: rows and outputs of a program. block_k: inputs per step of each share of K."""
 
     block_r: int
     block_n: int
@@ -281,23 +291,23 @@ class LinearDecodeRow(NamedTuple):
 
 
 def linear_decode_share(num_inputs: int) -> int:
-    """Inputs of a share: whole products of 16, also where K is not."""
+    """The number of inputs in a share, a multiple of 16 even where K is not."""
     return max(1, -(-num_inputs // (16 * SPLIT_K))) * 16
 
 
 def linear_decode_row(
     num_rows: int, num_outputs: int, num_inputs: int, element_size: int, prologue: str, arch: str
 ) -> LinearDecodeRow:
-    """element_size: of what is multiplied. prologue "none", "layer_norm" or "combine".
+    """The row for products of `element_size` bytes and the prologue "none", "layer_norm" or "combine".
 
-    A number must not depend on how many rows are beside it. So LayerNorm's block_k, the tile that its sums run over,
-    depends on the architecture, element_size and num_inputs alone, and on AMD so does block_r, which would choose the
-    matrix instruction and which warp adds up what. All else changes no order of additions.
+    A row's result must not depend on the other rows. So LayerNorm's block_k, the tile of its sums, depends only on the
+    architecture, element_size and num_inputs. On AMD the same holds for block_r, which would decide the matrix
+    instruction and which warp sums what. Nothing else changes the order of additions.
 
-    - 8 rows or fewer are bound by the weight's bytes: the most of it under way, in the most programs.
-    - more: twice the rows and outputs a program halve what is read of x and of the weight from the L2 cache.
-    - LayerNorm in one step keeps x in registers, a whole share of it.
-    - registers decide the rest.
+    - Up to 8 rows: reading the weight is the limit. Many programs with large steps keep most of it in flight.
+    - More rows: twice the rows and outputs per program halve the reads of x and of the weight from the L2 cache.
+    - LayerNorm in one step keeps a whole share of x in registers.
+    - Registers decide the rest.
     """
     share = 1 << (linear_decode_share(num_inputs) - 1).bit_length()
     is_few = num_rows <= 8
@@ -306,10 +316,10 @@ def linear_decode_row(
     if is_amd(arch):
         return LinearDecodeRow(16, 16, 128)
     if prologue == "layer_norm":
-        # Below 128, how many neighbours along K a thread holds would depend on block_r.
+        # Below 128, how many neighbours along K a thread holds would depend on block_r, and so would the sums' order.
         block_k = max(128, min(share, 256))
         if is_few:
-            # A vocabulary's many programs take turns on a multiprocessor; fewer outputs each would read x more often.
+            # A vocabulary has more programs than fit on the GPU at once. With fewer outputs each, x is read more often.
             return LinearDecodeRow(8, 32 if num_outputs >= 16384 and block_k <= 128 else 16, block_k)
         if block_k > 128 and ARCHITECTURES[arch].shared < 131_072:
             return LinearDecodeRow(8, 16, block_k)
@@ -327,7 +337,7 @@ def linear_decode_row(
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; 1 for the interpreter, so that a program has several rows there too."""
+    """How many multiprocessors a GPU has; 1 for the interpreter, so that a program has several rows there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -335,7 +345,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class LayerNormRow(NamedTuple):
-    """block_c: a whole row in registers, or a block of a longer one. programs: of a multiprocessor."""
+    """block_c: a whole row in registers, or a block of a longer row. programs: how many run per multiprocessor."""
 
     block_c: int
     num_warps: int
@@ -347,18 +357,19 @@ class LayerNormRow(NamedTuple):
         return OPTIONS if self.max_registers is None else {**OPTIONS, "maxnreg": self.max_registers}
 
 
-# Where a compiler by itself spills a few bytes to take fewer registers than there are: Triton 3.9 forward on sm_100,
-# 3.7.1 forward on sm_90, 3.6.0 backward on sm_100.
+# Where a compiler would spill a few bytes, although more registers are available: the forward of Triton 3.9 on sm_100
+# and of 3.7.1 on sm_90, and the backward of 3.6.0 on sm_100.
 _SPILLING_NORMS = (("forward", "sm_90"), ("forward", "sm_100"), ("backward", "sm_100"))
 
 
 def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
-    """kernel "forward" or "backward".
+    """The row for kernel "forward" or "backward".
 
-    A thread holds 16 or 8 numbers of a row: 16 bytes of half precision twice, or once where five such rows (weight, its
-    gradient, ...) stay in registers. As many programs as are resident together, each with a row on its way: 18 KB, more
-    than memory's latency needs. More would wait for the first, and in the backward each writes a partial row.
-    The blocks of a longer row are 4096 in the backward: 8192 spill (Ampere).
+    In the forward a thread holds 16 numbers of a row, which are two 16-byte accesses in half precision. In the backward
+    it holds 8, because five such rows (weight, its gradient, ...) stay in registers. There are as many programs as can
+    be resident together. Each has a row in flight, in all 18 KB, which is more than memory latency needs. More programs
+    would only wait, and in the backward each would write another partial row. In the backward, longer rows have blocks
+    of 4096, because 8192 spill registers (Ampere).
     """
     block = max(256, 1 << (width - 1).bit_length())
     lanes = 64 if is_amd(arch) else 32
@@ -370,7 +381,7 @@ def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
     return LayerNormRow(min(block, widest), num_warps, max(2, 24 // num_warps), registers)
 
 
-# The activations that have a kernel by transformers' names, and the kernels' own names for them.
+# The activations that have a kernel: their names in transformers, and their names in the kernels.
 _SAME_NAME = ("gelu", "gelu_10", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "hardswish", "laplace", "mish")
 _GELU_TANH = ("gelu_new", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh", "gelu_fast")
 ACTIVATIONS = {
@@ -382,8 +393,10 @@ ACTIVATIONS = {
 
 
 class ActivationRow(NamedTuple):
-    """block_n, block_c: rows and columns of a tile; bwd_block_n: rows in the backward, which holds more of each.
-    programs: of a multiprocessor in the backward."""
+    """block_n, block_c: rows and columns of a tile. bwd_block_n: rows in the backward, which needs more registers.
+
+    programs: how many run per multiprocessor in the backward.
+    """
 
     block_n: int
     bwd_block_n: int
@@ -392,7 +405,7 @@ class ActivationRow(NamedTuple):
     programs: int
 
 
-# 256 columns divide the inner widths of all GPT-2s, 6400 too, and are 512 bytes of half precision, one warp's access.
+# 256 divides the inner width of every GPT-2, even 6400. In half precision 256 columns are 512 bytes: one warp's access.
 ACTIVATION = ActivationRow(16, 8, 256, 4, 8)
 
 
@@ -405,6 +418,10 @@ class PartialSumsRow(NamedTuple):
 
 
 def partial_sums_row(width: int) -> PartialSumsRow:
-    """16 columns, 64 bytes, and more where that made over 128 programs: a few hundred columns still spread widely."""
+    """The row for sums of `width` columns.
+
+    A program takes 16 columns (64 bytes), so that even a few hundred columns fill many programs, or more columns where
+    that would make over 128 programs.
+    """
     block_c = max(16, (1 << (width - 1).bit_length()) // 128)
     return PartialSumsRow(max(1, 2048 // block_c), block_c, 4)

@@ -1,28 +1,31 @@
-"""The next token of every row of logits, in one launch: penalty, temperature, top-k, top-p, min-p, Gumbel noise.
+"""Sampling the next token of every row of logits, in one kernel launch: penalty, filters, temperature, Gumbel noise.
 
-With y the penalised logits, T the temperature and K the tokens that the filters keep, the token is
+Let y be the penalised logits, T the temperature and K the tokens that the filters keep. The token is
 
     argmax over K of y_v + T g_v,    g_v = -log(-log u_v),
 
-which is distributed as softmax(y / T) over K (Gumbel 1954; "Gumbel-max"), and greedy at T = 0. u_v comes from Philox
-(Salmon et al. 2011) with the row's own key and the counter (v // 4, position, 0, 0), word v % 4: a draw depends on
-(key, position, v) alone. Every filter keeps the tokens from some value of y on, ties together:
+which is distributed as softmax(y / T) over K (Gumbel 1954, the "Gumbel-max" trick), and is greedy at T = 0. u_v comes
+from word v % 4 of Philox (Salmon et al. 2011) with the row's own key and the counter (v // 4, position, 0, 0). So the
+noise depends only on (key, position, v). Every filter keeps all y from some value up, so equal logits stay or go
+together:
 
     top-k  y >= the k-th largest        min-p  y >= max y + T log(min_p)
     top-p  the mass of softmax(y / T), over what top-k keeps, strictly above y is less than p
 
-So nothing needs sorting, and top-p needs no threshold at all: the argmax over a larger set is the argmax over K if it
-lies in K, and if it does not, neither does anything that is not above it: those are left out and the argmax is taken
-again, with the same noise. That is exact, and for p = 0.95 the first try stands 19 times in 20. (FlashInfer's rejection
-sampling, Ye et al. 2025, draws anew instead.)
+So nothing needs sorting, and top-p needs no threshold. If the argmax over a larger set lies in K, it is the argmax over
+K. If it does not, then no token with a y at most as large lies in K either. All of these are dropped, and the argmax is
+taken again with the same noise. This is exact. For p = 0.95 the first try is accepted 19 times in 20. (FlashInfer's
+rejection sampling, Ye et al. 2025, draws new noise instead.)
 
-Top-k: each of the BLOCK lanes that the row is dealt out to keeps its two largest logits and the value of its third.
-The k-th largest t of those kept is a lower bound; if no lane's third reaches t, everything top-k keeps is at hand and
-the row is not read again (for k = 50 and 2048 lanes, in all but one case of 200). Else t is where a search
-through the row begins. Passes over the row: greedy, temperature and (nearly always) top-k with or without top-p 1;
-top-p alone 2, and 2 more for every rejection.
+Top-k: the row is split into BLOCK lanes. Each lane keeps its two largest logits and the value of its third. The k-th
+largest t of the logits kept is a lower bound. If no lane's third reaches t, the lanes hold everything that top-k keeps,
+and the row is not read again. (For k = 50 and 2048 lanes this fails once in 200 cases.) Otherwise a search through the
+row begins at t.
 
-Dimension key: R rows, S slots that the rows' state lies in, V vocabulary.
+Passes over the row: 1 for greedy, for temperature alone, and nearly always for top-k with or without top-p. top-p alone
+takes 2, and 2 more for every rejection.
+
+Dimension key: R rows, S slots that hold the rows' state, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass every statistical test (Salmon et al. 2011, table 2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Beyond these no logit matters to y + T g, or only ties with the largest do; they keep both finite.
+# Beyond the first, logits do not matter in y + T g. Beyond the second, only ties with the largest logit matter. These
+# bounds keep T and 1 / T finite.
 MAX_TEMPERATURE = tl.constexpr(1e30)
 MAX_INVERSE = tl.constexpr(1e30)
 
@@ -52,7 +56,7 @@ MAX_INVERSE = tl.constexpr(1e30)
 
 
 class _Settings(NamedTuple):
-    """A tensor of slots each, or None."""
+    """Pointers to the settings of the slots; each may be None."""
 
     keys_ptr: Any
     positions_ptr: Any
@@ -74,7 +78,7 @@ class _Meta(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """Logits, which of them were seen (None if that does not matter) and what those are penalised by."""
+    """A row's logits, which of its tokens were seen (None if not needed), and their repetition penalty."""
 
     x_ptr: Any
     seen_ptr: Any
@@ -83,7 +87,7 @@ class _Row(NamedTuple):
 
 
 class _Draw(NamedTuple):
-    """What a row draws with; scale_log2 is log2(e) / T."""
+    """What a row's noise is drawn with. scale_log2 is log2(e) / T."""
 
     key: Any
     position: Any
@@ -92,7 +96,7 @@ class _Draw(NamedTuple):
 
 
 class _Lanes(NamedTuple):
-    """What every lane holds after the first pass: see `_first_step`."""
+    """What every lane holds after the first pass; see `_first_step`."""
 
     m: Any
     rest: Any
@@ -107,7 +111,7 @@ class _Lanes(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """With top-k the two largest logits of every lane, their scores y + T g and their tokens."""
+    """With top-k, the two largest logits of every lane, their scores y + T g, and their tokens."""
 
     first: Any
     first_score: Any
@@ -122,15 +126,15 @@ class _Held(NamedTuple):
 
 @triton.jit
 def _gumbel(word):
-    """-log(-log u) of a random 32-bit word: 1 - u = (word + 1/2) / 2^32.
+    """-log(-log u) of a random 32-bit word, where 1 - u = (word + 1/2) / 2^32.
 
-    e = -log u is taken from v = 1 - u below one half, where large draws come from and float32 has no 1 - v worth the
-    name, and from u itself above: both ends are as fine as 2^-32, and never 0.
+    e = -log u is computed from v = 1 - u if v is below one half, because float32 cannot resolve 1 - v there, and large
+    noise comes from there. Otherwise it is computed from u itself. So both ends are as fine as 2^-32, and never 0.
     """
     signed = word.to(tl.int32, bitcast=True)
     is_low = signed >= 0  # word < 2^31
     v = tl.where(is_low, signed, ~signed).to(tl.float32) * 2.0**-32 + 2.0**-33  # in (0, 1/2]: 1 - u, or u
-    # -log(1 - v) / v on [0, 1/2]: Chebyshev interpolation, 3 units in the last place.
+    # -log(1 - v) / v on [0, 1/2] by Chebyshev interpolation, to 3 units in the last place.
     q = 1.4079567 * v - 1.6302117
     q = ((((q * v + 1.2050139) * v - 0.18157165) * v + 0.2645476) * v + 0.24343744) * v + 0.333662
     q = (q * v + 0.49999374) * v + 1.0
@@ -140,19 +144,20 @@ def _gumbel(word):
 
 @triton.jit
 def _words(key, position, start, BLOCK: tl.constexpr):
-    """The random words of the tokens start .. start + BLOCK, start a multiple of 4: one call of Philox for four."""
+    """The random words of the tokens start .. start + BLOCK. One call of Philox serves 4; start is a multiple of 4."""
     groups = start // 4 + tl.arange(0, BLOCK // 4)
     zero = groups * 0
     w0, w1, w2, w3 = tl.philox(key, groups, zero + position, zero, zero, n_rounds=PHILOX_ROUNDS)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))  # the words in their order
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))  # the words in order
 
 
 @triton.jit
 def _scores(y, bar, draw, start, BLOCK: tl.constexpr):
-    """y + T g of the tokens start .. start + BLOCK, and the new bar; -inf if none of them can beat `bar`, a score.
+    """The scores y + T g of the tokens start .. start + BLOCK, and the new bar, which is the best score so far.
 
-    The logarithms are most of what noise costs. y + T g > bar means -log u < exp((y - bar) / T), and -log u >= 1 - u:
-    one exponential tells, and says yes to a block about as often as the maximum moves, 3 times in 12 blocks.
+    The scores are -inf if none of the tokens can beat `bar`. Logarithms are most of the cost of noise. y + T g > bar
+    means -log u < exp((y - bar) / T), and -log u >= 1 - u. So one exponential shows whether a block needs logarithms.
+    It needs them about as often as the maximum moves, in 3 of 12 blocks.
     """
     words = _words(draw.key, draw.position, start, BLOCK=BLOCK)
     may_win = words.to(tl.float32) * 2.0**-32 <= tl.exp2((y - bar) * draw.scale_log2 + 1e-4)  # with room for rounding
@@ -165,7 +170,7 @@ def _scores(y, bar, draw, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gumbel_at(key, position, ids):
-    """The noise of the tokens `ids`, whichever they are."""
+    """The noise of the tokens `ids`, in any order."""
     zero = ids * 0
     w0, w1, w2, w3 = tl.philox(key, ids // 4, zero + position, zero, zero, n_rounds=PHILOX_ROUNDS)
     return _gumbel(tl.where(ids % 4 < 2, tl.where(ids % 4 == 0, w0, w1), tl.where(ids % 4 == 2, w2, w3)))
@@ -176,7 +181,7 @@ def _gumbel_at(key, position, ids):
 
 @triton.jit
 def _to_key(y):
-    """float32 -> int64 in the same order; both zeros are 0."""
+    """Map float32 to int64 with the same order. Both zeros become 0."""
     bits = y.to(tl.int32, bitcast=True)
     return tl.where(bits >= 0, bits, -(bits & 0x7FFFFFFF)).to(tl.int64)
 
@@ -194,7 +199,7 @@ def _penalized(x, seen, penalty):
 
 @triton.jit
 def _load(row, offs, end, HAS_MASK: tl.constexpr, META: tl.constexpr):
-    """The logits as they are and penalised, float32; -inf from `end` on (HAS_MASK)."""
+    """Load the logits as they are and penalised, in float32, with -inf from `end` on (HAS_MASK)."""
     if HAS_MASK:
         x = tl.load(row.x_ptr + offs, mask=offs < end, other=float("-inf")).to(tl.float32)
     else:
@@ -210,9 +215,9 @@ def _load(row, offs, end, HAS_MASK: tl.constexpr, META: tl.constexpr):
 
 @triton.jit
 def _online_softmax_step(m, rest, x, scale_log2):
-    """Take x into every lane's maximum m and the sum of exp(scale (x - m)) over all but that maximum, a 1 left out.
+    """Add x to each lane's maximum m and sum of exp(scale (x - m)), which leaves out the 1 of the maximum itself.
 
-    At first LOWEST and -1. One exponential each, of whichever is the smaller.
+    They start at LOWEST and -1. Each step takes one exponential, that of the smaller of x and m.
     """
     d = x - m
     e = tl.exp2(-tl.abs(d) * scale_log2)
@@ -221,9 +226,9 @@ def _online_softmax_step(m, rest, x, scale_log2):
 
 @triton.jit
 def _first_step(lanes, row, draw, start, HAS_MASK: tl.constexpr, META: tl.constexpr):
-    """Take the tokens start .. start + BLOCK into every lane's state.
+    """Add the tokens start .. start + BLOCK to each lane's state.
 
-    Without top-k `best` is the best of y + T g so far. With it, `best`, `second` and `third` are the largest y.
+    Without top-k, `best` is the largest y + T g so far. With top-k, `best`, `second` and `third` are the largest y.
     """
     m, rest, y_max, y_rest, bar, best, best_id, second, second_id, third = lanes
     offs = start + tl.arange(0, META.BLOCK)
@@ -249,20 +254,20 @@ def _first_step(lanes, row, draw, start, HAS_MASK: tl.constexpr, META: tl.conste
 
 @triton.jit
 def _counts(y, f1, f2, f3):
-    """How many are >= f1, f2, f3 (any of V < 2^21): three counts in one number."""
+    """How many y are >= f1, f2 and f3: three counts in one number, 21 bits each, because V < 2^21."""
     return (y >= f1).to(tl.int64) + ((y >= f2).to(tl.int64) << 21) + ((y >= f3).to(tl.int64) << 42)
 
 
 @triton.jit
 def _pivots(lo, hi):
-    """Three keys that quarter lo .. hi."""
+    """Three keys that divide lo .. hi into quarters."""
     step = (hi - lo + 3) // 4
     return tl.minimum(lo + step, hi), tl.minimum(lo + 2 * step, hi), tl.minimum(lo + 3 * step, hi)
 
 
 @triton.jit
 def _narrow(counts, k, p1, p2, p3, lo, hi, n):
-    """The quarter whose lower end has >= k tokens from it on, and their number n, and whose upper end has fewer."""
+    """The quarter that holds the k-th largest: at least k tokens (n) reach its lower end, and fewer its upper end."""
     c1, c2, c3 = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
     hi = tl.where(c1 < k, p1, tl.where(c2 < k, p2, tl.where(c3 < k, p3, hi)))
     lo = tl.where(c3 >= k, p3, tl.where(c2 >= k, p2, tl.where(c1 >= k, p1, lo)))
@@ -290,7 +295,7 @@ def _mass(y, low, y_max, scale_log2):
 
 @triton.jit
 def _mass_from(row, end, low, y_max, scale_log2, first, second, META: tl.constexpr):
-    """sum of exp((y - y_max) / T) where y >= low: over the tokens 0 .. end, or, if end is 0, over the lanes' two."""
+    """The sum of exp((y - y_max) / T) over y >= low, of the tokens 0 .. end, or if end is 0 of the two of each lane."""
     BLOCK: tl.constexpr = META.BLOCK
     mass = tl.zeros((BLOCK,), tl.float32)
     if META.HAS_TOP_K:  # noqa: SIM102
@@ -319,13 +324,13 @@ def _draw_step(bar, best, best_id, row, draw, start, end, low, HAS_MASK: tl.cons
 
 @triton.jit
 def _first_best(best, best_id):
-    """The id of the best lane, the lowest of equals."""
+    """The id of the best lane. Among equals the lowest id counts."""
     return tl.min(tl.where(best == tl.max(best, 0), best_id, 2147483647), 0)
 
 
 @triton.jit
 def _draw(row, draw, end, low, held, META: tl.constexpr):
-    """argmax of y + T g where y >= low: over the tokens 0 .. end, or, if end is 0, over those that the lanes hold."""
+    """The argmax of y + T g over y >= low, of the tokens 0 .. end, or if end is 0 of those that the lanes hold."""
     BLOCK: tl.constexpr = META.BLOCK
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_id = tl.zeros((BLOCK,), tl.int32)
@@ -347,7 +352,7 @@ def _draw(row, draw, end, low, held, META: tl.constexpr):
 
 @triton.jit
 def _sample_kernel(logits, ids_ptr, logprobs_ptr, slots_ptr, settings, seen, V, META: tl.constexpr):
-    """One row: the token, and the log-probability that the logits as they are give it."""
+    """Sample the token of one row, and compute its log-probability under the unchanged logits."""
     BLOCK: tl.constexpr = META.BLOCK
     r = tl.program_id(0).to(tl.int64)
     slot = r
@@ -370,7 +375,7 @@ def _sample_kernel(logits, ids_ptr, logprobs_ptr, slots_ptr, settings, seen, V, 
     if META.HAS_TOP_K:
         k = tl.load(settings.top_k_ptr + slot).to(tl.int32)
         k = tl.where(k <= 0, V, k)
-        temperature = tl.where(k == 1, 0.0, temperature)  # as greedy: the lowest index among equals
+        temperature = tl.where(k == 1, 0.0, temperature)  # like greedy: the lowest index among equals
     if not META.IS_GREEDY:
         scale_log2 = tl.minimum(1.0 / temperature, MAX_INVERSE) * LOG2_E
     row = _Row(x_ptr, s_ptr, penalty, V)
@@ -390,17 +395,17 @@ def _sample_kernel(logits, ids_ptr, logprobs_ptr, slots_ptr, settings, seen, V, 
         lanes = _first_step(lanes, row, draw, tail, HAS_MASK=True, META=META)
     m, rest, lane_max, lane_rest, bar, best, best_id, second, second_id, third = lanes
     row_max = tl.max(m, 0)
-    # All but one largest logit, whose 1 would round the rest of a confident row away.
+    # The sum over all but one largest logit. In a confident row, the 1 of that logit would round the others away.
     lane = tl.arange(0, BLOCK)
     first = tl.min(tl.where(m == row_max, lane, BLOCK), 0)
     rest = tl.sum(tl.where(lane == first, rest, (rest + 1.0) * tl.exp2((m - row_max) * LOG2_E)), 0)
-    is_good = (rest > -1.0) & (row_max < float("inf"))  # not so if a logit is NaN or +inf, or all are -inf
+    is_good = (rest > -1.0) & (row_max < float("inf"))  # False if a logit is NaN or +inf, or if all are -inf
     log_sum = tl.where(rest < 0.5, _log1p_below_half(rest), LN_2 * tl.log2(1.0 + rest))
 
     low, end = float("-inf"), V
     y_max, mass = row_max, 1.0
     if META.HAS_TOP_K:
-        # The k-th largest of what the lanes hold, by bisection (into four) of the floats' order.
+        # The k-th largest of what the lanes hold, by a search over the ordered floats that quarters the range.
         y_max = tl.max(best, 0)
         lo = _to_key(float("-inf") + tl.zeros((), tl.float32))
         hi = _to_key(y_max) + 1
@@ -419,7 +424,7 @@ def _sample_kernel(logits, ids_ptr, logprobs_ptr, slots_ptr, settings, seen, V, 
         if (most_left_out < low) | (most_left_out == float("-inf")):
             end = tl.cast(0, tl.int32)
         elif is_searched:
-            # Where a lane left out what may belong to the first k: on through the row, from this lower bound.
+            # A lane may have dropped a logit that is among the k largest: search the row, from this lower bound.
             hi = _to_key(y_max) + 1
             n = tl.cast(1 << 30, tl.int64)
             while (hi - lo > 1) & (n != k):
@@ -477,7 +482,7 @@ def _sample_kernel(logits, ids_ptr, logprobs_ptr, slots_ptr, settings, seen, V, 
     tl.store(ids_ptr + slot, chosen.to(ids_ptr.dtype.element_ty))
     tl.store(logprobs_ptr + slot, tl.where(is_good, logprob, float("nan")))
     if META.MARK_SEEN:
-        tl.debug_barrier()  # every warp has read whether the choice was seen before one of them marks it
+        tl.debug_barrier()  # all warps must have read whether the token was seen before one of them marks it
         tl.store(row.seen_ptr + chosen, tl.full((), 1, row.seen_ptr.dtype.element_ty), mask=is_good)
 
 
@@ -500,16 +505,16 @@ def sample_rows(
     seen: Tensor | None = None,
     mark_seen: bool = False,
 ) -> None:
-    """Choose a token for every row of logits (R, V), last stride 1, into ids (S,) and logprobs (S,) float32.
+    """Choose a token for every row of logits (R, V), whose last stride is 1. Write it to ids and logprobs (S,).
 
-    What is None is off (temperature None: greedy). The rest is as in `ops.sample`, every setting a tensor (S,); nothing
-    is checked, allocated or waited for.
+    The arguments are those of `ops.sample`, but every setting is a tensor (S,). None turns a setting off; temperature
+    None means greedy. Nothing is checked, nothing is allocated, and the host does not wait.
     """
     R, V = logits.shape
     if R == 0:
         return
     if temperature is None:
-        top_k = top_p = min_p = None  # the largest logit stays, whatever the filters
+        top_k = top_p = min_p = None  # every filter keeps the largest logit
     has_filters = top_k is not None or top_p is not None or min_p is not None
     row = launch.sampling_row(V, launch.architecture(logits.device), has_filters=has_filters)
     launch_kernel(
@@ -546,7 +551,7 @@ def sample(
     seen: Tensor | None,
     mark_seen: bool,
 ) -> None:
-    """Choose a token for every row of logits (R, V), into ids and logprobs (S,) at `slots`."""
+    """Choose a token for every row of logits (R, V), and write it to ids and logprobs (S,) at `slots`."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     sample_op(logits, ids, logprobs, slots, **settings, seen=seen, mark_seen=mark_seen)
@@ -568,7 +573,7 @@ def sample_op(
     seen: Tensor | None,
     mark_seen: bool,
 ) -> None:
-    """`sample_rows` as PyTorch's dispatcher and torch.compile see it."""
+    """`sample_rows` as an operator of PyTorch's dispatcher, for torch.compile."""
     sample_rows(
         logits,
         ids,

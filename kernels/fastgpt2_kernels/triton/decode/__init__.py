@@ -1,1 +1,1 @@
-"""A decoding step: attention against the KV cache, linear maps of a few rows, and the step that they make up."""
+"""A decoding step: attention against the KV cache, linear layers for a few rows, and the step built from them."""

@@ -1,21 +1,23 @@
-"""Attention of a few new tokens to a KV cache, append fused, split over the keys (Flash-Decoding, Dao et al. 2023).
+"""Attention of a few new tokens to a KV cache, with a fused append, split over the keys.
 
-Row r adds count new tokens, 1 to 8, to a cache slot that holds `past` keys and values; its token t sits at position
-p = past + t and sees the positions 0 .. p. Split i is the positions [i SPLIT_S, (i + 1) SPLIT_S). For every token, head
-and split, over the positions s that the token sees in the split:
+This is Flash-Decoding (Dao et al. 2023). Row r adds count new tokens, 1 to 8, to a cache slot that holds `past` keys
+and values. Its token t is at position p = past + t and sees the positions 0 .. p. Split i is the positions
+[i SPLIT_S, (i + 1) SPLIT_S). For every token, head and split, over the positions s that the token sees in the split:
 
     x_s = scale log2(e) q k_s     m = max x_s     l = sum 2^(x_s - m)     a = sum 2^(x_s - m) v_s
 
-and then, over the token's ceil((p + 1) / SPLIT_S) splits in their order, O = sum 2^(m_i - m) a_i / sum 2^(m_i - m) l_i.
+and then, over the token's ceil((p + 1) / SPLIT_S) splits in order, O = sum 2^(m_i - m) a_i / sum 2^(m_i - m) l_i.
 
-The new keys and values come from the projection, never from the cache: the program whose split holds a position writes
-it there, and nobody reads it in the same launch. SPLIT_S depends on nothing but the launch row, and every split is
-added up by itself: a row's result is the same bit for bit whatever other rows are beside it. The grid covers the
-capacity, not the lengths: a captured graph stays right as the rows grow, and programs past a row's end leave at once.
+The new keys and values are read from the projection, not from the cache. The program whose split holds a position
+writes it to the cache, and no program reads it in the same launch. SPLIT_S depends only on the launch row, and every
+split is summed on its own. So a row's result is bitwise the same whatever other rows are in the batch. The grid covers
+the capacity, not the lengths. So a captured graph stays valid as the rows grow, and programs past a row's end return at
+once.
 
-One new token takes 4 D operations a key of 2 D numbers: memory is all that counts. A split is one tile, all of its keys
-and values under way at once, and its products are made outside the tensor cores. Several tokens share the tile: in
-tensor-core products, padded to 16 queries, or in float32, which those would round, one token after the other.
+One new token takes 4 D operations for each key and value of 2 D numbers, so memory bandwidth is the only limit. A split
+is one tile. All of its keys and values are loaded at once, and its products are computed outside the tensor cores.
+Several new tokens share the tile. They use tensor cores, padded to 16 queries. In float32, which tensor cores would
+round, the tokens run one after another.
 
 Dimension key: R rows, N new tokens, S cache positions, H heads, D head size, C = H D.
 """
@@ -35,16 +37,16 @@ from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.types import DecodeRows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-MAX_NEW = 8  # new tokens of one row
-UNROLLED_SPLITS = tl.constexpr(8)  # a context of 1024
-_DOT_ROWS = 16  # the fewest queries that a tensor-core product takes
+MAX_NEW = 8  # the most new tokens of one row
+UNROLLED_SPLITS = tl.constexpr(8)  # all splits of a context of 1024
+_DOT_ROWS = 16  # the smallest number of queries in a tensor-core product
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------
 
 
 class _Cache(NamedTuple):
-    """Keys and values of a layer, and their strides of slots and heads."""
+    """The keys and values of a layer, and their strides of slots and heads."""
 
     k_ptr: Any
     v_ptr: Any
@@ -61,7 +63,7 @@ class _Parts(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The rows of a launch and what they have to fit in; table_ptr, slots_ptr, starts_ptr, counts_ptr may be None."""
+    """The rows of a launch, and their limits. table_ptr, slots_ptr, starts_ptr and counts_ptr may be None."""
 
     table_ptr: Any
     lengths_ptr: Any
@@ -93,7 +95,7 @@ class _CombineMeta(NamedTuple):
 
 @triton.jit
 def _find_row(r, rows, D: tl.constexpr):
-    """Row r's (cache slot, first new token, number of new tokens, cached tokens, whether all of that fits)."""
+    """Row r's cache slot, first new token, number of new tokens, number of cached tokens, and whether it fits."""
     slot, start, count = r, r, 1
     if rows.slots_ptr is not None:
         slot = tl.load(rows.slots_ptr + r)
@@ -102,22 +104,22 @@ def _find_row(r, rows, D: tl.constexpr):
         count = tl.load(rows.counts_ptr + r)
     capacity = rows.S
     if rows.table_ptr is not None:
-        # Slots and heads are whole blocks of (S, D), one inside the other: the smaller stride is one block.
+        # Slots and heads are nested, and made of whole blocks (S, D). So the smaller stride is the size of one block.
         block = tl.minimum(tl.load(rows.table_ptr + 3), tl.load(rows.table_ptr + 4))
         capacity = tl.minimum(block // D, rows.S).to(tl.int32)
     is_slot = (slot >= 0) & (slot < rows.num_slots)
     past = tl.load(rows.lengths_ptr + slot, mask=is_slot, other=-1)
-    # Differences, since sums of what nobody has checked could overflow.
+    # Subtract, because sums of unchecked numbers could overflow.
     has_room = (past >= 0) & (count <= rows.max_new) & (past <= capacity - count)
     return slot, start, count, past, has_room & (start >= 0) & (start <= rows.N - count)
 
 
 @triton.jit
 def _find_cache(cache, table_ptr, layer, slot, h, D: tl.constexpr):
-    """Where the keys and the values of a slot's head begin."""
+    """Pointers to the keys and the values of a slot's head."""
     slot, h = tl.cast(slot, tl.int64), tl.cast(h, tl.int64)
     if table_ptr is not None:
-        # All strides are multiples of D; said, and the addresses' alignment too, accesses are 128 bits wide.
+        # All strides are multiples of D. To state this and the alignment of addresses allows 128-bit accesses.
         ALIGN: tl.constexpr = 16 if D % 16 == 0 else 8 if D % 8 == 0 else 1
         BYTES: tl.constexpr = 16
         stride_layer = tl.multiple_of(tl.load(table_ptr + 2), ALIGN)
@@ -136,18 +138,18 @@ def _find_cache(cache, table_ptr, layer, slot, h, D: tl.constexpr):
 
 @triton.jit
 def _combine_splits(parts, rows, offs_d, num_splits, MAX_SPLITS, D: tl.constexpr):
-    """Attention's output in float32 from the splits' parts, for a tile, say (tokens, columns).
+    """The output of attention in float32, combined from the splits' parts, for a tile such as (tokens, columns).
 
-    All of the tile's shape: column c belongs to head h = c // D, `rows` is n H + h in int64, `offs_d` is c - h D, and
-    `num_splits` the token's ceil((p + 1) / SPLIT_S); where it is 0, nothing is read and the output is 0. The parts have
-    MAX_SPLITS places a row.
+    All arguments have the tile's shape. For token n and column c of head h = c // D, `rows` is n H + h in int64,
+    `offs_d` is c - h D, and `num_splits` is the token's ceil((p + 1) / SPLIT_S). Where it is 0, nothing is read and the
+    output is 0. The parts have MAX_SPLITS entries per token and head.
     """
     is_any = num_splits > 0
     acc = tl.where(is_any, 0.0, 0.0)
     l = acc
     m = acc + float("-inf")
     for start in range(0, tl.max(num_splits), UNROLLED_SPLITS):
-        # Several splits' loads are under way together: there is little else to hide their latency behind.
+        # The loads of several splits are in flight together, because there is little else to hide their latency.
         for i in tl.static_range(UNROLLED_SPLITS):
             is_split = start + i < num_splits
             at = rows * MAX_SPLITS + start + i
@@ -168,7 +170,7 @@ def _combine_splits(parts, rows, offs_d, num_splits, MAX_SPLITS, D: tl.constexpr
 
 @triton.jit
 def _load_cached(k_ptr, v_ptr, past, split_start, META: tl.constexpr):
-    """The split's cached keys and values (SPLIT_S, BLOCK_D), and which there are: zeros from position `past` on."""
+    """The split's cached keys and values (SPLIT_S, BLOCK_D), zeros from position `past` on, and which are cached."""
     D: tl.constexpr = META.D
     offs_s, offs_d = tl.arange(0, META.SPLIT_S), tl.arange(0, META.BLOCK_D)
     is_cached = split_start + offs_s < past
@@ -179,7 +181,10 @@ def _load_cached(k_ptr, v_ptr, past, split_start, META: tl.constexpr):
 
 @triton.jit
 def _append_new(qkv, k_ptr, v_ptr, past, count, split_start, C, META: tl.constexpr):
-    """The new keys and values (BLOCK_T, BLOCK_D) that lie in the split, written to the cache, and which they are."""
+    """Write the new keys and values that lie in the split to the cache.
+
+    Return keys and values (BLOCK_T, BLOCK_D), and which of them lie in the split.
+    """
     D: tl.constexpr = META.D
     offs_t, offs_d = tl.arange(0, META.BLOCK_T), tl.arange(0, META.BLOCK_D)
     is_here = (offs_t < count) & (past + offs_t >= split_start) & (past + offs_t < split_start + META.SPLIT_S)
@@ -195,7 +200,7 @@ def _append_new(qkv, k_ptr, v_ptr, past, count, split_start, C, META: tl.constex
 
 @triton.jit
 def _attend_one(q, k, v, is_seen, k_new, v_new, is_seen_new):
-    """(a (BLOCK_D,), m, l) of one query, scaled, over cached and new keys, outside the tensor cores."""
+    """(a (BLOCK_D,), m, l) of one scaled query over cached and new keys, outside the tensor cores."""
     x = tl.where(is_seen, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
     x_new = tl.where(is_seen_new, tl.sum(q[None, :] * k_new.to(tl.float32), 1), float("-inf"))
     m = tl.maximum(tl.max(x, 0), tl.max(x_new, 0))
@@ -206,7 +211,7 @@ def _attend_one(q, k, v, is_seen, k_new, v_new, is_seen_new):
 
 @triton.jit
 def _attend_all(q, k, v, is_seen, k_new, v_new, is_here, scale_log2, BLOCK_T: tl.constexpr):
-    """(a (BLOCK_T, BLOCK_D), m and l (BLOCK_T,)) of the new queries (BLOCK_T, BLOCK_D), on the tensor cores."""
+    """a (BLOCK_T, BLOCK_D), m and l (BLOCK_T,) of the new queries (BLOCK_T, BLOCK_D), on tensor cores."""
     offs_t = tl.arange(0, BLOCK_T)
     x = tl.where(is_seen[None, :], tl.dot(q, tl.trans(k)) * scale_log2, float("-inf"))  # (BLOCK_T, SPLIT_S)
     is_seen_new = (offs_t[None, :] <= offs_t[:, None]) & is_here[None, :]
@@ -239,7 +244,7 @@ def _decode_attention_kernel(
     scale,
     META: tl.constexpr,
 ):
-    """One split of one head of one row: its part of every new token; grid (R, H, splits)."""
+    """Compute the parts of one split, for one head and all new tokens of one row; grid (R, H, splits)."""
     BLOCK_D: tl.constexpr = META.BLOCK_D
     r, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     H, MAX_SPLITS = tl.num_programs(1), tl.num_programs(2)
@@ -249,7 +254,7 @@ def _decode_attention_kernel(
     scale_log2 = scale * LOG2_E
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < META.D
-    part = (tl.cast(start, tl.int64) * H + h) * MAX_SPLITS + split  # the first token's place among the parts
+    part = (tl.cast(start, tl.int64) * H + h) * MAX_SPLITS + split  # the first token's index in the parts
     if fits & (count > 0) & (split_start < past + count):
         k_ptr, v_ptr = _find_cache(cache, table_ptr, layer, slot, h, D=META.D)
         new = Matrix(qkv.ptr + tl.cast(start, tl.int64) * qkv.stride + h * META.D, qkv.stride)
@@ -278,7 +283,7 @@ def _decode_attention_kernel(
                 tl.store(parts.max_ptr + at, m)
                 tl.store(parts.sum_ptr + at, l)
     elif (split == 0) & (not fits):
-        # Nothing of a row that does not fit is written to the cache, and those of its tokens that there are give NaN.
+        # A row that does not fit writes nothing to the cache, and those of its tokens that exist give NaN.
         for t in range(tl.maximum(-start, 0), tl.minimum(count, N - start)):
             at = part + tl.cast(t, tl.int64) * (H * MAX_SPLITS)
             tl.store(parts.out_ptr + at * META.D + offs_d, tl.full((BLOCK_D,), float("nan"), tl.float32), mask=mask_d)
@@ -306,13 +311,13 @@ def _combine_kernel(
     MAX_SPLITS,
     META: tl.constexpr,
 ):
-    """BLOCK_C columns of one new token's output; grid (R, cdiv(C, BLOCK_C), most new tokens of a row)."""
+    """Compute BLOCK_C columns of the output of one new token; grid (R, cdiv(C, BLOCK_C), most new tokens of a row)."""
     D: tl.constexpr = META.D
     rows = _Rows(table_ptr, lengths_ptr, slots_ptr, starts_ptr, counts_ptr, N, num_slots, S, max_new)
     _, start, count, past, fits = _find_row(tl.program_id(0), rows, D=D)
     offs_c = tl.program_id(1) * META.BLOCK_C + tl.arange(0, META.BLOCK_C)
     h = offs_c // D
-    # One turn, but for a row that does not fit because it has too many tokens: all of them are NaN.
+    # This loop runs once, except for a row that does not fit because it has too many tokens. All of these are NaN.
     t_first = tl.maximum(-start, 0) + tl.program_id(2)
     for t in range(t_first, tl.minimum(count, N - start), tl.num_programs(2)):
         n = tl.cast(start + t, tl.int64)
@@ -326,7 +331,7 @@ def _combine_kernel(
 
 
 class Parts(NamedTuple):
-    """What the splits make of each token and head, in float32: out (N, H, splits, D), max and sum (N, H, splits)."""
+    """The parts of every token, head and split in float32: out (N, H, splits, D), max and sum (N, H, splits)."""
 
     out: Tensor
     max: Tensor
@@ -341,11 +346,13 @@ class Parts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a launch, int32 tensors on the device. `lengths` (slots,): tokens that each slot holds.
+    """The rows of a launch. Tensors are int32 and on the device.
 
-    starts, counts (R,): a row's first new token and how many it has; None: one a row, token r. slots (R,): the rows'
-    cache slots, no two the same; None: slot r. max_new: the most new tokens of a row, up to MAX_NEW; a row with more
-    does not fit. Rows of a launch with max_new = 1 are added up in another order than the same rows with more.
+    lengths: (slots,), how many tokens each slot holds.
+    slots: (R,), the cache slot of each row, no two the same. With None, row r uses slot r.
+    starts, counts: (R,), each row's first new token and how many it has. With None, row r has token r alone.
+    max_new: the most new tokens of a row, up to MAX_NEW. A row with more does not fit. With max_new = 1, sums have
+        another order than with a larger max_new.
     """
 
     num_rows: int
@@ -359,10 +366,10 @@ class Rows(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values (slots, H, S, D) of one layer, contiguous in S and D.
 
-    Or, with `table`, where they are to be found at the time of the launch: (5,) int64 on the device, the addresses of
-    keys and values (multiples of 16) and the strides of layer, slot and head in elements (multiples of D), of a cache
-    (layers, slots, H, S, D) that may be replaced by a longer one between two replays of a graph. k and v then only
-    tell the dtype, and S = `capacity` is the largest that there will be.
+    With `table`, the kernel finds the cache (layers, slots, H, S, D) at launch time. So a longer cache may replace it
+    between two replays of a graph. `table` is (5,) int64 on the device: the addresses of keys and values (multiples of
+    16), and the strides of layer, slot and head in elements (multiples of D). k and v then only give the dtype, and
+    `capacity` is the largest S that there will be.
     """
 
     k: Tensor
@@ -373,12 +380,12 @@ class Cache(NamedTuple):
 
 
 def num_splits(capacity: int, cache: Tensor, head_size: int) -> int:
-    """Splits of `capacity` positions of a cache of this dtype."""
+    """The number of splits for `capacity` positions in a cache of this dtype."""
     return triton.cdiv(capacity, launch.decode_row(cache.element_size(), _block_d(head_size)).split_s)
 
 
 def decode_splits(qkv: Tensor, cache: Cache, rows: Rows, parts: Parts, scale: float) -> None:
-    """Write the new tokens' parts, and their keys and values to the cache."""
+    """Write the parts of the new tokens, and append their keys and values to the cache."""
     _, H, splits, D = parts.out.shape
     if rows.num_rows * H == 0:
         return
@@ -407,7 +414,7 @@ def decode_splits(qkv: Tensor, cache: Cache, rows: Rows, parts: Parts, scale: fl
 
 
 def combine_splits(parts: Parts, cache: Cache, rows: Rows, out: Tensor) -> None:
-    """Write the rows' tokens of `out` (N, C)."""
+    """Combine the parts, and write the outputs of the rows' tokens to `out` (N, C)."""
     N, H, splits, D = parts.out.shape
     if rows.num_rows * H == 0:
         return
@@ -428,7 +435,7 @@ def combine_splits(parts: Parts, cache: Cache, rows: Rows, out: Tensor) -> None:
 
 
 def decode_attention(qkv: Tensor, cache: Cache, rows: Rows, out: Tensor, scale: float) -> None:
-    """Append the rows' new tokens of qkv (N, 3C) to the cache and write what they attend to into `out` (N, C)."""
+    """Append the rows' new tokens of qkv (N, 3C) to the cache, and write their attention outputs to `out` (N, C)."""
     H, D = cache.k.shape[1], cache.k.shape[3]
     if qkv.numel() == 0:
         return
@@ -442,7 +449,7 @@ def _block_d(head_size: int) -> int:
 
 
 def _row_arguments(num_tokens: int, cache: Cache, rows: Rows) -> dict[str, Any]:
-    """The members of `_Rows`, each an argument by itself: nothing may be compiled for their values or alignment."""
+    """The members of `_Rows` as separate arguments, because they must not be specialized by value or alignment."""
     return {
         "table_ptr": cache.table,
         "lengths_ptr": rows.lengths,
@@ -459,7 +466,7 @@ def _row_arguments(num_tokens: int, cache: Cache, rows: Rows) -> dict[str, Any]:
 def append_and_attend(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lengths: Tensor, rows: DecodeRows, scale: float
 ) -> None:
-    """What `ops` calls: `decode_attention` through PyTorch's dispatcher."""
+    """`decode_attention` through PyTorch's dispatcher. `ops` calls it."""
     torch.ops.fastgpt2.decode_attention(
         qkv, k_cache, v_cache, out, lengths, rows.slots, rows.starts, rows.counts, rows.max_new, scale
     )

@@ -1,21 +1,21 @@
-"""Linear maps of a few rows, as decoding needs them: y = epilogue(prologue(x) W^T), the weight read once.
+"""Linear layers for the few rows of decoding: y = epilogue(prologue(x) W^T). The weight is read once.
 
     prologue   none, LayerNorm (two-pass variance, float32), or the sum over the splits of `attention.py`
     epilogue   scale of an int8 weight's row, bias, activation, residual
 
-W (out, in) is contiguous along in, as `nn.Linear` holds it. A program owns BLOCK_N whole outputs of BLOCK_R rows over
-all of K, so nothing is added up across programs and a result is the same bit for bit whatever rows are beside it. What
-decides the order of summing is the same in every launch row: SPLIT_K warps take a contiguous share of K each, in steps
-of 16, and LayerNorm's sums run over tiles of the same shape along K.
+W (out, in) is contiguous along `in`, as in `nn.Linear`. A program owns BLOCK_N outputs of BLOCK_R rows over all of K.
+So no sum crosses two programs, and a row's result is bitwise the same whatever other rows are in the batch. The order
+of summing is the same in every launch row: each of SPLIT_K warps takes a contiguous share of K, in steps of 16, and
+LayerNorm's sums run over tiles of the same shape along K.
 
-At a few rows the weight's bytes are all that counts. The first step's weights are on their way before the prologue
-begins, and with programmatic dependent launch (PDL) before the kernel ahead has ended. The weight is the tensor core's
-16-row operand, the rows of x its 8-column one: nothing is padded to more than 8 rows.
+With few rows, reading the weight is the only limit. The weights of the first step are loaded before the prologue
+begins, and with programmatic dependent launch (PDL) before the previous kernel has ended. The weight is the 16-row
+operand of the tensor cores, and the rows of x are the 8-column one. So up to 8 rows need no padding beyond 8.
 
-More rows take larger tiles of the same tensor-core products. Beyond some 32 rows, and for a vocabulary's head before
-that, PyTorch's matmul would win by what estimates say (larger instructions, x not read once more for every few
-outputs). It is not used: it adds up in an order that depends on how many rows there are, and it cannot take LayerNorm
-or the splits in, which would make more launches of a step.
+More rows take larger tiles of the same tensor-core products. By estimate, PyTorch's matmul would be faster beyond some
+32 rows, and earlier for a vocabulary's head: it has larger instructions and reads x less often. It is not used, because
+its order of summing depends on the number of rows. It also cannot fuse LayerNorm or the sum over the splits, so a step
+would take more kernel launches.
 
 Dimension key: R rows, K inputs, N outputs, C width, H heads, D head size.
 """
@@ -42,7 +42,7 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 class _Splits(NamedTuple):
-    """What attention's splits have left, (N, H, splits, D) and (N, H, splits), and of which rows: x is their sum."""
+    """The parts of attention's splits, (N, H, splits, D) and (N, H, splits), and their rows. Combined, they are x."""
 
     out_ptr: Any
     max_ptr: Any
@@ -84,13 +84,13 @@ class _Meta(NamedTuple):
 
 @triton.jit
 def _load_attended(splits, offs_r, mask_r, first_k, mask_k, META: tl.constexpr):
-    """Attention's output (SHARES, BLOCK_K, BLOCK_R) in float32 from the splits' parts.
+    """The output of attention (SHARES, BLOCK_K, BLOCK_R) in float32, combined from the splits' parts.
 
-    GRAIN columns in a row belong to one head and share their weights, so exponentials are taken once a grain.
+    GRAIN neighbouring columns belong to one head and share their weights, so there is one exponential per grain.
     """
     slot = tl.load(splits.slots_ptr + offs_r, mask=mask_r, other=0) if splits.slots_ptr is not None else offs_r
     past = tl.load(splits.lengths_ptr + slot, mask=mask_r, other=0)
-    # A row that does not fit has its NaN in the first split.
+    # A row that does not fit has NaN in its first split.
     num_splits = tl.where(mask_r, tl.minimum(past // META.SPLIT_S + 1, splits.MAX_SPLITS), 0)
     if splits.counts_ptr is not None:
         num_splits = tl.where(tl.load(splits.counts_ptr + offs_r, mask=mask_r, other=0) > 0, num_splits, 0)
@@ -125,7 +125,7 @@ def _load_attended(splits, offs_r, mask_r, first_k, mask_k, META: tl.constexpr):
 
 @triton.jit
 def _sum_eight(x):
-    """(..., 2, 2, 2) -> (...). In pairs: no layout can order those otherwise."""
+    """Sum (..., 2, 2, 2) -> (...) in pairs, so that no layout can change the order."""
     for _ in tl.static_range(3):
         even, odd = tl.split(x)
         x = even + odd
@@ -134,23 +134,23 @@ def _sum_eight(x):
 
 @triton.jit
 def _sum_shares(acc, SHARES: tl.constexpr):
-    """acc (SHARES, BLOCK_N, BLOCK_R) -> (BLOCK_R, BLOCK_N)."""
+    """Sum acc (SHARES, BLOCK_N, BLOCK_R) over the shares -> (BLOCK_R, BLOCK_N)."""
     tl.static_assert(SHARES == 8)
     return _sum_eight(tl.reshape(acc, (2, 2, 2, acc.shape[1], acc.shape[2])).permute(4, 3, 0, 1, 2))
 
 
 @triton.jit
 def _sum_inputs(x, SHARES: tl.constexpr):
-    """x (SHARES, BLOCK_K, BLOCK_R) -> (BLOCK_R,). Along BLOCK_K the tile's layout decides the order."""
+    """Sum x (SHARES, BLOCK_K, BLOCK_R) -> (BLOCK_R,). Along BLOCK_K the tile's layout decides the order."""
     tl.static_assert(SHARES == 8)
     return _sum_eight(tl.reshape(tl.sum(x, 1), (2, 2, 2, x.shape[2])).permute(3, 0, 1, 2))
 
 
 @triton.jit
 def _linear_decode_kernel(x, weight, out, residual, bias_ptr, scale_ptr, norm, splits, sizes, META: tl.constexpr):
-    """BLOCK_N outputs of BLOCK_R rows; grid (row blocks, output blocks). STEPS blocks of K make up a share.
+    """Compute BLOCK_N outputs of BLOCK_R rows; grid (row blocks, output blocks). A share of K has STEPS blocks.
 
-    x, or in its place splits; residual, bias_ptr, scale_ptr and norm may be None.
+    Either x or splits is given; the other one is None. residual, bias_ptr, scale_ptr and norm may be None.
     """
     K = sizes.K
     ACTIVATION: tl.constexpr = META.ACTIVATION
@@ -162,10 +162,10 @@ def _linear_decode_kernel(x, weight, out, residual, bias_ptr, scale_ptr, norm, s
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_r, mask_n = offs_r < sizes.R, offs_n < sizes.N
-    # A share is whole products of 16, also where K is not.
+    # A share is a multiple of 16 even where K is not.
     share = (K + SHARES * 16 - 1) // (SHARES * 16) * 16
     first_k = tl.arange(0, SHARES)[:, None] * share
-    share_end = tl.minimum(share, K - first_k)  # (SHARES, 1), what there is of each share
+    share_end = tl.minimum(share, K - first_k)  # (SHARES, 1), how much of each share lies within K
     offs_b = tl.arange(0, BLOCK_K)[None, :]
     mask_k = offs_b < share_end
     w_ptrs = weight.ptr + offs_n.to(tl.int64)[None, :, None] * weight.stride + (first_k + offs_b)[:, None, :]
@@ -196,7 +196,7 @@ def _linear_decode_kernel(x, weight, out, residual, bias_ptr, scale_ptr, norm, s
 
     acc = tl.zeros((SHARES, BLOCK_N, BLOCK_R), tl.float32)
     for i in range(STEPS):
-        if STEPS > 1:  # the next step's operands, on their way while this one multiplies
+        if STEPS > 1:  # load the next step's operands while this step multiplies
             next_k = (i + 1) * BLOCK_K
             mask_next = next_k + offs_b < share_end
             w_next = tl.load(w_ptrs + next_k, mask=mask_next[:, None, :] & mask_n[None, :, None], other=0.0)
@@ -234,9 +234,9 @@ def _linear_decode_kernel(x, weight, out, residual, bias_ptr, scale_ptr, norm, s
 
 
 class Attended(NamedTuple):
-    """What x is the sum of, in place of x: the parts that `decode_splits` wrote, one new token a row.
+    """Takes the place of x: the parts that `decode_splits` wrote, with one new token per row. x is the combined parts.
 
-    split_s: keys of a split.
+    split_s: the number of keys in a split.
     """
 
     parts: Parts
@@ -256,9 +256,10 @@ def linear_decode_out(
     residual: Tensor | None = None,
     use_pdl: bool = False,
 ) -> None:
-    """epilogue(prologue(x) weight^T) into out (R, N): x (R, K), weight (N, K), last strides 1; `residual` may be `out`.
+    """Write epilogue(prologue(x) weight^T) to out (R, N), for x (R, K) and weight (N, K) whose last strides are 1.
 
-    The product's dtype is the weight's, or for an int8 weight with scales (N,) float32 that of the bias or of x.
+    An int8 weight has scales (N,) in float32. `types.product_dtype` gives the dtype of the products. `residual` may be
+    `out`.
     """
     N, K = weight.shape
     R = out.shape[0]
@@ -319,7 +320,7 @@ def linear_decode(
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """activation(LN(x) weight^T + bias) + residual, x (R, K), weight (N, K) -> (R, N)."""
+    """activation(LN(x) weight^T + bias) + residual, for x (R, K) and weight (N, K) -> (R, N)."""
     norm = (None, None, 0.0) if layer_norm is None else layer_norm
     name = launch.ACTIVATIONS.get(activation, activation)
     return torch.ops.fastgpt2.linear_decode(x, weight, bias, weight_scale, *norm, name, residual, out_dtype)
@@ -341,7 +342,7 @@ def linear_decode_op(
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`linear_decode_out` into a new tensor (R, N)."""
+    """`linear_decode_out` with a new tensor (R, N) for the result."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
     layer_norm = None if ln_weight is None or ln_bias is None else LayerNormWeights(ln_weight, ln_bias, eps)
     linear_decode_out(

@@ -1,4 +1,6 @@
-"""One decoding step of GPT-2 in 5 L + 3 launches, nothing in it for the host to wait for, so one CUDA graph replays it.
+"""One decoding step of GPT-2 in 5 L + 3 kernel launches.
+
+The host does not wait for the device within a step, so one CUDA graph can replay it.
 
     begin          the rows' tokens become embeddings, or a row ends: a stop token, its limit, a full context
     L times        LayerNorm + QKV | append + attention, split over the keys | sum of the splits + projection + residual
@@ -6,9 +8,10 @@
     head           final LayerNorm + logits
     sample         the next token
 
-The residual stream, sums and statistics are float32; what the matrix products read is the model's dtype, as in prefill.
-Everything a row needs lies on the device at its slot, so a graph captured for a number of rows serves any slots. A
-row's numbers do not depend on its neighbours, bit for bit: every kernel here says so of itself.
+The residual stream, sums and statistics are float32. The operands of the matrix products are in the model's dtype, as
+in prefill. Everything that a row needs is on the device at its slot, so a graph captured for a number of rows serves
+any slots. A row's result is bitwise the same whatever other rows are in the batch, because this holds for every kernel
+here.
 
 Dimension key: R rows of a step, S slots, L layers, C width, V vocabulary.
 """
@@ -53,12 +56,12 @@ class _BeginMeta(NamedTuple):
 def _begin_step_kernel(
     state, slots_ptr, counts_ptr, stop_ids_ptr, wte, wpe, x, C, context, num_stops, META: tl.constexpr
 ):
-    """Row r takes the token that the step before chose: into the residual stream, or as the row's last one."""
+    """Write the embedding of row r's latest token to the residual stream, or end the row."""
     r = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + r).to(tl.int64)
     token = tl.load(state.tokens_ptr + slot).to(tl.int64)
     status = tl.load(state.status_ptr + slot)
-    # The step before has appended a token and chosen another.
+    # Since the counts were last set, the previous step has appended a token and chosen another.
     went_on = (status == _RUNNING).to(tl.int32)
     past = tl.load(state.lengths_ptr + slot) + went_on
     produced = tl.load(state.produced_ptr + slot) + went_on
@@ -66,7 +69,7 @@ def _begin_step_kernel(
     stops = tl.load(stop_ids_ptr + offs_stop, mask=offs_stop < num_stops, other=-1)
     is_stop = tl.max((stops == token).to(tl.int32), 0) > 0
     goes_on = (status != _IDLE) & (not is_stop) & (produced < tl.load(state.limits_ptr + slot)) & (past < context)
-    tl.debug_barrier()  # every warp has read the state before one of them writes it
+    tl.debug_barrier()  # all warps must have read the state before one of them writes it
     tl.store(state.lengths_ptr + slot, past)
     tl.store(state.produced_ptr + slot, produced)
     tl.store(state.status_ptr + slot, tl.where(goes_on, _RUNNING, _IDLE))
@@ -81,7 +84,7 @@ def _begin_step_kernel(
 
 
 class Buffers(NamedTuple):
-    """What the kernels of a step hand on, for the most rows that there will be."""
+    """Buffers between the kernels of a step, for the largest number of rows."""
 
     x: Tensor  # (R, C) float32, the residual stream
     qkv: Tensor  # (R, 3C)
@@ -93,12 +96,21 @@ class Buffers(NamedTuple):
 
 
 class DecodeStep:
-    """The launches of a step, over tensors that stay where they are: `run` may be captured in a CUDA graph.
+    """A decoding step. Its tensors keep their addresses, so a CUDA graph can capture `run`.
 
-    `run` may find the cache through a table on the device: it can then move (`use_cache`) without another capture.
+    With `use_table`, `run` finds the cache through a table on the device. The cache can then be replaced (`use_cache`)
+    without another capture. The weights are read in place.
+
+    Args:
+        weights: the weights of the model.
+        slots: the state of every slot.
+        sampling: how the tokens of every slot are chosen.
+        stop_ids: the ids of the stop tokens.
+        max_rows: the most rows that a step decodes.
+        cache_dtype: the dtype of the KV cache.
     """
 
-    errors = LAUNCH_ERRORS  # what `run` may raise
+    errors = LAUNCH_ERRORS  # the errors that `run` may raise
 
     def __init__(
         self,
@@ -117,7 +129,7 @@ class DecodeStep:
         self.keys = self.values = torch.empty(0, 0, H, 0, C // H, dtype=cache_dtype, device=device)
         self.cache_table = torch.zeros(5, dtype=torch.int64, device=device)
         qkv = torch.zeros(max_rows, 3 * C, dtype=dtype, device=device)
-        # Rows of logits begin at multiples of 64, so that they move in 128 bits whatever the vocabulary.
+        # Rows of logits begin at multiples of 64 elements, which allows 128-bit accesses whatever the vocabulary.
         logits = torch.zeros(max_rows, -(-V // 64) * 64, dtype=torch.float32, device=device)[:, :V]
         self.buffers = Buffers(
             x=torch.zeros(max_rows, C, dtype=torch.float32, device=device),
@@ -130,7 +142,11 @@ class DecodeStep:
         )
 
     def use_cache(self, keys: Tensor, values: Tensor) -> None:
-        """The cache of this step and those after it: keys, values (L, S, H, T, D), both of one set of strides."""
+        """Use this cache from now on: keys and values (L, S, H, T, D), which must have the same strides.
+
+        Raises:
+            ValueError: Their strides differ.
+        """
         if keys.stride() != values.stride():
             raise ValueError(f"use_cache: keys and values must share strides; got {keys.stride()}, {values.stride()}")
         self.keys, self.values = keys, values
@@ -138,7 +154,13 @@ class DecodeStep:
         self.cache_table.copy_(to_device(table, self.cache_table.device, torch.int64))
 
     def run(self, slots: Tensor, *, use_table: bool = False, use_pdl: bool = False) -> None:
-        """A token for each of the slots (R,) int32, no two the same."""
+        """Decode a token for each of the slots.
+
+        Args:
+            slots: (R,) int32, no two the same.
+            use_table: find the cache through the table on the device, for a CUDA graph.
+            use_pdl: use programmatic dependent launch for the linear layers.
+        """
         self._begin(slots)
         weights, (R,) = self.weights, slots.shape
         x, qkv, hidden, logits, counts, starts = (t[:R] for t in self.buffers[:6])
@@ -161,11 +183,11 @@ class DecodeStep:
         self.choose(logits, slots)
 
     def step_logits(self, num_rows: int) -> Tensor:
-        """The logits (R, V) float32 of the latest step, until the next one."""
+        """The logits (R, V) float32 of the latest step. The next step overwrites them."""
         return self.buffers.logits[:num_rows]
 
     def choose(self, logits: Tensor, slots: Tensor) -> None:
-        """The next token of each of the slots (R,) int32 from logits (R, V) float32, into the slots' state."""
+        """Choose the next token of the slots (R,) int32 from logits (R, V) float32, and write it to the state."""
         choice, state = self.sampling, self.slots
         sample_rows(
             logits,

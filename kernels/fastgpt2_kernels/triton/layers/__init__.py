@@ -1,1 +1,1 @@
-"""What a layer does beside attention and matrix products: LayerNorm, activations, the sums over rows behind them."""
+"""The parts of a layer other than attention and matrix products: LayerNorm, activations, and sums over rows."""

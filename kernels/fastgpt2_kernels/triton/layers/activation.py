@@ -1,15 +1,15 @@
-"""Bias and activation in one pass, what follows the MLP's first product: GELU (Hendrycks and Gimpel 2016) and others.
+"""Bias and activation in one pass, after the first product of the MLP: GELU (Hendrycks and Gimpel 2016) and others.
 
     y = f(z),  z = x + bias          dx = dy f'(z),  dbias = sum over rows of dx
 
-In float32, each number read once and written once. Backward computes f'(z) from x and bias again: nothing else is
-saved, and neither z nor f' is ever written.
+Everything is computed in float32. Each number is read once and written once. Backward computes f'(z) from x and bias
+again. So nothing else is saved, and neither z nor f'(z) is ever written.
 
-The tanh GELU is 0.5 z (1 + tanh(u)) = z sigmoid(2 u), with u = sqrt(2 / pi) (z + 0.044715 z^3): no difference of
-nearly equal numbers, so its negative tail keeps its digits, and one exponential of a number that is never positive, so
-nothing overflows. SiLU and quick GELU are z sigmoid(w(z)) too; they differ in w alone.
+The tanh GELU is 0.5 z (1 + tanh(u)) = z sigmoid(2 u), with u = sqrt(2 / pi) (z + 0.044715 z^3). The sigmoid subtracts
+no nearly equal numbers, so the negative tail stays accurate. Its exponential is never of a positive number, so nothing
+overflows. SiLU and quick GELU are z sigmoid(w(z)) too, and differ only in w.
 
-In backward each program sums dbias over its own rows and writes one partial row; `partial_sums` adds those.
+In backward each program sums dbias over its own rows and writes one partial row. `partial_sums` adds these.
 
 Dimension key: N rows, C width.
 """
@@ -37,14 +37,14 @@ INV_SQRT_PI = tl.constexpr(0.5641895835477563)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 CUBIC = tl.constexpr(0.044715)  # of the tanh GELU
-# The Laplace activation of Ma et al. 2022: an error function with this mean and standard deviation times sqrt(2).
+# The Laplace activation (Ma et al. 2022) is an error function. Its width is sqrt(2) times the standard deviation.
 LAPLACE_MEAN = tl.constexpr(0.707107)
 LAPLACE_WIDTH = tl.constexpr(0.3989425750415753)
 
 
 @triton.jit
 def _sigmoids(w):
-    """sigmoid(w) and sigmoid(-w), each to its own last bits."""
+    """sigmoid(w) and sigmoid(-w), both fully accurate."""
     e = tl.exp2(tl.abs(w) * -LOG2_E)
     larger = 1.0 / (1.0 + e)
     return tl.where(w < 0, e * larger, larger), tl.where(w < 0, larger, e * larger)
@@ -52,14 +52,14 @@ def _sigmoids(w):
 
 @triton.jit
 def _gate_slope(z, s, rest, dw):
-    """Of z sigmoid(w): sigmoid(w) + z w' sigmoid(w) sigmoid(-w), where 0 times an overflow is 0."""
+    """The derivative of z sigmoid(w): sigmoid(w) + z w' sigmoid(w) sigmoid(-w), where 0 times an overflow is 0."""
     product = s * rest
     return s + tl.where(product == 0, 0.0, z * product * dw)
 
 
 @triton.jit
 def _tanh(z):
-    """1 - 2 / (1 + exp(2 |z|)) with z's sign; a series where that would be a difference of nearly equal numbers."""
+    """(1 - e) / (1 + e), where e = exp(-2 |z|), with z's sign; near 0 a series, because 1 - e would lose accuracy."""
     e = tl.exp2(tl.abs(z) * (-2.0 * LOG2_E))
     t = (1.0 - e) / (1.0 + e)
     z2 = z * z
@@ -79,7 +79,7 @@ def _normal_density(z):
 
 @triton.jit
 def _mish_gate(z):
-    """tanh(log(1 + exp(z))) and the square root of 1 minus its square, as fractions of e = exp(-|z|)."""
+    """tanh(log(1 + exp(z))), and the square root of 1 minus its square, as fractions in e = exp(-|z|)."""
     e = tl.exp2(tl.abs(z) * -LOG2_E)
     top = tl.where(z < 0, e * (e + 2.0), 1.0 + 2.0 * e)
     bottom = tl.where(z < 0, 2.0, 2.0 * e * e) + top
@@ -88,7 +88,7 @@ def _mish_gate(z):
 
 @triton.jit
 def _activation(z, NAME: tl.constexpr):
-    # Comparisons are written such that a NaN comes through.
+    # Comparisons are written so that NaN propagates.
     if NAME == "gelu_tanh":
         y = z * _sigmoids(z * (z * z * CUBIC + 1.0) * TWO_SQRT_2_OVER_PI)[0]
     elif NAME == "silu":
@@ -99,7 +99,7 @@ def _activation(z, NAME: tl.constexpr):
         y = z * _normal_cdf(z)
     elif NAME == "gelu_10":
         y = z * _normal_cdf(z)
-        y = tl.where(y > 10.0, 10.0, y)  # it is never below -10
+        y = tl.where(y > 10.0, 10.0, y)  # GELU is never below -10
     elif NAME == "laplace":
         y = (tl.erf((z - LAPLACE_MEAN) / LAPLACE_WIDTH) + 1.0) * 0.5
     elif NAME == "sigmoid":
@@ -124,7 +124,7 @@ def _activation(z, NAME: tl.constexpr):
 
 @triton.jit
 def _slope(z, NAME: tl.constexpr):
-    """f'(z)."""
+    """The derivative f'(z)."""
     if NAME == "gelu_tanh":
         s, rest = _sigmoids(z * (z * z * CUBIC + 1.0) * TWO_SQRT_2_OVER_PI)
         slope = _gate_slope(z, s, rest, (z * z * (3.0 * CUBIC) + 1.0) * TWO_SQRT_2_OVER_PI)
@@ -185,7 +185,7 @@ class _BackwardMeta(NamedTuple):
 
 @triton.jit
 def _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN: tl.constexpr):
-    """x + bias of rows n, in float32, (BLOCK_N, BLOCK_C)."""
+    """x + bias of the rows n, (BLOCK_N, BLOCK_C) in float32."""
     rows = tl.multiple_of(n.to(tl.int64)[:, None] * x.stride, [ALIGN, ALIGN])
     z = tl.load(x.ptr + rows + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -195,7 +195,10 @@ def _load_z(x, bias_ptr, n, offs_c, mask, mask_c, ALIGN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def _bias_activation_fwd_kernel(x, bias_ptr, y_ptr, N, META: tl.constexpr):
-    """One tile of y. Columns are the fast grid dimension: neighbours share rows, and no number of rows is too many."""
+    """Compute one tile of y.
+
+    Columns vary fastest in the one grid dimension, so neighbouring programs share rows, and there is no limit of rows.
+    """
     C: tl.constexpr = META.C
     NAME: tl.constexpr = META.NAME
     BLOCK_C: tl.constexpr = META.BLOCK_C
@@ -212,7 +215,7 @@ def _bias_activation_fwd_kernel(x, bias_ptr, y_ptr, N, META: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: tl.constexpr):
-    """A block of columns of every num_programs(1)-th tile of rows: dx, and their share of dbias."""
+    """Compute dx for a block of columns in every num_programs(1)-th tile of rows, and the share of these in dbias."""
     C: tl.constexpr = META.C
     NAME: tl.constexpr = META.NAME
     BLOCK_N: tl.constexpr = META.BLOCK_N
@@ -232,7 +235,7 @@ def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: 
             out = n.to(tl.int64)[:, None] * C + offs_c[None, :]
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if META.NEEDS_DB:
-            dbias += tl.where(mask, dx, 0.0)  # a bias may be such that the slope of nothing is NaN
+            dbias += tl.where(mask, dx, 0.0)  # outside the rows x is 0, but the bias may still make the slope NaN
     if META.NEEDS_DB:
         partial = partials_ptr + tl.program_id(1).to(tl.int64) * C
         tl.store(partial + offs_c, tl.sum(dbias, 0), mask=mask_c)
@@ -242,7 +245,7 @@ def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: 
 
 
 def bias_activation_forward(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
-    """x (N, C), last stride 1, bias (C,) contiguous -> y (N, C)."""
+    """activation(x + bias) for x (N, C), whose last stride is 1, and contiguous bias (C,) -> (N, C)."""
     N, C = x.shape
     y = x.new_empty((N, C))
     if x.numel():
@@ -265,7 +268,7 @@ def bias_activation_forward(x: Tensor, bias: Tensor | None, name: str) -> Tensor
 def bias_activation_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, name: str, *, needs_dx: bool, needs_dbias: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (N, C) and dbias (C,) from dy, x (N, C), last stride 1; of no elements where not needed."""
+    """dx (N, C) and dbias (C,) from dy and x (N, C), whose last stride is 1. What is not needed is empty."""
     N, C = x.shape
     dx, dbias = _empty_gradients(x, bias, needs_dx, needs_dbias)
     if x.numel() == 0:
@@ -308,7 +311,7 @@ def _empty_gradients(x: Tensor, bias: Tensor | None, needs_dx: bool, needs_dbias
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
-    """activation(x + bias), x (..., C), bias (C,); `name` is a key of `launch.ACTIVATIONS`."""
+    """activation(x + bias) for x (..., C) and bias (C,). `name` is a key of `launch.ACTIVATIONS`."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     bias = None if bias is None else bias.contiguous()

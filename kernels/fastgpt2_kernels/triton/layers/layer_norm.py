@@ -1,4 +1,4 @@
-"""LayerNorm over the last dimension (Ba et al. 2016), with the residual sum before it where there is one.
+"""LayerNorm over the last dimension (Ba et al. 2016), optionally after adding a residual.
 
 For a row s = x (+ residual) of C numbers, with biased variance:
 
@@ -8,15 +8,16 @@ and for the gradients, with h = (s - mean) rstd, g = weight dy and means over th
 
     ds = rstd (g - mean(g) - h mean(g h)) + ds_after,   dweight = sum over rows of dy h,   dbias = sum over rows of dy
 
-`ds_after` is the gradient that reaches s by its other way, past this LayerNorm. x and residual share ds.
+`ds_after` is the gradient that reaches s directly, past this LayerNorm. x and residual share ds.
 
-All in float32. The variance takes two passes over the row in registers: differences to the mean first, then squares.
-The mean itself is rounded; what is left of it, the mean of the differences, is taken off once more, so that a mean far
-larger than the spread costs no digits. Saved are s (or x) and of each row the mean, what was left, and rstd: 12 bytes,
-where computing them again would be three more reductions, each waiting for the one before.
+Everything is computed in float32. The variance takes two passes over the row in registers: first the differences to the
+mean, then their squares. The mean is rounded. So the mean of the differences, which is what the rounding left, is
+subtracted too. Thus a mean far larger than the spread costs no accuracy. Saved for backward are s (or x) and, for each
+row, the mean, what its rounding left, and rstd. These are 12 bytes; computing them again would take three more
+reductions, each waiting for the one before.
 
-In backward a fixed number of programs walks over the rows; each sums its share of dweight and dbias in registers and
-writes one partial row, and `partial_sums` adds those. Rows too long for the registers are walked over in blocks.
+In backward a fixed number of programs loops over the rows. Each sums its share of dweight and dbias in registers and
+writes one partial row. `partial_sums` adds these. Rows too long for the registers are processed in blocks.
 
 Dimension key: N = B * T rows, C width.
 """
@@ -39,7 +40,7 @@ from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignm
 
 
 class _Statistics(NamedTuple):
-    """Of every row: the mean, what its rounding left, and 1 / sqrt(var + eps)."""
+    """The statistics of every row: the mean, what its rounding left, and 1 / sqrt(var + eps)."""
 
     mean_ptr: Any
     left_ptr: Any
@@ -63,14 +64,14 @@ class _BackwardMeta(NamedTuple):
 
 @triton.jit
 def _row(x, n, T, ALIGN: tl.constexpr):
-    """Where row n = b T + t starts."""
+    """A pointer to the start of row n = b T + t."""
     n = tl.cast(n, tl.int64)
     return x.ptr + tl.multiple_of((n // T) * x.stride_b + (n % T) * x.stride_t, ALIGN)
 
 
 @triton.jit
 def _load_sum(x_row, residual_row, s_row, offs, mask):
-    """s in float32: x, or x + residual, rounded as it is stored at s_row."""
+    """s in float32: x, or x + residual, which is stored at s_row and rounded as it is stored."""
     s = tl.load(x_row + offs, mask=mask, other=0.0).to(tl.float32)
     if residual_row is not None:
         s += tl.load(residual_row + offs, mask=mask, other=0.0).to(tl.float32)
@@ -82,7 +83,10 @@ def _load_sum(x_row, residual_row, s_row, offs, mask):
 
 @triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stats, N, T, eps, META: tl.constexpr):
-    """Every num_programs-th row, each in registers; weight and bias are loaded once. residual and s_ptr may be None."""
+    """Process every num_programs-th row, each in registers. Weight and bias are loaded once.
+
+    residual and s_ptr may be None.
+    """
     C: tl.constexpr = META.C
     offs = tl.arange(0, META.BLOCK_C)
     mask = offs < C
@@ -109,7 +113,7 @@ def _layer_norm_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stat
 
 @triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_wide_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr, stats, N, T, eps, META: tl.constexpr):
-    """One row, read three times in blocks: mean, variance, result. The second and third find it in the L2 cache."""
+    """Process one row in blocks, in three passes: mean, variance, result. The last two find it in the L2 cache."""
     C: tl.constexpr = META.C
     BLOCK_C: tl.constexpr = META.BLOCK_C
     n = tl.program_id(0)
@@ -123,7 +127,7 @@ def _layer_norm_wide_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr,
         offs = start + tl.arange(0, BLOCK_C)
         sums += _load_sum(x_row, residual_row, s_row, offs, offs < C)
     mean = tl.sum(sums, 0) / C
-    # Every thread reads back what it wrote itself: blocks are laid out alike in all three loops.
+    # Each thread reads back what it wrote itself, because blocks have the same layout in all three loops.
     if residual is None:
         s_row = x_row
     sums = tl.zeros((BLOCK_C,), tl.float32)
@@ -134,7 +138,7 @@ def _layer_norm_wide_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr,
         d = tl.where(offs < C, s - mean, 0.0)
         sums += d
         squares += d * d
-    left = tl.sum(sums, 0) / C  # a few roundings of the mean: its square is small beside the variance
+    left = tl.sum(sums, 0) / C  # a few rounding errors of the mean, so its square is small beside the variance
     rstd = tl.rsqrt(tl.maximum(tl.sum(squares, 0) / C - left * left, 0.0, propagate_nan=tl.PropagateNan.ALL) + eps)
     for start in range(0, C, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
@@ -151,7 +155,7 @@ def _layer_norm_wide_fwd_kernel(x, residual, weight_ptr, bias_ptr, y_ptr, s_ptr,
 
 @triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_ptr, N, T, META: tl.constexpr):
-    """Every num_programs-th row: ds, and their share of dweight and dbias."""
+    """Compute ds for every num_programs-th row, and the share of these rows in dweight and dbias."""
     C: tl.constexpr = META.C
     BLOCK_C: tl.constexpr = META.BLOCK_C
     first = tl.program_id(0)
@@ -188,7 +192,7 @@ def _layer_norm_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_
 
 @triton.jit(do_not_specialize=["N", "T"])
 def _layer_norm_wide_bwd_kernel(dy, ds_after, s, weight_ptr, stats, ds_ptr, partials_ptr, N, T, META: tl.constexpr):
-    """The same in blocks: ds row after row, each read twice; then dweight and dbias block after block."""
+    """The same in blocks: first ds, row by row, with two passes over each; then dweight and dbias, block by block."""
     C: tl.constexpr = META.C
     BLOCK_C: tl.constexpr = META.BLOCK_C
     first = tl.program_id(0)
@@ -252,7 +256,7 @@ def _load_g_and_h(dy_row, s_row, weight_ptr, offs, mask, mean, left, rstd):
 
 
 class Outputs(NamedTuple):
-    """y (B, T, C); s = x + residual, of no elements where there is no residual; (B, T) float32: mean, left, rstd."""
+    """y (B, T, C); s = x + residual, empty if there is no residual; mean, left and rstd, (B, T) float32."""
 
     y: Tensor
     s: Tensor
@@ -262,7 +266,7 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """ds (B, T, C), dweight and dbias (C,), each of no elements where it is not asked for."""
+    """ds (B, T, C), dweight and dbias (C,); each is empty if it is not needed."""
 
     ds: Tensor
     dweight: Tensor
@@ -276,7 +280,7 @@ def _empty_outputs(x: Tensor, residual: Tensor | None) -> Outputs:
 
 
 def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> Outputs:
-    """x, residual (B, T, C) of any strides but 1 in the last dimension; weight, bias (C,) contiguous."""
+    """x and residual (B, T, C) have stride 1 in the last dimension; weight and bias (C,) are contiguous."""
     B, T, C = x.shape
     out = _empty_outputs(x, residual)
     if x.numel() == 0:
@@ -323,7 +327,7 @@ def layer_norm_backward(
     needs_dweight: bool,
     needs_dbias: bool,
 ) -> Gradients:
-    """dy, ds_after, s (B, T, C) of any strides but 1 in the last dimension; only what is needed is computed."""
+    """dy, ds_after and s (B, T, C) have stride 1 in the last dimension. Only what is needed is computed."""
     B, T, C = s.shape
     out = _empty_gradients(s, weight, bias_dtype, needs_ds, needs_dweight, needs_dbias)
     if s.numel() == 0:
@@ -377,14 +381,14 @@ def _empty_gradients(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y, or with `residual` (y, s): y the LayerNorm of s = x + residual, x (..., C)."""
+    """The LayerNorm y of x (..., C); with `residual` the pair (y, s), where y is the LayerNorm of s = x + residual."""
     flat = None if residual is None else _as_3d(residual)
     y, s, *_ = layer_norm_op(_as_3d(x), weight.contiguous(), bias.contiguous(), flat, eps)
     return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
 
 
 def _as_3d(x: Tensor) -> Tensor:
-    """x (..., C) as (B, T, C), a view wherever there is one, its last stride 1."""
+    """x (..., C) as (B, T, C) with last stride 1, as a view where possible."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     return x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.flatten(0, -3)
@@ -397,7 +401,7 @@ def _as_3d(x: Tensor) -> Tensor:
 def layer_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, s, mean, left, rstd) as `Outputs`, differentiable in y and s."""
+    """(y, s, mean, left, rstd), as in `Outputs`. Only y and s have gradients."""
     return layer_norm_forward(x, weight, bias, residual, eps)
 
 

@@ -1,8 +1,8 @@
-"""The second stage of a sum over rows: the partial rows that a backward's programs left are added, in a fixed order.
+"""The second stage of a sum over rows: it adds the partial rows of the programs of a backward kernel.
 
-A gradient of something that all rows share (a bias, LayerNorm's weight) is a sum over rows. Each program of a backward
-kernel sums its own rows in float32 and writes one partial row; these kernels add the partial rows. No atomics: the
-order of every addition is fixed, and the sum the same to the bit run after run.
+The gradient of a parameter that all rows share (a bias, LayerNorm's weight) is a sum over rows. Each program of a
+backward kernel sums its own rows in float32 and writes one partial row. The kernel here adds the partial rows. There
+are no atomics. The order of every addition is fixed, so the sum is bitwise the same in every run.
 
 Dimension key: P partial rows, K sums side by side, C width.
 """
@@ -24,7 +24,7 @@ from fastgpt2_kernels.triton.devices import launch_kernel
 def _sum_partials_kernel(
     partials_ptr, first_ptr, second_ptr, P, C, NUM_SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """BLOCK_C columns of one of the sums."""
+    """Compute BLOCK_C columns of one of the sums."""
     k = tl.program_id(1)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -41,7 +41,7 @@ def _sum_partials_kernel(
 
 
 def sum_partials(partials: Tensor, out: Sequence[Tensor]) -> None:
-    """Write partials (P, K, C) float32, summed over P, to the K = 1 or 2 tensors `out` (C,) of any float dtype."""
+    """Sum partials (P, K, C) float32 over P, and write the K = 1 or 2 sums to `out` (C,), of any float dtype."""
     P, K, C = partials.shape
     row = launch.partial_sums_row(C)
     launch_kernel(
@@ -62,7 +62,7 @@ def sum_partials(partials: Tensor, out: Sequence[Tensor]) -> None:
 
 
 def row_alignment(*tensors: Tensor | None) -> int:
-    """8 if every row of these (B, T, C) or (N, C) tensors starts at a multiple of 8 elements from the first, else 1."""
+    """8 if every row of these tensors (B, T, C) or (N, C) starts a multiple of 8 elements after the first, else 1."""
     strides = [
         stride
         for x in tensors
@@ -74,5 +74,5 @@ def row_alignment(*tensors: Tensor | None) -> int:
 
 
 def empty_unless(needed: bool, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A new tensor of `shape`, or one of no elements where it is not needed: operators have no optional results."""
+    """A new tensor of `shape`, or an empty one if it is not needed, because operators have no optional results."""
     return like.new_empty(shape if needed else (0,), dtype=dtype)
