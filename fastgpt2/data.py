@@ -294,6 +294,8 @@ def _list_files(source: str | PathLike[str], suffixes: Sequence[str]) -> Iterato
         yield root, root.name
         return
     if not root.is_dir():
+        if root.exists():  # a device or a pipe: it may have no end
+            raise ValueError(f"{root}: must be a folder or an ordinary file; it is neither")
         raise FileNotFoundError(f"{root}: no such file or directory")
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if name not in excluded)

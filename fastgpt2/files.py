@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ def atomic_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with _created(temporary, path) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -60,9 +62,11 @@ def staged_folder(path: str | PathLike[str]) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=folder))
     try:
         with locked_folder(stage):
+            mode = _mode_of_new_files(stage)
             yield stage
             files = sorted(stage.iterdir())
             for file in files:
+                os.chmod(file, mode)  # safetensors makes files that nobody else can read
                 sync(file)
             for file in files:
                 os.replace(file, folder / file.name)
@@ -187,7 +191,10 @@ def load_torch_file(path: str | PathLike[str], *, mmap: bool, what: str, advice:
     except Exception as error:  # damaged bytes can make the unpickler raise anything
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the file
-        raise ValueError(f"{path}: not a readable {what} ({first_line(error)}); {advice}") from error
+        # PyTorch's message is a page about how to read the file nonetheless, by running its code.
+        is_unsafe = isinstance(error, pickle.UnpicklingError)
+        why = "it holds more than tensors and plain values" if is_unsafe else first_line(error)
+        raise ValueError(f"{path}: not a readable {what} ({why}); {advice}") from error
 
 
 def link_file(path: Path, link: Path) -> None:
@@ -224,6 +231,23 @@ def _remove_abandoned_stages(folder: Path) -> None:
                 shutil.rmtree(stage)
             finally:
                 os.close(descriptor)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The mode of a file that is created there: the umask decides, and it cannot be read without being set."""
+    probe = folder / "mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
+
+
+def _created(temporary: Path, path: Path) -> BinaryIO:
+    """Open a temporary file for writing; errors name the file that it is to become."""
+    try:
+        return open(temporary, "wb")
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def _temporary(path: Path) -> Path:

@@ -208,6 +208,8 @@ def read_entries(
             size += num_bytes
             if most_bytes is not None and size > most_bytes:
                 raise ValueError(f"{source.name}: must hold at most {most_bytes:,} bytes; it has more: split it")
+            if row is None:
+                continue
             try:
                 if isinstance(row, ValueError):
                     raise row
@@ -221,13 +223,15 @@ def read_entries(
 
 # -- formats ------------------------------------------------------------------------------------------------------
 
-# (where it is, the row as a mapping or the error that says why it is bad, about how many bytes it has)
-_Row = tuple[str, "Mapping[str, Any] | ValueError", int]
+# (where it is, the row as a mapping or the error that says why it is bad, about how many bytes it has); None instead of
+# a row: there are so many bytes without one. A small compressed file may hold gigabytes of blank lines, or one row of
+# gigabytes: what a row may hold is limited, and what all may hold is `most_bytes`.
+_Row = tuple[str, "Mapping[str, Any] | ValueError | None", int]
 
 
 def _read_text(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
     for number, line in _lines(source):
-        yield f"{source.name} line {number}", _caught(_text_row, line, columns), len(line)
+        yield f"{source.name} line {number}", _caught(_text_row, line, columns), len(line) + 1
 
 
 def _text_row(line: bytes, columns: Columns) -> Mapping[str, Any]:
@@ -236,8 +240,8 @@ def _text_row(line: bytes, columns: Columns) -> Mapping[str, Any]:
 
 def _read_json_lines(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
     for number, line in _lines(source):
-        if line.strip():
-            yield f"{source.name} line {number}", _caught(_json_row, line, columns), len(line)
+        row = _caught(_json_row, line, columns) if line.strip() else None
+        yield f"{source.name} line {number}", row, len(line) + 1
 
 
 def _json_row(line: bytes, columns: Columns) -> Mapping[str, Any]:
@@ -260,7 +264,7 @@ def _json_row(line: bytes, columns: Columns) -> Mapping[str, Any]:
 
 
 def _read_fasta(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
-    for number, entry in _fasta_entries(_lines(source)):
+    for number, entry in _fasta_entries(source.name, _lines(source)):
         yield f"{source.name} line {number}", _caught(_fasta_row, entry, columns), len(entry)
 
 
@@ -272,13 +276,16 @@ def _fasta_row(entry: bytes, columns: Columns) -> Mapping[str, Any]:
     return {"id": identifier, columns.text: "".join("".join(lines).split())}
 
 
-def _fasta_entries(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+def _fasta_entries(name: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     """Yield (line number of its header, lines) of every entry. Lines before the first header form an entry too."""
-    start, entry = 0, list[bytes]()
+    start, entry, size = 0, list[bytes](), 0
     for number, line in lines:
         if line.startswith(b">") and entry:
             yield start, b"\n".join(entry)
-            entry = []
+            entry, size = [], 0
+        size += len(line) + 1
+        if size > _MOST_LINE_BYTES:
+            raise ValueError(f"{name} line {number}: an entry must have at most {_MOST_LINE_BYTES:,} bytes")
         if entry or line.strip():
             start = start if entry else number
             entry.append(line)
@@ -289,7 +296,8 @@ def _fasta_entries(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, by
 def _read_csv(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:
     csv.field_size_limit(max(csv.field_size_limit(), _MOST_LINE_BYTES))
     with _decompressed(source) as file:
-        rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+        text = _CsvText(source.name, file)
+        rows = csv.reader(text, strict=True)
         try:
             header = next(rows, [])
             if not header:
@@ -298,18 +306,38 @@ def _read_csv(source: Source, columns: Columns, with_fields: bool) -> Iterator[_
             if len(set(header)) < len(header):
                 raise ValueError(f"{source.name}: its columns must have different names; got {listed(header)}")
             for row in rows:
-                if not row:
-                    continue
+                size, text.size = text.size, 0
                 where = f"{source.name} line {rows.line_num}"
+                if not row:
+                    yield where, None, size
+                    continue
                 if len(row) != len(header):
                     wrong = ValueError(f"must have {len(header)} fields, as the header has; it has {len(row)}")
-                    yield where, wrong, 0
+                    yield where, wrong, size
                 else:
-                    yield where, dict(zip(header, row, strict=True)), sum(map(len, row))
+                    yield where, dict(zip(header, row, strict=True)), size
         except csv.Error as error:
             raise ValueError(f"{source.name} line {rows.line_num}: must be CSV ({first_line(error)})") from None
         except UnicodeDecodeError:
             raise ValueError(f"{source.name}: must be UTF-8 text; it is not after line {rows.line_num}") from None
+
+
+class _CsvText:
+    """The lines of a CSV file. `size` is what has been read since it was last set to 0; it may not pass a limit."""
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self._name, self._number, self.size = name, 0, 0
+        self._file = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._file.readline(_MOST_LINE_BYTES + 1):
+            self._number += 1
+            self.size += len(line)
+            if self.size > _MOST_LINE_BYTES:
+                raise ValueError(
+                    f"{self._name} line {self._number}: a row must have at most {_MOST_LINE_BYTES:,} characters"
+                )
+            yield line
 
 
 def _read_parquet(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:

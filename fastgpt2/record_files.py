@@ -321,7 +321,7 @@ class RecordFile(Generic[R]):
                 f"{self.path}: cannot be resumed, because {self._settings_path.name} with its settings is missing; "
                 "choose another output"
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             before = None
         if not isinstance(before, dict):
             raise ValueError(f"{self._settings_path}: must hold a run's settings; it does not: choose another output")

@@ -252,6 +252,9 @@ def _write_fasta(file: BinaryIO, rows: Iterator[dict[str, Any]], columns: Column
                 fields[key] = row[field]
         for field in ("logprob", "perplexity"):
             if field in row:
+                if not isinstance(row[field], (int, float, type(None))):
+                    kind = type(row[field]).__name__
+                    raise ValueError(f'select: "{field}" of {name} must be a number; got {kind}')
                 fields[field] = decimals(row[field])
         if "scored" in row:
             fields["scored"] = row["scored"]

@@ -56,7 +56,7 @@ def find_variants(
     name = ops.this_target() if target is None else target
     # All layers use the same kernels, so one layer is enough.
     model = GPT2(config.replace(num_layers=1), backend="triton").to(dtype).eval()
-    with_pdl = name.startswith("sm_") and int(name[3:]) >= 90
+    with_pdl = name.startswith("sm_") and name[3:].isdigit() and int(name[3:]) >= 90
 
     def run() -> None:
         for sampling in SAMPLINGS:

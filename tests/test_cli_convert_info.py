@@ -49,21 +49,6 @@ def test_convert_does_not_overwrite(tmp_path: Path, seed: int, capsys: pytest.Ca
     load_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["convert", "./nowhere", "out"], "nowhere: no such file or folder"),
-        (["info", "--model", "./nowhere"], "nowhere: no such file or folder"),
-    ],
-)
-def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fastgpt2: ")
-    assert message in error
-    assert error.count("\n") == 1
-
-
 def test_info(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     model = random_model(seed, eos_token_id=(3, 4))
     save_pretrained(model, tmp_path)

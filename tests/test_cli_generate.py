@@ -238,39 +238,3 @@ def test_without_tokenizer_ids_in_ids_out(command, tiny_checkpoint, tmp_path, ca
         assert message in capsys.readouterr().err
     assert command("--model", folder, "def") == 2
     assert "the prompt is text, but the model has no tokenizer" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["def", "--prompts", "p.txt"], "generate: give a prompt or --prompts FILE, not both"),
-        (["--prompts", "{tmp}/no.txt"], "No such file or directory: '{tmp}/no.txt'"),
-        (["--prompts", "{tmp}/p.csv"], '{tmp}/p.csv: must have a column "prompt"; it has def: name one with --column'),
-        (["--prompts", "{tmp}/empty.txt"], "{tmp}/empty.txt: must hold at least one prompt; it holds none"),
-        (["--out", "{tmp}/o.tsv"], "{tmp}/o.tsv: an output must end in .jsonl, .fasta, .txt; got '.tsv'"),
-        (["--out", "{tmp}/no/o.txt"], "{tmp}/no/o.txt: is in the folder {tmp}/no, which does not exist"),
-        (["--out", "{tmp}/o.txt", "--logprobs"], "token ids and log-probabilities need a .jsonl output; got '.txt'"),
-        (["--out", "{tmp}/o.txt", "--resume", "--overwrite"], "give one of them"),
-        (["--resume"], "generate: --resume needs --out FILE; give both"),
-        (["--token-ids"], "generate: --token-ids needs --out FILE; give both"),
-        (["--num-samples", "0"], "generate: --num-samples must be at least 1; got 0"),
-        (["--batch-size", "-1"], "generate: --batch-size must be at least 1; got -1"),
-        (["--temperature", "-1"], "SamplingConfig: temperature must be finite and >= 0 (0 is greedy); got -1.0"),
-        (["--top-p", "1.5"], "SamplingConfig: top_p must be in (0, 1] or None; got 1.5"),
-        (["--max-new-tokens", "0"], "SamplingConfig: max_new_tokens must be an int >= 1; got 0"),
-        (["--prompts", "{tmp}/p.txt", "--out", "{tmp}/p.txt", "--overwrite"], "p.txt: holds the prompts and cannot be"),
-        (["--prompts", "{tmp}/latin.txt"], "{tmp}/latin.txt line 1: must be UTF-8 text; byte 2 of the line is not"),
-        (["a\udcffb"], "the prompt must be UTF-8 text; byte 2 is not"),
-    ],
-)
-def test_refusals_are_one_line(arguments, message, command, tmp_path, capsys):
-    (tmp_path / "empty.txt").touch()
-    for name in ("p.csv", "p.txt"):
-        (tmp_path / name).write_text("def\n", encoding="utf-8")
-    (tmp_path / "latin.txt").write_bytes(b"a\xff\n")
-    assert command(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
-    err = capsys.readouterr().err
-    assert message.replace("{tmp}", str(tmp_path)) in err
-    assert err.startswith("fastgpt2: ")
-    assert err.count("\n") == 1
-    assert (tmp_path / "p.txt").read_text(encoding="utf-8") == "def\n"

@@ -122,7 +122,7 @@ def test_no_such_preset() -> None:
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\] or None; got 0\.0"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\] or None; got 1\.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and > 0"),
-        ({"stop_token_ids": (-1,)}, "stop_token_ids must be ints >= 0"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids must be ints in"),
         ({"stop_token_ids": 5}, "stop_token_ids must be a list; got 5"),
         ({"stop_strings": ("",)}, "stop_strings must be non-empty strings"),
         ({"stop_strings": "end"}, "stop_strings must be a list; got 'end'"),

@@ -60,21 +60,6 @@ def test_without_the_harness_it_names_the_extra(tiny_checkpoint: Path, capsys: p
     assert 'pip install "fastgpt2[eval]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--batch-size", "0"], "--batch-size must be 1 or more"),
-        (["--limit", "-1"], "--limit above 0"),
-        (["--include-path", "nowhere"], "--include-path must be a folder"),
-    ],
-)
-def test_bad_options_are_one_sentence(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "--tasks", "hellaswag", *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_log_likelihoods_are_those_of_transformers(

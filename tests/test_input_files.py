@@ -217,3 +217,31 @@ def test_data_sets_of_a_hub(monkeypatch):
     assert asked == [("owner/name", "train"), ("owner/name", "test")]
     with pytest.raises(ValueError, match=r'hf://o/n:none: cannot be loaded \(Unknown split "none"\)'):
         list(read_entries(find_sources(["hf://o/n:none"]), PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        (".txt", b"x" * 5000, "line 1: must have at most 1,000 bytes"),
+        (".jsonl", b'{"prompt": "' + b"x" * 5000, "line 1: must have at most 1,000 bytes"),
+        (".fasta", b">a\n" + b"MKV\n" * 2000, "line 251: an entry must have at most 1,000 bytes"),
+        (".fasta", b"\n" * 5000, "line 1001: an entry must have at most 1,000 bytes"),
+        (".csv", b"prompt,x\n" + b"," * 5000, "line 2: a row must have at most 1,000 characters"),
+        (".csv", b'prompt,x\n"' + b"a\n" * 5000, "line 497: a row must have at most 1,000 characters"),
+        (".jsonl", b"\n" * 5000, ": must hold at most 3,000 bytes; it has more: split it"),
+        (".txt", b"\n" * 5000, ": must hold at most 3,000 bytes; it has more: split it"),
+        (".csv", b"prompt\n" + b"\n" * 5000, ": must hold at most 3,000 bytes; it has more: split it"),
+    ],
+)
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_a_small_file_cannot_fill_the_memory(suffix, content, message, compression, tmp_path, monkeypatch):
+    """What a compressed file inflates to is read in rows, none larger than a limit, and in all no more than another."""
+    monkeypatch.setattr("fastgpt2.input_files._MOST_LINE_BYTES", 1000)
+    path = tmp_path / f"t{suffix}{compression}"
+    if compression == ".zst":
+        with pyarrow.output_stream(str(path), compression="zstd") as file:
+            file.write(content)
+    else:
+        path.write_bytes(gzip.compress(content) if compression else content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}{'' if message[0] == ':' else ' '}{message}")):
+        list(read_entries(find_sources([str(path)]), PROMPTS, most_bytes=3000))

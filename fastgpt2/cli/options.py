@@ -189,7 +189,7 @@ def known_spellings(records: Path) -> list[str]:
     try:
         settings = json.loads(settings_path(records).read_text(encoding="utf-8"))
         return list(settings["special_tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"select: --strip-special reads the special tokens from {settings_path(records)}, which cannot be read; "
             "name them with --special TEXT"

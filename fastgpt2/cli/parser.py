@@ -30,7 +30,9 @@ class _Parser(argparse.ArgumentParser):
     """A parser that reports an error in one line, like the commands do; only `--help` shows the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fastgpt2: {' '.join(message.split())}; see {self.prog} --help\n")
+        said = " ".join(message.split())
+        said = said if len(said) <= 600 else f"{said[:300]}... ({len(said)} characters)"
+        self.exit(2, f"fastgpt2: {said}; see {self.prog} --help\n")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -211,7 +211,6 @@ class _Plan:
 def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train.Processes) -> _Plan:
     """Check everything that can be checked before the data is prepared. Nothing is written."""
     config, sizes = TrainConfig(**_train_fields(options)), _sizes(options)
-    train.check_config(config)
     wanted = {name: options.get(name, default) for name, default in _RUN_DEFAULTS.items()}
     if not wanted["data"]:
         raise ValueError("train: there is no text to train on; give it with --data PATH, or try --data stdlib")
@@ -222,6 +221,7 @@ def _planned(args: argparse.Namespace, options: dict[str, Any], processes: train
     if wanted["vocab_size"] and (wanted["tokenizer"] or wanted["init_from"]):
         brings = "--tokenizer" if wanted["tokenizer"] else "--init-from"
         raise ValueError(f"train: {brings} sets the vocabulary; leave out --vocab-size")
+    train.check_config(config)  # last, as it may load libraries
     initial = None
     if wanted["init_from"]:
         # No dropout by default here either: the checkpoint's configuration says how the checkpoint was trained.

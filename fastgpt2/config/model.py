@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastgpt2.config.checks import is_int, require
+from fastgpt2.config.checks import is_int, is_number, require
 from fastgpt2.config.huggingface import OPENAI_IDS, fields_from_hf, fields_to_hf
 from fastgpt2.messages import shown
 from fastgpt2_kernels.ops import ACTIVATIONS
@@ -104,16 +104,24 @@ class GPT2Config:
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
             require(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0,
+                is_number(value) and 0 < value < float("inf"),
                 f"GPT2Config: {name} must be a positive number; got {shown(value)}",
             )
         require(
-            self.activation_function in ACTIVATIONS or self.activation_function in LEARNED_ACTIVATIONS,
+            isinstance(self.activation_function, str)
+            and self.activation_function in (*ACTIVATIONS, *LEARNED_ACTIVATIONS),
             f"GPT2Config: activation_function must be one of {sorted((*ACTIVATIONS, *LEARNED_ACTIVATIONS))}; "
             f"got {shown(self.activation_function)}",
         )
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
+            require(
+                value is None or all(is_int(token) for token in ids),
+                f"GPT2Config: {name} must be a token id or None; got {shown(value)}",
+            )
 
     @property
     def head_dim(self) -> int:

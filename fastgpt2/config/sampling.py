@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgpt2.config.checks import is_int, is_number, require
+from fastgpt2.messages import shown
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class SamplingConfig:
             f"SamplingConfig: repetition_penalty must be finite and > 0 (1 is none); got {self.repetition_penalty!r}",
         )
         require(
-            all(is_int(i) and i >= 0 for i in self.stop_token_ids or ()),
-            f"SamplingConfig: stop_token_ids must be ints >= 0; got {self.stop_token_ids!r}",
+            all(is_int(i) and 0 <= i < 2**31 for i in self.stop_token_ids or ()),
+            f"SamplingConfig: stop_token_ids must be ints in [0, 2**31); got {shown(self.stop_token_ids)}",
         )
         require(
             all(isinstance(s, str) and s for s in self.stop_strings),

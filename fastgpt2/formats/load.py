@@ -148,6 +148,8 @@ def _local(name_or_path: str | PathLike[str], revision: str | None) -> Path | No
             raise ValueError(
                 f"load_pretrained: revision needs a name on the hub; {path} is on this machine: leave revision out"
             )
+        if not (path.is_dir() or path.is_file()):  # a device or a pipe, which may be endless
+            raise ValueError(f"{path}: must be a folder or an ordinary file; it is neither")
         return path
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", os.fspath(name_or_path))
     if not is_hub_name or path.suffix in (".safetensors", ".bin", ".pt"):

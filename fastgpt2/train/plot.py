@@ -47,6 +47,8 @@ def plot_runs(runs: Sequence[str | PathLike[str]], path: str | PathLike[str]) ->
         for panel, (_, entries) in zip(axes, _PANELS, strict=True):
             for entry, style in entries:
                 points = [(line["step"], line[entry]) for line in values if line.get(entry) is not None]
+                if not all(isinstance(value, (int, float)) for _, value in points):
+                    raise ValueError(f'{run / "metrics.jsonl"}: "{entry}" must be a number in every line; it is not')
                 label = f"{name}, validation" if entry == "val_loss" else name
                 if points:
                     panel.plot(*zip(*points, strict=True), style, color=f"C{i % 10}", label=label, markersize=3)

@@ -1,7 +1,7 @@
-"""Compiling kernels ahead of time: find the variants that a run needs, without a GPU, and compile them into the cache.
+"""Which variants of the kernels a run compiles, found without a GPU; and compiling them ahead, into Triton's cache.
 
-The run uses CPU tensors. Triton's own code binds the arguments, and so decides how a kernel is specialized. The
-compiler and the launch are replaced by stand-ins.
+A run on CPU tensors goes through Triton's own binding of arguments, which decides what a kernel is compiled for; the
+compiler and the launch are stood in for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastgpt2_kernels.triton import cross_entropy, launch
 
 
 class Variant(NamedTuple):
-    """A kernel specialized for one kind of arguments."""
+    """A kernel as it is compiled for one kind of arguments."""
 
     kernel: str
     source: Any
@@ -59,17 +59,20 @@ class _Launched:
         return None
 
 
+# Every GPU that the kernels run on and Triton compiles for.
+_NVIDIA = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+_AMD = ("gfx90a", "gfx942", "gfx950")
+
+
 def gpu_target(name: str) -> GPUTarget:
     """The target of a name like "sm_90" or "gfx942". Raises ValueError for any other name."""
-    if name.startswith("sm_") and name[3:].isdigit():
-        return GPUTarget("cuda", int(name[3:]), 32)
-    if name.startswith("gfx") and len(name) > 3:
-        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
-    raise ValueError(f"a target must be like sm_90 or gfx942; got {name!r}")
+    if name not in (*_NVIDIA, *_AMD):  # for a GPU that it does not know LLVM ends the process
+        raise ValueError(f"a target must be like sm_90 or gfx942, one of {', '.join((*_NVIDIA, *_AMD))}; got {name!r}")
+    return GPUTarget("hip", name, 64) if name in _AMD else GPUTarget("cuda", int(name[3:]), 32)
 
 
 def this_target() -> str:
-    """The name of the current GPU's target. Raises RuntimeError if there is no GPU."""
+    """The name of the current GPU's target. RuntimeError where there is none."""
     if not torch.cuda.is_available():
         raise RuntimeError("there is no GPU here; name a target, such as sm_90")
     if torch.version.hip:
@@ -79,7 +82,7 @@ def this_target() -> str:
 
 
 def _column(target: GPUTarget) -> str:
-    """The column of the launch tables for such a GPU, judged by its name; `launch.architecture` asks the GPU itself."""
+    """The column of the launch tables for such a GPU, as far as its name tells: `launch.architecture` asks the GPU."""
     name = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
     if name in launch.ARCHITECTURES or target.backend != "cuda":
         return name if name in launch.ARCHITECTURES else "gfx942"
@@ -88,7 +91,7 @@ def _column(target: GPUTarget) -> str:
 
 @contextmanager
 def recorded(target_name: str) -> Iterator[list[Variant]]:
-    """While the context is open, kernels accept CPU tensors, and each variant that the target needs is recorded."""
+    """While it is open, kernels take tensors on the CPU, and what would be compiled for the target is noted, once."""
     variants: list[Variant] = []
     target = gpu_target(target_name)
 
@@ -115,7 +118,7 @@ def recorded(target_name: str) -> Iterator[list[Variant]]:
 
 
 def _forget_kernels() -> None:
-    """Forget the kernels compiled in this process, including stand-ins. Triton's cache on disk stays."""
+    """Drop what was compiled in this process, the stand-ins' too; Triton's cache on disk stays."""
     for operator in backends.OPERATORS:
         if "triton" in backends.backends_of(operator):
             backends.implementation(operator, "triton")  # loads its module
@@ -127,7 +130,7 @@ def _forget_kernels() -> None:
 
 
 def compile_all(variants: Sequence[Variant], jobs: int | None = None) -> None:
-    """Compile the variants in parallel, into Triton's cache."""
+    """Compile the variants side by side, into Triton's cache."""
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         for _ in pool.map(lambda v: triton.compile(v.source, target=v.target, options=v.options), variants):
             pass

@@ -1,0 +1,54 @@
+"""Renew what installations are held to: `python requirements/lock.py [--upgrade]`; needs uv (`pip install uv`).
+
+- `requirements/chosen.txt`, which is read: the versions that are chosen by hand.
+- `requirements/locked.txt`: every package that `fastgpt2` and its extras need, also those that they need in turn, with
+  the hashes of PyPI's files, for Python 3.10 and newer on every platform. What it says is kept without `--upgrade`.
+- `constraints.txt`: the same versions without hashes, for `make`. PyTorch is published in several builds
+  of one version (CUDA, ROCm, CPU); their files differ, so hashes would allow only one of them.
+
+The extras `eval` and `peers` are left out: they hold other people's programs, for which we promise nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKED = ROOT / "requirements/locked.txt"
+CONSTRAINTS = ROOT / "constraints.txt"
+EXTRAS = ("bench", "data", "dev", "docs", "hub", "lora", "plot", "tensorboard", "transformers", "triton", "wandb")
+HEAD = """\
+# Written by requirements/lock.py: the versions that this project is tested with, of all that it needs.
+"""
+# A PyTorch for GPUs brings the Triton that it pins; beside one for CPUs the newest that is tested is installed.
+TRITON = "triton>=3.7.1,<=3.9.0 ; sys_platform == 'linux'"
+
+
+def constraints_of(locked: str) -> str:
+    """The text of constraints.txt for that of locked.txt."""
+    pins = re.findall(r"^([a-z0-9][^\s=]*==[^\\\n]*?) *\\?$", locked, re.MULTILINE)
+    lines = [pin for pin in pins if not pin.startswith("triton==")]
+    return HEAD + "\n".join(sorted([*lines, TRITON])) + "\n"
+
+
+def main() -> None:
+    command = ["uv", "pip", "compile", "--universal", "--python-version", "3.10", "--generate-hashes", "--no-annotate"]
+    command += [
+        "--no-header",
+        "--quiet",
+        "--constraint",
+        "requirements/chosen.txt",
+        "pyproject.toml",
+        "--output-file",
+        str(LOCKED),
+        *sys.argv[1:],
+    ]
+    subprocess.run([*command, *(f"--extra={extra}" for extra in EXTRAS)], check=True, cwd=ROOT)
+    CONSTRAINTS.write_text(constraints_of(LOCKED.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
