@@ -203,7 +203,7 @@ class RecordFile(Generic[R]):
                     remove_leftovers(path.parent, name)
             there = [file for file in (path, *_parts(path)) if file.exists() and file.stat().st_size]
             if shard.count > 1:
-                self._join(settings)
+                self._join(settings, is_begun=bool(there))
             elif resume and there:
                 self._check_settings(settings)
             else:
@@ -308,9 +308,9 @@ class RecordFile(Generic[R]):
     def _settings_path(self) -> Path:
         return settings_path(self.path)
 
-    def _join(self, settings: Mapping[str, Any]) -> None:
-        """Begin the run, or join it if another process has begun it."""
-        if not create_file(self._settings_path, _encoded(settings)):
+    def _join(self, settings: Mapping[str, Any], is_begun: bool) -> None:
+        """Begin the run, or join it if another process has begun it. Settings are written before any record."""
+        if is_begun or not create_file(self._settings_path, _encoded(settings)):
             self._check_settings(settings)
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:

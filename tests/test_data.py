@@ -20,7 +20,7 @@ import torch
 
 from fastgpt2 import data
 from fastgpt2.data import ShardMeta, TokenData, TokenShard, find_documents, write_shards
-from fastgpt2.files import atomic_file, link_file, remove_leftovers, staged_folder
+from fastgpt2.files import atomic_file, create_file, link_file, remove_leftovers, staged_folder
 from fastgpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 TOKENIZER = Tokenizer.train(["x = y + 1\n"], 257)
@@ -245,7 +245,7 @@ def test_atomic_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_atomic_files_are_on_disk_before_they_take_their_name(tmp_path: Path, monkeypatch) -> None:
     """After a power cut the file has the old bytes or the new ones, never contents that were not written in full."""
-    events, fsync, replace = [], os.fsync, os.replace
+    events, fsync, replace, link = [], os.fsync, os.replace, os.link
 
     def synced(descriptor: int) -> None:
         status = os.fstat(descriptor)
@@ -256,8 +256,13 @@ def test_atomic_files_are_on_disk_before_they_take_their_name(tmp_path: Path, mo
         events.append(f"{Path(new).name} named")
         replace(old, new)
 
+    def linked(old: Path, new: Path) -> None:
+        events.append(f"{Path(new).name} named")
+        link(old, new)
+
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(os, "link", linked)
     with atomic_file(tmp_path / "f") as file:
         file.write(b"new")
     assert events == ["3 bytes", "f named", "folder"]
@@ -266,6 +271,9 @@ def test_atomic_files_are_on_disk_before_they_take_their_name(tmp_path: Path, mo
         (stage / "a").write_bytes(b"12")
         (stage / "b").write_bytes(b"1234")
     assert events == ["2 bytes", "4 bytes", "a named", "b named", "folder"]
+    events.clear()
+    assert create_file(tmp_path / "c", b"12345")
+    assert events == ["5 bytes", "c named", "folder"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="nobody can lock a folder on Windows")

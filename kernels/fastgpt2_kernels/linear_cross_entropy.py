@@ -92,7 +92,7 @@ def loss_chunks(
             rows = slice(start, min(start + options.chunk_rows, N))
             x_nC = x[rows].to(compute)
             if use_onednn:
-                logits_nV = torch.ops.mkldnn._linear_pointwise(x_nC, weight_VC, bias, "none", [], "").mul_(scale)
+                logits_nV = _onednn_product(x_nC, weight_VC, bias).mul_(scale)
             else:
                 logits_nV = buffer[: x_nC.shape[0], :V]
                 beta = 0.0 if bias is None else scale
@@ -151,6 +151,18 @@ def _use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias by oneDNN.
+
+    oneDNN compiles a product for each number of rows and keeps 1,024 of them, which take hundreds of megabytes. Rows
+    of zeros are therefore added, up to one of eight numbers between a power of two and the next.
+    """
+    rows = x.shape[0]
+    step = 1 << max(0, rows.bit_length() - 4)
+    x = torch.nn.functional.pad(x, (0, 0, 0, -rows % step))
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]
 
 
 def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:

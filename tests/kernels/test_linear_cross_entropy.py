@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -345,6 +346,32 @@ def test_a_large_weight_on_a_cpu(seed: int, scale: float) -> None:
     found = (results(ours, torch.float32), results(plain, torch.float32), results(plain, torch.float64))
     for name, got, rounded, exact in zip(("loss", "x", "weight", "bias"), *found, strict=True):
         assert_rms_within_budget(got, [rounded], exact, name)
+
+
+def test_few_numbers_of_rows_are_compiled_for_a_large_weight(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps a product of half a megabyte for each of them; the rows that are added do not change the loss."""
+    monkeypatch.setattr(linear, "ONEDNN_NUMBERS", 0)
+    torch.manual_seed(seed)
+    weight = torch.randn(13, 8)
+    found: list[int] = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.mkldnn._linear_pointwise.default:
+                found.append(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    for rows in random.Random(seed).sample(range(1, 513), 150):
+        x, targets = torch.randn(rows, 8), torch.randint(13, (rows,))
+        plain, exact = (
+            F.cross_entropy(x.to(dtype) @ weight.t().to(dtype), targets) for dtype in (x.dtype, torch.float64)
+        )
+        with Counter():
+            loss = ops.linear_cross_entropy(x, weight, targets, backend="torch")
+        assert rows <= found[-1] <= 1.125 * rows
+        assert_within_budget(loss, plain, exact)
+    assert len(found) == 150
+    assert len(set(found)) <= 56
 
 
 @pytest.mark.parametrize(

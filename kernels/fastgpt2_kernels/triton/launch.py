@@ -132,8 +132,8 @@ class SamplingRow(NamedTuple):
 def sampling_row(vocab_size: int, arch: str, *, has_filters: bool = False) -> SamplingRow:
     """The row for one program, and so one multiprocessor, per row of logits, with as many threads as registers allow.
 
-    With filters (top-k, top-p, min-p) and 4 lanes per thread, the state of the lanes and its copies in the loops take 96
-    to 128 registers per thread. For the small blocks the compiler would by itself spill some to use only 80.
+    With filters (top-k, top-p, min-p) and 4 lanes per thread, the state of the lanes and its copies in the loops take
+    96 to 128 registers per thread. For the small blocks the compiler would by itself spill some to use only 80.
     """
     max_registers = 128 if has_filters and vocab_size <= 2048 and not is_amd(arch) else None
     if vocab_size > 2048 and has_filters:
