@@ -1,12 +1,13 @@
 """Where a decoding step's time goes on a CPU.
 
 python -m benchmarks.step_profile [--rows 1 8 32] [--weights float32 bfloat16 int8]. GPT-2 124M with random
-weights, greedy, 128 new tokens after 64 by `generate`. Milliseconds a step of each phase, in the thread that began it;
-"waiting" is for the other threads at the barriers, "host" is Python between the calls.
+weights generates 128 tokens greedily after a prompt of 64. The table shows the milliseconds per step of each phase,
+in the thread that began it. "waiting" is the time that this thread waits for others at barriers. "host" is Python
+between the calls.
 
-Beside it stands the least time that this machine allows a phase: its bytes (weights, cached keys and values) at the
-bandwidth of reading memory, or its products at the rate of a linear layer whose weights stay in the cache, whichever
-takes longer. Both rates are measured on the spot. With --prefill N it is the first token of a prompt of N instead.
+Next to it is the least time that a phase can take on this machine. This is the longer of two times: its bytes (weights,
+cached keys and values) at the bandwidth of reading memory, and its products at the rate of a linear layer whose weights
+stay in the cache. Both rates are measured first. With --prefill N the table is for the first token after a prompt of N.
 """
 
 from __future__ import annotations

@@ -156,6 +156,6 @@ def test_shares_with_another_model_or_setting(what, command, run, tiny_checkpoin
         name = "logprobs"
     assert status == 2
     assert said.startswith(f"fastgpt2: {out}: was made by another run ({name} was ")
-    assert said.endswith("; resume it as it was begun\n")
+    assert said.endswith("; resume it with the settings it began with\n")
     assert said.count("\n") == 1
     assert out.with_name("out.jsonl.part-0").read_bytes() == before

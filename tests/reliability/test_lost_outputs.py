@@ -162,5 +162,5 @@ def test_records_without_their_settings_are_not_mixed_with_those_of_another_run(
     status, said = run.start("--seed", "2", *(["--shard", "1/3"] if shares else []))
     assert status == 2
     assert said.splitlines()[-1].startswith("fastgpt2: ")
-    assert "out.jsonl.run.json with its settings is not beside it" in said
+    assert "out.jsonl.run.json with its settings is missing" in said
     assert {name: data for name, data in run.contents().items() if data} == before
