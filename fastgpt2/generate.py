@@ -80,12 +80,12 @@ def generate(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateOption
 def generate_iter(model: GPT2Base, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[Sample]:
     """Continue every prompt; yields each sample when it ends.
 
-    A sample's tokens depend on (seed, prompt id, sample index) alone. The prompt id is the prompt's index, or what
-    `sample_ids` says. Where the native backend decodes, on a CPU, tokens and log-probabilities are the same bit for bit
-    whatever rows are beside it and share its prefix, on one machine with one number of threads. PyTorch's matrix
-    products may round a row by how many rows there are. On a GPU prompts go through them, and without a decoding step
-    (`fastgpt2.decode.why_not_decode`) all tokens do: log-probabilities may then differ in their last bits, and a token
-    where two nearly tie.
+    Except for rounding, a sample's tokens depend on (seed, prompt id, sample index) alone. The prompt id is the
+    prompt's index, or what `sample_ids` says. On the native backend, tokens and log-probabilities are the same bit for
+    bit, whatever other rows and shared prefixes there are, on one machine with one number of threads. PyTorch's matrix
+    products may round a row differently if there are more rows. They compute the prompts on a GPU, and every token
+    without a decoding step (`fastgpt2.decode.why_not_decode`). There the last bits of a log-probability may differ, and
+    a token where two nearly tie.
 
     The model's mode is neither used nor touched: dropout is off. The weights have to stay as they are during a run.
 
