@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
@@ -55,6 +56,16 @@ def test_the_line_counts(on_terminal):
     for state in ((1, 5, 4, 1), (1, 5, 4, 2), (2, 5, 3, 1)):
         assert state in states
     assert all(rate > 0 for *_, rate, _ in terminal.lines())
+
+
+def test_every_look_is_of_one_moment(on_terminal):
+    terminal = on_terminal()
+    with Progress(30, 0, "sample") as progress:
+        for row in range(30):
+            if row % 3 == 0:
+                time.sleep(0.11)  # tqdm would draw by itself
+            progress.add((row, 0), 1, ends=True)
+    assert {done + left for done, _, _, left, _, _ in terminal.lines()} == {30}
 
 
 def test_generate_and_score_on_a_terminal(on_terminal, tiny_checkpoint, tmp_path, monkeypatch):

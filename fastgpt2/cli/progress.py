@@ -45,7 +45,7 @@ class Progress:
         self._rows.add(row)
         if ends:
             self._rows.discard(row)
-            self._bar.update()
+            self._bar.n += 1  # `update` could draw the line with the other numbers of before
         now = time.perf_counter()
         if now - self._shown >= _INTERVAL:
             self._show(now)
