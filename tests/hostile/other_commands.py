@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Command line, and how what it says begins after "fastgpt2: ".
 SCORE: dict[str, str] = {
-    "score empty.txt --model model": "empty.txt: there are no sequences in it; give at least one",
+    "score empty.txt --model model": "empty.txt: must hold at least one sequence; it holds none",
     "score text.jsonl --model ./none/here": (
         "none/here: no such file or folder (and no name of a model on the hub, like owner/name)"
     ),
