@@ -42,8 +42,10 @@ from fastgpt2.train.reports import CheckpointReport, EvalReport, Report, SampleR
 from fastgpt2.train.run_folder import RunFolder, checkpoint_paths, read_checkpoint, read_progress
 from fastgpt2_kernels import ops
 
-# With `minutes`, these steps are timed to set the number of steps. The ones before them are warm-up.
+# With `minutes`, these steps are timed to set the number of steps. The ones before them are warm-up. Where steps are
+# slow, the ones that fit this share of the time have to do.
 _CALIBRATION = range(5, 25)
+_CALIBRATION_SHARE = 0.25
 # What a resumed run may change: it does not affect the results, or only those of the steps to come.
 _MAY_CHANGE = {
     "steps", "batch_size", "accumulate", "compile", "deterministic", "log_interval", "eval_interval", "eval_tokens",
@@ -148,6 +150,7 @@ class Trainer:
         self.num_losses = 0
         self.max_norm = torch.zeros((), device=self.device)
         self.stop_requested = False
+        self.is_calibrated = config.minutes is None
         self._logger: Logger | None = None
         self._val_bytes: int | None = None
 
@@ -173,8 +176,7 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        calibrated = self.config.minutes is None or self.step >= _CALIBRATION.stop
-        return (calibrated and self.step >= self.config.steps) or self.is_stopped_early
+        return (self.is_calibrated and self.step >= self.config.steps) or self.is_stopped_early
 
     @property
     def is_stopped_early(self) -> bool:
@@ -231,6 +233,7 @@ class Trainer:
         frozen = self.config.lora_rank > 0
         mfu_per_speed = accounting.training_flops_per_token(self.model.config, self.context, frozen=frozen) / peak
         clock, clock_step = time.perf_counter(), self.step
+        began, begun_at = clock, clock_step
         timed_from, timed_since = max(self.step, _CALIBRATION.start), clock
         stopping = False
         while not self.is_finished and not stopping:
@@ -238,8 +241,9 @@ class Trainer:
                 timed_since = time.perf_counter()
             lr, grad_norm = self._train_step(loss_module)
             self.step += 1
-            if self.config.minutes is not None and self.step == _CALIBRATION.stop:
-                self._calibrate((time.perf_counter() - timed_since) / (self.step - timed_from))
+            if not self.is_calibrated and self._has_timed_enough(time.perf_counter() - began):
+                timed = (timed_since, timed_from) if self.step > timed_from else (began, begun_at)
+                self._calibrate((time.perf_counter() - timed[0]) / (self.step - timed[1]))
             logging = self._is_due(self.config.log_interval)
             stopping = self._agree_to_stop()
             if logging:
@@ -326,11 +330,17 @@ class Trainer:
             module = DistributedDataParallel(module, device_ids=ids)
         return module
 
+    def _has_timed_enough(self, elapsed_s: float) -> bool:
+        """Whether the number of steps can be set now. The answer is the same in every process."""
+        share = 60 * (self.config.minutes or 0.0) * _CALIBRATION_SHARE
+        return self.processes.any(elapsed_s >= share and self.step > 1) or self.step >= _CALIBRATION.stop
+
     def _calibrate(self, step_s: float) -> None:
         """Set `steps` from `minutes` and the seconds per step, equally in every process."""
         minutes = self.config.minutes or 0.0
         mean_s = self.processes.sum(torch.tensor(step_s, device=self.device)).item() / self.processes.count
         self.config = self.config.replace(steps=max(self.step + 1, round(60 * minutes / mean_s)))
+        self.is_calibrated = True
 
     def _mean_loss(self) -> float:
         """The mean loss since the last call, over all processes."""
@@ -457,6 +467,7 @@ class Trainer:
             "num_losses": self.num_losses,
             "best_loss": self.best_loss,
             "stale_evaluations": self.stale_evaluations,
+            "calibrated": self.is_calibrated,
             "global_rows": self.global_rows,
             "data": self._fingerprint,
             "val_data": self._val_fingerprint,
@@ -592,6 +603,9 @@ class Trainer:
         self.step = operator.index(state["step"])
         self.best_loss = float(state["best_loss"])
         self.stale_evaluations = int(state.get("stale_evaluations", 0))  # older checkpoints have none
+        # Older checkpoints do not say it; their runs were calibrated at one step.
+        known = bool(state.get("calibrated", self.step >= _CALIBRATION.stop))
+        self.is_calibrated = self.config.minutes is None or known
         self.num_losses = operator.index(state["num_losses"])
         if self.processes.is_first:
             # A sum over the processes. Their number may have changed; older checkpoints do not say what it was.

@@ -140,6 +140,32 @@ def test_minutes_set_the_steps(data: TokenData, tmp_path: Path) -> None:
     assert reports[-1].lr == pytest.approx(1e-3)
 
 
+def test_slow_steps_are_counted_sooner(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty-five of them would take longer than the minutes that were given."""
+    now = [0.0]
+    train_step = Trainer._train_step
+
+    def slow_step(self: Trainer, loss_module: Any) -> Any:
+        now[0] += 7.0
+        return train_step(self, loss_module)
+
+    def clock() -> float:
+        now[0] += 1e-3
+        return now[0]
+
+    monkeypatch.setattr("fastgpt2.train.trainer.time.perf_counter", clock)
+    monkeypatch.setattr(Trainer, "_train_step", slow_step)
+    config = make_config(minutes=1.0, eval_interval=0, checkpoint_interval=2)
+    trainer = Trainer(make_model(), data, config, tmp_path)
+    for _ in trainer.run():
+        if trainer.step == 4:  # the steps are set, and a checkpoint has them
+            trainer.stop()
+    assert trainer.config.steps == 9  # 60 s / 7 s
+    resumed = Trainer.resume(tmp_path, data)
+    list(resumed.run())
+    assert resumed.step == resumed.config.steps == 9
+
+
 # -- resuming -----------------------------------------------------------------------------------------------------
 
 
