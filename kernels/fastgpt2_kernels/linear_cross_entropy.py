@@ -314,7 +314,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "linear_cross_entropy: backward ran a second time, but the first one used up the gradients; "
+                "linear_cross_entropy: backward can run only once for each loss, because it gives its gradients away; "
                 "compute the loss again"
             )
         grads, ctx.grads = ctx.grads, None

@@ -524,9 +524,7 @@ def decode_attention(
         for what, given in (("starts", starts), ("counts", counts), ("slots", slots))
     )
     if slots is None and num_rows > num_slots:
-        raise ValueError(
-            f"{name}: without slots, row r uses cache slot r; got {num_rows} rows and {num_slots} cache slots"
-        )
+        raise ValueError(f"{name}: there must be at most {num_slots} rows, one for each cache slot; got {num_rows}")
     scale = _check_scale(name, D**-0.5 if scale is None else scale)
     size = (D, qkv.dtype, k_cache.dtype)
     chosen = choose_backend(name, qkv.device, backend, lambda: _why_not_triton_decoding(qkv, k_cache, v_cache), size)

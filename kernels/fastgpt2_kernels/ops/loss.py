@@ -281,9 +281,7 @@ def linear_cross_entropy(
         raise ValueError(f"{name}: chunk_rows must be >= 1; got {chunk_rows}")
     _check_num_items(name, num_items_in_batch, reduction)
     if accumulate_into_grad and (not weight.is_leaf or torch.compiler.is_compiling()):
-        raise ValueError(
-            f"{name}: accumulate_into_grad needs a leaf as weight and does not work under torch.compile; leave it out"
-        )
+        raise ValueError(f"{name}: accumulate_into_grad needs a leaf tensor as weight, in eager mode; leave it out")
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     tensors = {"x": x, "weight": weight, **({"bias": bias} if bias is not None else {})}
     check_same(name, check_dtype=not autocast, **tensors)
