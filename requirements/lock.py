@@ -35,18 +35,10 @@ def constraints_of(locked: str) -> str:
 
 
 def main() -> None:
-    command = ["uv", "pip", "compile", "--universal", "--python-version", "3.10", "--generate-hashes", "--no-annotate"]
-    command += [
-        "--no-header",
-        "--quiet",
-        "--constraint",
-        "requirements/chosen.txt",
-        "pyproject.toml",
-        "--output-file",
-        str(LOCKED),
-        *sys.argv[1:],
-    ]
-    subprocess.run([*command, *(f"--extra={extra}" for extra in EXTRAS)], check=True, cwd=ROOT)
+    options = ["--universal", "--python-version=3.10", "--generate-hashes", "--no-annotate", "--no-header", "--quiet"]
+    files = ["--constraint=requirements/chosen.txt", f"--output-file={LOCKED}", "pyproject.toml"]
+    extras = [f"--extra={extra}" for extra in EXTRAS]
+    subprocess.run(["uv", "pip", "compile", *options, *extras, *sys.argv[1:], *files], check=True, cwd=ROOT)
     CONSTRAINTS.write_text(constraints_of(LOCKED.read_text(encoding="utf-8")), encoding="utf-8")
 
 

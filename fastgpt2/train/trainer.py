@@ -331,7 +331,10 @@ class Trainer:
         return module
 
     def _has_timed_enough(self, elapsed_s: float) -> bool:
-        """Whether the number of steps can be set now. The answer is the same in every process."""
+        """Whether the number of steps can be set now. The answer is the same in every process.
+
+        This waits for the device after each of these first steps, so their times include the device's work.
+        """
         share = 60 * (self.config.minutes or 0.0) * _CALIBRATION_SHARE
         return self.processes.any(elapsed_s >= share and self.step > 1) or self.step >= _CALIBRATION.stop
 

@@ -110,7 +110,7 @@ class _Rows(NamedTuple):
 
     def select(self, rows: Tensor) -> _Rows:
         parts = (None if t is None else tuple(w[rows] for w in t) if isinstance(t, tuple) else t[rows] for t in self)
-        return _Rows(*parts)  # type: ignore[arg-type]
+        return _Rows._make(parts)
 
 
 def _draw(
