@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,8 @@ def adjusted_interpreter() -> Iterator[None]:
       its debug option is on. It takes almost half of a kernel's time.
     - The language is patched once per launch. By itself the interpreter patches it again for every call of a helper,
       which takes a fifth of a kernel's time.
+    - Operands of equal shape are not broadcast. By itself the interpreter makes two new tensors of each pair.
+    - What depends only on a type or a shape is computed once: NumPy's dtype, and a tensor's shape as Triton's objects.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -35,6 +38,10 @@ def adjusted_interpreter() -> Iterator[None]:
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", _fixed_order_dot(interpreter.TensorHandle))
         patch.setattr(interpreter.interpreter_builder, "options", options)
         patch.setattr(interpreter, "_patch_lang", _patch_once(interpreter, tl))
+        broadcast = type(interpreter.interpreter_semantic).broadcast_impl_value
+        patch.setattr(type(interpreter.interpreter_semantic), "broadcast_impl_value", _broadcast_unequal(broadcast))
+        patch.setattr(interpreter, "_get_np_dtype", _by_scalar(interpreter._get_np_dtype))
+        patch.setattr(tl.tensor, "__init__", _make_tensor(tl))
         yield
 
 
@@ -69,3 +76,37 @@ def _patch_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
         return interpreter._LangPatchScope()
 
     return patch
+
+
+def _broadcast_unequal(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape == rhs.type.shape:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    return broadcast_impl_value
+
+
+def _by_scalar(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`convert` of a scalar type, kept for each name. A block has the dtype of its elements."""
+    known: dict[str, Any] = {}
+
+    def np_dtype(type: Any) -> Any:
+        scalar = type.scalar
+        if scalar.name not in known:
+            known[scalar.name] = convert(scalar)
+        return known[scalar.name]
+
+    return np_dtype
+
+
+def _make_tensor(tl: Any) -> Callable[..., None]:
+    @functools.cache
+    def shape_and_size(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        return tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
+
+    def make(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shape_and_size(tuple(type.shape) if type.is_block() else ())
+
+    return make
