@@ -1,7 +1,7 @@
 """Benchmarks of fastgpt2 and its peers; not installed. Start with `python -m benchmarks --help`.
 
-Every file that the front names holds `cases(settings)`, which yields `harness.Case`s: inputs, an exact result, and the
-contenders. Adding an operator is one such file and its name in `MODULES`.
+Every file named in `MODULES` has `cases(settings)`, which yields `harness.Case`s: inputs, an exact result and the
+contenders. To add an operator, add such a file, and its name to `MODULES`.
 """
 
 MODULES = (

@@ -6,8 +6,8 @@ python -m benchmarks plot FILE.jsonl DIR
 python -m benchmarks compare OLD.jsonl NEW.jsonl
 python -m benchmarks compile-report [--write | --summary]
 
-Each case first checks that the contenders agree, then times them in turns. Without a GPU the cases and contenders that
-need one are named and left out; on a GPU the same command runs them.
+Each case first checks that the contenders agree, then times them in turns. Without a GPU, the cases and contenders that
+need one are skipped and listed at the end. On a GPU the same command runs them.
 """
 
 from __future__ import annotations
@@ -32,24 +32,34 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="?", default="all", choices=[*MODULES, "all", "plot", "compare", "compile-report"]
+        "what",
+        nargs="?",
+        default="all",
+        choices=[*MODULES, "all", "plot", "compare", "compile-report"],
+        metavar="WHAT",
+        help="the part or command to run, one of those above (default: all)",
     )
-    parser.add_argument("files", nargs="*", type=Path, help="of compare and plot, as above")
-    parser.add_argument("--quick", action="store_true", help="minutes: fewer and smaller cases, fewer turns")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also append the results to this file, a line each")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="arguments of plot and compare, as above")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases and fewer turns, to take minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also append the results to this file, one per line")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw the results into this folder")
-    parser.add_argument("--tune", action="store_true", help="search launch rows on this GPU instead, and print them")
-    parser.add_argument("--seconds", type=float, help="time for each case; 20, or 2 with --quick; --tune: a row, 60")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is one")
-    parser.add_argument("--only", metavar="TEXT", help="run only the cases whose title holds this")
-    parser.add_argument("--no-memory", action="store_true", help="on a CPU, start no processes to measure memory")
-    parser.add_argument("--write", action="store_true", help="of compile-report: renew benchmarks/COMPILE_REPORT.md")
+    parser.add_argument("--tune", action="store_true", help="instead search for faster launch rows on this GPU")
     parser.add_argument(
-        "--summary", action="store_true", help="of compile-report: renew this Triton's part of the summary"
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="time for each case (default: 20, with --quick 2), or for each launch row with --tune (default: 60)",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
+    parser.add_argument("--only", metavar="TEXT", help="run only the cases whose title contains this text")
+    parser.add_argument("--no-memory", action="store_true", help="on a CPU, start no processes to measure memory")
+    parser.add_argument("--write", action="store_true", help="compile-report: renew benchmarks/COMPILE_REPORT.md")
+    parser.add_argument(
+        "--summary", action="store_true", help="compile-report: renew the installed Triton's part of COMPILE_SUMMARY.md"
     )
     args = parser.parse_args(arguments)
     if len(args.files) != (2 if args.what in ("plot", "compare") else 0):
-        parser.error("compare takes two files, plot a file and a folder, nothing else takes any")
+        parser.error("compare takes two files, plot takes a file and a folder, and nothing else takes any")
     if args.what == "compare":
         return compare(*args.files)
     if args.what == "plot":
@@ -117,7 +127,7 @@ def plot(results: list[Result], folder: Path) -> int:
 
 
 def compare(old: Path, new: Path) -> int:
-    """Compare two files of results; returns 1 if something got slower or broke."""
+    """Compare two files of results. Returns 1 if something became slower or no longer runs."""
     verdicts = list(report.compare(report.read_json(old), report.read_json(new)))
     for verdict, key, explanation in sorted(verdicts):
         print(f"{verdict:7} {' | '.join(key[1:4])}: {explanation}")

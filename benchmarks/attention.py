@@ -99,8 +99,8 @@ def _case(settings: Settings, T: int, width: int, heads: int, dtype: str, backwa
         exact=functools.partial(_exact, backward),
         flops=products * (5 if backward else 2),
         bytes=B * T * width * element * (8 if backward else 4),  # qkv, out, and their gradients
-        # The oracle and the plain expression compute T x T scores per head, which takes minutes on a CPU.
         measures_memory=backward and settings.scale != "quick",
+        # The float64 reference and the plain expression compute T x T scores per head, which takes minutes on a CPU.
         needs_gpu=T > 1024 or width > 768,
     )  # fmt: skip
 

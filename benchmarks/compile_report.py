@@ -1,8 +1,8 @@
 """What every launch row compiles to for every target, without a GPU: `python -m benchmarks compile-report [--write]`.
 
-Exact figures of this Triton's code generator, not measurements of speed. `--write` renews COMPILE_REPORT.md, which
-tests/kernels/test_compile.py holds against what it compiles itself, and this Triton's part of COMPILE_SUMMARY.md;
-`--summary` renews that part alone, for a Triton that is not the newest:
+The figures describe the code that the installed Triton generates; they do not measure speed. `--write` renews
+COMPILE_REPORT.md, which tests/kernels/test_compile.py compares with what it compiles itself. It also renews the part of
+COMPILE_SUMMARY.md for the installed Triton. `--summary` renews only that part, for a Triton that is not the newest:
 
     pip install --no-deps --target DIR triton==3.7.1
     PYTHONPATH=DIR python -m benchmarks compile-report --summary
@@ -42,7 +42,7 @@ COLUMNS = (
 
 
 class Target(NamedTuple):
-    """What a multiprocessor (compute unit) has: registers for a lane of each of its 4 parts, shared memory, warps."""
+    """What a multiprocessor (compute unit) has: registers per lane in each of its 4 parts, shared memory, warps."""
 
     name: str
     lane_registers: int
@@ -65,7 +65,7 @@ TARGETS = {
 }
 
 
-# The most shared memory of a program. It is less than the multiprocessor's, which also holds other things.
+# The most shared memory of a program. The multiprocessor has more, because it also holds other things.
 LIMITS = {name: architecture.shared for name, architecture in launch.ARCHITECTURES.items()}
 
 
@@ -91,14 +91,14 @@ def compile_rows(targets: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """The part of a row that does not change between compilations."""
+    """The cells of a row that are the same at every compilation; compile time is not."""
     figures = ("warps", "registers", "spills", "shared")
     instructions = ("tensor_core", "wide_loads", "wide_stores")
     return (row["case"], *(str(row[f]) for f in figures), str(programs(row)), *(str(row[i]) for i in instructions))
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Lines of the report. Seconds are of one core of the machine that wrote it."""
+    """Lines of the report. Seconds are compile times on one core of the machine that wrote it."""
     yield "# Compile report"
     yield ""
     yield f"Every launch row as Triton {version('triton')} compiles it, without a GPU:"
@@ -129,7 +129,7 @@ def committed() -> tuple[str, dict[tuple[str, str], tuple[str, ...]]]:
 
 
 def summary(rows: Sequence[dict[str, Any]], triton: str) -> Iterator[str]:
-    """Lines of one version's part of COMPILE_SUMMARY.md: a table kernel x target, and every spill in a loop."""
+    """Lines of one version's part of COMPILE_SUMMARY.md: a table of kernels and targets, and every spill in a loop."""
     names = [name for name in TARGETS if any(row["target"] == name for row in rows)]
     yield f"## Triton {triton}"
     yield ""

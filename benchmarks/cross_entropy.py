@@ -1,4 +1,4 @@
-"""Cross-entropy of logits, and of hidden states whose logits need not exist: loss and gradients, V = 50257."""
+"""Cross-entropy of logits, and of hidden states without storing their logits: loss and gradients, V = 50257."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.tune import Tunable
 from fastgpt2_kernels import ops
 from fastgpt2_kernels.triton import launch
 
-COMPARED_ROWS = 256  # of an (N, V) gradient, first and last among them
+COMPARED_ROWS = 256  # how many rows of an (N, V) gradient are compared, the first and the last among them
 ORACLE_ROWS = 1024
 
 
@@ -106,7 +106,7 @@ def _some_rows(x: Tensor) -> Tensor:
 
 
 def _exact(inputs: Inputs) -> list[Tensor]:
-    """The same in float64, a few rows at a time."""
+    """What `_sample` returns, computed in float64 a few rows at a time."""
     x, weight, targets = inputs
     N, wide_weight = len(x), None if weight is None else weight.detach().double()
     loss, dweight, rows = 0.0, None if wide_weight is None else torch.zeros_like(wide_weight), []
@@ -169,7 +169,7 @@ def _liger(settings: Settings) -> Loss:
 
     def loss(x: Tensor, weight: Tensor | None, targets: Tensor) -> Tensor:
         if weight is None:
-            # Liger overwrites the logits with the gradient. A user who needs them pays for a copy, so it is timed too.
+            # Liger overwrites the logits with the gradient. A user who needs the logits must copy them, so it is timed.
             return functions.liger_cross_entropy(x.clone(), targets)
         return functions.liger_fused_linear_cross_entropy(x, weight, targets)
 

@@ -99,7 +99,7 @@ def _ours(backend: str) -> Callable[[Settings, Inputs], Call]:
 
 
 def _sdpa_padded(settings: Settings, inputs: Inputs) -> Call:
-    """As transformers does it: all rows are as long as the longest one, with a mask."""
+    """As transformers calls it: all rows attend to as many keys as the longest one, under a mask."""
     qkv, k_cache, v_cache, lengths = inputs
     positions = torch.tensor(lengths, device=qkv.device)
     rows, longest = torch.arange(len(lengths), device=qkv.device), max(lengths) + 1
@@ -118,7 +118,7 @@ def _flash_attn(settings: Settings, inputs: Inputs) -> Call:
     attend = need("flash_attn", "flash-attn").flash_attn_with_kvcache
     qkv, k_cache, v_cache, lengths = inputs
     R, H, _, D = k_cache.shape
-    k_RSHD, v_RSHD = (t.transpose(1, 2).contiguous() for t in (k_cache, v_cache))  # its own layout, kept as its cache
+    k_RSHD, v_RSHD = (t.transpose(1, 2).contiguous() for t in (k_cache, v_cache))  # its cache has this layout
     q, k, v = (t[:, None] for t in qkv.view(R, 3, H, D).unbind(1))
     used = torch.tensor(lengths, dtype=torch.int32, device=qkv.device)
     return lambda: [attend(q, k_RSHD, v_RSHD, k, v, cache_seqlens=used, causal=True).flatten(1)]

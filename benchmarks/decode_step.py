@@ -1,4 +1,4 @@
-"""A decoding step without its attention: linear maps of a few rows, and sampling. Then the whole step."""
+"""The parts of a decoding step other than attention: linear layers of a few rows, and sampling. Then the whole step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Make = Callable[..., Call]
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    # generate.py's own, so that one model serves both.
+    # The same configuration as in generate.py, so that both share a model.
     config = TOY if settings.scale == "toy" else GPT2Config.preset("gpt2", bos_token_id=None, eos_token_id=None)
     dtypes = ("bfloat16", "float32") if settings.scale != "toy" else ("float32",)
     for R in settings.pick((1, 8, 32), (1, 8), (3,)):
@@ -48,11 +48,14 @@ def _contenders(makers: dict[str, Make], settings: Settings, *arguments: object)
     ]
 
 
-# -- linear maps --------------------------------------------------------------------------------------------------
+# -- linear layers ------------------------------------------------------------------------------------------------
 
 
 class LinearShape(NamedTuple):
-    """Outputs (0: the vocabulary) and inputs in units of the width, and what is fused before and after the product."""
+    """A linear layer, and what is fused before and after its product.
+
+    `outputs` and `inputs` are multiples of the model's width; 0 outputs stands for the vocabulary.
+    """
 
     outputs: int
     inputs: int
@@ -162,10 +165,10 @@ def _torch_linear(settings: Settings, layer: LinearShape, inputs: LinearInputs) 
 
 
 def _fused(settings: Settings, layer: LinearShape, inputs: LinearInputs) -> Call:
-    """PyTorch's operators, with what they can fuse: addmm with its bias."""
+    """PyTorch's operators, fused as far as they can be: the product adds the bias."""
     x, weight, scale, bias, norm, residual = inputs
     if scale is not None:
-        raise LeftOutError("absent: PyTorch's public operators multiply no int8 weight")
+        raise LeftOutError("absent: PyTorch has no public operator for int8 weights")
 
     def call() -> list[Tensor]:
         y = x if norm is None else F.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps)
@@ -207,7 +210,7 @@ def _logits(settings: Settings, config: GPT2Config, R: int) -> Tensor:
 
 
 def _kept(logits: Tensor, sampling: dict[str, float]) -> Tensor:
-    """Which tokens may be chosen. It sorts, as transformers does."""
+    """Which tokens the filters keep. It sorts, as transformers does."""
     probs = (logits.double() / max(sampling.get("temperature", 1.0), 1e-9)).softmax(-1)
     ranked, order = probs.sort(-1, descending=True)
     kept = torch.ones_like(ranked, dtype=torch.bool)
@@ -216,22 +219,23 @@ def _kept(logits: Tensor, sampling: dict[str, float]) -> Tensor:
     if "top_k" in sampling:
         kept[:, int(sampling["top_k"]) :] = False
     if "top_p" in sampling:
-        kept &= ranked.cumsum(-1) - ranked < sampling["top_p"] + 1e-6  # within rounding of the border
+        kept &= ranked.cumsum(-1) - ranked < sampling["top_p"] + 1e-6  # a token at the border may round either way
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
 def _bad_sample(sampling: dict[str, float], logits: Tensor, contender: Contender, result: list[Tensor]) -> str | None:
-    """Why a sample is wrong, or None. Other generators draw other tokens, so each must just be one that may be chosen.
+    """Why a sample is wrong, or None.
 
-    Ours draw with keys: token and log-probability must be those that float64 draws, except at a near tie.
+    A peer draws from a random generator of its own, so its token must only be one that the filters keep. Ours draw from
+    keys: the token must be the one that float64 draws, except at a near tie, and have the right log-probability.
     """
     ids, *logprobs = result
     if ids.shape != logits.shape[:1]:
-        return f"one token of each of {len(logits)} rows was due, not {tuple(ids.shape)}"
+        return f"expected one token for each of {len(logits)} rows; got {tuple(ids.shape)}"
     chosen = ids.long()[:, None]
     outside = ~_kept(logits, sampling).gather(-1, chosen)
     if outside.any():
-        return f"row {int(outside.nonzero()[0, 0])} chose a token that the filters leave out"
+        return f"row {int(outside.nonzero()[0, 0])} chose a token that the filters drop"
     if not contender.is_ours:
         return None
     rounded, exact = (_scores(sampling, t) for t in (logits, logits.double()))
@@ -247,7 +251,7 @@ def _bad_sample(sampling: dict[str, float], logits: Tensor, contender: Contender
 
 
 def _scores(sampling: dict[str, float], logits: Tensor) -> Tensor:
-    """The scores whose argmax is the choice, from plain expressions, with the noise that our kernels draw."""
+    """The scores whose argmax is the sampled token: plain expressions, with the noise that our kernels draw."""
     if sampling.get("temperature") == 0:
         return logits
     settings = {"temperature": 1.0, **sampling}
@@ -300,7 +304,7 @@ def _torch_sample(settings: Settings, sampling: dict[str, float], logits: Tensor
 
 
 class StepInputs(NamedTuple):
-    """R prompts of one length. The token that follows each is its last token once more."""
+    """R prompts of one length. The step's input is the last token of each prompt, once more."""
 
     prompts: list[list[int]]
     config: GPT2Config
@@ -340,10 +344,10 @@ def _step_inputs(config: GPT2Config, R: int, length: int, dtype: torch.dtype) ->
 
 
 def _bad_step(settings: Settings, inputs: StepInputs, contender: Contender, result: list[int]) -> str | None:
-    """A token a row, each one that float64 could have chosen but for the dtype's rounding, as in generate.py."""
+    """Why a step's tokens are wrong, or None. Each must nearly have the best logit in float64, as in generate.py."""
     vocab_size, R, dtype = inputs.config.vocab_size, len(inputs.prompts), str(inputs.dtype).removeprefix("torch.")
     if len(result) != R or not all(0 <= token < vocab_size for token in result):
-        return f"a token of {vocab_size} was due of each of {R} rows, not {result}"
+        return f"expected a token id below {vocab_size} for each of {R} rows; got {result}"
     for row in range(R) if settings.on_gpu else sorted({0, R - 1})[:CHECKED_ROWS]:
         ids = (*inputs.prompts[row], inputs.prompts[row][-1])
         exact = _last_logits(settings, inputs.config, torch.float64, ids)
@@ -407,7 +411,7 @@ def _session_step(settings: Settings, inputs: StepInputs, use_graphs: bool = Tru
 
 def _torch_step(settings: Settings, inputs: StepInputs) -> Call:
     model = shared(settings, inputs.config, inputs.dtype)
-    if settings.on_gpu:  # where "auto" would be Triton
+    if settings.on_gpu:  # "auto" would choose Triton
         model = fresh(settings, inputs.config, inputs.dtype)
         model.backend = "torch"
     cache = _filled(model, inputs)

@@ -1,8 +1,8 @@
 """Held-out bits per byte of the embedded model's corpus: the model beside gzip, LZMA and an order-3 byte n-gram model.
 
-python -m benchmarks.embedded_baseline RUN, where RUN is the folder of `fastgpt2 train --data stdlib` (see
-fastgpt2/assets/README.md). All four see the same held-out files; the n-gram model and fastgpt2 are trained on the same
-training files, gzip and LZMA have only the held-out text itself.
+python -m benchmarks.embedded_baseline RUN, where RUN is the folder of a run of `fastgpt2 train --data stdlib` (see
+fastgpt2/assets/README.md). All four get the same held-out files. The n-gram model and fastgpt2 are trained on the same
+training files; gzip and LZMA have nothing but the held-out text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def ngram_bits(train: bytes, held_out: bytes, order: int = ORDER) -> float:
         grams, gram_counts = np.unique(gram, return_counts=True)
         contexts, context_counts = np.unique(context[: len(train) - n], return_counts=True)
         _, types = np.unique(grams >> 8, return_counts=True)  # in the order of `contexts`
-        # Position i of the text is predicted from the n bytes before it, where there are as many.
+        # A byte is predicted from the n bytes before it, if there are that many.
         asked = _contexts(held_out, n + 1)[: len(held_out) - n]
         count = _look_up(grams, gram_counts, asked)
         total = _look_up(contexts, context_counts, asked >> 8)
@@ -63,7 +63,7 @@ def ngram_bits(train: bytes, held_out: bytes, order: int = ORDER) -> float:
 
 
 def _contexts(text: bytes, length: int) -> np.ndarray:
-    """The `length` bytes from every position on as one big-endian integer each (the last ones run over the end)."""
+    """For every position the next `length` bytes, as one big-endian integer. Past the end of the text they are 0."""
     padded = np.frombuffer(text + bytes(length), dtype=np.uint8).astype(np.int64)
     value = np.zeros(len(text), dtype=np.int64)
     for i in range(length):

@@ -1,7 +1,7 @@
-"""Other projects' engines for greedy generation: how each gets the weights, and how it is called.
+"""Other projects' engines for greedy generation: how each one gets the weights, and how it is called.
 
-Every function is (settings, dtype, inputs) -> the call to time, which returns each row's new token ids. What is
-exported stays in `settings.folder` for the cases that follow.
+Each engine is a function of (settings, dtype, inputs) that returns the call to time. The call returns the new token ids
+of every row. Exported weights stay in `settings.folder` for the next cases.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def need_cpu(settings: Settings) -> None:
 
 
 def exported(settings: Settings, config: GPT2Config, name: str, write: Callable[[Path], None]) -> Path:
-    """A folder that `write` fills once."""
+    """A folder of exported weights, which `write` fills when it is first needed."""
     if not settings.folder:
         raise LeftOutError("skipped: no folder to export the weights to")
     folder = Path(settings.folder) / f"{name}-{config.hidden_size}x{config.num_layers}"
@@ -185,7 +185,10 @@ def _quantize_onnx(path: Path, folder: Path) -> None:
 
 
 def _write_onnx(onnx: Any, settings: Settings, config: GPT2Config, folder: Path) -> None:
-    """ids, positions (R, T), last (R,) index of the token whose successor is wanted -> next (R,); caches in place."""
+    """Write a graph from ids and positions (R, T) to each row's next token. It updates the caches in place.
+
+    Its input `last` (R,) is the index of each row's last token, after which the next one is chosen.
+    """
     helper, numpy_helper, types = onnx.helper, onnx.numpy_helper, onnx.TensorProto
     C, H = config.hidden_size, config.num_heads
     nodes: list[Any] = []
@@ -229,7 +232,7 @@ def _write_onnx(onnx: Any, settings: Settings, config: GPT2Config, folder: Path)
         x = node("Add", [x, linear(outputs[0], h + ".attn.c_proj")])[0]
         up = node("Gelu", [linear(norm(x, h + ".ln_2"), h + ".mlp.c_fc")], approximate="tanh")[0]
         x = node("Add", [x, linear(up, h + ".mlp.c_proj")])[0]
-    # The head runs only on the tokens whose successors are wanted.
+    # The head runs only on the last token of each row.
     initializers["axis"] = np.array([1], dtype=np.int64)
     initializers["width"] = np.array([1, 1, C], dtype=np.int64)
     index = node("Unsqueeze", [node("Unsqueeze", ["last", "axis"])[0], "axis2"])[0]
@@ -263,10 +266,10 @@ def _write_onnx(onnx: Any, settings: Settings, config: GPT2Config, folder: Path)
 
 
 class _Step(nn.Module):
-    """New tokens (R, T) after a cache of P -> logits of the last (R, V) and the longer caches; padding in front.
+    """Maps new tokens (R, T), padded on the left, after P cached ones to the last one's logits and the longer caches.
 
-    In the shape that OpenVINO turns into one attention with its own cache: rows picked by `beam` (of 32 bits, or it
-    does not), concatenated, SDPA.
+    OpenVINO turns this form into one attention with a cache of its own: caches picked by `beam`, which must be int32,
+    then a concatenation, then SDPA.
     """
 
     def __init__(self, model: GPT2) -> None:
@@ -295,7 +298,7 @@ def openvino(settings: Settings, dtype: str, inputs: Any) -> Call:
     need_cpu(settings)
     library = need("openvino")
     if dtype == "int8":
-        raise LeftOutError("absent: int8 weights need nncf, which this suite does not drive")
+        raise LeftOutError("absent: int8 weights need nncf, which this suite does not use")
     config = inputs.config
     write = functools.partial(_write_openvino, library, settings, config)
     folder = exported(settings, config, "openvino", write)
@@ -306,7 +309,7 @@ def openvino(settings: Settings, dtype: str, inputs: Any) -> Call:
     rows = np.arange(T + inputs.new_tokens)
     causal = rows[None, :] <= rows[:, None]
     keys = np.concatenate([valid.numpy().astype(bool), np.ones((R, inputs.new_tokens), dtype=bool)], 1)
-    # A padding token sees itself, so that its softmax is not over nothing.
+    # A padding token attends to itself, so that its softmax has at least one key.
     bias = np.where(keys[:, None, None] & causal | np.eye(len(rows), dtype=bool), 0.0, -1e30).astype(np.float32)
     first = (valid.cumsum(1) - 1).clamp_min(0).numpy()
 
@@ -330,7 +333,7 @@ def openvino(settings: Settings, dtype: str, inputs: Any) -> Call:
 def _openvino_request(library: Any, path: str, dtype: str, threads: int) -> Any:
     precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    options["KV_CACHE_PRECISION"] = precision  # 8 bits otherwise
+    options["KV_CACHE_PRECISION"] = precision  # the default is 8 bits
     return library.Core().compile_model(path, "CPU", options).create_infer_request()
 
 
@@ -382,7 +385,7 @@ def llama_cpp(settings: Settings, dtype: str, inputs: Any) -> Call:
     batch = library.llama_batch_init(max(prompt_tokens, R), 0, 1)
 
     def decode(entries: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Entries (token, position, row, whether its successor is wanted) -> those successors."""
+        """Decode entries (token, position, row, whether its next token is wanted). Returns the next tokens."""
         batch.n_tokens = len(entries)
         for i, (token, position, row, wanted) in enumerate(entries):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
@@ -504,7 +507,7 @@ def _vllm_engine(library: Any, folder: str, dtype: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Discard what libraries print and warn of while they convert, including their native code."""
+    """Discard the output and warnings of libraries and of their native code, while they convert."""
     saved = [os.dup(fd) for fd in (1, 2)]
     with open(os.devnull, "w") as nowhere:
         for fd in (1, 2):

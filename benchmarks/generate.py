@@ -1,12 +1,12 @@
 """Greedy generation end to end: prompts of equal and of mixed lengths, and the time to the first token.
 
-Every engine gets the same random weights. They agree when each token chosen is one that float64 could have chosen but
-for the rounding of the contender's dtype: its exact logit is below the best one by at most twice the 2x rule's budget.
-So a near tie may go either way, at any precision, and a wrong cache or mask cannot pass. int8 is measured by the plain
-expression in which weights (by output) and activations (by token) are rounded to 8 bits.
+Every engine gets the same random weights. A contender is right if every token that it chooses has nearly the best logit
+in float64: it may be below the best one by at most twice the error budget of the contender's dtype. So a near tie may
+go either way in any dtype, but a wrong cache or mask does not pass. The budget of int8 comes from the plain expression
+with weights (per output) and activations (per token) rounded to 8 bits.
 
-Two yardsticks stand beside the engines, timed in the same turns. For one row: the bytes of the weights read as often as
-there are tokens, and nothing else. For mixed lengths: ours on prompts of equal length, of as many tokens in all.
+Two yardsticks are timed in the same turns. For one row: reading the bytes of the weights once per token, and nothing
+else. For mixed lengths: ours on prompts of equal length, with as many tokens in all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     for R in settings.pick((1, 8, 32, 64) if settings.on_gpu else (1, 8, 32), (1, 4), (2,)):
         yield _case(settings, config, "generate", [length] * R, new, READ if R == 1 and not settings.on_gpu else None)
     for R in settings.pick((8, 32), (2,), (3,)):
-        # From a quarter of the length to seven quarters, with the same mean.
+        # From about a quarter of `length` to seven quarters, with `length` as their mean.
         lengths = [length + int((2 * r + 1 - R) * 3 * length / (4 * R)) for r in range(R)]
         yield _case(settings, config, "generate mixed", lengths, new, EQUAL)
     yield _case(settings, config, "first token", [settings.pick(512, 128, 16)], 1)
@@ -54,7 +54,7 @@ def _case(
     prompt_tokens, R = sum(lengths), len(lengths)
     steps = new - 1  # the prompt's forward pass gives the first token
     flops = forward_flops_per_token(config, max(lengths) + new) * (prompt_tokens + R * steps)
-    flops -= 2.0 * config.vocab_size * config.hidden_size * (prompt_tokens - R)  # the head is for a prompt's last token
+    flops -= 2.0 * config.vocab_size * config.hidden_size * (prompt_tokens - R)  # the head skips the others
     cached = sum(R * i + prompt_tokens for i in range(1, new))
 
     def least_bytes(dtype: str) -> float:
@@ -104,7 +104,7 @@ def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result:
         inputs = _equal(inputs)
     counts = [len(ids) for ids in result]
     if counts != [inputs.new_tokens] * len(inputs.prompts):
-        return f"{inputs.new_tokens} new tokens of {len(inputs.prompts)} rows were due, not {counts}"
+        return f"expected {inputs.new_tokens} new tokens for each of {len(inputs.prompts)} rows; got {counts}"
     dtype = contender.dtype or "float32"
     for row in sorted({0, len(result) - 1})[:CHECKED_ROWS]:
         prompt, ids = inputs.prompts[row], result[row]
@@ -119,7 +119,7 @@ def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result:
     return None
 
 
-@functools.lru_cache(maxsize=16)  # of up to 80 MB
+@functools.lru_cache(maxsize=16)  # each result takes up to 80 MB
 @torch.no_grad()
 def exact_logits(settings: Settings, config: GPT2Config, ids: tuple[int, ...]) -> Tensor:
     """The logits (T, V) of a sequence in float64."""
@@ -144,8 +144,8 @@ def rounding_of(settings: Settings, config: GPT2Config, ids: tuple[int, ...], dt
 
 def _ours(settings: Settings, dtype: str, inputs: Inputs, backend: str = "auto") -> Call:
     if backend == "torch":
-        need_gpu(settings)  # elsewhere "auto" is the same
-    # 8-bit weights are those of a float32 model.
+        need_gpu(settings)  # only there does "auto" choose Triton
+    # 8-bit weights are made from those of a float32 model.
     weight_dtype, dtype = ("int8", "float32") if dtype == "int8" else (None, dtype)
     model = shared(settings, inputs.config, getattr(torch, dtype))
     if backend != "auto":
@@ -171,7 +171,7 @@ def _ours_equal(settings: Settings, dtype: str, inputs: Inputs) -> Call:
 
 
 def _read(settings: Settings, dtype: str, inputs: Inputs) -> Call:
-    """The bytes of the weights, which are read once per token."""
+    """Read as many bytes as the weights have, once per token."""
     numbers = torch.ones(int(weight_bytes(inputs.config, getattr(torch, dtype))) // 4, device=settings.device)
 
     def call() -> None:
@@ -211,5 +211,5 @@ YARDSTICKS: list[tuple[str, tuple[str, ...], Build]] = [
     (READ, ("float32", "bfloat16", "int8"), _read),
     (EQUAL, ("float32", "bfloat16", "int8"), _ours_equal),
 ]
-# They are nobody's peers.
+# The speedup over a peer never refers to these.
 OURS = ("ours", "ours torch", READ, EQUAL)

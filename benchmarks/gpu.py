@@ -1,8 +1,9 @@
-"""Ten minutes on a GPU: `make gpu`, or `python -m benchmarks.gpu [PART ...] [--out DIR] [--again]`.
+"""Checks and measurements for ten minutes on a GPU: `make gpu`, or `python -m benchmarks.gpu [PART ...] [--out DIR]`.
 
-Runs the parts in the order that settles most doubt first, each in a process of its own with a time limit. What came of
-a part is written when it ends: PART.json and PART.txt, and all of them in summary.txt and results.json. Whatever moment
-it is cut off at, what was done stays, and the next run goes on behind it. The folder is small enough to send.
+The parts that settle the greatest doubts run first, each in a process of its own with a time limit. When a part ends,
+PART.json has its result and PART.txt its output. summary.txt and results.json have the results of all parts. The run
+can be interrupted at any moment: the next run continues with the first part that has no result. The folder of results
+is small enough to send.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from fastgpt2 import machine
 from fastgpt2.files import atomic_file
 
 ROOT = Path(__file__).parents[1]
-MOST_OUTPUT = 60_000  # bytes of a part's text that are kept: its end
+MOST_OUTPUT = 60_000  # of a part's output, the last bytes are kept
 
 
 class Part(NamedTuple):
-    """A part: what it shows, the seconds it may take, and its command; {out} is the folder of results."""
+    """What a part shows, the most seconds that it may take, and its command. {out} stands for the folder of results."""
 
     title: str
     seconds: int
@@ -41,7 +42,7 @@ def _module(*arguments: str) -> tuple[str, ...]:
 
 
 def all_parts() -> dict[str, Part]:
-    """In the order in which they run."""
+    """The parts, in the order in which they run."""
     own = {
         name: Part(summary(name), seconds, _module("benchmarks.gpu", "--run", name, "--out", "{out}"))
         for name, (seconds, _) in PARTS.items()
@@ -61,10 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(all_parts())}; all by default")
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="the folder of results")
-    parser.add_argument("--again", action="store_true", help="parts that have a result too")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, without a GPU too: to try the parts themselves")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"a part to run, even if it has a result: {', '.join(all_parts())} (default: all without a result)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="the folder of results (default: %(default)s)"
+    )
+    parser.add_argument("--again", action="store_true", help="also run the parts that have a result")
+    parser.add_argument("--toy", action="store_true", help="use tiny sizes, also without a GPU, to test the parts")
     parser.add_argument("--run", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not args.toy:
@@ -84,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_own(name: str, is_toy: bool) -> int:
-    """Run a part in this process; its result is the last line of output, or a traceback if it fails."""
+    """Run a part in this process, and print its result as the last line. A part that fails ends in a traceback."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         found = PARTS[name][1](Place(device, is_toy))
@@ -111,7 +119,7 @@ def run_parts(parts: dict[str, Part], out: Path, again: bool = False) -> int:
             write_summary(out)
     except KeyboardInterrupt:
         write_summary(out)
-        print(f"cut off; what was done is in {out}, and the same command goes on", file=sys.stderr)
+        print(f"interrupted; the results so far are in {out}, and the same command continues", file=sys.stderr)
         return 130
     write_summary(out)
     print((out / "summary.txt").read_text("utf-8"))
@@ -124,17 +132,17 @@ def describe_run() -> dict[str, Any]:
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     found = {"commit": done.stdout.strip(), "versions": machine.versions(), "machine": machine.describe(device)}
-    return json.loads(json.dumps(found, default=str))  # as it is read again
+    return json.loads(json.dumps(found, default=str))  # equal to what is read from a file
 
 
 def run_part(name: str, part: Part, out: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """Run a part in its own process group, end the group with it, and write its result."""
+    """Run a part in its own process group, write its result, and end whatever it leaves running."""
     command = [argument.replace("{out}", str(out.resolve())) for argument in part.command]
     result: dict[str, Any] = {
         "part": name, "title": part.title, "status": "running", "seconds": 0.0, "found": {},
         "command": " ".join(part.command).replace(sys.executable, "python"), "run": key,
     }  # fmt: skip
-    write_result(out, name, result)  # shows that the part has begun, even if it takes the machine down
+    write_result(out, name, result)  # shows that the part has begun, even if the machine crashes
     begin, text = time.perf_counter(), out / f"{name}.txt"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     with open(text, "wb") as output:
@@ -201,7 +209,7 @@ def read_result(out: Path, name: str) -> dict[str, Any] | None:
 
 
 def write_summary(out: Path) -> None:
-    """Write all results of the folder, as results.json for programs and summary.txt for people."""
+    """Write all results in the folder as results.json, for programs, and as summary.txt, for people."""
     results = [found for name in all_parts() if (found := read_result(out, name)) is not None]
     others = sorted(path.stem for path in out.glob("*.json") if path.stem not in {*all_parts(), "results"})
     results += [found for name in others if (found := read_result(out, name)) is not None]

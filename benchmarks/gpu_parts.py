@@ -1,6 +1,6 @@
-"""The parts of `make gpu` that are not commands of their own. Each computes, compares and returns a dict of findings.
+"""The parts of `make gpu` that are not commands of their own. Each returns what it found as a dict.
 
-A part that finds something wrong raises `WrongError`. With `is_toy` sizes are tiny, and a CPU runs the same lines.
+A part whose results are wrong raises `WrongError`. With `is_toy` the sizes are tiny, and a CPU can run the same code.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
     @property
     def backend(self) -> str:
-        """ "auto", but on a CPU what Triton's interpreter is on for."""
+        """ "auto", or "triton" on a CPU where Triton's interpreter is turned on."""
         interprets = self.device.type == "cpu" and ops.why_not_triton("decode_step", self.device) is None
         return "triton" if interprets else "auto"
 
@@ -59,7 +59,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _seconds(run: Callable[[], object], device: torch.device, turns: int) -> float:
-    """The seconds of the median turn, after a first one that compiles."""
+    """The median time of several turns in seconds, after one that compiles."""
     run()
     found = []
     for _ in range(turns):
@@ -85,7 +85,7 @@ def _model(place: Place, name: str, dtype: torch.dtype = torch.bfloat16, **chang
 
 
 def attention(place: Place) -> dict[str, Any]:
-    """Packed attention in bfloat16, forward and backward: checked against float64 and timed beside PyTorch's."""
+    """Packed attention in bfloat16, forward and backward: compared with float64, and timed beside PyTorch's SDPA."""
     B, T, H, D = place.pick((4, 1024, 12, 64), (2, 24, 2, 16))
     # Triton's interpreter multiplies bfloat16 wrong.
     dtype = torch.float32 if place.backend == "triton" else torch.bfloat16
@@ -115,7 +115,7 @@ def attention(place: Place) -> dict[str, Any]:
     for name, got, coarse, true in zip(("forward", "backward"), gradient(ours), gradient(plain), exact, strict=True):
         share = largest_error(got, true) / error_budget(largest_error(coarse, true), true, dtype)
         found[f"{name}: share of the error budget"] = share
-        _require(share <= 1, f"{name} is off by {share:.2f} of what rounding explains")
+        _require(share <= 1, f"{name}: the error is {share:.2f} times its budget")
     turns = place.pick(20, 1)
     for name, run in (("ours", ours), ("PyTorch", sdpa)):
         found[f"forward ms, {name}"] = 1e3 * _seconds(functools.partial(run, qkv), place.device, turns)
@@ -125,7 +125,7 @@ def attention(place: Place) -> dict[str, Any]:
 
 
 def precision(place: Place) -> dict[str, Any]:
-    """Generation after each of PyTorch's two switches for float32 products."""
+    """Generation in float32 with each setting of PyTorch's two switches for the precision of products."""
     model = _model(place, "gpt2", torch.float32)
     found = {}
     for name, switch in (
@@ -137,7 +137,7 @@ def precision(place: Place) -> dict[str, Any]:
         switch()
         samples = model.generate([[1, 2, 3]], max_new_tokens=8, temperature=0, stop_token_ids=())
         found[name] = samples[0].token_ids
-    _require(found["highest"] == found["ieee"], "exact products gave other tokens the second time")
+    _require(found["highest"] == found["ieee"], "the settings highest and ieee must give the same tokens")
     return found
 
 
@@ -155,7 +155,7 @@ def _begun(model: GPT2, rows: int, prompt: int, capacity: int, **options: Any) -
 
 
 def _steps(model: GPT2, rows: int, prompt: int, steps: int, **options: Any) -> tuple[list[list[int]], float]:
-    """The tokens of greedy steps, and the milliseconds of a step, leaving out the first."""
+    """The tokens of greedy steps, and milliseconds per step. The first step is not timed."""
     session = _begun(model, rows, prompt, min(model.config.context_length, prompt + steps + 2), **options)
     results = [session.step(range(rows))]
     results[0].read()
@@ -177,10 +177,10 @@ def _decoding(place: Place, name: str, all_rows: Sequence[int]) -> dict[str, Any
         first = None
         for way, options in ways.items():
             tokens, ms = _steps(model, rows, prompt, steps, **options)
-            found[f"{rows} rows, {way}: ms a step"] = ms
-            found[f"{rows} rows, {way}: tokens a second"] = 1e3 * rows / ms
+            found[f"{rows} rows, {way}: ms per step"] = ms
+            found[f"{rows} rows, {way}: tokens per second"] = 1e3 * rows / ms
             first = tokens if first is None else first
-            _require(tokens == first, f"{rows} rows: {way} gives other tokens than launches one by one")
+            _require(tokens == first, f"{rows} rows: {way} gives other tokens than single launches")
     return found
 
 
@@ -190,7 +190,7 @@ def medium(place: Place) -> dict[str, Any]:
 
 
 def xl(place: Place) -> dict[str, Any]:
-    """The gpt2-xl shape with 9 rows, whose products need most shared memory."""
+    """The gpt2-xl shape with 9 rows: its products need the most shared memory."""
     return _decoding(place, "gpt2-xl", (9,) if not place.is_toy else (2,))
 
 
@@ -202,14 +202,14 @@ def inference_mode(place: Place) -> dict[str, Any]:
         with torch.inference_mode() if is_inside else contextlib.nullcontext():
             samples = model.generate([[1, 2, 3], [4]], max_new_tokens=12, temperature=0, stop_token_ids=())
         found.append([sample.token_ids for sample in samples])
-    _require(found[0] == found[1] == found[2], "other tokens inside than outside")
+    _require(found[0] == found[1] == found[2], "inside inference_mode the tokens are others than outside")
     return {"tokens": found[0]}
 
 
 def second_gpu(place: Place) -> dict[str, Any]:
     """Generation and a training step on cuda:1 while cuda:0 is current."""
     if place.device.type == "cuda" and torch.cuda.device_count() < 2:
-        return {"skipped": "there is one GPU"}
+        return {"skipped": "there is only one GPU"}
     found = []
     other = torch.device("cuda:1") if place.device.type == "cuda" else place.device
     for device in (place.device, other):
@@ -237,12 +237,12 @@ def repeated(place: Place) -> dict[str, Any]:
             digest.update(repr((sample.token_ids, sample.logprobs)).encode())
         found.append(digest.hexdigest())
         seconds.append(time.perf_counter() - begin)
-    _require(found[0] == found[1], "the second run gives other bits")
-    return {"seconds": seconds, "tokens a second": len(prompts) * new / min(seconds), "sha256": found[0]}
+    _require(found[0] == found[1], "the second run is not bit-identical to the first")
+    return {"seconds": seconds, "tokens per second": len(prompts) * new / min(seconds), "sha256": found[0]}
 
 
 def refill(place: Place) -> dict[str, Any]:
-    """200 prompts whose samples end at random, beside samples of one length with as many tokens."""
+    """200 prompts: the throughput of samples that end at random, beside that of samples of one length."""
     model = _model(place, "gpt2")
     count, mean, rows = place.pick((200, 64, 32), (12, 6, 3))
     rng = random.Random(0)
@@ -259,7 +259,7 @@ def refill(place: Place) -> dict[str, Any]:
         samples = model.generate(prompts, **options)
         seconds = time.perf_counter() - begin
         _require(len(samples) == count, f"{len(samples)} of {count} samples came back")
-        found[f"{name}: tokens a second"] = sum(len(s.token_ids) for s in samples) / seconds
+        found[f"{name}: tokens per second"] = sum(len(s.token_ids) for s in samples) / seconds
     return found
 
 
@@ -288,7 +288,7 @@ def training(place: Place) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for dtype, is_compiled in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)):
         if place.is_toy and is_compiled:
-            continue  # minutes of compiling on a CPU
+            continue  # compiling takes minutes on a CPU
         model = _model(place, "gpt2", torch.float32).train()
         run: Any = torch.compile(model) if is_compiled else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
@@ -320,13 +320,13 @@ def training(place: Place) -> dict[str, Any]:
         name = f"{str(dtype).removeprefix('torch.')}{', compiled' if is_compiled else ''}"
         numbers = [float(loss) for loss in losses]
         _require(numbers[-1] < numbers[0], f"{name}: the loss went from {numbers[0]:.3f} to {numbers[-1]:.3f}")
-        found[f"{name}: tokens a second"] = steps * B * T / seconds
-        found[f"{name}: waits of {steps} steps"] = len(waits)
+        found[f"{name}: tokens per second"] = steps * B * T / seconds
+        found[f"{name}: waits in {steps} steps"] = len(waits)
         found[f"{name}: loss"] = [numbers[0], numbers[-1]]
     return found
 
 
-# The parts that settle most doubt come first. Each has the seconds that it may take.
+# The parts that settle the greatest doubts come first. The number is the most seconds that a part may take.
 PARTS: dict[str, tuple[int, Callable[[Place], dict[str, Any]]]] = {
     "attention": (60, attention),
     "medium": (90, medium),

@@ -1,8 +1,9 @@
-"""A case and its contenders. They must agree before they are timed in turns. The measurements become `Result`s.
+"""Runs a case: checks that its contenders agree, then times them in turns. The measurements become `Result`s.
 
-Agreement is the tests' rule: a contender's error against float64 is at most 2 x (the plain PyTorch expression's own
-error in the same dtype + eps x max|exact|). One that is over it is "wrong" and never timed. Turns alternate in one
-run, so that a slow moment hits everybody; ratios are medians over neighbouring turns.
+Contenders agree by the rule of the tests: an error against float64 may be at most 2 x (the error of the plain PyTorch
+expression in the same dtype + eps x max|exact|). A contender with a larger error is "wrong", and is not timed. The
+contenders take turns, so that a slow moment of the machine affects all of them. A ratio is the median of the ratios
+within each turn.
 """
 
 from __future__ import annotations
@@ -37,13 +38,22 @@ NEEDS_GPU = "needs a GPU"
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run: at scale "full", "quick" (minutes) or "toy" (for tests), on which device, and how long per case."""
+    """What to run.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        scale: "full", "quick" (takes minutes) or "toy" (for tests).
+        seconds: The time for each case.
+        memory: Whether to measure memory on a CPU.
+        folder: Where weights are exported for the engines that need them in another format. Without it those engines
+            are skipped.
+    """
 
     device: str = "cpu"
     scale: str = "full"
     seconds: float = 20.0
     memory: bool = True
-    folder: str = ""  # for what peers make of the weights; without one they are left out
+    folder: str = ""
 
     @property
     def on_gpu(self) -> bool:
@@ -58,7 +68,8 @@ class Contender:
     """One implementation to compare. `build(inputs)` returns the call to time, or raises LeftOutError if it cannot run.
 
     Attributes:
-        is_plain: Whether it is the plain PyTorch expression of its dtype, whose error is the yardstick of the others.
+        is_plain: Whether it is the plain PyTorch expression, whose error decides how large the errors of the other
+            contenders of its dtype may be.
     """
 
     name: str
@@ -70,15 +81,24 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compute. `shape` and `dtype` identify it together with `name`.
+    """One thing to compute. `name`, `shape` and `dtype` identify it.
 
-    inputs(): the inputs of `Contender.build`, the same at every call.
-    exact(inputs): the float64 results. sample(results): the part of a contender's results to compare (default: all).
-    disagrees(inputs, contender, result): why a result is wrong, or None. It replaces `exact` if numbers cannot tell.
-    flops, bytes: the least that must be computed, and be read and written. tokens: the tokens that one call produces.
-    end_to_end: timed by the wall clock, with the host's work. Otherwise a GPU's own time, with its cache flushed.
-    measures_memory: on a CPU each contender's takes a process of its own, on a GPU it is always known.
-    isolated: on a CPU, each contender is timed in a process of its own (benchmarks/workers.py says why).
+    Attributes:
+        inputs: Returns the inputs of `Contender.build`, the same at every call.
+        exact: Maps the inputs to the float64 results.
+        sample: Selects the results to compare; all by default.
+        disagrees: Maps the inputs, a contender and its result to why the result is wrong, or None. It replaces `exact`
+            where results cannot be compared as numbers.
+        flops: The least FLOPs that must be computed.
+        bytes: The least bytes that must be read and written.
+        tokens: The tokens that one call produces.
+        end_to_end: Whether wall-clock time is measured, which includes the host's work. Otherwise, on a GPU, only the
+            device's time is measured, and its cache is flushed first.
+        needs_gpu: Whether the case is skipped without a GPU.
+        measures_memory: Whether to measure each contender's memory on a CPU, in a process of its own. On a GPU it is
+            always measured.
+        isolated: Whether each contender is timed in a process of its own on a CPU; see `benchmarks.workers`.
+        seconds: The time that this case takes at least, if it is more than that of the settings.
     """
 
     name: str
@@ -90,13 +110,13 @@ class Case:
     sample: Callable[[Any], list[Tensor]] = list
     disagrees: Callable[[Any, Contender, Any], str | None] | None = None
     flops: float = 0.0
-    bytes: float | Callable[[str], float] = 0.0  # of a contender's dtype, where they differ
+    bytes: float | Callable[[str], float] = 0.0  # a function of the contender's dtype, if dtypes differ
     tokens: int = 0
     end_to_end: bool = False
     needs_gpu: bool = False
     measures_memory: bool = True
     isolated: bool = False
-    seconds: float = 0.0  # that a case wants more than the settings give
+    seconds: float = 0.0
 
     @property
     def title(self) -> str:
@@ -105,13 +125,20 @@ class Case:
 
 @dataclass
 class Result:
-    """One line of a result file. Seconds are those of one call. Ratios are speedups: above 1 this contender is faster.
+    """One line of a result file. Times are seconds per call. Ratios are speedups: above 1 this contender is faster.
 
-    status: "ok", or "absent: ", "failed: ", "wrong: ", "skipped: " with the reason, or "needs a GPU".
-    ratio_peer: the speedup over `peer`, the fastest contender of the same dtype that is not ours. ratio_base: that over
-    `base`, the case's first contender. share: of the measured limit (bandwidth or matrix products, whichever binds).
-    peak_bytes: the memory of one call besides its inputs and results. resident_bytes: that of a whole process that
-    does only this. cold_seconds: the time to build and make the first call.
+    Attributes:
+        status: "ok", or "absent: ", "failed: ", "wrong: " or "skipped: " and the reason, or "needs a GPU".
+        peer: The fastest contender of the same dtype that is not ours.
+        ratio_peer: The speedup over `peer`.
+        base: The first contender of the case.
+        ratio_base: The speedup over `base`.
+        share: The least time that the measured bandwidth and matrix products allow, as a share of `median`.
+        intensity: FLOPs per byte.
+        peak_bytes: The memory that one call needs, besides its inputs and results.
+        resident_bytes: The memory of a process that does nothing else.
+        launches: The kernels that a call runs on the GPU.
+        cold_seconds: The time to build the contender and make the first call.
     """
 
     module: str
@@ -157,7 +184,10 @@ def error_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
 
 
 def out_of_budget(errors: Sequence[float], plain: Sequence[float], exact: Sequence[Tensor], dtype: str) -> str | None:
-    """Why the errors break the 2x rule, or None. The plain expression's own may be sqrt(eps) of the scale at most."""
+    """Why the errors exceed their budget, or None.
+
+    The plain expression's error counts for at most sqrt(eps) x max|exact|, so that a wrong expression allows no errors.
+    """
     kind = getattr(torch, dtype)
     for i, (error, plain_error, want) in enumerate(zip(errors, plain, exact, strict=True)):
         most = math.sqrt(torch.finfo(kind).eps) * want.abs().max().item()
@@ -180,7 +210,7 @@ class _Ready:
 
 
 def run_case(module: str, case: Case, settings: Settings) -> list[Result]:
-    """The results of all contenders, in their order."""
+    """Check and time a case. Returns the results of all contenders, in their order."""
     device = torch.device(settings.device)
     results = {id(c): _blank(module, case, c, device) for c in case.contenders}
     if case.needs_gpu and not settings.on_gpu:
@@ -189,7 +219,7 @@ def run_case(module: str, case: Case, settings: Settings) -> list[Result]:
     exact = None
     if failure is None and case.exact is not None:
         exact, failure = attempt(functools.partial(case.exact, inputs))
-    if failure is not None:  # as on a GPU that is too small
+    if failure is not None:  # for example, the inputs do not fit in the GPU's memory
         return [Result(module, case.name, case.shape, case.dtype, "all", failure, machine=machine(device))]
     ready = []
     for contender, outcome in _agreed(case, inputs, exact, device):
@@ -229,7 +259,7 @@ def _blank(module: str, case: Case, contender: Contender, device: torch.device) 
 def _agreed(
     case: Case, inputs: Any, exact: list[Tensor] | None, device: torch.device
 ) -> Iterator[tuple[Contender, str | _Ready]]:
-    """Prepare every contender for timing, or find the status that its row shows instead."""
+    """Prepare every contender for timing, or yield the status that its row shows instead."""
     plain: dict[str, list[float]] = {}
     for contender in sorted(case.contenders, key=lambda c: not c.is_plain):
         outcome, failure = attempt(functools.partial(_agree, case, contender, inputs, exact, plain, device))
@@ -242,7 +272,7 @@ def _agree(
     case: Case, contender: Contender, inputs: Any, exact: list[Tensor] | None, plain: dict[str, list[float]],
     device: torch.device,
 ) -> str | _Ready:  # fmt: skip
-    """Prepare a contender for timing, or say why it is wrong. The errors of a plain expression go into `plain`."""
+    """Prepare a contender for timing, or say why it is wrong. A plain expression adds its errors to `plain`."""
     dtype = contender.dtype or case.dtype
     build = contender.build
     if case.isolated and device.type == "cpu":
@@ -343,7 +373,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 def limits(device: torch.device, dtype: str) -> dict[str, float]:
     """Bytes per second of a copy or a sum, and FLOP/s of a matrix product, measured at the first call.
 
-    PyTorch has no fast integer product to measure, so there only the bytes set a limit.
+    With integers only the bytes set a limit, because PyTorch has no fast integer product to measure.
     """
     kind = getattr(torch, dtype)
     if not kind.is_floating_point:
@@ -383,9 +413,9 @@ def version(package: str) -> str | None:
 
 
 def count_launches(call: Call) -> int | None:
-    """The number of kernels that one call runs on the GPU, with copies, fills and the kernels of CUDA graphs.
+    """The number of kernels that one call runs on the GPU, including copies, fills and the kernels of CUDA graphs.
 
-    None if PyTorch's profiler cannot see them (built or run without its tracer).
+    None if PyTorch's profiler cannot see them, because it was built or runs without its tracer.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -416,9 +446,10 @@ def _bytes_of(result: Any) -> int:
 
 
 def peak_in_child(module: str, settings: Settings, title: str, contender: int) -> tuple[int, int] | None:
-    """(growth of resident memory over one call without its results, all resident memory), in a separate CPU process.
+    """Measure a contender's memory on a CPU, in a separate process.
 
-    None if it cannot be measured: without psutil, or if the process dies.
+    Returns (growth of resident memory during one call, without its results, all resident memory), or None if psutil is
+    not installed or the process dies.
     """
     if version("psutil") is None:
         return None
@@ -440,7 +471,7 @@ def _child(sender: Any, module: str, settings: Settings, title: str, contender: 
     # A toy case runs first, so that the libraries have made their own allocations.
     toys = load(module, dataclasses.replace(settings, scale="toy"))
     toy = next((toy for toy in toys if toy.name == case.name), toys[0])
-    with contextlib.suppress(LeftOutError):  # torch.compile, which has no toy
+    with contextlib.suppress(LeftOutError):  # torch.compile has no toy case
         next((c for c in toy.contenders if c.name == chosen.name), toy.contenders[0]).build(toy.inputs())()
     sender.send(resident_peak(chosen.build(case.inputs())))
 

@@ -1,7 +1,7 @@
-"""Python time of an eager attention call, in microseconds: `python benchmarks/host_overhead.py [--calls 2000]`.
+"""The host's time for an eager attention call, in microseconds: `python benchmarks/host_overhead.py [--calls 2000]`.
 
-What the host does beside the device's work: checks, dispatch, autograd, allocation and, on a GPU, Triton's launch. On
-a machine without one the launch itself is left out (the kernels are replaced by nothing), and said so.
+The host checks the arguments, dispatches, records for autograd, allocates memory and launches Triton's kernels. Without
+a GPU the launches are replaced by empty functions, and the output says so.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def median_us(call: Callable[[], object], calls: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--calls", type=int, default=2000, help="calls to time (default: %(default)s)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         for name in ("_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkdv_kernel"):
             setattr(attention, name, _NoLaunch())
         torch.set_num_threads(1)
-    print(f"{device}, torch {torch.__version__}{', launches left out' if device == 'cpu' else ''}")
+    print(f"{device}, torch {torch.__version__}{', without launches' if device == 'cpu' else ''}")
     dtype = torch.bfloat16
     qkv = torch.randn(1, 16, 3 * 768, dtype=dtype, device=device)
     leaf = qkv.clone().requires_grad_()
@@ -65,8 +65,8 @@ def main() -> None:
         with torch.no_grad():
             no_grad = median_us(lambda backend=backend: forward(backend), args.calls)
         trained = median_us(lambda backend=backend: both(backend), args.calls)
-        note = "" if device == "cuda" or backend == "triton" else " (with the work itself)"
-        print(f"{backend:7} forward {no_grad:6.1f} us, forward and backward {trained:6.1f} us a call{note}")
+        note = "" if device == "cuda" or backend == "triton" else " (with the computation)"
+        print(f"{backend:7} forward {no_grad:6.1f} us, forward and backward {trained:6.1f} us per call{note}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A training step of transformers' Trainer: its GPT-2 classes and ours, which change one import.
+"""A training step of transformers' Trainer, with transformers' GPT-2 and with the same model after `accelerate`.
 
-Trainer's own step (`training_step`, then AdamW), without its logging. Without dropout the contenders agree on their
-loss and gradients; with transformers' default of 0.1 everywhere each draws its own, and only the loss is compared.
+This is Trainer's own step (`training_step`, then AdamW) without its logging. Without dropout, loss and gradients must
+agree. With transformers' default dropout of 0.1 each contender drops other numbers, and only the loss is compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.train import Inputs, exact_step, some_gradients, step_inputs
 from fastgpt2 import GPT2Config, accelerate
 from fastgpt2.accounting import training_flops_per_token
 
-# Contender -> the attention of transformers' model; ours is changed in place.
+# Contender -> the attention implementation of transformers' model; `accelerate` changes ours in place.
 CONTENDERS = {"transformers eager": "eager", "transformers": "sdpa", "ours": "sdpa"}
 
 
@@ -59,7 +59,7 @@ def _case(settings: Settings, config: GPT2Config, B: int, T: int, dropout: float
 
 def _build(settings: Settings, name: str, inputs: Inputs) -> Call:
     transformers = need("transformers")
-    need("accelerate")  # Trainer's
+    need("accelerate")  # Trainer needs it
     model = transformers_twin(fresh(settings, inputs.config)).train()
     model.set_attn_implementation(CONTENDERS[name])
     if name == "ours":
@@ -68,7 +68,7 @@ def _build(settings: Settings, name: str, inputs: Inputs) -> Call:
         tempfile.gettempdir(), report_to=[], save_strategy="no", use_cpu=not settings.on_gpu, max_grad_norm=0.0
     )
     trainer = transformers.Trainer(model, arguments)
-    trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
+    trainer.current_gradient_accumulation_steps = 1  # as Trainer's loop does
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = {"input_ids": inputs.tokens, "labels": inputs.tokens}
 
@@ -84,10 +84,13 @@ def _build(settings: Settings, name: str, inputs: Inputs) -> Call:
 def _is_another_loss(
     settings: Settings, config: GPT2Config, inputs: Inputs, contender: Contender, result: Any
 ) -> str | None:
-    """A first loss with random weights is near that without dropout: a head or a shift that is wrong is far off."""
+    """Why a loss with dropout is wrong, or None.
+
+    With random weights the first loss is close to the loss without dropout. A wrong head or shift is far off.
+    """
     expected = _loss_without_dropout(settings, config, inputs)
     off = abs(float(result[0]) / expected - 1)
-    return None if off < 0.05 else f"the loss is {off:.1%} away from that without dropout"
+    return None if off < 0.05 else f"the loss is {off:.1%} away from the loss without dropout"
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
-"""`generate` of transformers' GPT-2 class and of ours, for ragged prompts padded on the left, by the same calls.
+"""The same `generate` calls on transformers' GPT-2 class and on ours, for ragged prompts padded on the left.
 
-They agree when each token is one that float64 could have chosen but for the rounding of a contender's dtype (see
-generate.py): greedy, among the tokens that repeat no n-gram, or for samples among the 50 likeliest.
+A contender is right if float64 could choose each of its tokens, within the rounding of the contender's dtype (see
+generate.py): the best one, the best one that repeats no n-gram, or when sampling one of the 50 most likely.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _ours(settings: Settings, config: GPT2Config, dtype: str) -> Any:
 def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result: list[list[int]]) -> str | None:
     counts = [len(ids) for ids in result]
     if counts != [inputs.new_tokens] * len(inputs.prompts):
-        return f"{inputs.new_tokens} new tokens of {len(inputs.prompts)} rows were due, not {counts}"
+        return f"expected {inputs.new_tokens} new tokens for each of {len(inputs.prompts)} rows; got {counts}"
     dtype = contender.dtype or "float32"
     for row in sorted({0, len(result) - 1})[:CHECKED_ROWS]:
         prompt, ids = inputs.prompts[row], result[row]
@@ -119,7 +119,7 @@ def _disagrees(settings: Settings, inputs: Inputs, contender: Contender, result:
 
 
 def _bounds(exact: Tensor, held: list[int], prompt_tokens: int, options: dict[str, Any]) -> Tensor:
-    """The lowest logit that each new token may have."""
+    """The lowest logit that each new token may have, before rounding."""
     if options["do_sample"]:
         return exact.topk(TOP_K).values[:, -1]
     exact = exact.clone()

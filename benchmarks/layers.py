@@ -1,7 +1,7 @@
 """Layer norm (also of x + residual) and bias with activation, forward, and forward and backward together.
 
-The measure of layer norm's errors is F.layer_norm, as in the tests. On a CPU it adds up the gradients of weight and
-bias less exactly than `eager` does, so that there the measure is a softer one.
+The error budget of layer norm comes from F.layer_norm, as in the tests. On a CPU it sums the gradients of weight and
+bias less accurately than `eager` does, so the budget is larger there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def _case(
 ) -> Case:  # fmt: skip
     element, has_residual = getattr(torch, dtype).itemsize, layers is SUM_NORMS
     plain = "F.layer_norm" if "F.layer_norm" in layers else "eager"
-    # x, y, then dy, x, dx; of a sum x, residual, y, s, then dy, ds, s and one gradient for both.
+    # Forward x and y, backward dy, x and dx. With a residual: forward x, residual, y and the sum s, backward dy, ds, s
+    # and one gradient for both.
     passes = (8 if backward else 4) if has_residual else (5 if backward else 2)
     return Case(
         name=f"{name} {'backward' if backward else 'forward'}",

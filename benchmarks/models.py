@@ -20,7 +20,7 @@ def fresh(settings: Settings, config: GPT2Config, dtype: torch.dtype = torch.flo
 
 
 def transformers_twin(model: GPT2) -> Any:
-    """transformers' model with a copy of the weights, laid out as transformers itself lays them out."""
+    """transformers' model with a copy of the weights, in transformers' own memory layout."""
     transformers = need("transformers")
     config = transformers.GPT2Config(**model.config.to_hf(), loss_type="ForCausalLM")
     twin = transformers.GPT2LMHeadModel(config).to(model.device, model.dtype)
@@ -31,7 +31,7 @@ def transformers_twin(model: GPT2) -> Any:
 
 @functools.cache
 def shared(settings: Settings, config: GPT2Config, dtype: torch.dtype) -> GPT2:
-    """`fresh`, once a process: for those who only read it."""
+    """The model of `fresh`, made once per process. Callers must not change it."""
     return fresh(settings, config, dtype)
 
 

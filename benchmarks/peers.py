@@ -1,4 +1,4 @@
-"""What other projects' implementations need to take part."""
+"""What a contender needs to take part: a package, a GPU, Triton or time. Without it LeftOutError is raised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgpt2_kernels import ops
 
 
 def need(module: str, package: str | None = None) -> Any:
-    """The module, or LeftOutError with the package to install."""
+    """Import a module. LeftOutError names the package to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -30,7 +30,7 @@ def need_gpu(settings: Settings) -> None:
 
 
 def need_triton(settings: Settings, operator: str) -> None:
-    """On a CPU it takes part only under Triton's interpreter, where kernels are checked but times mean nothing."""
+    """On a CPU Triton kernels take part only in Triton's interpreter: results are checked, but times mean nothing."""
     if not settings.on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise LeftOutError(NEEDS_GPU)
     reason = ops.why_not_triton(operator, settings.device)
@@ -44,14 +44,14 @@ def need_time(settings: Settings, why: str) -> None:
 
 
 def compiled(function: Callable[..., Any], settings: Settings, fullgraph: bool = True) -> Callable[..., Any]:
-    """`torch.compile`, which on a CPU takes a minute that a quick run has not."""
+    """`torch.compile`. On a CPU it takes a minute, so a quick run leaves it out."""
     if not settings.on_gpu and settings.scale != "full":
         raise LeftOutError("skipped: torch.compile takes a minute on a CPU; leave out --quick")
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
 
-    functorch.donated_buffer = False  # a backward is timed again and again on one graph
-    dynamo.recompile_limit = 256  # one graph for every case, of which a module has more than 8
+    functorch.donated_buffer = False  # the same graph runs backward many times
+    dynamo.recompile_limit = 256  # each case needs a graph, and a module has more cases than the default of 8
     return torch.compile(function, fullgraph=fullgraph, dynamic=False)
 
 

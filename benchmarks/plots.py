@@ -1,4 +1,4 @@
-"""Results as pictures: a roofline, speed against length or rows, memory against N. Needs matplotlib (extra `bench`)."""
+"""Plots of results: a roofline, speed against length or rows, memory against N. Needs matplotlib (extra `bench`)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def draw(results: Iterable[Result], folder: Path) -> list[Path]:
         if any(r.tokens_per_second for r in rows):
             written.append(_bars(rows, folder / f"{stem}.svg"))
         else:
-            written.append(_lines(rows, _speed, "calls a second", folder / f"{stem}.svg"))
+            written.append(_lines(rows, _speed, "calls per second", folder / f"{stem}.svg"))
         if case in MEMORY_CASES and any(r.peak_bytes for r in rows):
-            written.append(_lines(rows, _megabytes, "peak memory of a call, MB", folder / f"{stem}_memory.svg"))
+            written.append(_lines(rows, _megabytes, "peak memory per call, MB", folder / f"{stem}_memory.svg"))
     return written
 
 
@@ -51,7 +51,7 @@ def _megabytes(r: Result) -> float | None:
 
 
 def _styles(rows: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """The style of a line: ours is red and wide, and every peer keeps one colour."""
+    """The style of each contender's line: ours are red and wide, and every peer has a colour of its own."""
     styles: dict[str, dict[str, Any]] = {}
     dashes = iter(("-", "--", ":", "-."))
     colours = iter(PEERS * 3)
@@ -85,12 +85,12 @@ def _roofline(rows: list[Result], path: Path) -> Path:
                     *zip(*points, strict=True), color=style["color"], marker="D" if ours else "o",
                     s=34 if ours else 18, label=name, zorder=3 if ours else 2,
                 )  # fmt: skip
-        axis.set(title=dtype, xlabel="FLOP a byte that has to move", ylabel="TFLOP/s")
+        axis.set(title=dtype, xlabel="arithmetic intensity, FLOP/byte", ylabel="TFLOP/s")
     return _finish(figure, axes[0], rows, path)
 
 
 def _lines(rows: list[Result], value: Callable[[Result], float | None], label: str, path: Path) -> Path:
-    """Plot against the size that varies most, with a panel for every dtype and every rest of the shape."""
+    """Plot against the size with the most values, with a panel for every dtype and every choice of the other sizes."""
     import matplotlib.pyplot as plt
 
     across = max(rows[0].shape, key=lambda key: len({r.shape[key] for r in rows}))
@@ -131,7 +131,7 @@ def _bars(rows: list[Result], path: Path) -> Path:
         1, len(panels), figsize=(5.2 * len(panels), 1.2 + 0.3 * tallest), squeeze=False, layout="constrained"
     )
     for axis, (title, shown) in zip(axes[0], panels.items(), strict=True):
-        # One that is in the cases of both dtypes, as the base of the ratios, is shown as it was first.
+        # The base of the ratios is in the cases of both dtypes. Its first result is shown.
         first = {f"{r.contender} {r.dtype}": r for r in reversed(shown)}
         names = sorted(first, key=lambda name: first[name].tokens_per_second or 0.0)
         shown = [first[name] for name in names]
@@ -140,7 +140,7 @@ def _bars(rows: list[Result], path: Path) -> Path:
         )
         axis.bar_label(bars, [f"{r.tokens_per_second:.3g}" for r in shown], padding=2, fontsize=8)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("tokens a second")
+        axis.set_xlabel("tokens per second")
         axis.margins(x=0.12)
     return _finish(figure, [], rows, path)
 

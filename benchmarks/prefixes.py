@@ -1,7 +1,7 @@
-"""Prompts that begin with the same tokens, beside as many samples of one prompt, which is the least that sharing costs.
+"""Prompts that begin with the same tokens, beside as many samples of one prompt: sharing cannot be faster than that.
 
-A third contender has as many prompts of the same length with nothing in common (on a CPU at the smaller scales only:
-it takes minutes). All choose greedily, and agree when a prompt has the tokens that it has when it is generated alone.
+A third contender has as many prompts of the same length with nothing in common. That takes minutes on a CPU, so it runs
+there only at the smaller scales. All contenders are greedy, and right if a prompt gets the same tokens as alone.
 """
 
 from __future__ import annotations
@@ -74,5 +74,5 @@ def _disagrees(settings: Settings, new: int, inputs: Inputs, contender: Contende
     for row in range(0, len(prompts), -(-len(prompts) // CHECKED_ROWS)):
         (alone,) = model.generate([prompts[row]], temperature=0, max_new_tokens=new)
         if result[row] != alone.token_ids:
-            return f"row {row} has the tokens {result[row]}, and alone {alone.token_ids}"
+            return f"row {row} has the tokens {result[row]}; alone it has {alone.token_ids}"
     return None

@@ -1,7 +1,8 @@
 """When to fill free slots of a batch: the fixed cost of a prefill, and whole runs with and without waiting.
 
 python -m benchmarks.refill [--rows 8 32] [--new 64] [--dtype float32]. GPT-2 124M with random weights, prompts of 4 to
-64 tokens, samples of random lengths. `fastgpt2.scheduler.PREFILL_STEPS` holds what the first figure says, in steps.
+64 tokens, samples of random lengths. The first figure, the fixed cost of a prefill in decoding steps, goes into
+`fastgpt2.scheduler.PREFILL_STEPS`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
 from fastgpt2.decode import DecodeSession, NewRow, decode_backend, why_not_decode
 
-TOKENS = 16  # of the prompts whose prefill is timed
+TOKENS = 16  # the length of the prompts whose prefill is timed
 
 
 def seconds(run: Callable[[], object], device: torch.device, turns: int = 7) -> float:
-    """The seconds of the median turn, including the device's work."""
+    """The median time of several turns in seconds, including the device's work."""
 
     def once() -> float:
         if device.type == "cuda":
@@ -41,7 +42,7 @@ def seconds(run: Callable[[], object], device: torch.device, turns: int = 7) -> 
 
 
 def prefill_and_step(model: GPT2, rows: int) -> tuple[float, float]:
-    """The seconds that a prefill costs besides its tokens, and those of a step of a full batch."""
+    """Seconds of a prefill without the cost of its tokens, and seconds of a step of a full batch."""
     session = DecodeSession(
         model, KVCache(model.config, rows, 256, dtype=model.dtype, device=model.device), SamplingConfig(temperature=0)
     )
@@ -56,7 +57,7 @@ def prefill_and_step(model: GPT2, rows: int) -> tuple[float, float]:
 
 
 def whole_runs(model: GPT2, rows: int, new: int, turns: int) -> tuple[float, float, float]:
-    """Seconds of a run that fills free slots at once, and of one that waits, and the median ratio of their turns."""
+    """Seconds of a run that fills free slots at once, seconds of a run that waits, and the median ratio of the two."""
     rng = random.Random(rows)
     prompts = [[rng.randrange(model.config.vocab_size) for _ in range(rng.randint(4, 64))] for _ in range(5 * rows)]
     # With this share of stop tokens in the vocabulary a random row ends after about `new` tokens.
@@ -74,18 +75,18 @@ def whole_runs(model: GPT2, rows: int, new: int, turns: int) -> tuple[float, flo
     timed(at_once)
     pairs = [(timed(at_once), timed(scheduler.PREFILL_STEPS)) for _ in range(turns)]
     if any(found != tokens[0] for found in tokens):
-        print("  other tokens came out: rows are rounded by how many are beside them")
+        print("  the runs gave different tokens: a row's rounding depends on how many rows are beside it")
     ratio = statistics.median(without / waited for without, waited in pairs)
     return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs), ratio
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.refill", description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--new", type=int, default=64, help="the tokens that a sample has on average")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--model", default="gpt2", help="a preset's name")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32], help="batch sizes (default: 8 32)")
+    parser.add_argument("--new", type=int, default=64, help="average number of new tokens (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
+    parser.add_argument("--model", default="gpt2", help="a preset's name (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="runs of each kind (default: %(default)s)")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,11 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for rows in args.rows:
         prefill, step = prefill_and_step(model, rows)
         print(
-            f"{args.model}, {args.dtype}, {rows} rows, {decode_backend(model)}: a prefill by itself "
-            f"{1e3 * prefill:.2f} ms, a step {1e3 * step:.2f} ms: {prefill / step:.2f} steps"
+            f"{args.model}, {args.dtype}, {rows} rows, {decode_backend(model)}: a prefill costs {1e3 * prefill:.2f} ms "
+            f"besides its tokens, a step {1e3 * step:.2f} ms: {prefill / step:.2f} steps"
         )
         at_once, waited, ratio = whole_runs(model, rows, args.new, args.turns)
-        print(f"  slots filled at once {at_once:.2f} s, after waiting {waited:.2f} s: {ratio:.3f}x", flush=True)
+        print(f"  filling slots at once {at_once:.2f} s, waiting {waited:.2f} s: {ratio:.3f}x as fast", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.harness import NEEDS_GPU, Result
 
-NOISE = 0.03  # a change of less than 3% is never called one
+NOISE = 0.03  # a smaller change is never reported
 
 Key = tuple[str, ...]
 
@@ -44,9 +44,9 @@ COLUMNS = (
 
 
 def table(results: Iterable[Result]) -> Iterator[str]:
-    """The lines of one table per case, without empty columns. Below it are the contenders that did not run, and why.
+    """The lines of one table per case, without empty columns. Below each table are the contenders that did not run.
 
-    `without_gpu` lists those that need a GPU.
+    Those that need a GPU are left to `without_gpu`.
     """
     for title, group in itertools.groupby(results, key=title_of):
         rows = list(group)
@@ -65,7 +65,7 @@ def table(results: Iterable[Result]) -> Iterator[str]:
 
 
 def without_gpu(results: Iterable[Result]) -> Iterator[str]:
-    """The lines that say what would run on a GPU."""
+    """The lines that list the cases and contenders that need a GPU."""
     cases, contenders = {}, {}
     for r in results:
         if r.status == NEEDS_GPU and r.contender == "all":
@@ -115,9 +115,9 @@ def key_of(r: Result) -> Key:
 def compare(old: Iterable[Result], new: Iterable[Result]) -> Iterator[tuple[str, Key, str]]:
     """(verdict, key, explanation) of every contender: "same", "faster", "slower", "broken", "mended", "new" or "gone".
 
-    If both runs have the case's base, speeds relative to it are compared, so that a slow day of the machine does not
-    count. Otherwise seconds are compared. A change counts if it is over 3% and the two ranges from the 20th to the
-    80th percentile do not overlap.
+    If both runs have the same base of the case, speeds relative to it are compared, so that it does not matter how fast
+    the machine was that day. Otherwise calls per second are compared. A change counts if it is over 3% and the ranges
+    from the 20th to the 80th percentile do not overlap.
     """
     olds, news = ({key_of(r): r for r in results} for results in (old, new))
     for key, now in news.items():
@@ -138,7 +138,7 @@ def _verdict(was: Result, now: Result, key: Key) -> tuple[str, Key, str]:
     change = new_range[0] / old_range[0]
     apart = new_range[1] > old_range[2] or new_range[2] < old_range[1]
     verdict = "same" if abs(change - 1) < NOISE or not apart else "faster" if change > 1 else "slower"
-    measure = f"of {now.base}'s speed" if relative else "calls a second"
+    measure = f"of {now.base}'s speed" if relative else "calls per second"
     spread = "{:.3g} ({:.3g} .. {:.3g})"
     return verdict, key, f"{spread.format(*old_range)} -> {spread.format(*new_range)} {measure}, {change:.2f}x"
 

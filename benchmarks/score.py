@@ -1,8 +1,8 @@
 """Scoring sequences of mixed lengths: ours, packed without padding, beside a plain loop of padded batches.
 
-The lengths are spread as those of real collections are (log-normal: most are short, a few are long), in random order.
-The plain loop takes its batches in the order of the file, as people write it; another one sorts by length first.
-Contenders agree on the log-probability of every token.
+The lengths have the spread of real collections (log-normal: most are short, a few are long) and a random order. The
+plain loop takes batches in the order of the file, as people usually write it; another loop sorts by length first.
+The contenders must agree on the log-probability of every token.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _ours(settings: Settings, dtype: str, inputs: Inputs) -> Call:
 
 
 def _padded(settings: Settings, dtype: str, is_sorted: bool, inputs: Inputs) -> Call:
-    """The plain solution: padded batches, a mask, and the log-softmax of the logits."""
+    """A plain loop: padded batches, a mask, and the log-softmax of the logits."""
     model = shared_twin(settings, inputs.config, getattr(torch, dtype))
     order = list(range(len(inputs.sequences)))
     if is_sorted:

@@ -61,7 +61,7 @@ def _timed(method: str) -> Iterator[_Times]:
 
 
 def _fastest(turns: int, turn: Callable[[], tuple[torch.Tensor, float]]) -> dict[str, float]:
-    """Milliseconds of each phase, and of the host, in the fastest turn but the first, which packs the weights."""
+    """Milliseconds of each phase and of the host in the fastest turn. The first turn packs weights and is ignored."""
     found = []
     for _ in range(turns + 1):
         phases, host = turn()
@@ -152,10 +152,16 @@ def limits(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_profile", description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS)
-    parser.add_argument("--prefill", type=int, default=0, metavar="N", help="the first token of one prompt of N tokens")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="batch sizes (default: 1 8 32)")
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="their dtypes (default: all)")
+    parser.add_argument(
+        "--prefill", type=int, default=0, metavar="N", help="instead profile the first token after a prompt of N tokens"
+    )
     args = parser.parse_args(arguments)
     if (reason := ops.why_not_native("decode_step", torch.device("cpu"))) is not None:
         parser.error(f"there is no native step to profile: {reason}")
@@ -163,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = GPT2.from_config("gpt2").eval()
     rates = {weights: product_rate(weights) for weights in WEIGHTS}
     for weights in args.weights:
-        print(f"{weights}: linear layers in the cache at {rates[weights] / 1e9:.0f} GFLOP/s")
+        print(f"{weights}: linear layers whose weights are in the cache run at {rates[weights] / 1e9:.0f} GFLOP/s")
         model = model.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
         for num_rows in [1] if args.prefill else args.rows:
             bandwidth = measured_bandwidth("cpu", repeats=10)
@@ -173,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 found = profile(model, num_rows, weights)
                 keys = PROMPT + NEW / 2
-            bandwidth = max(bandwidth, measured_bandwidth("cpu", repeats=10))  # others share the memory
+            bandwidth = max(bandwidth, measured_bandwidth("cpu", repeats=10))  # other processes may have used it
             least = limits(model.config, num_rows, keys, weights, bandwidth, rates, args.prefill)
             total = sum(found.values())
             what = f"the first token of {args.prefill}" if args.prefill else f"a step of {num_rows} rows"

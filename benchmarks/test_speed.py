@@ -1,6 +1,6 @@
 """The same cases under pytest-benchmark: `pytest benchmarks/ --benchmark-only` (BENCHMARK_SCALE: toy, quick or full).
 
-For its statistics, comparisons and history; `python -m benchmarks` is what times contenders in turns.
+This gives pytest-benchmark's statistics, comparisons and history. `python -m benchmarks` times the contenders in turns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAIRS = [
 def test_speed(benchmark, case: Case, contender: Contender):
     try:
         call = agree(case, contender, torch.device(SETTINGS.device))
-    except LeftOutError as left_out:  # a peer is not installed, or a GPU is wanted: the suite's named rows
+    except LeftOutError as left_out:  # for example, a peer is not installed or there is no GPU
         pytest.skip(str(left_out))
     benchmark.group = case.title
     benchmark(call)

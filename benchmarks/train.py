@@ -1,4 +1,4 @@
-"""A whole training step: forward, backward, AdamW; ours beside transformers, eager and compiled.
+"""A whole training step (forward, backward, AdamW): ours beside transformers, both eager and compiled.
 
 Dropout is off, so that the contenders can agree on their loss and gradients.
 """
@@ -45,7 +45,7 @@ def _case(settings: Settings, config: GPT2Config, B: int, T: int, dtype: str) ->
         build = functools.partial(_build, settings, make, kind)
         return Contender(name, build, name.startswith("ours"), name == "transformers", kind)
 
-    # The others are compared with the first, eager float32, even in half precision.
+    # The first contender is the base of the ratios: eager float32, even for the cases in half precision.
     base = [contender("transformers", _transformers, "float32")] if dtype != "float32" else []
     return Case(
         name="training step",
@@ -81,7 +81,7 @@ def _build(settings: Settings, make: Make, dtype: str, inputs: Inputs) -> Call:
 
 
 def some_gradients(model: torch.nn.Module) -> list[Tensor]:
-    """The gradients of one parameter of each kind: an embedding, a middle linear layer, the last norm; as (in, out)."""
+    """The gradients of a middle linear layer, in the layout (in, out), of the last layer norm and of an embedding."""
     named = dict(model.named_parameters())
     layers = 1 + max(int(name.split(".")[2]) for name in named if ".h." in name)
     names = (f"transformer.h.{layers // 2}.mlp.c_proj.weight", "transformer.ln_f.weight", "transformer.wpe.weight")

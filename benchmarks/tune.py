@@ -1,4 +1,4 @@
-"""Search launch rows on the GPU at hand: every candidate is checked, the best are timed in turns with the present row.
+"""Searches launch rows on this GPU: checks every candidate, and times the best ones in turns with the present row.
 
 A module that can be tuned has `tunables(settings)`, which yields `Tunable`s.
 """
@@ -24,9 +24,14 @@ FINALISTS = 3
 
 @dataclass(frozen=True)
 class Tunable:
-    """One row of launch.py: its key in the table, the present row, the candidates, and the computation that uses it.
+    """One row of launch.py that can be tuned.
 
-    using(row): a context in which launches use that row.
+    Attributes:
+        key: The row's key in its table, as it is printed.
+        present: The present row.
+        candidates: The rows to try.
+        using: Returns a context in which launches use a given row.
+        case: The computation that uses the row.
     """
 
     key: str
@@ -49,7 +54,7 @@ class Tuned:
 
 
 def near_first(present: Any, candidates: Iterable[Any]) -> list[Any]:
-    """Yield the present row, then rows that differ in one field, in two and so on, as time may run out."""
+    """The present row, then the rows that differ from it in one field, in two and so on, because time may run out."""
     others = (row for row in candidates if row != present)
     return [present, *sorted(others, key=lambda row: sum(a != b for a, b in zip(row, present, strict=True)))]
 
@@ -84,7 +89,7 @@ def tune(tunable: Tunable, settings: Settings, seconds: float) -> Tuned:
     for row in rows:
         if row != tunable.present and time.perf_counter() > deadline:
             break
-        # A row that does not compile or does not fit is left out.
+        # A row may not compile, or need more shared memory or registers than there are.
         median, why = attempt(functools.partial(examined, row))
         tried += 1
         if why is None:
@@ -117,7 +122,7 @@ def lines(tuned: Tuned) -> Iterable[str]:
 
 def main(modules: Sequence[str], settings: Settings, seconds: float) -> int:
     if not settings.on_gpu:
-        print("--tune needs a GPU: it times launch rows where they will run")
+        print("--tune needs a GPU, because it times the launch rows on it")
         return 2
     for name in modules:
         tunables = getattr(importlib.import_module(f"benchmarks.{name}"), "tunables", None)

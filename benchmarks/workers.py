@@ -1,8 +1,8 @@
-"""A contender in a process of its own, for engines that bring threads of their own.
+"""Runs a contender in a process of its own, because other engines bring their own threads.
 
-In one process they slow each other down for good: as soon as it holds more OpenMP threads than there are processors,
-GNU's OpenMP stops spinning between parallel regions, and PyTorch's steps of decoding take half as long again.
-A process that dies costs one row and not the results of the others.
+In a single process the engines would slow each other down permanently. As soon as a process has more OpenMP threads
+than there are processors, GNU's OpenMP stops spinning between parallel regions, and PyTorch's decoding steps take half
+as long again. Also, if a process dies, only its own contender has no result.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class LeftOutError(Exception):
 def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
     """Call a function; returns (result, None), or (None, the status for its row) if it failed.
 
-    Contenders are other projects' code or candidates of a search, and may raise anything. A failure is named in the
-    contender's row, and must not lose the results of the others.
+    Contenders are other projects' code or candidates of a search, and may raise anything. The failure is shown in the
+    contender's row, and the other contenders keep their results.
     """
     try:
         return function(), None
@@ -39,7 +39,7 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def context() -> BaseContext:
-    """Fork from a process that has imported the libraries and started no threads. So a child imports nothing."""
+    """Fork children from a server that has imported the libraries and started no threads. So they import nothing."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     server = multiprocessing.get_context("forkserver")
@@ -48,17 +48,20 @@ def context() -> BaseContext:
 
 
 class Worker:
-    """The process of one contender. It also serves the cases that follow."""
+    """The process of one contender. It is kept for the next cases."""
 
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
-        # A daemon that ends when its pipe closes, so a killed parent leaves no process behind.
+        # The process ends when its pipe closes, so that a killed parent leaves none behind.
         self.process = context().Process(target=_serve, args=(theirs, torch.get_num_threads()), daemon=True)
         self.process.start()
         theirs.close()
 
     def ask(self, *request: Any) -> Any:
-        """Call it in the process. LeftOutError, with the status for its row, if it raised or its process died."""
+        """Send (build, inputs) to build the call there, or nothing to make the call; returns the result.
+
+        LeftOutError has the status for the contender's row if the call raised an error or the process died.
+        """
         try:
             self.connection.send(request)
             result, failure = self.connection.recv()
@@ -99,9 +102,9 @@ _workers: dict[Hashable, Worker] = {}
 
 
 def isolated(key: Hashable, build: Callable[[Any], Call]) -> Callable[[Any], Call]:
-    """Wrap `build`: it builds in the process of that key, and returns a call that runs there.
+    """Wrap `build`, so that it builds in the process of this key and returns a call that runs there.
 
-    `build` and the inputs are pickled. A call's round trip takes tens of microseconds, and pickling its result.
+    `build` and the inputs are pickled. Each call takes tens of microseconds longer, and its result is pickled.
     """
     if key not in _workers or not _workers[key].process.is_alive():
         _workers[key] = Worker()
@@ -115,7 +118,7 @@ def isolated(key: Hashable, build: Callable[[Any], Call]) -> Callable[[Any], Cal
 
 
 def dismiss(key: Hashable) -> None:
-    """End the process of a contender that takes no further part, if it has one."""
+    """End the process of a contender, if it has one."""
     if worker := _workers.pop(key, None):
         worker.close()
 
