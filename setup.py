@@ -24,7 +24,7 @@ if platform.machine() in ("x86_64", "AMD64", "amd64"):
     ISAS = {name: f"{X86_BASE} {flags}".split() for name, flags in X86.items()}
 elif platform.machine() in ("aarch64", "arm64"):
     ISAS = {"neon": []}
-# Multiply and add are fused only where the source says so. So inlining a function never changes its bits.
+# Multiply and add are fused only where the source says so. So inlining a function never changes the bits of its result.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # GCC 12 warns about its own headers for AVX-512.
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -38,7 +38,7 @@ class BuildNative(build_ext):
     def build_extension(self, extension):
         target = self.get_ext_fullpath(extension.name)
         if os.path.exists(target):
-            os.remove(target)  # if this build fails, an older one must not be used in its place
+            os.remove(target)  # if this build fails, an older extension must not be used instead
         isas = " ".join(f"apply({name})" for name in ISAS)
         compile_one = [(SOURCES + "kernels.cpp", [("FASTGPT2_ISA", name)], flags) for name, flags in ISAS.items()]
         compile_one += [

@@ -39,7 +39,7 @@ def main() -> None:
             "num_samples": args.num_samples,
             "max_new_tokens": args.max_new_tokens,
         },
-        batch_size=2,  # hundreds of prompts in real work, so that an actor's GPU is full
+        batch_size=2,  # in real work hundreds of prompts, to keep an actor's GPU busy
         num_gpus=args.num_gpus,
         compute=ray.data.ActorPoolStrategy(size=args.num_workers),
     )

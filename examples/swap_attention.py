@@ -28,7 +28,7 @@ class TheirAttention(nn.Module):
 
 
 class OurAttention(TheirAttention):
-    """The same weights. The kernel reads the packed QKV directly, so nothing is split or copied."""
+    """The same layer with our kernel. It reads the packed QKV directly, so nothing is split or copied."""
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         return self.out(causal_attention_packed(self.qkv(x), num_heads=self.heads, lengths=lengths))

@@ -1,12 +1,13 @@
-"""Renew what installations are held to: `python requirements/lock.py [--upgrade]`; needs uv (`pip install uv`).
+"""Renew the pinned versions: `python requirements/lock.py [--upgrade]`; needs uv (`pip install uv`).
 
-- `requirements/chosen.txt`, which is read: the versions that are chosen by hand.
-- `requirements/locked.txt`: every package that `fastgpt2` and its extras need, also those that they need in turn, with
-  the hashes of PyPI's files, for Python 3.10 and newer on every platform. What it says is kept without `--upgrade`.
-- `constraints.txt`: the same versions without hashes, for `make`. PyTorch is published in several builds
-  of one version (CUDA, ROCm, CPU); their files differ, so hashes would allow only one of them.
+It reads `requirements/chosen.txt`, the versions that are chosen by hand, and writes two files:
 
-The extras `eval` and `peers` are left out: they hold other people's programs, for which we promise nothing.
+- `requirements/locked.txt`: every package that `fastgpt2` and its extras need, transitive ones too, with the hashes of
+  PyPI's files, for Python 3.10 and newer on every platform. Only `--upgrade` replaces versions that it already has.
+- `constraints.txt`: the same versions without hashes, for `make`. PyTorch has several builds of one version (CUDA,
+  ROCm, CPU). Their files differ, so hashes would allow only one of them.
+
+The extras `eval` and `peers` are left out: they install other projects' programs, for which we promise nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ LOCKED = ROOT / "requirements/locked.txt"
 CONSTRAINTS = ROOT / "constraints.txt"
 EXTRAS = ("bench", "data", "dev", "docs", "hub", "lora", "plot", "tensorboard", "transformers", "triton", "wandb")
 HEAD = """\
-# Written by requirements/lock.py: the versions that this project is tested with, of all that it needs.
+# Written by requirements/lock.py: the tested version of every package that this project needs.
 """
-# A PyTorch for GPUs brings the Triton that it pins; beside one for CPUs the newest that is tested is installed.
+# PyTorch for GPUs pins a version of Triton. With PyTorch for CPUs, the newest tested version is installed.
 TRITON = "triton>=3.7.1,<=3.9.0 ; sys_platform == 'linux'"
 
 
 def constraints_of(locked: str) -> str:
-    """The text of constraints.txt for that of locked.txt."""
+    """The text of constraints.txt, made from that of locked.txt."""
     pins = re.findall(r"^([a-z0-9][^\s=]*==[^\\\n]*?) *\\?$", locked, re.MULTILINE)
     lines = [pin for pin in pins if not pin.startswith("triton==")]
     return HEAD + "\n".join(sorted([*lines, TRITON])) + "\n"
