@@ -54,7 +54,7 @@ def all_parts() -> dict[str, Part]:
         "check": Part("`fastgpt2 check`.", 180, _module("fastgpt2", "check", "--json")),
         "tests": Part("The kernels' tests, on the GPU.", 300, _module(*tests)),
         "benchmarks": Part("The benchmark suite's quick run.", 300, _module(*quick)),
-        "tune": Part("Launch rows of attention, searched.", 120, _module("benchmarks", "attention", "--tune")),
+        "tune": Part("A search for launch rows of attention.", 120, _module("benchmarks", "attention", "--tune")),
     }
 
 

@@ -51,7 +51,7 @@ def main() -> None:
     ids = tokenizer.encode(text)[: 4 * ROWS * TOKENS]
     rows = [ids[start : start + TOKENS] for start in range(0, len(ids) - TOKENS + 1, TOKENS)]
     batches = [rows[start : start + ROWS] for start in range(0, len(rows) - ROWS + 1, ROWS)]
-    print(f"Perplexity of {len(batches) * ROWS * (TOKENS - 1)} held-out tokens, the embedded model:")
+    print(f"Perplexity of the embedded model on {len(batches) * ROWS * (TOKENS - 1)} held-out tokens:")
     for name, weight_dtype in (("float32", None), ("int8", torch.int8)):
         values = [math.log(perplexity(model, batch, weight_dtype)) for batch in batches]
         print(f"  {name:8} {math.exp(sum(values) / len(values)):.4f}")
@@ -62,7 +62,8 @@ def main() -> None:
     error = step_logits(large, rows, torch.int8) - exact
     spread = exact.std(-1).mean().item()
     rms, largest = error.square().mean().sqrt().item(), error.abs().max().item()
-    print(f"Logits of GPT-2 124M, random weights: spread {spread:.3f}, error {rms:.4f} (RMS), {largest:.4f} (largest)")
+    print("Logits of GPT-2 124M with random weights:")
+    print(f"  standard deviation {spread:.3f}, error {rms:.4f} (RMS), {largest:.4f} (largest)")
 
 
 if __name__ == "__main__":

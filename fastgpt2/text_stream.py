@@ -8,7 +8,7 @@ from fastgpt2.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Decodes the tokens of one sample to text while they arrive, and finds stop strings.
+    """Decodes the tokens of one sample to text as they arrive, and finds stop strings.
 
     A character's bytes may be spread over several tokens. Text is therefore held back while its decoding ends in a
     replacement character. Text that could be the beginning of a stop string is held back too.
@@ -18,7 +18,7 @@ class TextStream:
         stop_strings: Strings that end the sample.
 
     Attributes:
-        text: The text decoded so far, up to but without a stop string.
+        text: The text decoded so far. It ends before the first stop string.
         stopped: Whether a stop string was found.
     """
 
@@ -40,7 +40,7 @@ class TextStream:
             self.decoded_from = len(self.ids)
 
     def finish(self) -> None:
-        """End the stream: text that was held back counts now."""
+        """End the stream. Text that was held back becomes final."""
         if not self.stopped and self.decoded_from < len(self.ids):
             self._append(self.tokenizer.decode(self.ids[self.decoded_from :]))
             self.decoded_from = len(self.ids)

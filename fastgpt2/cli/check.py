@@ -55,7 +55,7 @@ def _print(report: Report) -> None:
         for f in report.findings
     ]
     _print_table(table)
-    print('\nerror: the largest error, as a share of its budget (twice the error of plain PyTorch). "-": skipped\n')
+    print('\nerror: a share of the error budget, which is twice the error of plain PyTorch; "-": skipped\n')
     if report.timings:
         limits = ", ".join(
             f"{value / 1e9:.0f} GB/s" if name == "bandwidth" else f"{value / 1e12:.2f} TFLOP/s in {name}"
@@ -68,8 +68,8 @@ def _print(report: Report) -> None:
             times.append((t.name, t.backend, t.size, _time(t.seconds), rate, moved, f"{t.limit_share:.0%}", speedup))
         _print_table(times)
         print(
-            f"\nAll times are in {report.timings[0].dtype}. limit: what this device was measured to do, {limits}. "
-            "More than 100% means that the data were in a cache.\n"
+            f"\nlimit: what this device was measured to do, {limits}; above 100%: the data were in a cache\n"
+            f"All times are in {report.timings[0].dtype}.\n"
         )
     failed = [finding for finding in report.findings if finding.status == "failed"]
     checked = sum(finding.status == "ok" for finding in report.findings) + len(failed)
@@ -77,8 +77,8 @@ def _print(report: Report) -> None:
     if failed:
         print(f"{len(failed)} failed: {', '.join(f'{f.name} on {f.backend}' for f in failed)}")
         print(
-            "Please report this with the output of `fastgpt2 check --json`. Until it is fixed, backend='torch' avoids "
-            "fastgpt2's own kernels."
+            "Please report this with the output of `fastgpt2 check --json`. Until it is fixed, backend='torch' runs "
+            "without fastgpt2's kernels."
         )
     else:
         print("none failed")
