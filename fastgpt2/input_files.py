@@ -57,7 +57,7 @@ class Columns:
     prefix_ids: str | None = None
 
     def named(self, text: str | None, prefix: str | None = None) -> Columns:
-        """These columns, with those replaced that the user names."""
+        """These columns, with the user's names in place of the defaults."""
         columns = self if text is None else Columns(text, None, self.prefix, self.prefix_ids)
         return columns if prefix is None else Columns(columns.text, columns.ids, prefix, None)
 
@@ -224,9 +224,9 @@ def read_entries(
 
 # -- formats ------------------------------------------------------------------------------------------------------
 
-# (where it is, the row as a mapping or the error that says why it is bad, about how many bytes it has); None instead of
-# a row: there are so many bytes without one. A small compressed file may hold gigabytes of blank lines, or one row of
-# gigabytes: what a row may hold is limited, and what all may hold is `most_bytes`.
+# (where the row is, the row as a mapping or the error that says why it is bad, about how many bytes it has). None takes
+# the place of a row where bytes hold none, such as a blank line. These bytes count too, because a small compressed file
+# may hold gigabytes of blank lines, or one row of gigabytes: `_MOST_LINE_BYTES` limits a row, `most_bytes` all of them.
 _Row = tuple[str, "Mapping[str, Any] | ValueError | None", int]
 
 
@@ -324,7 +324,7 @@ def _read_csv(source: Source, columns: Columns, with_fields: bool) -> Iterator[_
 
 
 class _CsvText:
-    """The lines of a CSV file. `size` is what has been read since it was last set to 0; it may not pass a limit."""
+    """The lines of a CSV file. `size` counts the characters of a row, and is limited. `_read_csv` sets it back to 0."""
 
     def __init__(self, name: str, file: BinaryIO) -> None:
         self._name, self._number, self.size = name, 0, 0
