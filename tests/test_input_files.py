@@ -1,4 +1,4 @@
-"""Input files: every format, columns, compression, patterns, and bad entries, which keep their index."""
+"""Input files: formats, columns, compression and patterns. Bad entries keep their index."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_data_sets_of_a_hub(monkeypatch):
 )
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
 def test_a_small_file_cannot_fill_the_memory(suffix, content, message, compression, tmp_path, monkeypatch):
-    """What a compressed file inflates to is read in rows, none larger than a limit, and in all no more than another."""
+    """A file is read row by row. The size of a row is limited, and so is the uncompressed size of the whole file."""
     monkeypatch.setattr("fastgpt2.input_files._MOST_LINE_BYTES", 1000)
     path = tmp_path / f"t{suffix}{compression}"
     if compression == ".zst":

@@ -1,4 +1,4 @@
-"""What the library's functions refuse."""
+"""Calls that the library's functions must refuse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastgpt2.kernels import (
 )
 from fastgpt2.tokenizer import Tokenizer
 
-# A call, the kind of its error, and a part of what it says.
+# By name: a call, the class of its error, and a part of the error's text.
 Cases = dict[str, tuple[Callable[[], object], type[Exception], str]]
 
 MODEL = GPT2(vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, context_length=6).eval()
