@@ -14,7 +14,9 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-rows", action="store_true", help="compile every launch row, not one a kernel and dtype")
+    parser.addoption(
+        "--all-rows", action="store_true", help="compile every launch row, instead of one for each kernel and dtype"
+    )
 
 
 @pytest.fixture
@@ -35,18 +37,20 @@ def unsynced_files() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def forkserver() -> Iterator[BaseContext]:
-    """Forks processes in which everything is imported already and nothing has run yet: one server for all tests, as
-    a process has no second one."""
+    """A server that forks processes in which everything is imported and nothing has run yet.
+
+    All tests share it, because a process can have only one.
+    """
     import multiprocessing
     from multiprocessing.forkserver import ensure_running
 
     context = multiprocessing.get_context("forkserver")
-    # torch._dynamo: what AdamW's constructor imports, in seconds.
+    # AdamW's constructor imports torch._dynamo, which takes seconds.
     commands = [f"fastgpt2.cli.{name}" for name in ("parser", "generate", "score", "train", "convert")]
     libraries = ["tokenizers", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"]
     context.set_forkserver_preload(["fastgpt2.checkpoint", *commands, *libraries])
     with pytest.MonkeyPatch.context() as patch:
-        # Older Pythons do not pass our sys.path to the server, and then it silently imports nothing.
+        # Older Pythons do not pass our sys.path to the server, which then silently imports nothing.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         ensure_running()
         yield context
@@ -54,7 +58,7 @@ def forkserver() -> Iterator[BaseContext]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A folder with a tiny random GPT-2 and a byte-level tokenizer. Not to be written to."""
+    """A folder with a tiny random GPT-2 and a byte-level tokenizer. Tests must not write to it."""
     from fastgpt2 import GPT2
     from fastgpt2.tokenizer import Tokenizer
 

@@ -28,12 +28,15 @@ TINY = GPT2Config(
 
 
 def parts(count: int) -> list[ParameterSet]:
-    """The parts of a test over random cases: `make test` runs only the first, `make test-all` runs all."""
+    """Divide a test over random cases into parts. `make test` runs only the first, and `make test-all` all of them."""
     return [pytest.param(i, marks=[pytest.mark.slow] if i else []) for i in range(count)]
 
 
 def without_rounding(data: bytes) -> bytes:
-    """A file of samples. Without a native step the batch size rounds the probabilities, so they are left out then."""
+    """Remove the probabilities from a file of samples if there is no native step.
+
+    Without it they depend on the batch size, in their last bits.
+    """
     if ops.why_not_native("decode_step", "cpu") is None:
         return data
     return re.sub(rb"(perplexity|(mean_)?logprob)\b\W+[\d.e+-]+", b"", data)
@@ -54,12 +57,17 @@ def assert_within_budget(
     got: Tensor, plain: Tensor | Sequence[Tensor], exact: Tensor, what: str = "result", *,
     dtype: torch.dtype | None = None, terms: float = 0.0, floor: float = 0.0,
 ) -> None:  # fmt: skip
-    """error(got) <= 2 x (error(plain) + eps x max|exact|), errors against `exact`, the same in float64.
+    """Assert that error(got) <= 2 x (error(plain) + eps x max|exact|). Errors are the largest differences from `exact`.
 
-    `plain` is the plain PyTorch expression in the dtype under test, eps that dtype's (`dtype`, or else plain's). Given
-    several, which add up in other orders, the worst of them counts: a few numbers' largest error is a matter of luck.
-    `terms`: the size of what `exact` is a sum of; it counts for max|exact| where nine tenths of it cancel. `floor`:
-    what float64 itself may be off by where everything in `exact` is that small.
+    Args:
+        got: The result.
+        plain: The result of the plain PyTorch expression in the dtype under test. Several may be given, which sum in
+            different orders. Then the worst counts, because the largest error of a few numbers is a matter of luck.
+        exact: The result in float64.
+        what: What the result is called if the test fails.
+        dtype: The dtype under test, whose eps is used; by default the dtype of `plain`.
+        terms: The magnitude of the terms that `exact` sums. It replaces max|exact| if over nine tenths of it cancel.
+        floor: How far off float64 itself may be, if everything in `exact` is that small.
     """
     plains = [plain] if isinstance(plain, Tensor) else plain
     error, *plain_errors = (_largest(t, exact, what) for t in (got, *plains))
@@ -70,9 +78,9 @@ def assert_rms_within_budget(
     got: Tensor, plain: Sequence[Tensor], exact: Tensor, what: str = "result", *,
     dtype: torch.dtype | None = None, terms: float = 0.0,
 ) -> None:  # fmt: skip
-    """The same budget for root-mean-square errors, which many roundings in a row make far steadier than the largest.
+    """Assert the same budget for root-mean-square errors, which vary far less than the largest error.
 
-    Several plain expressions (transformers has more than one attention): the worst of them counts.
+    With several plain results (transformers has more than one attention) the worst of them counts.
     """
     error, *plain_errors = (_rms(t, exact, what) for t in (got, *plain))
     _hold(error, max(plain_errors), exact, dtype or plain[0].dtype, what, terms)
@@ -94,6 +102,6 @@ def _hold(error: float, plain_error: float, exact: Tensor, dtype: torch.dtype, w
 
 
 def assert_close(got: Tensor, exact: Tensor, what: str = "result", tolerance: float = 1e-9) -> None:
-    """max|got - exact| <= tolerance x max|exact|, for float64 (1e-13 where what is exact is 0)."""
+    """Assert that max|got - exact| <= tolerance x max|exact| + 1e-13, for results in float64."""
     error, scale = _largest(got, exact, what), exact.abs().max().item() if exact.numel() else 0.0
     assert error <= tolerance * scale + 1e-13, f"{what}: error {error:.3e} at a scale of {scale:.3e}"

@@ -1,4 +1,4 @@
-"""FLOPs and bytes, compared with counts on the model itself."""
+"""FLOPs and bytes agree with counts on the model itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_forward_flops_are_what_pytorch_counts() -> None:
     attention = 4.0 * CONFIG.num_layers * CONFIG.hidden_size * 16
     products = forward_flops_per_token(CONFIG, 16) - attention
     counted = counter.get_total_flops() / ids.numel()
-    # PyTorch counts attention or not, by the operator that the CPU takes.
+    # Whether PyTorch counts attention depends on the operator that it chooses on this CPU.
     assert counted == pytest.approx(products) or counted == pytest.approx(products + attention)
     assert training_flops_per_token(CONFIG, 16) == 3 * forward_flops_per_token(CONFIG, 16)
 
@@ -57,7 +57,10 @@ def test_training_bytes_are_the_models(fields: dict[str, Any]) -> None:
 
 
 def test_the_documented_plan_is_this_arithmetic() -> None:
-    """The table of docs/training.md: GB of memory and of messages, and GB/s that hide them behind 8 rows of 1024."""
+    """The table in docs/training.md is what `training_bytes` computes.
+
+    Its columns are GB of memory, GB of messages, and the GB/s that hide the messages behind 8 rows of 1024 tokens.
+    """
     rows = re.findall(r"^\| (gpt2\S*) \| (\w+) \| (\d+) \| (.*) \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) == 12
     for preset, parallel, processes, figures in rows:

@@ -1,4 +1,4 @@
-"""The package's structure: imports point downwards, only the command line prints, importing it loads little."""
+"""The structure of the package: imports point down, only the command line prints, `import fastgpt2` loads little."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [*sorted((ROOT / "fastgpt2").rglob("*.py")), *sorted((ROOT / "kernels/fastgpt2_kernels").rglob("*.py"))]
 LAZY = ("triton", "transformers", "tokenizers", "safetensors", "tqdm", "huggingface_hub", "pyarrow", "datasets")
 LAZY += ("matplotlib", "peft", "tensorboard", "wandb", "lm_eval")
-# Parts of PyTorch that need another library, or seconds to load.
+# Parts of PyTorch that need another library, or take seconds to load.
 LAZY_TORCH = ("torch.distributed.checkpoint", "torch.distributed.device_mesh", "torch.distributed.fsdp")
 LAZY_TORCH += ("torch.distributed.tensor", "torch.utils.tensorboard")
 
@@ -27,7 +27,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The full name of every module that a file imports, also inside functions and for type checking only."""
+    """The full name of every module that a file imports, including imports inside functions and for type checking."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -42,7 +42,7 @@ MODULES = {module_name(path): path for path in PACKAGES}
 
 
 def imports_within_functions(path: Path) -> Iterator[str]:
-    """The outermost package of every import inside a function; of PyTorch's lazy parts the full name."""
+    """The top-level package of every import inside a function. For PyTorch's lazy parts, the full name."""
     for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for node in ast.walk(function):
@@ -53,7 +53,10 @@ def imports_within_functions(path: Path) -> Iterator[str]:
 
 
 def picture() -> list[list[str]]:
-    """The lines of CONTRIBUTING's picture of the package, lowest first: names, two spaces or more, what they are."""
+    """The names on each line of CONTRIBUTING's picture of the package, lowest line first.
+
+    On a line, two spaces or more separate the names from their description.
+    """
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = text.split("## The package\n")[1].split("```\n")[1]
     return [line.partition("  ")[0].replace("/", "").split() for line in reversed(block.splitlines())]
@@ -65,7 +68,7 @@ LAYERS = picture()
 def layer_of(module: str) -> int:
     name = (module.split(".")[1:] or ["fastgpt2"])[0]
     layers = [number for number, names in enumerate(LAYERS) if name in names]
-    assert len(layers) == 1, f"{module} must stand in CONTRIBUTING's picture of the package, once"
+    assert len(layers) == 1, f"{module} must be in CONTRIBUTING's picture of the package exactly once"
     return layers[0]
 
 
@@ -82,7 +85,7 @@ def test_imports_point_down(name):
         if name.startswith("fastgpt2_kernels"):
             assert top != "fastgpt2", f"{name} imports {imported}"
             if top == "triton":
-                # Kernel files only: the operators and what they are made of load without Triton.
+                # Only kernel files import Triton, so that the operators load without it.
                 assert name.startswith("fastgpt2_kernels.triton.")
                 assert name != "fastgpt2_kernels.triton.launch"
             continue
@@ -97,17 +100,19 @@ def test_imports_point_down(name):
 
 
 def test_no_circles():
-    """Following imports from a module, also those inside functions and for type checking, never leads back to it."""
+    """Following a module's imports never leads back to it. Imports inside functions and for type checking count."""
     remaining = {name: set(imports(path)) & MODULES.keys() - {name} for name, path in MODULES.items()}
     while free := [name for name, imported in remaining.items() if not imported & remaining.keys()]:
         for name in free:
             del remaining[name]
-    assert not remaining, f"these import each other in a circle, or import from one: {', '.join(sorted(remaining))}"
+    assert not remaining, (
+        f"these modules import each other in a circle, or import from such a circle: {', '.join(sorted(remaining))}"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] == "fastgpt2"])
 def test_imports_within_functions_are_of_what_not_everybody_has_or_needs(name):
-    # fcntl: POSIX only.
+    # Only POSIX has fcntl.
     allowed = {*LAZY, *LAZY_TORCH, "fcntl"}
     assert set(imports_within_functions(MODULES[name])) <= allowed
 
@@ -171,7 +176,7 @@ contextlib.redirect_stderr(out):\n    main({arguments})\n\
 
 
 def test_the_public_names_are_light():
-    """They load torch and numpy, and nothing that is heavy or optional."""
+    """Loading them loads torch and numpy, and nothing else that is heavy or optional."""
     code = f"import sys, torch; before = set(sys.modules); from fastgpt2 import *; GPT2; \
 print(*[m for m in {(*LAZY, *LAZY_TORCH)!r} if m in set(sys.modules) - before])"
     assert python(code) == ""
@@ -179,7 +184,7 @@ print(*[m for m in {(*LAZY, *LAZY_TORCH)!r} if m in set(sys.modules) - before])"
 
 @pytest.mark.parametrize("with_kernels", [False, True], ids=["without", "with"])
 def test_transformers_imports_from_the_root(with_kernels, tmp_path):
-    if with_kernels:  # a stand-in for Hugging Face's library of that name
+    if with_kernels:  # a stand-in for Hugging Face's library `kernels`
         (tmp_path / "kernels").mkdir()
         (tmp_path / "kernels/__init__.py").write_text("__version__ = '0.0.1'\n", encoding="utf-8")
     assert python("from transformers import GPT2Config; print(GPT2Config().n_embd)", tmp_path) == "768"

@@ -1,6 +1,6 @@
-"""Bad inputs to every command and to the library's functions: each is refused in one clear sentence, and harms nothing.
+"""Every command and public function refuses bad inputs in one clear sentence, and changes nothing.
 
-What is refused, and in which words, stands by class in tests/hostile/.
+The files in tests/hostile/ list the inputs and the errors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COMMAND_LINES = {
     "convert": checkpoint_commands.CONVERT,
     "no command": other_commands.NONE,
 }
-# Extremes that have a result: exit status 0.
+# Extreme inputs that are valid, so the exit status is 0.
 DEFINED = [
     *(
         f"generate x --model model --max-new-tokens 2 {option}"
@@ -72,7 +72,7 @@ def test_one_clear_sentence(name):
 
 
 def test_there_are_enough_of_them():
-    """At least so many of each class, and of all."""
+    """There are at least this many cases of each kind, and in all."""
     least = {
         "generate": 140,
         "train": 120,
@@ -103,14 +103,14 @@ def bad_files(tiny_checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def in_the_zoo(bad_files, monkeypatch) -> Iterator[None]:
-    """The current folder; no command may change a file there, nor take long."""
+    """Make the zoo the current folder. The command may not change a file in it, or take longer than 60 s."""
     monkeypatch.chdir(bad_files)
-    monkeypatch.setattr(sys, "stdin", None)  # as Python leaves it where it was closed
+    monkeypatch.setattr(sys, "stdin", None)  # as Python sets it if it was closed
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = contents(bad_files)
 
     def too_long(number: int, frame: object) -> None:
-        raise AssertionError("takes longer than 60 s")
+        raise AssertionError("took longer than 60 s")
 
     previous = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(60)
@@ -119,11 +119,11 @@ def in_the_zoo(bad_files, monkeypatch) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
-    assert contents(bad_files) == before, "made or changed a file before the arguments were known to be good"
+    assert contents(bad_files) == before, "made or changed a file before the arguments were checked"
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """The size and the time of every file, and of every folder its name."""
+    """The size and modification time of every file, and zeros for every folder."""
     found = {}
     for parent, folders, files in os.walk(folder):
         found |= {os.path.join(parent, name): (0, 0) for name in folders}
@@ -136,7 +136,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
 def status_of(line: str) -> object:
     try:
         return main(shlex.split(line))
-    except SystemExit as end:  # how argparse ends
+    except SystemExit as end:  # argparse ends this way
         return end.code
 
 
@@ -154,7 +154,7 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(line, sentence, i
     assert said.err.startswith(f"fastgpt2: {sentence}")
     assert said.err.count("\n") == 1
     assert len(said.err) < 3000
-    assert said.out in ("", "x")  # the prompt x may be on the screen already
+    assert said.out in ("", "x")  # the prompt x may have been printed already
 
 
 @pytest.mark.parametrize("line", DEFINED)
@@ -164,7 +164,7 @@ def test_extremes_that_have_a_result(line, in_the_zoo, capfd):
 
 
 def test_prompts_without_an_end(in_the_zoo, capfd, monkeypatch):
-    """What a small compressed file inflates to is limited."""
+    """The uncompressed size of a compressed file is limited."""
     monkeypatch.setattr("fastgpt2.cli.generate._MOST_PROMPT_BYTES", 1000)
     for name in ("bomb.txt.gz", "blank.jsonl.gz", "bomb.fasta.gz", "bomb.csv.gz", "blank.csv.gz"):
         assert status_of(f"generate --prompts {name} --model model") == 2
@@ -237,7 +237,7 @@ def test_memory_that_is_not_there_is_one_sentence(error, capsys, monkeypatch):
 def test_more_memory_than_there_is(tiny_checkpoint, capsys):
     """`main` recognizes the real message of an allocator that runs out of memory."""
     text = tiny_checkpoint / "config.json"
-    # More than a process can address, so that no machine's lenience with memory decides.
+    # More than a process can address, because some machines promise more memory than they have.
     for option, value in (("--batch-size", 10**14), ("--context", 2**31 - 1)):
         out = tiny_checkpoint.parent / f"no-memory{option}"
         arguments = ["train", "--data", str(text), "--out", str(out), "--steps", "1", "--vocab-size", "257"]

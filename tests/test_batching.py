@@ -1,4 +1,4 @@
-"""The batch size that a run chooses by itself depends on memory and measured time, and does not change the samples."""
+"""The automatic batch size depends on memory and measured time, and does not change the samples."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_the_rows_with_most_tokens_a_second_are_taken(model, seconds, best, monk
     assert find(model, 10_000) == best
     assert asked == list(seconds)
     assert find(model, 10_000) == best
-    assert asked == list(seconds), "what was measured is known"
-    # No trial is longer than the run, or of more rows than it has.
+    assert asked == list(seconds), "a batch size was measured twice"
+    # A trial is never longer than the run, and never has more rows.
     assert find(model, 10_000, new=1) == 32
     assert find(model, 100, new=10_000) == min(best, 64)
     assert find(model, 7) == 7
@@ -65,7 +65,7 @@ def test_memory_limits_the_rows(model, monkeypatch):
     for free, rows in ((2 * 5 * of_row, 5), (0, 1), (2 * 100 * of_row, 64), (None, 256)):
         monkeypatch.setattr(batching, "free_memory", lambda device, free=free: free)
         assert find(model, 10_000) == rows
-    # Short prompts take less than a context.
+    # Short prompts with short samples need less than a whole context.
     monkeypatch.setattr(batching, "free_memory", lambda device: 2 * 5 * of_row)
     assert find(model, 10_000, new=1, prompts=[[1, 2]] * 10_000) > 5
 
@@ -75,7 +75,7 @@ def test_samples_do_not_depend_on_the_rows_that_are_chosen(model, seed, monkeypa
     prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 12))] for _ in range(100)]
     options = {"max_new_tokens": 6, "num_samples": 3, "seed": seed}
     monkeypatch.setattr(batching, "free_memory", lambda device: PLENTY)
-    monkeypatch.setattr(batching, "_COST", 0)  # trials, however short the run
+    monkeypatch.setattr(batching, "_COST", 0)  # run trials however short the run is
     found = []
     for times in ({32: 1.0, 64: 9.0}, {32: 1.0, 64: 1.0, 128: 1.0, 256: 1.0}):
         monkeypatch.setattr(batching, "_seconds", lambda _, rows, *rest, times=times: times[rows])
@@ -84,7 +84,7 @@ def test_samples_do_not_depend_on_the_rows_that_are_chosen(model, seed, monkeypa
     monkeypatch.undo()
     monkeypatch.setattr(batching, "_COST", 0)
     batching._measured.clear()
-    found.append(model.generate(prompts, **options))  # with real trials
+    found.append(model.generate(prompts, **options))  # this time with real measurements
     assert batching._measured[model]
     assert found[0] == found[1] == found[2] == model.generate(prompts, batch_size=rng.randint(1, 9), **options)
     assert all(seconds > 0 for seconds in batching._measured[model].values())

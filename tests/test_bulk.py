@@ -66,7 +66,7 @@ def test_recipes(name, percent, proteins, tmp_path, capsys):
     words = replaced(recipe(name), model=proteins, out=out, num_samples=150, max_new_tokens=12)
     if "--min-length" in words:
         replaced(words, min_length=3)
-    # Likely enough that some samples end.
+    # So many stop tokens that some samples end.
     words += [
         "--token-ids",
         "--device",
@@ -81,7 +81,7 @@ def test_recipes(name, percent, proteins, tmp_path, capsys):
     prompt = model.tokenizer.encode(words[1])
     left = []
     for record in records:
-        # The recipe's own script: the loss of prompt and continuation together.
+        # As the script of the published recipe does: the loss of prompt and continuation together.
         ids = torch.tensor([prompt + record["token_ids"]])
         with torch.no_grad():
             loss = twin(ids, labels=ids).loss.item()

@@ -1,4 +1,4 @@
-"""Bad inputs of bulk work, to `generate` and `score` alike: one sentence, status 2, and nothing is lost."""
+"""`generate` and `score` refuse bad inputs of bulk work in one sentence with status 2, and lose nothing."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def command(request) -> str:
 
 @pytest.fixture
 def run(command, tiny_checkpoint, capsys, monkeypatch) -> Callable[..., tuple[int, str]]:
-    """Runs the command on an input; the status and what it said."""
-    monkeypatch.setattr(score_command, "GROUP", 2)  # so that two shares have something to do
+    """`run(path, out)` runs the command on an input. It returns the status and what was printed."""
+    monkeypatch.setattr(score_command, "GROUP", 2)  # so that each of two shares has work
 
     def call(path: Path, out: Path, *more: object, model: Path = tiny_checkpoint) -> tuple[int, str]:
         words = [command, "--prompts", path] if command == "generate" else [command, path]
@@ -96,7 +96,9 @@ def test_files_that_cannot_be_used(spoil, command, run, tmp_path):
     path, message = spoil(tmp_path, COLUMNS[command])
     status, said = run(path, tmp_path / "out.jsonl")
     assert status == 2
-    errors = [line for line in said.splitlines() if " tokens/s" not in line]  # what was done before is summed up
+    errors = [
+        line for line in said.splitlines() if " tokens/s" not in line
+    ]  # without the summary of what was done before the error
     assert len(errors) == 1
     assert errors[0].startswith("fastgpt2: ")
     assert message in errors[0]

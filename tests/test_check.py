@@ -31,7 +31,7 @@ TINY = Shapes(1, 8, 2, 6, models._CONFIG)
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """`broken(operator, backend)` makes every result of that function 1% too large."""
+    """`broken(operator, backend)` makes every result of that operator on that backend 1% too large."""
 
     def scaled(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -41,13 +41,13 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     def apply(operator: str, backend: str) -> None:
         module, name = backends._PLACES[operator, backend]
         right = backends.implementation(operator, backend)
-        if (operator, backend) == ("cached_attention", "torch"):  # of other functions than the table's
+        if (operator, backend) == ("cached_attention", "torch"):  # the operator calls this function, not the table's
             module, name = "fastgpt2_kernels.torch.decode", "cached_attention"
             right = torch_decode.cached_attention
 
         def wrong(*args: Any, **kwargs: Any) -> Any:
             result = right(*args, **kwargs)
-            for written in args if result is None else ():  # where its results are written to
+            for written in args if result is None else ():  # results may be written to arguments
                 if isinstance(written, torch.Tensor) and written.is_floating_point() and written.dim() == 2:
                     written.mul_(1.01)
             if operator == "sample":

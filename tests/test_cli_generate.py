@@ -33,7 +33,7 @@ def prompts_file(tmp_path) -> Path:
 
 @pytest.fixture
 def command(tiny_checkpoint, prompts_file):
-    """Runs `fastgpt2 generate` on the tiny model: 5 prompts, 3 samples each, 8 tokens."""
+    """`command(...)` runs `fastgpt2 generate` on the tiny model, with 3 samples of up to 8 tokens per prompt."""
 
     def run(*arguments: object) -> int:
         options = ["--num-samples", 3, "--max-new-tokens", 8, "--seed", 5, "--device", "cpu"]
@@ -67,7 +67,7 @@ def test_resume_makes_what_an_uninterrupted_run_makes(suffix, command, prompts_f
     assert command("--prompts", prompts_file, "--out", whole) == 0
     data = whole.read_bytes()
     end = re.compile(rb"\n(?=>|\Z)" if suffix == ".fasta" else rb"\n")
-    # Once in the first record: another batch size then finishes another one first.
+    # One cut is within the first record. With another batch size, another record may then be finished first.
     for cut in (rng.randrange(20), *rng.sample(range(len(data)), 3)):
         out.write_bytes(data[:cut])
         settings = (tmp_path / f"whole{suffix}.run.json").read_bytes()

@@ -1,4 +1,4 @@
-"""The line that says how far `generate` and `score` are: complete on a terminal, and nothing elsewhere."""
+"""The progress line of `generate` and `score`: complete on a terminal, and absent elsewhere."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Terminal(io.StringIO):
         return True
 
     def lines(self) -> list[tuple[int, int, str, int, int, int]]:
-        """(done, total, unit, left, tokens per second, rows in flight) of every look of the line."""
+        """(done, total, unit, left, tokens per second, rows in flight) every time that the line was drawn."""
         found = [match for part in re.split(r"[\r\n]", self.getvalue()) if (match := LINE.search(part))]
         return [(int(m[2]), int(m[3]), m[4], int(m[5]), int(m[6].replace(",", "")), int(m[7])) for m in found]
 
 
 @pytest.fixture
 def on_terminal(monkeypatch) -> Callable[[], Terminal]:
-    """Makes stderr a terminal; to be called in the test, since pytest sets stderr anew when that begins."""
+    """`on_terminal()` makes stderr a terminal. The test itself must call it, after pytest has replaced stderr."""
     monkeypatch.setattr(progress_module, "_INTERVAL", 0.0)
 
     def make() -> Terminal:
@@ -63,7 +63,7 @@ def test_every_look_is_of_one_moment(on_terminal):
     with Progress(30, 0, "sample") as progress:
         for row in range(30):
             if row % 3 == 0:
-                time.sleep(0.11)  # tqdm would draw by itself
+                time.sleep(0.11)  # long enough that tqdm by itself would draw
             progress.add((row, 0), 1, ends=True)
     assert {done + left for done, _, _, left, _, _ in terminal.lines()} == {30}
 

@@ -102,7 +102,7 @@ def test_a_cut_run_and_shares_make_what_one_run_makes(suffix, command, tmp_path,
     options = ("--skip-bad", "--batch-tokens", rng.randint(1, 90))
     assert command(path, "--out", whole, *options) == 0
     data = whole.read_bytes()
-    # Cut off anywhere, resumed by one process, then by one of three shares, then the others; the last one merges.
+    # The output is cut off anywhere. The three shares resume it one after the other, and the last one merges.
     out.write_bytes(data[: rng.randrange(len(data) // 2)])
     (tmp_path / f"out{suffix}.run.json").write_bytes((tmp_path / f"whole{suffix}.run.json").read_bytes())
     shares = [0, 1, 2]
@@ -111,7 +111,7 @@ def test_a_cut_run_and_shares_make_what_one_run_makes(suffix, command, tmp_path,
         assert command(path, "--out", out, *options, "--resume", "--shard", f"{share}/3") == 0
         assert (out.read_bytes() == data) == (number == 2)
     assert [file.name for file in tmp_path.glob("*.part-*")] == []
-    # Three shares begin the run, and one process ends it.
+    # One of three shares begins the run, and a single process finishes it.
     out.unlink()
     assert command(path, "--out", out, *options, "--shard", "1/3") == 0
     assert command(path, "--out", out, *options, "--resume") == 0

@@ -1,4 +1,4 @@
-"""GPT2Config: presets, Hugging Face's config.json both ways, and what is refused."""
+"""GPT2Config: presets, reading and writing Hugging Face's config.json, and what is refused."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def prompts(seed: int, rows: int = 5) -> list[list[int]]:
 
 
 def banned(ids: list[int], new: int) -> dict[int, float]:
-    """What `BANS` adds to the logits of a row: a direct implementation of the settings, token by token."""
+    """What `BANS` adds to the logits of a row, computed directly from the settings, token by token."""
     added: dict[int, float] = dict.fromkeys([3, 9, 17, 5], -math.inf)
     added[8] = 1.5
     for prefix, token, bias in (((6,), 7, -math.inf), ((10,), 11, -2.0), ((12, 13), 14, 3.0)):
@@ -51,7 +51,9 @@ def test_logits_are_changed_as_the_settings_say(seed, length):
     generator = torch.Generator().manual_seed(seed)
     constraints = Constraints(SamplingConfig(**BANS), None, STOPS, V, torch.device("cpu"))
     assert not constraints.is_empty
-    rows = torch.randint(5, 15, (8, length), generator=generator).tolist()  # few tokens, so that sequences occur
+    rows = torch.randint(
+        5, 15, (8, length), generator=generator
+    ).tolist()  # few different tokens, so that banned sequences occur
     counts = [i % 6 for i in range(8)]
     logits = torch.randn(8, V, generator=generator)
     changed = constraints.apply(logits, rows, counts)
@@ -63,7 +65,7 @@ def test_logits_are_changed_as_the_settings_say(seed, length):
 
 
 def clear_greedy(model: GPT2, rows: list[list[int]], new: int) -> tuple[list[list[int]], bool]:
-    """Greedy continuations under BANS, computed by whole forward passes, and whether every choice was clear."""
+    """Greedy continuations under BANS, each token from a whole forward pass; and whether every choice was clear."""
     out, is_clear = [], True
     for ids in rows:
         held = list(ids)
@@ -82,7 +84,7 @@ def clear_greedy(model: GPT2, rows: list[list[int]], new: int) -> tuple[list[lis
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_greedy_continuations_keep_to_them(seed, dtype):
-    """On the decoding step, and in float64 on PyTorch's operators."""
+    """Continuations obey the settings, with the decoding step in float32 and with PyTorch's operators in float64."""
     for attempt in range(50):
         model = random_model(seed + attempt).double()
         rows = prompts(seed + attempt)
@@ -99,7 +101,7 @@ SETTINGS = [{}, {"top_k": 7, "temperature": 1.4}, {"top_p": 0.9, "min_p": 0.02, 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_processor_that_changes_nothing_changes_no_sample(seed, settings):
-    """A processor moves sampling out of the step, but the logits and the random numbers stay the same."""
+    """With a processor, tokens are chosen outside the decoding step. The logits and random numbers stay the same."""
     model = random_model(seed)
     options = {"num_samples": 3, "max_new_tokens": 8, "seed": seed, "batch_size": 4, **settings}
     plain = model.generate(prompts(seed), **options)
@@ -178,10 +180,10 @@ def test_rows_of_a_padded_tensor_are_what_they_are_without_padding(seed, side):
     [
         ([[5, 6, 7], [0, 8, 9]], {}, True),
         ([[5, 6, 7], [8, 9, 0]], {}, True),
-        ([[0, 6, 7], [0, 8, 9]], {}, True),  # padded to a multiple of something
-        ([[5, 6, 7], [8, 0, 9]], {}, False),  # in the middle: a token
+        ([[0, 6, 7], [0, 8, 9]], {}, True),  # padded even in the longest row, to some multiple
+        ([[5, 6, 7], [8, 0, 9]], {}, False),  # in the middle it is a token
         ([[5, 6, 7], [8, 9, 4]], {}, False),
-        ([[0, 6, 7], [0, 8, 9]], {"bos_token_id": 0}, False),  # every text begins so
+        ([[0, 6, 7], [0, 8, 9]], {"bos_token_id": 0}, False),  # the bos token that begins every text
         ([[5, 6, 0], [8, 9, 0]], {"eos_token_id": 0}, False),
         ([[0, 0, 7], [0, 8, 9]], {"bos_token_id": 0}, True),
         ([[5, 6, 7], [0, 8, 9]], {"bos_token_id": 0}, True),

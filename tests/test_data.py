@@ -1,4 +1,4 @@
-"""Corpora, shards and batches."""
+"""Training data: corpora, shards of tokens, and batches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def decode(shard: TokenShard) -> str:
 
 
 def test_shards_hold_every_document_once_and_split_by_document(tmp_path: Path, seed: int, monkeypatch) -> None:
-    monkeypatch.setattr(data, "PIECE_BYTES", 37)  # many pieces a document
+    monkeypatch.setattr(data, "PIECE_BYTES", 37)  # so that a document has many pieces
     texts = make_corpus(tmp_path / "c", random.Random(seed))
     (tmp_path / "c" / "binary.py").write_bytes(b"a\0b")
     (tmp_path / "c" / "latin.py").write_bytes(b"caf\xe9\n")
@@ -154,10 +154,12 @@ def test_an_epoch_sees_windows_once_and_targets_are_the_next_tokens(
         inputs, targets = shard.rows(epoch * per_epoch, per_epoch, context, seed)
         assert inputs.dtype == torch.int64
         assert torch.equal(inputs + 1, targets)
-        assert len(set(inputs.flatten().tolist())) == inputs.numel()  # no overlap
-        assert size - 1 - inputs.numel() < 2 * context  # and little left out
+        assert len(set(inputs.flatten().tolist())) == inputs.numel()  # windows do not overlap
+        assert size - 1 - inputs.numel() < 2 * context  # and cover nearly all tokens
         starts.append(inputs[:, 0].tolist())
-    if per_epoch > 4 and context > 1:  # windows begin elsewhere each time: not always at multiples of the context
+    if (
+        per_epoch > 4 and context > 1
+    ):  # each epoch shifts the windows, so they do not always begin at multiples of the context
         offsets = {shard.rows(epoch * per_epoch, 1, context, seed)[0][0, 0].item() % context for epoch in range(20)}
         assert len(offsets) > 1
     if per_epoch > 4:
@@ -389,7 +391,7 @@ def test_bad_tables(name: str, content: str, message: str, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         find_documents([tmp_path / name])
     assert "\n" not in str(caught.value)
-    # In a folder it is one of the files that are passed over.
+    # In a folder, such a file is skipped.
     (tmp_path / "good.txt").write_text("text\n", encoding="utf-8")
     assert find_documents([tmp_path], val_fraction=0).skipped == 1
 

@@ -11,7 +11,7 @@ from fastgpt2.train import resolve_dtype
 
 @pytest.fixture
 def capability(monkeypatch: pytest.MonkeyPatch) -> dict[int | None, tuple[int, int]]:
-    """Fake the capability by the device's index."""
+    """Fake each device's capability, given by its index."""
     of = {0: (9, 0), 1: (7, 5)}
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of[torch.device(device).index or 0])

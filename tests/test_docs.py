@@ -1,4 +1,4 @@
-"""README, docs/ and examples/: their snippets run as they are, and the files, tests and errors that they name exist."""
+"""The snippets in README, docs/ and examples/ run as they are. The files, tests and errors that they name exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SNIPPETS = [
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SLOW_EXAMPLES = {"ray_generate"}  # starting Ray takes ten seconds
-# The arguments and stdin that make an example quick. Without them it does more of the same.
+# Arguments and stdin that make an example quick. Without them it does more of the same.
 ARGUMENTS = {"generate_batch": ["--num-samples", "2", "--max-new-tokens", "4"], "train_from_scratch": ["--steps", "2"]}
 ARGUMENTS |= {
     "stream_chat": ["--max-new-tokens", "4"],
@@ -75,7 +75,7 @@ def test_examples_are_short_and_say_how_to_run_them(path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_files_that_pages_name_exist(page: Path) -> None:
-    """Links to files of the repository, and tests named in code spans."""
+    """Links to files of the repository, and tests in code spans, name existing files."""
     text = page.read_text(encoding="utf-8")
     named = {ROOT / test for test in re.findall(r"`(tests/[\w/]+\.py)`", text)}
     named |= {page.parent / link for link in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]+)?\)", text)}
@@ -93,7 +93,7 @@ def test_every_promise_names_a_test() -> None:
 def test_the_errors_that_the_faq_explains_exist() -> None:
     quoted = re.findall(r'^\*\*"(.+)"\.\*\*', (ROOT / "docs/faq.md").read_text(encoding="utf-8"), re.MULTILINE)
     sources = [*(ROOT / "fastgpt2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
-    # Long strings are split over several lines.
+    # Join the string literals that are split over several lines.
     text = "".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in sources)
     assert len(quoted) > 5
     assert not [error for error in quoted if error not in text]
@@ -117,7 +117,10 @@ def test_examples_in_docstrings_run(module: str) -> None:
 
 
 def test_the_figures_are_what_their_script_draws(tmp_path: Path) -> None:
-    """Each is on the kernels' page, with the same words in it (fonts differ between versions of matplotlib)."""
+    """Each figure is on the kernels' page, and has the words that its script writes.
+
+    Only words are compared, because fonts differ between versions of matplotlib.
+    """
     docs = ROOT / "docs"
     runpy.run_path(str(docs / "figures.py"))["main"](tmp_path)
     page = (docs / "kernels.md").read_text(encoding="utf-8")

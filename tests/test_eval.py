@@ -1,4 +1,4 @@
-"""Tasks of the LM Evaluation Harness: a local one, with our operators and with transformers' own."""
+"""Local tasks of the LM Evaluation Harness give the same results with our operators and with transformers' own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: {kind}
 """
-# A choice of four continuations, and the perplexity of texts.
+# One task chooses among four continuations, the other measures the perplexity of texts.
 CHOICE = """doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
@@ -54,7 +54,7 @@ def tasks(tmp_path: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="the extra is installed")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="the extra eval is installed")
 def test_without_the_harness_it_names_the_extra(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--model", str(tiny_checkpoint), "--tasks", "hellaswag", "--device", "cpu"]) == 2
     assert 'pip install "fastgpt2[eval]"' in capsys.readouterr().err
@@ -65,7 +65,7 @@ def test_without_the_harness_it_names_the_extra(tiny_checkpoint: Path, capsys: p
 def test_log_likelihoods_are_those_of_transformers(
     tiny_checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The results of every request, and the metrics that the harness makes of them."""
+    """They agree for every request, and so do the metrics that the harness computes from them."""
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 

@@ -1,4 +1,4 @@
-"""Files that are written whole: who may read them."""
+"""Files that are written atomically get the permissions that the umask leaves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
 def expected(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The mode of every new file, under an umask."""
+    """Set a umask, and return the mode that every new file must have."""
     before = os.umask(request.param)
     yield 0o666 & ~request.param
     os.umask(before)
@@ -36,7 +36,7 @@ def test_every_file_of_a_checkpoint_has_the_mode_that_the_umask_says(expected, t
     model = load_pretrained(tiny_checkpoint)
     model.save_pretrained(tmp_path / "new")
     save_nanogpt(model, tmp_path / "nano")
-    # Also where older files of another mode are replaced.
+    # The same holds if the new files replace older ones with another mode.
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     for path in (tmp_path / "old").iterdir():
         path.chmod(0o400)

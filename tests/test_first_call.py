@@ -1,4 +1,4 @@
-"""Compilation at first use: bounded, independent of rows and lengths, and possible ahead of time."""
+"""Few kernels are compiled at first use, whatever the rows and lengths. All of them can be compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def count(run) -> Counter:
 
 
 def test_generation_of_any_rows_and_lengths(seed: int) -> None:
-    """1 to 32 rows, prompts of 1 to 200 tokens. Row counts come in three classes of 5 linear maps each."""
+    """Generation with 1 to 32 rows and prompts of 1 to 200 tokens compiles few variants of each kernel.
+
+    Row counts fall into three classes, each with 5 variants of the linear kernel.
+    """
     model, rng = GPT2(SMALL, backend="triton").bfloat16().eval(), random.Random(seed)
 
     def run() -> None:
@@ -36,7 +39,8 @@ def test_generation_of_any_rows_and_lengths(seed: int) -> None:
             model.generate(prompts, max_new_tokens=3, temperature=0.8, top_k=50, stop_token_ids=(7,))
 
     found = count(run)
-    # attention: whether the documents' end is aligned to 16 bytes; layer norm: with a sum; sampling: of padded rows
+    # Two variants: attention with document ends aligned to 16 bytes or not, LayerNorm with a residual or without,
+    # sampling from padded rows or from others.
     most = {
         "_attention_fwd_kernel": 2, "_layer_norm_fwd_kernel": 2, "_bias_activation_fwd_kernel": 1, "_sample_kernel": 2,
         "_begin_step_kernel": 1, "_linear_decode_kernel": 15, "_decode_attention_kernel": 1,
@@ -56,7 +60,7 @@ def test_training_at_other_lengths_compiles_nothing() -> None:
     assert first.keys() >= {"_attention_bwd_dq_kernel", "_layer_norm_bwd_kernel", "_cross_entropy_kernel"}
     more = count(lambda: [step(*sizes) for sizes in ((2, 128), (3, 100), (2, 64), (8, 33))])
     assert more == first
-    # The targets of one row, a view shifted by one, do not begin at a multiple of 16 bytes.
+    # With one row, the targets are a view shifted by one, which is not aligned to 16 bytes.
     assert count(lambda: [step(*sizes) for sizes in ((2, 128), (1, 256), (1, 77))]) - first <= Counter(
         {"_cross_entropy_kernel": 1}
     )
@@ -66,14 +70,17 @@ def test_what_is_found_leaves_no_trace() -> None:
     model = GPT2(SMALL, backend="triton").eval()
     assert count(lambda: model.generate([[1]], max_new_tokens=2, temperature=0))
     assert "Triton kernels need a GPU" in str(ops.why_not_triton("layer_norm", "cpu"))
-    # A second look compiles the same again: nothing of the first is kept.
+    # A second search finds the same variants, so nothing of the first one was kept.
     run = lambda: model.generate([[1]], max_new_tokens=2, temperature=0)  # noqa: E731
     assert count(run) == count(run)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"])
 def test_what_is_compiled_ahead_covers_generation(target: str) -> None:
-    """Every kernel of a step, as a CUDA graph launches it; with programmatic dependent launch where there is that."""
+    """All kernels of a step are found, as a CUDA graph launches them.
+
+    Where the target has programmatic dependent launch, they include the variants that use it.
+    """
     found = find_variants(SMALL, target, dtype=torch.float16, rows=ROWS[:2], trains=True)
     names = Counter(variant.kernel for variant in found)
     assert {"_begin_step_kernel", "_sample_kernel", "_decode_attention_kernel", "_attention_bwd_dkdv_kernel"} <= set(
@@ -100,7 +107,7 @@ def test_warmup_fills_the_cache(
     kernels = {path.name for path in tmp_path.rglob("*.cubin")}
     assert {"_begin_step_kernel.cubin", "_sample_kernel.cubin", "_linear_decode_kernel.cubin"} <= kernels
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")}
-    assert main(command) == 0  # finds all of it there
+    assert main(command) == 0  # everything is in the cache already
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")} == before
 
 

@@ -39,7 +39,7 @@ def test_the_declared_options_are_those_that_are_taken():
 
 
 class ByteTokenizer:
-    """Token i is byte i: characters beyond ASCII take several tokens."""
+    """A tokenizer whose token i is byte i. Characters beyond ASCII take several tokens."""
 
     eos_token_id = None
 
@@ -51,7 +51,10 @@ class ByteTokenizer:
 
 
 def choose(logits: torch.Tensor, config: SamplingConfig, row: tuple[int, int, int], seen: torch.Tensor) -> torch.Tensor:
-    """The next tokens (N,) of one row for logits (N, V); row: its prompt, its sample, and how many tokens it has."""
+    """Choose the next token of one row for each of N logits (N, V).
+
+    row: the prompt's index, the sample's index, and the number of tokens that the sample has.
+    """
     (prompt, sample_index, position), N = row, len(logits)
     keys = ops.row_keys(config.seed, [prompt], [sample_index]).expand(N, 2).contiguous()
     positions = torch.full((N,), position, dtype=torch.int32)
@@ -63,7 +66,7 @@ def choose(logits: torch.Tensor, config: SamplingConfig, row: tuple[int, int, in
 
 
 def assert_same(model: GPT2, one: list[Sample], other: list[Sample]) -> None:
-    """Equal bit for bit with a decoding step. With PyTorch's operators rounding depends on the number of rows."""
+    """Assert equality: bit for bit with a decoding step, else up to rounding, which depends on the number of rows."""
     if why_not_decode(model) is None:
         assert one == other
         return
@@ -73,11 +76,13 @@ def assert_same(model: GPT2, one: list[Sample], other: list[Sample]) -> None:
 
 
 def assert_step_by_step(model: GPT2, got: Sample, config: SamplingConfig, *, context_shift: bool = False) -> int:
-    """`got` is what the introductory loop gives: a whole forward pass, choose, append. No cache, no batch.
+    """Assert that the introductory loop (forward pass, choose, append) gives the same tokens, without cache and batch.
 
-    With `context_shift` the forward takes the last half of the context when there is no room for all tokens since then.
-    Returns at how many tokens rounding decides: the loop's logits, moved by a few roundings, give either token there
-    (two logits or probabilities that nearly tie). Any other difference fails.
+    With `context_shift`, when the tokens no longer fit in the context, the loop continues from the last half context.
+
+    Returns:
+        The number of tokens that rounding decides. There the loop's logits nearly tie: moved by a few roundings, they
+        give either token. Any other difference fails.
     """
     ids, stop, ties = list(got.prompt_ids), config.stop_token_ids or (), 0
     context, first = model.config.context_length, 0
@@ -131,7 +136,7 @@ def test_greedy_equals_transformers_on_ragged_batches(seed, dtype):
 
 
 def test_alone_in_any_batch_and_step_by_step_are_one(seed):
-    """At least 200 random cases: greedy and sampled, filters crossed, any batch size, any number of samples."""
+    """This holds in at least 200 random cases, with all combinations of filters, batch sizes and numbers of samples."""
     rng = random.Random(seed)
     cases = ties = 0
     for trial in itertools.count():
@@ -229,8 +234,8 @@ def test_a_full_context_ends_a_row_and_harms_no_other(seed):
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "late"])
 def test_a_shifted_context_goes_on_from_its_last_tokens(backend, seed, monkeypatch):
-    """As the plain loop that does the same; with any rows beside, also samples that follow in a shifted row's slot."""
-    if backend == "late":  # a step is read when the next one has begun, as on a GPU
+    """Tokens are those of the plain loop, whatever other rows there are, even in a slot that a shifted row has left."""
+    if backend == "late":  # read a step after the next one has begun, as on a GPU
         monkeypatch.setattr(DecodeSession, "is_asynchronous", True)
         backend = "auto"
     rng = random.Random(seed)
@@ -335,7 +340,7 @@ def scripted(text: str) -> GPT2:
         ("hello END more", ("ND m", "END"), "hello ", 9),
         ("aaab", ("ab",), "aa", 4),
         ("grüße — 日本語!", ("語",), "grüße — 日本", len("grüße — 日本語".encode())),
-        ("held back \ufffd", ("k \ufffd",), "held bac", 13),  # found only when no more tokens come
+        ("held back \ufffd", ("k \ufffd",), "held bac", 13),  # found only after the last token
         ("nothing here", ("zebra", "herez"), "nothing here", 12),
     ],
 )
@@ -349,7 +354,7 @@ def test_stop_strings_and_streaming(said, stop, text, tokens):
     assert "".join(e.text for e in events) == text
     assert finished.finish_reason == ("stop" if tokens < len(said.encode()) or said.endswith(stop) else "length")
     given = list(itertools.accumulate(e.text for e in events))
-    assert all(text.startswith(part) for part in given), "text was given out that a stop string then took back"
+    assert all(text.startswith(part) for part in given), "text was yielded that a stop string removed later"
 
 
 def test_prompts_are_read_as_room_becomes_free(seed):
@@ -368,7 +373,7 @@ def test_prompts_are_read_as_room_becomes_free(seed):
 
 
 def paths(seed: int, **changes) -> list[GPT2]:
-    """A model that uses a decoding step, if there is one here, and its twin on PyTorch's operators."""
+    """A model that decodes with a decoding step, if this machine has one, and the same model on PyTorch's operators."""
     stepped = tiny_model(seed, **changes)
     plain = GPT2(stepped.config, backend="torch").eval()
     plain.load_state_dict(stepped.state_dict())
@@ -376,7 +381,7 @@ def paths(seed: int, **changes) -> list[GPT2]:
 
 
 def test_a_run_neither_uses_nor_touches_the_mode(seed, monkeypatch):
-    """Two interleaved iterators over a model in training mode, with dropout; one is left early, closed late."""
+    """Two iterators take turns over a model in training mode, with dropout. One is left early and closed late."""
     options = {"max_new_tokens": 9, "num_samples": 2, "seed": 4, "stop_token_ids": ()}
     prompts = random_prompts(random.Random(seed), 5)
     for model in paths(seed, residual_dropout=0.5, embedding_dropout=0.5, attention_dropout=0.5):
@@ -409,7 +414,7 @@ def test_threads_share_a_model_in_training_mode(seed):
 
 
 def test_weights_that_change_during_a_run_end_it(seed):
-    """The change ends the run whenever it happens: while rows are decoded, and while prompts are still waiting."""
+    """A change ends the run whenever it happens, while rows are decoded or while prompts are still waiting."""
     for model, after in itertools.product(paths(seed), (1, 6, 20)):
         events = model.stream(random_prompts(random.Random(seed), 6), max_new_tokens=9, batch_size=3, stop_token_ids=())
         for _ in range(after):
@@ -478,7 +483,7 @@ def test_integers_of_numpy_and_torch_are_token_ids(seed):
 
 
 def test_free_slots_wait_for_each_other_and_not_for_ever(seed, monkeypatch):
-    """Rows end at different times: with waiting there are fewer prefills, the same tokens, and none is left out."""
+    """Rows end at different times. Waiting makes fewer prefills, and the same tokens for every prompt."""
     model = paths(seed)[0].double()  # no two tokens tie
     rng = random.Random(seed)
     prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 5))] for _ in range(40)]
@@ -486,7 +491,7 @@ def test_free_slots_wait_for_each_other_and_not_for_ever(seed, monkeypatch):
     prefill = Scheduler._prefill
 
     def counted(self, prompts):
-        # No slot has waited too long: all free slots together at most a step longer than a prefill costs.
+        # Together, the free slots have idled at most one step longer than a prefill costs.
         assert not self.rows or self.waiting.idle < self.waiting.most + self.cache.num_slots
         prefills.append(len(prompts))
         return prefill(self, prompts)
@@ -510,7 +515,7 @@ def test_free_slots_wait_for_each_other_and_not_for_ever(seed, monkeypatch):
 
 
 def test_waiting_ends():
-    """Waiting ends by its cost or by its steps. Without free slots or without prompts nothing waits."""
+    """Waiting ends when it has cost enough, or after enough steps. Without free slots or prompts nothing waits."""
     waiting = _Waiting(8.0)
     assert not waiting.is_over
     assert waiting.steps_left(0) == MOST_WAITING

@@ -1,4 +1,4 @@
-"""SIGKILL `fastgpt2 generate` at random moments and resume: nothing lost, nothing twice, the same samples."""
+"""`fastgpt2 generate` is killed at random moments and resumed. No sample is lost, repeated or changed."""
 
 from __future__ import annotations
 
@@ -81,10 +81,11 @@ def test_killed_runs_resume_to_what_an_uninterrupted_run_makes(
         process.join()
         assert process.exitcode == 0
         assert len(records(out)) == NUM_PROMPTS * NUM_SAMPLES
-        # In the same order too.
+        # The order is the same too.
         assert without_rounding(out.read_bytes()) == without_rounding(whole.read_bytes())
 
-    # Some at the start, while it loads or opens its files; the others in order, each further into the output.
+    # Some kills come at the start, while the run loads or opens files. The others come in order, each further into the
+    # output.
     moments = sorted(rng.random() * size if rng.random() < 0.8 else 0 for _ in range(kills))
     kept = Counter[bytes]()
     while moments:
@@ -98,12 +99,12 @@ def test_killed_runs_resume_to_what_an_uninterrupted_run_makes(
             finish()
             out.unlink()
             kept = Counter()
-            moments[0] *= rng.random()  # or a moment at the very end would be missed again and again
+            moments[0] *= rng.random()  # otherwise a moment at the very end might be missed every time
             continue
         del moments[0]
         if out.exists() and (data := out.read_bytes()):
-            # Nothing finished before is lost by a later run, and what there is, is whole up to the last newline. (A run
-            # that is killed at its very end has put its records in order.)
+            # No complete record is lost by a later run. Everything up to the last newline is complete records. They are
+            # compared without their order, because a run that is killed at its very end has sorted them.
             now = Counter(data.split(b"\n")[:-1])
             assert kept <= now
             kept = now

@@ -79,7 +79,7 @@ def test_unequal_batches_add_up_to_the_mean_of_all(seed: int) -> None:
 
 
 def test_200_steps_are_those_of_the_unfused_loss(seed: int) -> None:
-    """The loss of every step of a small model. Rounding has 200 steps to grow."""
+    """The losses of a small model agree at every step, although rounding errors have 200 steps to grow."""
     torch.manual_seed(seed)
     fused, unfused = (GPT2(TINY.replace(num_layers=1)).double() for _ in range(2))
     unfused.load_state_dict(fused.state_dict())

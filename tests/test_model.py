@@ -87,7 +87,7 @@ def test_each_dropout_acts_alone_and_is_reproducible(seed: int, which: str) -> N
 
 
 def test_dropout_rates(seed: int) -> None:
-    """The share of zeros where each dropout acts, and the scale of the rest."""
+    """Each dropout zeroes the right share of its values, and scales the others accordingly."""
     torch.manual_seed(seed)
     p, n = 0.3, 24 * 512
     model = random_model(seed, hidden_size=512, num_layers=1, embedding_dropout=p, residual_dropout=p).train()
@@ -122,7 +122,7 @@ def test_compile_takes_the_model_whole(seed: int, training: bool) -> None:
         for one in (compiled, model):
             torch.manual_seed(seed)
             results.append(one(ids))
-        if training and attention_dropout:  # drawn in another order
+        if training and attention_dropout:  # compiled code draws its random numbers in another order
             assert results[0].isfinite().all()
         else:
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
@@ -130,7 +130,7 @@ def test_compile_takes_the_model_whole(seed: int, training: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's compiler deprecates its own internals
 def test_compiled_forward_equals_eager(seed: int) -> None:
-    """Skipped where torch.compile cannot work: without a C++ compiler, or with a space in its path."""
+    """The test is skipped where torch.compile cannot work: without a C++ compiler, or with a space in its path."""
     from torch._inductor.exc import InductorError
 
     model = random_model(seed, num_layers=1)
@@ -215,7 +215,10 @@ def test_no_tokens(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("T", "S"), [(300, 300), (1, 1), (130, 260)])
 def test_attention_with_dropout_keeps_a_byte_for_a_score(seed: int, T: int, S: int) -> None:
-    """On a CPU the scores are computed again; first and second derivatives are the reference's with the same mask."""
+    """On a CPU, only the dropout mask is stored, a byte per score, and backward computes the scores again.
+
+    First and second derivatives are those of the reference with the same mask.
+    """
     B, H, D, p = 2, 2, 4, 0.3
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(B, H, n, D, dtype=torch.float64, generator=generator).requires_grad_() for n in (T, S, S))
@@ -224,7 +227,7 @@ def test_attention_with_dropout_keeps_a_byte_for_a_score(seed: int, T: int, S: i
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
         out = ops.causal_attention(q, k, v, dropout_p=p, backend="torch")
     assert sum(saved) <= q.nbytes + k.nbytes + v.nbytes + B * H * T * S
-    torch.rand(7)  # other numbers are drawn before backward
+    torch.rand(7)  # the generator moves on before backward
     keep = torch.zeros(B, H, T, S, dtype=torch.bool)
     start = 0
     for drop in out.grad_fn.saved_tensors[3:]:

@@ -1,4 +1,4 @@
-"""Generation on a CPU by the native backend: the engine around the step, and what it keeps between runs."""
+"""Generation on a CPU with the native backend: the code around the step, and what it keeps between runs."""
 
 from __future__ import annotations
 
@@ -44,12 +44,15 @@ def tokens(model: GPT2, seed: int, **options: object) -> list[list[int]]:
 
 
 def test_the_same_tokens_as_pytorchs_operators(model, seed):
-    """Greedy in float32 of random weights, whose logits do not tie."""
+    """Greedy tokens in float32 agree. The weights are random, so logits do not tie."""
     assert tokens(model, seed) == tokens(model, seed, pack_weights=False)
 
 
 def test_a_stream_s_tokens_are_those_of_whole_samples(model, seed):
-    """A stream makes one step per call, whole samples many. Some samples end early, and others take their slots."""
+    """A stream makes one step per call, and a run of whole samples makes many.
+
+    Some samples end early, and others take their slots.
+    """
     rng = random.Random(seed)
     options = {"max_new_tokens": rng.randint(17, 60), "num_samples": 2, "batch_size": 3, "seed": seed}
     whole = {(s.prompt_index, s.sample_index): s for s in model.generate(prompts(seed), **options)}
@@ -81,7 +84,7 @@ def test_weights_that_changed_between_runs_are_noticed(model, seed, change):
 
 
 def test_a_mark_holds_until_something_changes(seed):
-    """Large tensors, of which some numbers are looked at, and NaN, which is equal to itself here."""
+    """A change is noticed even in large tensors, of which only some numbers are compared. NaN equals itself here."""
     model = torch.nn.Linear(300, 400)
     with torch.no_grad():
         model.bias[3] = torch.nan
@@ -106,14 +109,14 @@ def test_packed_weights_are_kept_for_the_next_run_and_go_with_the_model(model, s
     pack = ops.pack_step_weights
     monkeypatch.setattr(ops, "pack_step_weights", lambda weights: packed.append(1) or pack(weights))
     decode.drop_sessions(model)
-    for batch_size in (2, 6, 6):  # another number of slots is another session of the same weights
+    for batch_size in (2, 6, 6):  # a session with another number of slots uses the same packed weights
         tokens(model, seed, batch_size=batch_size)
     assert len(packed) == 1
     assert model in decode._PACKED
     model.train()
     assert model not in decode._PACKED
     assert model not in decode._KEPT
-    tokens(model, seed)  # in training mode, which a run leaves as it found it
+    tokens(model, seed)  # in training mode, which the run does not change
     assert model.training
     assert model not in decode._KEPT
     model.eval()
@@ -122,17 +125,17 @@ def test_packed_weights_are_kept_for_the_next_run_and_go_with_the_model(model, s
     kept = weakref.ref(decode._KEPT[model])
     del model
     gc.collect()
-    # The fixture of the test holds the model itself.
+    # If the test's fixture still holds the model, both are alive.
     assert (gone() is None) == (kept() is None)
 
 
 def test_int8_weights(model, seed):
-    """Logits of 8-bit weights are near the model's, so a row's tokens agree for long before the first one differs."""
+    """Logits of 8-bit weights are close to the model's, so at least half of the rows begin with the same token."""
     exact, got = tokens(model, seed), tokens(model, seed, weight_dtype="int8")
     assert sum(a[0] == b[0] for a, b in zip(exact, got, strict=True)) >= 3
     assert tokens(model, seed, weight_dtype=torch.int8, batch_size=2) == got
-    assert tokens(model, seed) == exact  # the model itself is as it was
-    # A sample is bit-identical whatever rows are beside it, also with 8-bit weights.
+    assert tokens(model, seed) == exact  # the model itself has not changed
+    # With 8-bit weights, too, a sample has the same bits whatever other rows there are.
     options = {"max_new_tokens": 12, "seed": 5, "stop_token_ids": (), "weight_dtype": "int8"}
     together = model.generate(prompts(seed), **options)
     alone = model.generate([prompts(seed)[3]], sample_ids=[3], **options)[0]

@@ -23,7 +23,7 @@ def test_there_are_notebooks() -> None:
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive:UserWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_run(path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """The cells as a script: a kernel of Jupyter would import everything anew, for ten seconds."""
+    """The cells run as a script. A Jupyter kernel would need ten seconds to import everything again."""
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed: pip install 'fastgpt2[dev]'")
     monkeypatch.setattr(sys, "argv", [str(path)])
     pyplot.switch_backend("Agg")
@@ -32,7 +32,7 @@ def test_cells_run(path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
             if cell.cell_type == "code":
                 exec(compile(cell.source, f"{path.name}, cell {number}", "exec"), namespace)
-        assert path.stem != "kernels" or pyplot.get_fignums(), "it draws a figure"
+        assert path.stem != "kernels" or pyplot.get_fignums(), "no figure was drawn"
     finally:
         pyplot.close("all")
     assert capsys.readouterr().out.strip()
@@ -51,12 +51,12 @@ def test_notebooks_run_in_jupyter(path: Path, tmp_path: Path, monkeypatch: pytes
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any(output.output_type == "stream" and output.name == "stdout" for output in outputs)
     if path.stem == "kernels":
-        assert any("image/png" in output.get("data", {}) for output in outputs), "it draws a figure"
+        assert any("image/png" in output.get("data", {}) for output in outputs), "no figure was drawn"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_stored_clean(path: Path) -> None:
-    """Valid, without outputs and counts, and as nbformat writes them: a change is a small diff."""
+    """Notebooks are valid, without outputs and counts, and formatted by nbformat, so that diffs are small."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -36,7 +36,7 @@ SIZES: list[dict[str, Any]] = [
     {"tie_word_embeddings": False},
     {"hidden_size": 30, "num_heads": 5, "vocab_size": 59},
     {"num_heads": 1, "num_layers": 1},
-    {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3},  # evaluated: no effect
+    {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3},  # no effect in eval mode
 ]
 GRID = [*FLAGS, *({"activation_function": name} for name in ACTIVATIONS), *SIZES]
 
@@ -46,9 +46,9 @@ def name_of(changes: dict[str, Any]) -> str:
 
 
 def theirs_of(config: GPT2Config, seed: int) -> torch.nn.Module:
-    """transformers' model with random parameters, in float32, in eval mode."""
+    """transformers' model with random parameters, in float32 and eval mode."""
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config.to_hf(), attn_implementation="eager"))
-    model = model.to(torch.float32)  # its xIELU is built in bfloat16
+    model = model.to(torch.float32)  # transformers builds xIELU in bfloat16
     draw_parameters(model, seed, std=0.15)
     return model.eval()
 
@@ -64,7 +64,9 @@ def oracle_of(theirs: torch.nn.Module, config: GPT2Config) -> torch.nn.Module:
     """transformers' model in float64, without the flag that rounds scores to float32."""
     exact = config.replace(reorder_and_upcast_attn=False).to_hf()
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**exact, attn_implementation="eager"))
-    model = model.double()  # before the weights come: its xIELU is built in bfloat16 and would round them
+    model = (
+        model.double()
+    )  # before loading, because transformers builds xIELU in bfloat16, which would round its weights
     model.load_state_dict(theirs.state_dict())
     return model.eval()
 
@@ -115,10 +117,10 @@ def test_float64_is_equal(seed: int, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("changes", GRID, ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_is_within_the_budget(changes: dict[str, Any], dtype: torch.dtype) -> None:
-    """Logits and loss against transformers' eager attention, gradients against the worse of eager and SDPA.
+    """Logits and loss are compared with transformers' eager attention, gradients with the worse of eager and SDPA.
 
-    The fused attention of the two latter gets a row's correction from its output, which leaves a rounding error where
-    eager attention is exact (a token that sees itself only).
+    In backward, SDPA and our attention compute each row's correction (delta) from the rounded output. This leaves a
+    rounding error where eager attention is exact: for a token that sees only itself.
     """
     config = TINY.replace(**changes)
     found: dict[str, list[list[Tensor]]] = {}
@@ -167,7 +169,7 @@ def test_prefill_chunks_and_single_tokens_equal_one_forward(seed: int, changes: 
 
 @pytest.mark.parametrize("changes", CACHE_FLAGS, ids=name_of)
 def test_ragged_rows_equal_separate_forwards(seed: int, changes: dict[str, Any]) -> None:
-    """Rows of different lengths, each step with a random number of new tokens for a random choice of rows."""
+    """Rows have different lengths. Each step adds random numbers of tokens to some of them."""
     config = TINY.replace(**changes)
     theirs = theirs_of(config, seed)
     oracle = oracle_of(theirs, config)

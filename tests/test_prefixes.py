@@ -1,4 +1,4 @@
-"""A common prefix of prompts is computed once, and their samples are the same as if each was generated alone."""
+"""A prefix that prompts share is computed once. Their samples are the same as if each were generated alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ V = 61
 
 
 def families(rng: random.Random, count: int, longest: int = 60) -> list[tuple[int, ...]]:
-    """Prompts that branch off each other anywhere, duplicates and beginnings of others among them, in random order."""
+    """Prompts that share prefixes of any length, in random order. Some are duplicates, some are prefixes of others."""
     prompts = [tuple(rng.randrange(V) for _ in range(rng.randint(1, longest)))]
     while len(prompts) < count:
         stem = rng.choice(prompts)
@@ -124,7 +124,7 @@ def count_prefilled(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_prefix_outlives_the_row_that_computed_it(seed, monkeypatch):
-    """More prompts than slots: later prompts find their prefix in slots that are free again or still in use."""
+    """With more prompts than slots, later prompts find their prefix in slots that are free again, or still in use."""
     rng = random.Random(seed)
     model = random_model(seed, context_length=80)
     common = [rng.randrange(V) for _ in range(40)]

@@ -1,4 +1,4 @@
-"""The package's public names: loaded when they are asked for, and otherwise like any names of a module."""
+"""The public names of the package are loaded when they are first used, and otherwise behave like any module's names."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_a_name_is_what_its_module_has(name: str) -> None:
 
 
 def test_no_name_is_also_a_module() -> None:
-    """Importing `fastgpt2.score` would set the package's attribute `score`, whatever stood there."""
+    """If there were a module `fastgpt2.score`, importing it would replace the function `fastgpt2.score`."""
     assert MODULES
     assert not MODULES & set(NAMES)
 
 
-# Each runs in a new process: where names are loaded, the order in which they are asked for may matter.
+# Each runs in a new process, because what is loaded first could affect what a name is later.
 PROGRAMS = {
     "names first": """
         import fastgpt2, sys
@@ -85,8 +85,8 @@ def test_a_name_that_is_not_there() -> None:
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that is there and cannot be loaded is no missing name."""
-    monkeypatch.setitem(sys.modules, "fastgpt2.plans", None)  # import fails, as that of a module that is not there
+    """A module that exists but cannot be loaded is not reported as a missing name."""
+    monkeypatch.setitem(sys.modules, "fastgpt2.plans", None)  # makes the import fail as if the module did not exist
     with pytest.raises(AttributeError):
         fastgpt2.plans  # noqa: B018
 

@@ -1,4 +1,4 @@
-"""Ray Data's classes: as Ray calls them, and in Ray with an actor that is killed."""
+"""The classes for Ray Data, called as Ray calls them, and inside Ray with an actor that is killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS = {"num_samples": 2, "max_new_tokens": 6}
 
 
 def test_batches_of_ray_data(tiny_checkpoint):
-    """Call the classes as Ray does: the samples do not depend on the batches."""
+    """The classes are called as Ray calls them. The samples do not depend on the batches."""
     generate = Generate(str(tiny_checkpoint), index="n", num_samples=2, max_new_tokens=5, seed=3)
     batch = {"prompt": ["def", "return", "x"], "n": [0, 1, 2], "other": [7, 8, 9]}
     whole = generate(batch)
@@ -41,7 +41,7 @@ def test_batches_of_ray_data(tiny_checkpoint):
 
 @pytest.fixture
 def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray of this machine with two CPUs, which leaves no files behind."""
+    """A local Ray with two CPUs, which leaves no files behind."""
     ray = pytest.importorskip("ray", reason="Ray Data is not installed: pip install 'fastgpt2[ray]'")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # without it Ray writes one into the home folder
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -54,7 +54,7 @@ def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class GenerateAndDie(Generate):
-    """Keeps a record of who did which batch. The first actor to begin a second batch dies in the middle of it."""
+    """Writes down which actor did which batch. The first actor to begin a second batch dies in the middle of it."""
 
     def __init__(self, *args: Any, records: str, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -73,7 +73,7 @@ class GenerateAndDie(Generate):
 
 @pytest.mark.slow
 def test_a_killed_actor_loses_nothing(tiny_checkpoint, tmp_path, local_ray, seed):
-    """Two actors, one of which is killed midway: every sample is there once, and is what a plain run makes."""
+    """One of two actors is killed midway. Every sample is there once, and is the same as in a plain run."""
     texts = [("def", "return", "x", "a, b")[number % 4] for number in range(PROMPTS)]
     options = {**OPTIONS, "seed": seed}
     rows = local_ray.data.from_items([{"id": number, "prompt": text} for number, text in enumerate(texts)])
@@ -89,7 +89,7 @@ def test_a_killed_actor_loses_nothing(tiny_checkpoint, tmp_path, local_ray, seed
     done = {path.name: path.read_text() for path in tmp_path.glob("*-*")}
     assert f"{killed}-1" in done
     assert f"{killed}-2" not in done
-    assert lost in done.values(), "another actor repeats the batch"
+    assert lost in done.values(), "no other actor repeated the lost batch"
 
     plain = GPT2.from_pretrained(tiny_checkpoint).generate(texts, sample_ids=list(range(PROMPTS)), **options)
     expected = {(s.prompt_index, s.sample_index): (s.text, s.token_ids, s.finish_reason) for s in plain}

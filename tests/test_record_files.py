@@ -1,4 +1,4 @@
-"""Outputs that several processes write: shares, the merged and sorted output, kills, full disks."""
+"""Outputs that several processes write: shares, merging and sorting, kills, and full disks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def is_complete(keys: set[Key]) -> bool:
 
 
 def work(path: Path, shard: Shard, resume: bool, rng: random.Random, stop: float = 2.0, **options) -> bool:
-    """One process's run: write the missing records of its share in random order. A `stop` below 1 ends it at random."""
+    """Run one process: write the missing records of its share in random order. A `stop` below 1 ends it at random."""
     with RecordFile(path, Numbers(), SETTINGS, resume=resume, shard=shard, **options) as output:
         missing = [key for key in KEYS if shard.has(key[0]) and key not in output.done]
         rng.shuffle(missing)
@@ -79,7 +79,7 @@ def test_any_number_of_processes_any_number_of_times(attempt, tmp_path, seed):
         shares = [Shard(i, count) for i in range(count)]
         rng.shuffle(shares)
         for share in shares[: rng.randint(1, count)]:
-            with contextlib.suppress(FileExistsError):  # begun already, and not resumed
+            with contextlib.suppress(FileExistsError):  # another share has begun the run, and this one does not resume
                 work(path, share, begun, rng, stop=0.8)
             tear(path, rng)
             begun = True
@@ -191,7 +191,7 @@ def killed_worker(path: Path, index: int, count: int, seed: int) -> None:
 
 @pytest.mark.slow
 def test_killed_processes_lose_nothing(tmp_path, seed):
-    """Kill random shares with SIGKILL 20 times, and resume with another number of processes."""
+    """Random shares are killed 20 times with SIGKILL, and resumed by another number of processes."""
     CONTEXT.set_forkserver_preload(["fastgpt2", __name__])
     rng, kills = random.Random(seed), 0
     while kills < 20:

@@ -1,4 +1,4 @@
-"""What installations are held to: every package is pinned, to the same version with hashes and without."""
+"""Every package is pinned, and locked.txt (with hashes) and constraints.txt pin the same versions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def requirements(text: str) -> list[Requirement]:
 
 
 def pins(text: str, python: str) -> dict[str, Requirement]:
-    """The pins that count for a Python on Linux x86-64, by the packages' names."""
+    """The pins that apply to a Python version on Linux x86-64, by package name."""
     environment = {**default_environment(), "sys_platform": "linux", "platform_machine": "x86_64"}
     environment |= {"platform_system": "Linux", "os_name": "posix", "platform_python_implementation": "CPython"}
     environment |= {"python_full_version": python, "python_version": python.rpartition(".")[0]}
@@ -39,7 +39,7 @@ def pins(text: str, python: str) -> dict[str, Requirement]:
 
 
 def declared() -> list[Requirement]:
-    """What the package and its extras ask for, but for the extras that are not locked."""
+    """The requirements of the package and of the extras that are locked."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = re.findall(r"^([\w-]+) = (\[\n(?:  .*\n)*\]|\[.*\])$", text.split("[project.scripts]")[0], re.MULTILINE)
     names = {"dependencies", *LOCK["EXTRAS"]}
@@ -56,7 +56,7 @@ def test_every_locked_package_has_hashes_and_one_version() -> None:
     assert len(blocks) > 100
     for block in blocks:
         assert re.fullmatch(r"[\w.-]+==[^\\\n]+( \\\n    --hash=sha256:[0-9a-f]{64})+\n?", block), block[:200]
-    assert "://" not in LOCKED + CONSTRAINTS, "no address belongs into it"
+    assert "://" not in LOCKED + CONSTRAINTS, "the files must not name any package index"
 
 
 def test_what_is_chosen_is_locked() -> None:
@@ -78,7 +78,7 @@ def test_everything_that_is_asked_for_is_pinned(text: str, python: str) -> None:
 
 
 def test_what_is_installed_here_needs_nothing_that_is_not_pinned() -> None:
-    """From what the extra dev asks for to what that asks for, and so on."""
+    """Requirements are followed from the package and its extras through every installed package."""
     environment = default_environment()
     waiting = [r for r in declared() if r.marker is None or r.marker.evaluate({**environment, "extra": ""})]
     pinned, seen = {canonicalize_name(r.name) for r in requirements(CONSTRAINTS)}, set[str]()
@@ -91,7 +91,7 @@ def test_what_is_installed_here_needs_nothing_that_is_not_pinned() -> None:
         seen.add(name)
         try:
             needs = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:  # of an extra that is not installed
+        except importlib.metadata.PackageNotFoundError:  # its extra is not installed
             continue
         extras = requirement.extras or {""}
         waiting += [

@@ -101,7 +101,7 @@ def test_scores_come_as_they_are_read(seed):
 
     def sequences():
         yield from [[1, 2, 3]] * 2
-        raise KeyError("the third was asked for")
+        raise KeyError("the third sequence was read")
 
     scores = score_iter(model, sequences(), batch_tokens=2)
     assert next(scores).index == 0

@@ -71,7 +71,7 @@ class Job:
 
 
 def worker(rank: int, count: int, port: int, folder: Path, jobs: list[Job]) -> None:
-    """What torchrun starts: the environment tells the process who it is."""
+    """Act as a process that torchrun starts: set its environment variables, join the group, and run the jobs."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     os.environ["LOCAL_RANK"] = "0"
     os.fsync = lambda descriptor: None
@@ -90,7 +90,7 @@ def worker(rank: int, count: int, port: int, folder: Path, jobs: list[Job]) -> N
 
 
 def in_processes(target: Any, count: int, *arguments: object, status: int = 0) -> None:
-    """Call `target(rank, count, port, *arguments)` in processes of one group, which end with `status`."""
+    """Call `target(rank, count, port, *arguments)` in `count` processes of one group. All must exit with `status`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,9 +108,10 @@ def make_model(num_layers: int = 2) -> GPT2:
 
 
 def assert_equal_to_rounding(one: Path, two: Path, *, eps: float = 1e-4) -> None:
-    """The same losses, and the same way from the first weights to the last.
+    """Assert that two runs have the same losses, and change the weights in the same way, up to rounding.
 
-    The way as a whole: AdamW divides a gradient by its own size, so where a gradient is all rounding, so is its step.
+    The change of all weights is compared as one vector. AdamW divides each gradient by its own size, so where a
+    gradient is only rounding error, the step is too.
     """
     first = make_model().state_dict()
     last = [GPT2.from_pretrained(out).state_dict() for out in (one, two)]
@@ -127,7 +128,7 @@ def assert_equal_to_rounding(one: Path, two: Path, *, eps: float = 1e-4) -> None
 
 
 def refuses_damage(checkpoint: Path) -> None:
-    """Every damage to a folder's files gives one sentence that says what to do."""
+    """Assert that any damage to the files of a checkpoint folder gives one sentence that says what to do."""
     assert read_checkpoint(checkpoint)["step"] == 3
     shard = min(checkpoint.glob("*.safetensors"))
     state = checkpoint / "state.json"
@@ -157,7 +158,7 @@ def refuses_damage(checkpoint: Path) -> None:
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(folder: Path) -> None:
-    """Whole weights in each process, or sharded ones; also if the number of processes changes."""
+    """This holds with whole weights in each process and with sharded ones, and if the number of processes changes."""
     shared = {"parallel": "fsdp", "accumulate": 2}
     Job(folder / "one", changes={"accumulate": 4}).do(folder)
     Job(folder / "begun alone", stop_at=2, changes={"accumulate": 4}).do(folder)
@@ -185,11 +186,11 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder: Path) -> None
         Job(folder / "fsdp", resume=True, changes={"accumulate": 4}).do(folder)
 
 
-# -- with the weights shared out ----------------------------------------------------------------------------------
+# -- sharded weights ----------------------------------------------------------------------------------------------
 
 
 def disagreeing(rank: int, count: int, port: int, folder: Path, what: str) -> None:
-    """Make a trainer in each process; the last process differs in `what`."""
+    """Make a trainer in each process. The last process differs from the others in `what`."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     processes = Processes.start("cpu")
     is_last = rank == count - 1
@@ -225,7 +226,7 @@ def test_processes_that_differ_all_end_with_one_sentence(what: str, message: str
 
 
 def command(rank: int, count: int, port: int, folder: Path, last: list[str]) -> None:
-    """`fastgpt2 train`, with more options in the last process."""
+    """Run `fastgpt2 train`, with additional options in the last process."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     sys.stderr = open(folder / f"said-{rank}", "w", encoding="utf-8")  # noqa: SIM115 (closed with the process)
     words = ["train", "--data", str(folder), "--out", str(folder / "out"), "--vocab-size", "23", "--device", "cpu"]
@@ -248,7 +249,7 @@ def test_commands_that_differ_all_end_with_status_2(last: list[str], message: st
 
 
 class Count(TorchDispatchMode):
-    """The bytes that this process holds after a backward pass, and those that it sends to gather and to reduce."""
+    """Counts the bytes that this process holds before each optimizer step, and those that it sends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +263,7 @@ class Count(TorchDispatchMode):
         self.held.append(sum(t.nbytes for t in own))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        # The own part goes to every other process, or a part of each of them comes.
+        # Gathering sends the process's own part to every other process. Reducing sends each of them its part.
         part = {"_allgather_base_": 1, "_reduce_scatter_base_": 0}.get(function._schema.name.split("::")[1])
         if part is not None:
             self.sent += args[part].nbytes * (dist.get_world_size() - 1)
@@ -280,7 +281,7 @@ def counting_worker(rank: int, count: int, port: int, folder: Path, jobs: list[J
 
 @pytest.mark.slow
 def test_shares_are_half_and_take_the_same_steps(folder: Path) -> None:
-    """20 steps of two processes: the losses are those of DDP, and a process holds half and sends what the plan says."""
+    """In 20 steps, two processes have the losses of DDP. Each holds half, and sends what `training_bytes` says."""
     changes = {"steps": 20, "accumulate": 1, "eval_interval": 0, "checkpoint_interval": 20, "log_interval": 1}
     for parallel in ("ddp", "fsdp"):
         jobs = [Job(folder / parallel, changes={**changes, "parallel": parallel})]
@@ -291,10 +292,10 @@ def test_shares_are_half_and_take_the_same_steps(folder: Path) -> None:
     for rank in range(2):
         ddp, fsdp = (json.loads((folder / f"counted-{name}-{rank}.json").read_text()) for name in ("ddp", "fsdp"))
         assert ddp["held"] == training_bytes(config, 2).held
-        # 23 rows are 12 and 11.
+        # The shares of 23 rows are 12 and 11.
         assert fsdp["held"] == pytest.approx(training_bytes(config, 2, parallel="fsdp").held, rel=0.01)
         assert fsdp["held"] < 0.51 * ddp["held"]
-        # The last process pads its part of the 23 rows.
+        # The last process pads its 11 rows to 12.
         assert fsdp["sent"] == pytest.approx(training_bytes(config, 2, parallel="fsdp").sent, rel=0.02)
 
 
@@ -305,7 +306,7 @@ def test_shares_are_half_and_take_the_same_steps(folder: Path) -> None:
     ids=str,
 )
 def test_shares_go_with_every_option(changes: dict[str, Any], folder: Path) -> None:
-    """Two processes, then three, then one give the same result as one process throughout."""
+    """A run that continues from two processes on three, and then on one, ends like a run of one process."""
     if "lora_rank" in changes:
         pytest.importorskip("peft")
     changes = {**changes, "steps": 9, "batch_size": 1, "log_interval": 1, "eval_tokens": 50, "export": "last"}
@@ -316,13 +317,13 @@ def test_shares_go_with_every_option(changes: dict[str, Any], folder: Path) -> N
     in_processes(worker, 3, folder, [Job(folder / "parts", True, 5, {"accumulate": 2})])
     assert [path.name for path in checkpoint_paths(folder / "parts")][-1] == "step-00000006"
     Job(folder / "parts", True, changes={"accumulate": 6, "parallel": "ddp"}).do(folder)
-    # Muon's products are bfloat16.
+    # Muon multiplies in bfloat16.
     is_half = "dtype" in changes or "optimizer" in changes
     assert_equal_to_rounding(folder / "one", folder / "parts", eps=2**-8 if is_half else 1e-4)
 
 
 def overflow_worker(rank: int, count: int, port: int, folder: Path) -> None:
-    """An fp16 run in which one gradient overflows in the second step, in one process's share."""
+    """Train in fp16. In the second step, one gradient overflows in one process's share."""
 
     class Overflows(torch.amp.GradScaler):
         def unscale_(self, optimizer: torch.optim.Optimizer) -> None:

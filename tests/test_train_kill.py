@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: a resumed run ends like an uninterrupted one, with nothing lost and nothing repeated."""
+"""A run that is killed at any moment and resumed ends like an uninterrupted one, with nothing lost or repeated."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(text: Path, out: Path, shared: bool = False) -> None:
-    """The command. With `shared` it runs as torchrun starts it, as one process whose checkpoints are sharded."""
+    """Run `fastgpt2 train`. With `shared` it acts as torchrun's only process, and its checkpoints are sharded."""
     torch.set_num_threads(1)
-    os.fsync = lambda descriptor: None  # what a kill leaves does not depend on it, and most of a run's time does
+    os.fsync = lambda descriptor: None  # it does not affect what a kill leaves, but takes most of a run's time
     options = OPTIONS.split()
     if shared:
         with socket.socket() as free:
@@ -57,8 +57,12 @@ def run(text: Path, out: Path, shared: bool = False) -> None:
 
 
 def run_and_die(text: Path, out: Path, where: str, call: int, shared: bool = False) -> None:
-    """`run`, killed in the `call`-th call of `torch.save` (half of the bytes written), `os.link`, `os.replace`, of the
-    checksum of tensors that are written, or of the removal of a checkpoint (half of it gone)."""
+    """Call `run`, and die in the `call`-th call of one function.
+
+    `where` names it: "save" is torch.save, after half of the bytes are written; "link" is os.link; "tensors" is the
+    checksum of written tensors; "removal" is the removal of a checkpoint folder, after one of its files is gone. Any
+    other name is os.replace; "after replace" dies when it has succeeded.
+    """
     owners = {"save": (torch, "save"), "link": (os, "link"), "tensors": (sharding, "_checksum")}
     owner, name = {**owners, "removal": (shutil, "rmtree")}.get(where, (os, "replace"))
     original, calls = getattr(owner, name), 0
@@ -150,7 +154,7 @@ def test_killed_in_the_middle_of_writing(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_writing_shares(text: Path, tmp_path: Path) -> None:
-    """Checkpoints that are folders. With them a run of one process takes bit-identical steps."""
+    """The same holds for checkpoints that are folders. A single process takes bit-identical steps with them."""
     finish(text, tmp_path / "whole", shared=True)
     expected = outcome(tmp_path / "whole")
     finish(text, tmp_path / "plain")
@@ -169,7 +173,7 @@ def test_killed_in_the_middle_of_writing_shares(text: Path, tmp_path: Path) -> N
 
 
 def test_killed_between_the_best_checkpoint_and_its_link(text: Path, tmp_path: Path) -> None:
-    """Kill it at the last best checkpoint, whose weights are exported. No later checkpoint repairs what is missing."""
+    """The kill comes at the last best checkpoint, whose weights are exported. No later one makes the missing link."""
     finish(text, tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     losses = [line["val_loss"] for line in expected[0] if "val_loss" in line]
@@ -191,7 +195,7 @@ def test_sigterm_writes_a_checkpoint_and_ends(text: Path, tmp_path: Path) -> Non
         time.sleep(0.005)
     process.terminate()
     process.join()
-    # Otherwise it was quicker than the signal, which then found it finished or on its way out.
+    # Otherwise the run finished before the signal came, or was about to.
     assert process.exitcode == 128 + signal.SIGTERM or (out / "model.safetensors").exists()
     finish(text, out)
     assert_same_outcome(out, outcome(tmp_path / "whole"))

@@ -1,4 +1,4 @@
-"""`train_step` and `calculate_loss` on wrapped models: DDP, FSDP2, torch.compile with any lengths, adapters."""
+"""`train_step` and `calculate_loss` on wrapped models: DDP, FSDP2, torch.compile at any length, and adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_ddp_and_fsdp_synchronise_gradients(seed: int, tmp_path: Path) -> None:
-    """Two processes with half of a batch each take the step that one process takes with all of it."""
+    """Two processes, each with half of a batch, take the same step as one process with all of it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
     processes = [
         subprocess.Popen(
@@ -49,7 +49,7 @@ def test_ddp_and_fsdp_synchronise_gradients(seed: int, tmp_path: Path) -> None:
     ],
 )
 def test_any_length_compiles_whole(seed: int, what: str, dynamic: bool | None) -> None:
-    """Without graph breaks; the second length makes the sizes dynamic, and no further length compiles again."""
+    """There are no graph breaks. The second length makes the sizes dynamic, and later ones compile nothing."""
     torch._dynamo.reset()
     counters.clear()
     model, plain = (random_model(seed, num_layers=1).double() for _ in range(2))
@@ -102,7 +102,7 @@ def test_lora_trains_merges_and_generates(seed: int) -> None:
     assert losses[-1] < losses[0]
     adapted.eval()
     logits, loss = adapted(ids), calculate_loss(adapted, ids, ids.roll(1, 1))
-    assert "c_attn" in str(why_not_decode(model))  # its weight is not all that the layer computes with
+    assert "c_attn" in str(why_not_decode(model))  # the layer computes with more than its weight
     prompts = [[1, 2, 3], [4]]
     samples = adapted.generate(prompts, max_new_tokens=5, temperature=0)
     merged = adapted.merge_and_unload()

@@ -1,6 +1,6 @@
 """Mistakes that the type checker must find, and calls that it must accept. mypy reads this file; nothing runs it.
 
-mypy fails where a `type: ignore` is not needed, so each one here says that its line is an error of that kind.
+mypy fails if a `type: ignore` is not needed. So each one here asserts that its line has an error of that kind.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process of a group: `train_step` through DDP and FSDP2. `test_wrapped_training.py` runs it."""
+"""One process of a group, which runs `train_step` through DDP and FSDP2. `test_wrapped_training.py` starts it."""
 
 from __future__ import annotations
 

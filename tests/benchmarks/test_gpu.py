@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its plumbing on stand-in parts, and its own parts at toy size."""
+"""`make gpu` without a GPU: how it runs parts, shown with stand-ins, and its own parts at toy size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_part_at_toy_size(name: str) -> None:
 
 
 def test_results_stay_and_are_not_made_twice(tmp_path: Path) -> None:
-    """A part that is done, one that fails, one that is out of time, with what it started, and a long output."""
+    """One part is done, one fails, and one runs out of time, which also ends its child process. Long output is cut."""
     child = tmp_path / "child"
     parts = {
         "one": python(f"print('x' * {2 * gpu.MOST_OUTPUT}); print('one is done')"),
@@ -66,7 +66,7 @@ def test_results_stay_and_are_not_made_twice(tmp_path: Path) -> None:
     assert all(f"{name}: " in summary for name in parts)
     (out / "four.txt").unlink()
     assert run_parts({name: parts[name] for name in ("one", "four")}, out) == 0
-    assert not (out / "four.txt").exists(), "it was run again"
+    assert not (out / "four.txt").exists(), "the part was run again"
     assert run_parts({"four": parts["four"]}, out, again=True) == 0
     assert (out / "four.txt").exists()
 
@@ -113,7 +113,7 @@ sys.exit(run_parts(parts, Path({str(out)!r})))
     left = json.loads((out / "two.json").read_text())["status"]
     assert left == ("cut" if number == signal.SIGINT else "running")
     assert "one: ok" in (out / "summary.txt").read_text()
-    quick.touch()  # what a killed run has left behind ends by it too
+    quick.touch()  # this also ends what a killed run left behind
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=60)
     assert "one: done before" in done.stdout
     assert "two: ok" in done.stdout
@@ -135,7 +135,7 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_part_through_the_command(tmp_path: Path) -> None:
-    """From the command line to the folder of results, with a process for the part."""
+    """The command line runs the part in a process of its own, and writes its results into the folder."""
     assert gpu.main(["precision", "--toy", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "precision.json").read_text())
     assert result["status"] == "ok"

@@ -69,7 +69,7 @@ def test_cases_have_names_of_their_own(device, scale):
 
 
 class Counted:
-    """Calls of a contender whose result is wrong by a factor."""
+    """Counts the calls of a contender whose result is wrong by a factor."""
 
     def __init__(self, factor: float) -> None:
         self.factor, self.calls = factor, 0
@@ -231,7 +231,7 @@ def test_contenders_in_processes_of_their_own(settings, no_workers):
     plain, dying = (functools.partial(build, os.getpid()) for build in (wrong_here, dies))
     builds = {"plain": plain, "late": raises_later, "absent": is_absent, "dies": dying, "wrong": wrong_square}
     contenders = [Contender(name, build, is_plain=name == "plain") for name, build in builds.items()]
-    for _ in range(2):  # a process serves the cases that follow, and is replaced where it is gone
+    for _ in range(2):  # the process also serves the next case, or is replaced if it is gone
         results = {r.contender: r for r in run_case("toy", square_case(*contenders, isolated=True), settings)}
         assert results["plain"].status == "ok"
         assert results["plain"].median > 0
@@ -246,7 +246,7 @@ def test_contenders_in_processes_of_their_own(settings, no_workers):
 
 
 def test_generation_in_processes_of_their_own(settings, no_workers):
-    """What goes there and comes back is what the suite's own contenders and inputs are made of."""
+    """The suite's own contenders and inputs can be sent to the process, and their results come back."""
     case = dataclasses.replace(load("generate", settings)[0], isolated=True)
     chosen = [c for c in case.contenders if c.name in ("transformers", "ours")]
     results = run_case("generate", dataclasses.replace(case, contenders=chosen), settings)
@@ -302,7 +302,7 @@ def test_results_survive_their_file(tmp_path):
     ("change", "verdict"),
     [
         ({}, "same"),
-        # The machine was slow that day, and the base just as much.
+        # The machine was slow in this run, but the base was just as slow.
         ({"median": 2.0, "p20": 1.98, "p80": 2.02}, "same"),
         ({"ratio_base": 1.5, "ratio_base_p20": 1.48, "ratio_base_p80": 1.52}, "slower"),
         ({"ratio_base": 2.5, "ratio_base_p20": 2.4, "ratio_base_p80": 2.6}, "faster"),
@@ -348,7 +348,7 @@ def test_the_front(tmp_path, capsys):
 
 
 def test_tuning_checks_every_candidate(settings):
-    """Of rows (factor, repeats), the fastest right one is taken; the wrong and the broken are refused."""
+    """Of rows (factor, repeats), the fastest correct one is chosen. Wrong and broken ones are rejected."""
     row = (1.0, 400)
 
     def ours(x):
@@ -395,12 +395,14 @@ def test_tuning_checks_every_candidate(settings):
 
 
 def test_programs_on_a_multiprocessor():
-    """Worked by hand: registers of 4 warps, shared memory, the 64 warps there are."""
+    """Computed by hand for each limit: registers, shared memory, and 64 warps."""
     row = {"target": "sm_80", "warps": 4, "registers": 255, "shared": 32768}
-    assert compile_report.programs(row) == 2  # 512 // 256 = 2 warps a part
+    assert compile_report.programs(row) == 2  # 512 // 256 = 2 warps per partition
     assert compile_report.programs(row | {"registers": 32}) == 4  # 167936 // (32768 + 1024)
     assert compile_report.programs(row | {"registers": 32, "shared": 0}) == 16  # 64 warps
-    assert compile_report.programs(row | {"registers": 100, "shared": 0, "warps": 8}) == 2  # 512 // 104 = 4 a part
+    assert (
+        compile_report.programs(row | {"registers": 100, "shared": 0, "warps": 8}) == 2
+    )  # 512 // 104 = 4 warps per partition
     assert compile_report.programs(row | {"target": "gfx942", "registers": 128, "shared": 40000}) == 1
 
 
@@ -435,7 +437,7 @@ def test_plots_show_every_contender(tmp_path):
     assert [path.name for path in written] == names
     for path in written:
         assert path.read_text(encoding="utf-8").rstrip().endswith("</svg>")
-        # matplotlib writes what a text says as a comment beside its glyphs.
+        # matplotlib draws text as glyphs, and writes its words into a comment beside them.
         assert "ours" in path.read_text(encoding="utf-8")
         assert "sdpa &lt;flash&gt;" in path.read_text(encoding="utf-8") or "sdpa <flash>" in path.read_text(
             encoding="utf-8"
@@ -443,7 +445,7 @@ def test_plots_show_every_contender(tmp_path):
 
 
 def test_bars_show_a_shared_base_once(tmp_path, monkeypatch):
-    """transformers in float32 stands in the cases of both dtypes; its first figure is the one shown."""
+    """transformers in float32 occurs in the cases of both dtypes. Its first figure is shown."""
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
 
@@ -470,7 +472,7 @@ def test_the_profile_of_a_step():
 
 
 def test_the_limits_of_a_step():
-    """GPT-2 124M: one row is bound by 124M numbers read, a long prompt by its products."""
+    """For GPT-2 124M, reading 124M numbers bounds one row, and matrix products bound a long prompt."""
     config, rates = GPT2Config.preset("gpt2"), {"float32": 1e11, "bfloat16": 2e11}
     one = step_profile.limits(config, 1, 1, "float32", 4e10, rates)
     assert sum(one.values()) == pytest.approx(1e3 * 123.6e6 * 4 / 4e10, rel=0.01)

@@ -1,4 +1,4 @@
-"""Writing Hugging Face folders as other programs do, and comparing two models."""
+"""Write Hugging Face folders as other programs do, and compare two models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers import TINY
 def write_folder(
     folder: Path, state: dict[str, Tensor], config: GPT2Config = TINY, *, form: str = "safetensors"
 ) -> Path:
-    """A Hugging Face folder of `state`, as transformers (or somebody else) would have written it."""
+    """Write a Hugging Face folder of `state` as transformers or another program would."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     state = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -41,7 +41,7 @@ def write_folder(
 
 
 def assert_same(loaded: GPT2, model: GPT2) -> None:
-    """The same weights bit for bit, and the same tie."""
+    """Assert that two models have bit-identical weights, and that their heads are both tied or both not."""
     assert loaded.config.tie_word_embeddings == model.config.tie_word_embeddings
     got, expected = loaded.state_dict(), model.state_dict()
     assert list(got) == list(expected)
@@ -53,7 +53,7 @@ def assert_same(loaded: GPT2, model: GPT2) -> None:
 
 
 def one_sentence(error: BaseException) -> str:
-    """The text of an error, which must be one short line."""
+    """Return the text of an error, and assert that it is one short line."""
     text = str(error)
     assert text, type(error)
     assert "\n" not in text

@@ -1,4 +1,4 @@
-"""nanoGPT's model and its checkpoints, written anew."""
+"""A reimplementation of nanoGPT's model and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers import random_ids
 
 
 class NanoBlock(torch.nn.Module):
-    """nanoGPT's block, its names and its maths (github.com/karpathy/nanoGPT, model.py), written anew."""
+    """A block with the names and the maths of nanoGPT's (github.com/karpathy/nanoGPT, model.py)."""
 
     def __init__(self, width: int, heads: int, bias: bool) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class NanoGPT(torch.nn.Module):
 
 
 def nano_checkpoint(path: Path, seed: int, *, bias: bool = True, prefix: str = "", vocab_size: int = 61) -> NanoGPT:
-    """Write a ckpt.pt as nanoGPT's train.py does; returns the model."""
+    """Write a ckpt.pt as nanoGPT's train.py does, and return the model."""
     sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": vocab_size}
     args = {**sizes, "bias": bias, "dropout": 0.1}
     nano = NanoGPT(args)

@@ -1,4 +1,4 @@
-"""Models of the hub: the files that are needed, at one commit, and every error."""
+"""Models from the hub: only the needed files are downloaded, all at one commit. Every error is one sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.formats.helpers import assert_same, one_sentence, write_folder
 
 
 class Hub:
-    """Stands in for huggingface_hub's download: the files of a folder, counted."""
+    """Stands in for huggingface_hub's download. It serves the files of a folder, and records the requests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.fetched, self.revisions = folder, [], []

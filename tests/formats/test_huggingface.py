@@ -1,4 +1,4 @@
-"""Hugging Face's folders in and out: every form, old names, transformers itself."""
+"""Reading and writing Hugging Face folders: every form, old names, and exchange with transformers itself."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_loaded_weights_can_be_trained(tmp_path: Path, model: GPT2, seed: int) -
     optimizer.step()
     assert all(p.requires_grad and p.is_leaf and p.is_contiguous() for p in loaded.parameters())
     assert all(not torch.equal(p, before[name]) for name, p in loaded.named_parameters())
-    assert_same(load_pretrained(tmp_path), model)  # the file did not change under the training
+    assert_same(load_pretrained(tmp_path), model)  # training did not change the file
 
 
 def test_a_subclass_loads_as_itself(tmp_path: Path, model: GPT2) -> None:
@@ -161,4 +161,6 @@ def test_an_older_models_end_of_text_is_not_kept_and_its_tokenizer_not_in_silenc
     older.tokenizer.save(tmp_path / "fresh")
     with pytest.warns(UserWarning, match="holds a tokenizer"):
         save_pretrained(newer, tmp_path / "fresh")
-    assert Tokenizer.from_folder(tmp_path / "fresh") is not None  # it may be the new model's: nothing is removed
+    assert (
+        Tokenizer.from_folder(tmp_path / "fresh") is not None
+    )  # it might belong to the new model, so it is not removed

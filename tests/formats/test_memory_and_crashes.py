@@ -1,4 +1,4 @@
-"""Loading holds only one copy of the weights; a save that is killed at any moment is complete or has no effect."""
+"""Loading holds only one copy of the weights. A save that is killed at any moment is complete or has no effect."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def status(field: str) -> int:
 
 def load_and_measure(big: Path, tiny: Path, results: Connection) -> None:
     """Measure, in a separate process, the peak memory that loading `big` adds, and the size of its weights."""
-    load_pretrained(tiny)  # what loading itself brings in
+    load_pretrained(tiny)  # so that what loading imports is not counted
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     model = load_pretrained(big)
     results.send((status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters())))
 
 
 @pytest.fixture(scope="module")
 def large_model() -> GPT2:
-    """205 MB, half of it token embeddings."""
+    """A model of 205 MB, half of which are token embeddings."""
     return GPT2(
         TINY.replace(vocab_size=50257, hidden_size=512, num_layers=8, context_length=256, activation_function="gelu")
     )
@@ -69,7 +69,7 @@ def save_in_turns(models: list[GPT2], folder: Path, ready: Event) -> None:
 
 
 def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, seed: int, forkserver: BaseContext) -> None:
-    """A process that saves two models in turns is killed at random moments. The file is then one or the other."""
+    """A process that saves two models by turns is killed at random moments. The file then holds one of them."""
     models = [random_model(s, vocab_size=3000, hidden_size=128) for s in (1, 2)]
     save_pretrained(models[0], tmp_path)
     delays = torch.rand(4, generator=torch.Generator().manual_seed(seed)) * 0.2
@@ -95,7 +95,7 @@ def test_a_full_disk_while_converting_is_one_sentence_and_leaves_nothing(
 
     save_pretrained(random_model(seed, activation_function="gelu"), tmp_path / "in")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # files stop growing there, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file can grow beyond this, as on a full disk
     try:
         status = main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", form])
     finally:

@@ -1,4 +1,4 @@
-"""nanoGPT checkpoints, loaded and saved: they compute the same, and a model that nanoGPT cannot compute is refused."""
+"""nanoGPT checkpoints compute the same when loaded or saved. A model that nanoGPT cannot run is not saved."""
 
 from __future__ import annotations
 

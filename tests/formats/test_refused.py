@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be loaded, and arguments that make no sense: one sentence each."""
+"""Checkpoints that cannot be loaded, and arguments that make no sense, give one sentence each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers import TINY
 
 
 def compress_archive(path: Path) -> None:
-    """The same records, but compressed, as a tool that repacks files would leave them."""
+    """Compress the records of an archive, as a tool that repacks files would."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -26,7 +26,7 @@ def compress_archive(path: Path) -> None:
 
 
 def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
-    """A folder (or file) that cannot be loaded, made from good weights."""
+    """Make a folder or file that cannot be loaded, from good weights."""
     wte = "transformer.wte.weight"
     if kind == "missing key":
         return write_folder(folder, {name: t for name, t in state.items() if "h.1.ln_1" not in name})
@@ -95,7 +95,7 @@ def spoil(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
     elif kind == "file of other bytes":
-        (good / "notes.txt").write_bytes(b"\x80\x02.")  # a pickle of nothing: IndexError in the unpickler
+        (good / "notes.txt").write_bytes(b"\x80\x02.")  # an empty pickle, for which the unpickler raises IndexError
         return good / "notes.txt"
     elif kind == "missing shard":
         (good / "pytorch_model-00002-of-00003.bin").unlink()

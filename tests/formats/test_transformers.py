@@ -1,4 +1,4 @@
-"""`from_transformers` and `to_transformers`: the same numbers from the same memory."""
+"""`from_transformers` and `to_transformers` give models that share memory and compute the same."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_shared_models_train(seed: int) -> None:
     ours = GPT2.from_transformers(theirs)
     assert ours.training
     ids = random_ids(seed, 2, 11)
-    # Not their own loss: it rounds float64 logits to float32.
+    # transformers' own loss would round float64 logits to float32.
     torch.nn.functional.cross_entropy(theirs(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
     fastgpt2.train_step(ours, ids)

@@ -1,8 +1,8 @@
-"""What `fastgpt2 generate` refuses, in the zoo of bad files."""
+"""Command lines that `fastgpt2 generate` must refuse, run in the folder that zoo.py builds."""
 
 from __future__ import annotations
 
-# Command line, and how what it says begins after "fastgpt2: ".
+# Each command line, and the beginning of its error after "fastgpt2: ".
 GENERATE: dict[str, str] = {
     "generate x --model ./none/here": (
         "none/here: no such file or folder (and no name of a model on the hub, like owner/name)"

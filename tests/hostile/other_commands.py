@@ -1,8 +1,8 @@
-"""What the smaller commands refuse, in the zoo of bad files."""
+"""Command lines that the other commands must refuse, run in the folder that zoo.py builds."""
 
 from __future__ import annotations
 
-# Command line, and how what it says begins after "fastgpt2: ".
+# Each command line, and the beginning of its error after "fastgpt2: ".
 SCORE: dict[str, str] = {
     "score empty.txt --model model": "empty.txt: must hold at least one sequence; it holds none",
     "score text.jsonl --model ./none/here": (

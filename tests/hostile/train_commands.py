@@ -1,8 +1,8 @@
-"""What `fastgpt2 train` refuses, in the zoo of bad files."""
+"""Command lines that `fastgpt2 train` must refuse, run in the folder that zoo.py builds."""
 
 from __future__ import annotations
 
-# Command line, and how what it says begins after "fastgpt2: ".
+# Each command line, and the beginning of its error after "fastgpt2: ".
 TRAIN: dict[str, str] = {
     "train": "the following arguments are required: --out",
     "train --out x": "train: there is no text to train on; give it with --data PATH, or try --data stdlib",

@@ -1,4 +1,4 @@
-"""A folder of files that are bad, each in one way, and a few good ones beside them, for commands to be run in."""
+"""The zoo: a folder in which the tests run commands. Each file is bad in one way; a few are good."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(folder: Path, checkpoint: Path) -> None:
 
 
 def _write(path: Path, content: str | bytes | Any) -> None:
-    """Bytes and text as they are, anything else as JSON."""
+    """Write bytes and text unchanged, and anything else as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = content if isinstance(content, (str, bytes)) else json.dumps(content)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -40,7 +40,7 @@ def _texts(folder: Path) -> None:
     _write(folder / "latin.txt", b"a\xff\n")
     _write(folder / "zeros.txt", b"a\0b\n")
     _write(folder / "long.txt", "x = 1\n" * 5 + "def add(a, b): " * 200 + "\n")
-    _write(folder / "file.bin", b"\x80\x02.")  # a pickle of nothing: IndexError in the unpickler
+    _write(folder / "file.bin", b"\x80\x02.")  # an empty pickle, for which the unpickler raises IndexError
     _write(folder / "taken", "a file where a folder is wanted\n")
     os.symlink("/dev/zero", folder / "zero.txt")
     os.mkfifo(folder / "pipe.txt")
@@ -98,7 +98,7 @@ def _tables(folder: Path) -> None:
 
 
 def _records(folder: Path) -> None:
-    """Outputs of generate and score, and what stands beside them."""
+    """Write outputs of generate and score, with their files of settings."""
     _write(folder / "rows.jsonl", "".join(json.dumps({**ROW, "sample_index": i}) + "\n" for i in range(3)))
     for name, changes in {
         "no-text": {"text": None},
@@ -124,7 +124,7 @@ def _records(folder: Path) -> None:
     _write(folder / "nested.jsonl.run.json", "[" * 99_999)
 
 
-# Name of a folder, and what it changes in config.json.
+# By folder: changes to a good config.json, or the whole contents of a bad one.
 CONFIGS: dict[str, Any] = {
     "empty": "",
     "torn": "{",
@@ -168,7 +168,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def _models(folder: Path) -> None:
-    """A folder configs/NAME for each bad configuration, beside the good model's weights."""
+    """Write a folder configs/NAME for each bad configuration, with the good model's weights."""
     good = json.loads((folder / "model/config.json").read_text(encoding="utf-8"))
     for name, content in CONFIGS.items():
         path = folder / "configs" / name
@@ -177,7 +177,7 @@ def _models(folder: Path) -> None:
 
 
 def _weights(folder: Path) -> None:
-    """A folder weights/NAME for each bad file of weights."""
+    """Write a folder for each bad file of weights: in weights/, bins/, indices/ and nanogpt-NAME."""
     good = (folder / "model/model.safetensors").read_bytes()
     size = int.from_bytes(good[:8], "little")
     header = json.loads(good[8 : 8 + size])
@@ -225,7 +225,7 @@ def _weights(folder: Path) -> None:
     _copy_model(folder, folder / "bad-generation-config", without="generation_config.json")
     _write(folder / "bad-generation-config/generation_config.json", "?")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the activation is another one, which does not matter here
+        warnings.simplefilter("ignore")  # nanoGPT has another activation, which does not matter here
         save_nanogpt(load_pretrained(folder / "model"), folder / "nanogpt")
     good_pt = (folder / "nanogpt/ckpt.pt").read_bytes()
     _write(folder / "nanogpt-torn/ckpt.pt", good_pt[: len(good_pt) // 2])
@@ -247,7 +247,7 @@ def _copy_model(folder: Path, to: Path, without: str) -> None:
 
 
 def _tokenizers(folder: Path) -> None:
-    """A folder tokenizers/NAME for each bad tokenizer, beside the good model."""
+    """Write a folder tokenizers/NAME for each bad tokenizer, with the good model."""
     good = json.loads((folder / "model/tokenizer.json").read_text(encoding="utf-8"))
     model = good["model"]
     for name, content in {
@@ -270,7 +270,7 @@ def _tokenizers(folder: Path) -> None:
 
 
 def _runs(folder: Path) -> None:
-    """Folders of training runs."""
+    """Write folders of training runs."""
     for name, content in {
         "empty": "",
         "text": "x\n",
@@ -299,7 +299,7 @@ def _runs(folder: Path) -> None:
 
 
 def _data(folder: Path) -> None:
-    """Folders of token shards."""
+    """Write folders of token shards."""
     tokens = b"".join(i.to_bytes(2, "little") for i in range(200))
     for name, train, val in (
         ("good", tokens, tokens),

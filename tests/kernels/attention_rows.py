@@ -21,7 +21,7 @@ def _blocks(block: int, width: int, flags: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def attention_cases(arch: str) -> Iterator[Case]:
-    """Every row, and rows of head size 64 with documents too. Strides are multiples of 16, as for head sizes 16 n."""
+    """Every launch row; for head size 64 also with documents. Strides are multiples of 16, like most head sizes."""
     for kernel, kind, width in launch.attention_rows():
         if kind == "tf32" and not launch.has_tf32(arch):
             continue
@@ -41,7 +41,7 @@ def _case(arch: str, name: str, kind: str, width: int, flags: tuple[str, ...]) -
         name, arch, kind, width, has_dropout="HAS_DROPOUT" in flags, has_documents="HAS_DOCS" in flags
     )
     if "HAS_LENGTHS" in flags:
-        row = row._replace(use_tma=False)  # like the launcher
+        row = row._replace(use_tma=False)  # the launcher does this too
     heads = attention._Heads(f"*{dtype}", "i32", "i32", "i32")
     walked = f"tensordesc<{dtype}{list(_blocks(row.block_s, width, flags))}>" if row.use_tma else heads
     known = {

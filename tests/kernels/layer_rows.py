@@ -21,7 +21,7 @@ def layer_cases(arch: str) -> Iterator[Case]:
     for C, dtype in [(C, dtype) for C in WIDTHS for dtype in ("bf16", "fp32")] + [
         (C, "bf16") for C in (ODD_BLOCKS, LONGEST, WIDE)
     ]:
-        more = dtype == "bf16"  # with the residual in bf16, which is the larger kernel; without it in fp32
+        more = dtype == "bf16"  # bf16 has the residual, which makes the kernel larger; fp32 has none
         row = launch.layer_norm_row("forward", C, arch)
         kernel = layer_norm._layer_norm_wide_fwd_kernel if row.block_c < C else layer_norm._layer_norm_fwd_kernel
         rows = Batch("*" + dtype, "i32", "i32")
@@ -57,7 +57,7 @@ def layer_cases(arch: str) -> Iterator[Case]:
 
 
 def case(name: str, kernel: Any, dtype: str, known: dict[str, Any], meta: Any, row: Any) -> Case:
-    """All tensors have `dtype`, except statistics and partial sums. Only the launcher's ALIGN tells about strides."""
+    """All tensors have `dtype`, except statistics and partial sums. Only the launcher's ALIGN describes strides."""
     known = {"META": "constexpr", "partials_ptr": "*fp32", "eps": "fp32", **known}
     other = {argument: "*" + dtype if argument.endswith("_ptr") else "i32" for argument in kernel.arg_names}
     signature = {argument: known.get(argument, kind) for argument, kind in other.items()}

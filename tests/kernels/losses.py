@@ -30,13 +30,14 @@ def plain_cross_entropy(
 
 
 def shifted(targets: Tensor, ignore_index: int) -> Tensor:
-    """The targets that `shift=True` uses: the next position's, and nothing at the last position."""
+    """The targets that `shift=True` uses: the next position's. The last position has none."""
     return torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)), 1)
 
 
 def as_the_oracle_sees(result: Tensor) -> Tensor:
     """The result with tiny values set to 0.
 
-    In float64, the loss and p - 1 of a row whose rest is below 1e-16 are 0. The kernel keeps them.
+    If all other classes of a row have less than 1e-16 of the probability, its loss and p - 1 are 0 in float64. The
+    kernel keeps these tiny values.
     """
     return result.where((result.abs() > 1e-15) | result.isnan(), 0.0)

@@ -170,7 +170,7 @@ def _trace(statements: Sequence[_Statement], arguments: Sequence[str | None]) ->
                 argument = arguments[int(at[1])]
                 made = set() if argument is None else {argument}
             elif s.name.startswith("ld.global"):
-                if "64" in s.name:  # an address loaded from memory
+                if "64" in s.name:  # an address that is loaded from memory
                     made = {f"*{base}" for base in _own_bases(s, bases) if not base.startswith("*")}
             elif not s.name.startswith(_ALIKE):
                 made = set().union(*(bases.get(register, set()) for register in s.sources))

@@ -109,9 +109,9 @@ def sizes_of_terms(inputs, dout, case):
 
 
 def hold_all(got, inputs, dout, case, keep, mask):
-    """The 2x rule for output, log-sum-exp, dq, dk and dv, with root-mean-square errors.
+    """Assert the 2x rule for output, log-sum-exp, dq, dk and dv, with root-mean-square errors.
 
-    The largest error would depend on the rounding of two logits, where two keys share the weight of a row.
+    Where two keys share the weight of a row, the largest error would depend on how their two logits are rounded.
     """
     terms = sizes_of_terms(inputs, dout, case)
     names = ("output", "lse", "dq", "dk", "dv")
@@ -177,7 +177,7 @@ def check(case: dict, device: str) -> None:
 
 @pytest.mark.parametrize("part", parts(6))
 def test_random_cases(triton_device, tiles, seed, part):
-    """The 2x rule for output, lse, dq, dk, dv: 6 x 52 random cases (6 x 8 where every shape is compiled)."""
+    """The 2x rule holds in 6 x 52 random cases (6 x 8 where every shape is compiled)."""
     torch.manual_seed(seed)
     random.seed(seed)
     rng = random.Random(seed)
@@ -407,7 +407,7 @@ def test_interpreted_traffic(interpreter, tiles, monkeypatch, use_tma):
 
 
 def test_dropout_rate_and_seed(triton_device, seed):
-    """The right share of weights is kept, and the mask depends only on (seed, offset), or on PyTorch's generator."""
+    """Dropout keeps the right share of weights. Its mask depends only on (seed, offset), or on PyTorch's generator."""
     torch.manual_seed(seed)
     T, p = 128, 0.25
     q = torch.zeros(1, 2, T, 16, device=triton_device)

@@ -118,7 +118,7 @@ def test_shared_memory_fits(rows):
 
 
 def test_rows_move_in_128_bits(rows):
-    """Also cross-entropy with an odd vocabulary, whose signatures do not promise any alignment of rows."""
+    """So do the rows of cross-entropy with an odd vocabulary, although its signatures promise no alignment."""
     for row in rows:
         if row["case"].startswith(("decode_", "scale_rows")):
             continue
@@ -138,7 +138,7 @@ def test_half_precision_multiplies_on_tensor_cores(rows):
 
 
 def test_decoding_reads_keys_and_values_in_128_bits(rows):
-    """All of them are, whether their address is an argument or is loaded from memory."""
+    """This includes keys and values whose address is loaded from memory."""
     for row in rows:
         if row["case"].startswith("decode_attention"):
             fields = row["case"].split()
@@ -161,7 +161,7 @@ def test_linear_rows_add_up_in_one_order(rows):
 
 
 def test_three_programs_or_more_fit_a_multiprocessor(rows):
-    """For the largest blocks without extras in bf16, with 8 warps and 65536 registers. 4 programs fit unless fused."""
+    """This holds for the largest plain blocks in bf16, with 8 warps and 65536 registers. Unless fused, 4 fit."""
     for row in rows:
         capability = launch.ARCHITECTURES[row["target"]].capability
         if row["case"].endswith("bf16 block 8192") and capability is not None:

@@ -108,7 +108,7 @@ def run_exact(buffer, at, own, ignore_index, class_weight, options, device):
 
 @pytest.mark.parametrize("part", parts(5))
 def test_random_cases(triton_device, seed, part):
-    """The 2x rule for loss and gradient: 5 x 64 random cases (a fifth of them where every launch is checked twice)."""
+    """The 2x rule holds for loss and gradient in 5 x 64 random cases (a fifth where every launch is checked twice)."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     for _ in range(64):
@@ -118,9 +118,9 @@ def test_random_cases(triton_device, seed, part):
 @pytest.mark.parametrize("probability", [0.5, 0.7, 0.99, 0.999, 1 - 1e-6, 1 - 1e-10])
 @pytest.mark.parametrize("mode", [{}, {"fuse_backward": True}, {"inplace_backward": True}])
 def test_confident_rows(triton_device, probability, mode):
-    """The loss of the true class is log(1 + rest), its gradient p - 1. Rounding 1 + rest and p would lose both.
+    """The loss is log(1 + rest), where rest is the odds of all other classes, and its gradient is p - 1.
 
-    The kernel keeps four digits where 1 + rest and p in float32 hold one or none.
+    Rounding 1 + rest and p to float32 would leave one correct digit or none. The kernel keeps four.
     """
     V = 300
     logits = torch.zeros(1, 4, V, dtype=torch.float64)
@@ -333,7 +333,7 @@ def test_gradient_into_another_layout(triton_device, seed, V):
 
 @pytest.mark.parametrize("mode", [{}, {"fuse_backward": True}])
 def test_interpreted_offsets_past_31_bits(triton_device, seed, mode):
-    """Rows 2**31 elements apart, in memory that is never touched between them."""
+    """Rows may be 2**31 elements apart. The memory between them is never touched."""
     torch.manual_seed(seed)
     rows = torch.randn(2, 300, dtype=torch.bfloat16, device=triton_device)
     store = torch.empty(2**31 + 400, dtype=torch.bfloat16, device=triton_device)
@@ -368,8 +368,8 @@ def test_large_vocabularies(triton_device, seed, V):
 def test_interpreted_traffic(monkeypatch, interpreter, seed):
     """Logits are read once and gradients are written once. In the fused form, the gradient's pass reads each row again.
 
-    It begins at the row's end, while the row is still in the L2 cache: with 3 programs on each of the 132
-    multiprocessors of an H100 and V = 50257 in bf16, the rows take 40 MB of 50.
+    That pass begins at the end of the row, which is then still in the L2 cache. With 3 programs on each of the 132
+    multiprocessors of an H100, and V = 50257 in bf16, the rows take 40 MB of its 50 MB.
     """
     from fastgpt2_kernels.triton import cross_entropy as kernel
 

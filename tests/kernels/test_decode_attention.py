@@ -191,7 +191,7 @@ def random_case(rng: random.Random) -> Case:
 
 @pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device, kernels, seed, part):
-    """4 x 50 random cases (4 x 10 where every shape is compiled)."""
+    """All checks hold in 4 x 50 random cases (4 x 10 where every shape is compiled)."""
     torch.manual_seed(seed)
     random.seed(seed)
     rng = random.Random(seed)
@@ -338,7 +338,7 @@ def test_decoding_equals_attention_of_the_whole(triton_device, seed):
 
 @pytest.mark.unsanitized
 def test_a_cache_that_moves(triton_device, kernels, seed):
-    """With the same arguments, the launch uses the cache that the table then names: a longer one at another address."""
+    """A launch with the same arguments uses the cache that the table names now: a longer one at another address."""
     torch.manual_seed(seed)
     H, D = 2, 16
     lengths = torch.tensor([4], dtype=torch.int32, device=triton_device)
@@ -433,7 +433,7 @@ def test_kernels_and_door_agree_on_the_most_new_tokens(kernels):
 
 
 def test_the_pytorch_backend(seed):
-    """Rows in any order, with any counts, in float64."""
+    """The PyTorch backend takes rows in any order with any counts, in float64."""
     torch.manual_seed(seed)
     random.seed(seed)
     case = Case([9, 0, 30], [3, 0, 1], dtype=torch.float64)

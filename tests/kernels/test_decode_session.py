@@ -72,7 +72,7 @@ def logits_of(session: DecodeSession, rows: int) -> torch.Tensor:
 
 
 def test_greedy_tokens_are_the_reference_paths(device):
-    """64 tokens after prompts of different lengths, in float32. All tokens must be the same."""
+    """All 64 tokens after prompts of different lengths are the same, in float32."""
     ours, plain = pair(device, context_length=72, **TINIEST)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8]]
     options = {"max_new_tokens": 64, "temperature": 0, "stop_token_ids": ()}
@@ -84,7 +84,7 @@ def test_greedy_tokens_are_the_reference_paths(device):
 
 
 def test_tokens_chosen_outside_the_step_are_the_reference_paths(device):
-    """With a ban, a penalty and a logits processor: the step returns its logits, and takes the chosen token."""
+    """With a ban, a penalty and a logits processor, the step returns its logits and takes the token that was chosen."""
     ours, plain = pair(device, context_length=40, **TINIEST)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8]]
 
@@ -132,7 +132,7 @@ def test_logits_of_a_step(device, dtype, changes):
 
 @pytest.mark.slow
 def test_logits_of_a_step_at_the_size_of_gpt2(device):
-    """One block of GPT-2 small, and a head with an odd vocabulary."""
+    """The model has one block of GPT-2 small, and a head with an odd vocabulary."""
     torch.manual_seed(0)
     config = GPT2Config.preset("gpt2", num_layers=1, vocab_size=3001)
     plain = GPT2(config, backend="torch").to(device).eval()
@@ -269,7 +269,7 @@ def test_generation_is_the_hosts(device, batch_size):
 
 
 def test_a_shifted_context_is_the_hosts(device):
-    """Rows go on from their last tokens, with what they have seen and their place in the random numbers."""
+    """Rows continue from their last tokens, and keep the tokens that they have seen and their place in the noise."""
     ours, plain = pair(device, 4, context_length=6, **TINIEST)
     options = {"max_new_tokens": 9, "num_samples": 2, "stop_token_ids": (), "context_shift": True}
     options |= {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.7}
@@ -315,7 +315,7 @@ def test_repetition_penalty_sees_prompt_and_new_tokens(device):
 # The sanitizer attributes an address that is loaded from memory to another tensor.
 @pytest.mark.parametrize("use_table", [False, pytest.param(True, marks=pytest.mark.unsanitized)])
 def test_the_cache_may_grow_between_steps(device, use_table):
-    """Rows go on with their cached tokens. A graph reads the new address from the table on the device."""
+    """Rows continue with their cached tokens. A graph reads the new address from the table on the device."""
     ours, plain = pair(device, context_length=150)
     prompts = [[1, 2, 3] * 20, [4]]
     want = [s.token_ids for s in plain.generate(prompts, max_new_tokens=8, temperature=0, stop_token_ids=())]

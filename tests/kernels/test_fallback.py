@@ -250,7 +250,7 @@ def test_other_errors_are_not_taken_for_a_kernels(fail: Callable[..., None]) -> 
 
 
 def test_a_real_launch_without_a_driver_and_without_a_folder(tmp_path: Path) -> None:
-    """Triton's own errors: without a GPU driver, then with a fake driver and a cache folder that is not writable."""
+    """Triton's own errors name the kernel: without a GPU driver, and with a fake one and an unusable cache folder."""
     (tmp_path / "file").touch()
     code = """
 import torch, triton
@@ -284,7 +284,7 @@ attempt()
 
 
 def test_a_model_trains_on(fail: Callable[..., None], interpreter: str) -> None:
-    """A backward kernel fails in the middle of a training step."""
+    """Training continues after a backward kernel has failed in the middle of a step."""
     model = GPT2(pair(interpreter, **TINIEST)[0].config)
     fail("_layer_norm_bwd_kernel")
     tokens = torch.tensor([[1, 2, 3, 4]])

@@ -26,7 +26,7 @@ NAMES = sorted(ops.TRITON_ACTIVATIONS)
 
 
 def plain(x: Tensor, bias: Tensor | None, *, name: str) -> Tensor:
-    """Computed in float32 and rounded once. This is stricter than PyTorch's own operators, which also round the sum."""
+    """Compute in float32, and round once. This is stricter than PyTorch's own operators, which also round x + bias."""
     wide = torch.promote_types(torch.float32, x.dtype)
     z = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
     return reference.ACTIVATIONS[name](z).to(x.dtype)
@@ -70,7 +70,7 @@ def random_case(rng: random.Random, device: str) -> tuple[Inputs, Tensor, list[s
 
 @pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device: str, seed: int, part: int, poison: Poison) -> None:
-    """The 2x rule for results and gradients: 4 x 50 random cases, with poisoned outputs between canaries."""
+    """The 2x rule holds for results and gradients in 4 x 50 random cases. Outputs are poisoned, between canaries."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     for _ in range(50):
@@ -84,7 +84,7 @@ def test_random_cases(triton_device: str, seed: int, part: int, poison: Poison) 
 def test_every_activation_over_its_range(triton_device: str, name: str) -> None:
     """Results and slopes are within the budget at a thousand numbers from -12 to 12, at the kinks and at 0.
 
-    Their tails are right to 4 digits where the formula in PyTorch keeps as many.
+    The tails are right to 4 digits wherever the formula in PyTorch is right to 5.
     """
     x = torch.cat((torch.linspace(-12, 12, 1001), torch.tensor([0.0, -0.0, 1e-6, 1e-20, -1e-3, 40.0, -40.0])))
     x = x[None].to(triton_device)
@@ -103,7 +103,7 @@ def test_every_activation_over_its_range(triton_device: str, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_and_not_finite(triton_device: str, name: str, dtype: torch.dtype) -> None:
-    """Numbers whose square or cube overflows give float64's results, NaN and -inf give PyTorch's, inf the limit."""
+    """Numbers whose square or cube overflows give float64's results. NaN and -inf give PyTorch's, and inf the limit."""
     x = torch.tensor([[math.nan, -math.inf, math.inf, 1e20, -1e20, 3e38, -3e38, 1e5, -1e5]]).to(dtype)
     expected = reference.ACTIVATIONS[name](x.double()).to(dtype)
     if "gelu" in name:
@@ -173,6 +173,14 @@ def test_opcheck(triton_device: str) -> None:
         torch.library.opcheck(kernel.bias_activation_backward_op, arguments)
 
 
+def test_second_derivatives_are_refused(triton_device: str) -> None:
+    x = torch.randn(5, 24, device=triton_device, requires_grad=True)
+    y = ops.bias_activation(x, torch.randn(24, device=triton_device), "gelu_new", backend="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"bias_activation: .* no second derivatives; use backend='torch'"):
+        grad.sum().backward()
+
+
 def test_compiles_whole(triton_device: str, seed: int) -> None:
     """torch.compile(fullgraph=True) captures it, and `linear`, without a graph break. The result is eager mode's."""
     torch.manual_seed(seed)
@@ -196,7 +204,7 @@ def test_the_reference_has_these_gradients(name: str) -> None:
 
 
 def test_interpreted_offsets_past_31_bits(triton_device: str, seed: int) -> None:
-    """Rows 2**31 elements apart, in memory that is never touched between them."""
+    """Rows may be 2**31 elements apart. The memory between them is never touched."""
     torch.manual_seed(seed)
     store = torch.empty(2**31 + 400, dtype=torch.bfloat16, device=triton_device)
     x = store.as_strided((2, 300), (2**31 + 8, 1))

@@ -53,7 +53,7 @@ def gradients(f: Any, inputs: Inputs, douts: list[Tensor], needed: list[str]) ->
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, eps: float) -> Any:
-    """F.layer_norm. If dtypes differ, it is computed in float32 and rounded once."""
+    """F.layer_norm. If the dtypes differ, it is computed in float32, and rounded once."""
     s = x if residual is None else x + residual
     wide = functools.reduce(torch.promote_types, (torch.float32, s.dtype, weight.dtype))
     y = F.layer_norm(s.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(s.dtype)
@@ -133,7 +133,7 @@ def random_case(rng: random.Random, device: str) -> tuple[Inputs, list[Tensor], 
 
 @pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device: str, seed: int, part: int, poison: Poison) -> None:
-    """The 2x rule for results and gradients: 4 x 50 random cases, with poisoned outputs between canaries."""
+    """The 2x rule holds for results and gradients in 4 x 50 random cases. Outputs are poisoned, between canaries."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     for _ in range(50):
@@ -150,7 +150,7 @@ def draw(C: int, *lead: int, device: str, dtype: torch.dtype = torch.float32, me
 
 @pytest.mark.parametrize("C", [768, 1500])
 def test_a_mean_far_larger_than_the_spread(triton_device: str, seed: int, C: int) -> None:
-    """Two passes take squares of differences. Differences of squares would leave no correct digit here."""
+    """The kernel sums squares of differences, in a second pass. Differences of squares would leave no correct digit."""
     torch.manual_seed(seed)
     inputs = draw(C, 24, device=triton_device, mean=1e4)
     del inputs["residual"]
@@ -162,7 +162,7 @@ def test_a_mean_far_larger_than_the_spread(triton_device: str, seed: int, C: int
 
 @pytest.mark.parametrize(("C", "residual"), [(16384, True), (16391, False), (20000, True), (8200, False)])
 def test_long_rows(triton_device: str, seed: int, C: int, residual: bool, poison: Poison) -> None:
-    """The longest rows that fit in registers, and longer ones. The limit is 8192 in the backward, else 16384."""
+    """Rows may be as long as registers allow, or longer. The limit is 8192 in backward, and 16384 in forward."""
     torch.manual_seed(seed)
     inputs = draw(C, 3, device=triton_device, mean=5.0)
     if not residual:
@@ -215,7 +215,7 @@ def test_no_rows(triton_device: str, shape: tuple[int, ...]) -> None:
 
 
 def test_gradients_of_one_result_alone(triton_device: str, seed: int) -> None:
-    """Only the sum or only its LayerNorm is used; also with one tensor as both x and residual."""
+    """Gradients are right if only the sum or only its LayerNorm is used, also if x and residual are one tensor."""
     torch.manual_seed(seed)
     inputs = draw(40, 6, device=triton_device)
     dout = torch.randn(6, 40, device=triton_device)
@@ -301,6 +301,15 @@ def test_opcheck(triton_device: str) -> None:
         torch.library.opcheck(kernel.layer_norm_backward_op, arguments)
 
 
+def test_second_derivatives_are_refused(triton_device: str) -> None:
+    inputs = draw(24, 2, 3, device=triton_device)
+    x, weight, bias, residual = (t.requires_grad_() for t in inputs.values())
+    y, _ = ops.layer_norm(x, weight, bias, 1e-5, residual=residual, backend="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"layer_norm: .* no second derivatives; use backend='torch'"):
+        grad.sum().backward()
+
+
 def test_compiles_whole(triton_device: str, seed: int) -> None:
     """torch.compile(fullgraph=True) captures it without a graph break, with the same result as eager mode."""
     torch.manual_seed(seed)
@@ -323,7 +332,7 @@ def test_the_reference_has_these_gradients() -> None:
 
 
 def test_interpreted_offsets_past_31_bits(triton_device: str, seed: int) -> None:
-    """Rows 2**31 elements apart, in memory that is never touched between them."""
+    """Rows may be 2**31 elements apart. The memory between them is never touched."""
     torch.manual_seed(seed)
     store = torch.empty(2**31 + 400, dtype=torch.bfloat16, device=triton_device)
     x = store.as_strided((1, 2, 300), (0, 2**31 + 8, 1))

@@ -166,7 +166,7 @@ def check(case: dict[str, Any], seed: int, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_random_cases(seed: int, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Loss and every gradient. `test_cross_entropy.py` has the cases of the kernel alone."""
+    """Loss and every gradient are within the budget. `test_cross_entropy.py` has the cases of the kernel alone."""
     if dtype == torch.float64 and backend == "triton":
         with pytest.raises(ValueError, match="backend='triton' cannot be used: it computes in float32; got float64"):
             check(random_case(random.Random(seed), dtype), seed, backend, device)
@@ -220,7 +220,7 @@ def test_the_gradient_of_a_probability_next_to_one(probability: float, backend: 
 
 
 def test_classes_masked_by_minus_infinity(seed: int, backend: str, device: str) -> None:
-    """A bias of -inf, which is how classes of a vocabulary are masked."""
+    """A bias of -inf masks classes of a vocabulary."""
     x, weight, targets = draw(seed, device)
     bias = torch.zeros(131, device=device)
     bias[64:] = -torch.inf
@@ -233,7 +233,7 @@ def test_classes_masked_by_minus_infinity(seed: int, backend: str, device: str) 
 
 
 def test_float16_under_a_loss_scale(seed: int, backend: str, device: str) -> None:
-    """With many rows and a large vocabulary p / N underflows in float16. Loss scales exist to prevent that."""
+    """With many rows and a large vocabulary, p / N would underflow in float16. A loss scale prevents this."""
     x, weight, targets = draw(seed, device, N=256, C=8, V=2100, dtype=torch.float16)
     weight = (weight.detach() * 0.1).requires_grad_()
     inputs = {"x": x, "weight": weight}
@@ -250,7 +250,7 @@ def test_float16_under_a_loss_scale(seed: int, backend: str, device: str) -> Non
 def test_no_bits_are_lost_over_the_chunks(seed: int, dtype: torch.dtype, backend: str, device: str) -> None:
     """The error must be that of a single product of all rows. A half-precision sum of 50 chunks would stop growing."""
     x, weight, targets = draw(seed, device, N=400, C=16, V=64, dtype=dtype)
-    x = (x.detach() + 3).requires_grad_()  # the terms of a sum have the same sign, like those of a frequent token
+    x = (x.detach() + 3).requires_grad_()  # so that the terms of a sum have the same sign, as for a frequent token
     targets = targets % 4
     inputs = {"weight": weight}
     got = with_grads(
@@ -349,7 +349,7 @@ def test_a_large_weight_on_a_cpu(seed: int, scale: float) -> None:
 
 
 def test_few_numbers_of_rows_are_compiled_for_a_large_weight(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN keeps a product of half a megabyte for each of them; the rows that are added do not change the loss."""
+    """Rows are padded to few counts, because oneDNN keeps half a megabyte for each. The loss does not change."""
     monkeypatch.setattr(linear, "ONEDNN_NUMBERS", 0)
     torch.manual_seed(seed)
     weight = torch.randn(13, 8)
@@ -378,7 +378,7 @@ def test_few_numbers_of_rows_are_compiled_for_a_large_weight(seed: int, monkeypa
     ("needed", "products"), [("", 1), ("x", 2), ("weight", 2), ("bias", 1), ("x weight", 3), ("x weight bias", 3)]
 )
 def test_no_work_for_what_needs_no_gradient(seed: int, needed: str, products: int) -> None:
-    """Matrix products are counted. The largest tensor is a chunk of logits or a gradient."""
+    """Only the needed matrix products are computed."""
     x, weight, targets = draw(seed, "cpu", N=64, C=8, V=50)
     x, weight, bias = x.detach(), weight.detach(), torch.zeros(50)
     options = linear.LossOptions(-100, 0.0, 0.0, 1.0, 16, torch.float32, False)
@@ -447,7 +447,7 @@ def test_inputs_are_left_alone(seed: int, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 0.1, "logit_scale": 0.7}], ids=str)
 def test_gradcheck(seed: int, options: dict[str, float]) -> None:
-    """With reduction "none", because gradcheck runs backward several times, which only this allows."""
+    """The reduction is "none", because gradcheck runs backward several times, which no other reduction allows."""
     x, weight, _ = draw(seed, "cpu", N=5, C=3, V=7, dtype=torch.float64)
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 6, -100, 3, 3])
@@ -479,7 +479,7 @@ def test_the_first_gradient_is_not_copied(seed: int, device: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_accumulating_into_grad(seed: int, reduction: str, backend: str, device: str) -> None:
-    """The gradient is added in place to the existing tensor. With a tied embedding, the embedding's gradient is too."""
+    """The gradient is added in place to the existing tensor. With tied weights, so is the embedding's gradient."""
     x, weight, targets = draw(seed, device)
     ids = targets.clone()
 

@@ -37,7 +37,7 @@ def kernel(triton_device):
 
 @pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device, kernel, monkeypatch, seed, part):
-    """The 2x rule, 4 x 52 random cases."""
+    """The 2x rule holds in 4 x 52 random cases."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     for _ in range(52):
@@ -50,7 +50,7 @@ def test_random_cases(triton_device, kernel, monkeypatch, seed, part):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("prologue", ["none", "layer_norm", "combine"])
 def test_a_few_cases(triton_device, kernel, seed, prologue, int8, product):
-    """One case of every kind, few enough that every memory access can be checked."""
+    """The 2x rule holds in one case of every kind. They are so few that every memory access can be checked."""
     torch.manual_seed(seed)
     changes = {"prologue": prologue, "int8": int8, "product": product, "x_dtype": product}
     changes |= {"residual": "out", "activation": "gelu_new"}
@@ -62,8 +62,8 @@ def test_a_few_cases(triton_device, kernel, seed, prologue, int8, product):
 def test_a_row_alone_is_the_same_row_in_any_batch(triton_device, kernel, monkeypatch, seed, prologue, product):
     """A row is bitwise the same, although batches of other sizes are launched with other tiles.
 
-    In the interpreter NumPy computes the products. Its order of summing depends on the shapes of the operands, unlike a
-    tensor core's. So there products are summed over K one by one.
+    In the interpreter, NumPy computes the products, and the order of a sum depends on the tiles. So there, products are
+    summed over K one by one.
     """
     if triton_device == "cpu" and INTERPRETED:
         sum_one_by_one(monkeypatch)
@@ -117,7 +117,7 @@ def sum_one_by_one(monkeypatch) -> None:
 
 
 def test_a_row_that_does_not_fit_is_nan_alone(triton_device, kernel, seed):
-    """`decode/attention.py` writes NaN to its first split. Splits past its end are not read."""
+    """Attention has written NaN to the first split of such a row. Splits past its end are not read."""
     torch.manual_seed(seed)
     case = {**BASE, "prologue": "combine", "slots": False, "counts": False}
     parts, rows, split_s = linear_maps.random_parts(case, triton_device)

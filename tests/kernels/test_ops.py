@@ -47,7 +47,7 @@ def test_causal_attention_over_random_shapes(seed: int, dtype: torch.dtype, upca
 
 
 def test_causal_attention_options(seed: int) -> None:
-    """Lengths, documents, seeded dropout and the log-sum-exp of the PyTorch backend in float64, with gradients."""
+    """Lengths, documents, seeded dropout and log-sum-exp are right on the PyTorch backend, with gradients."""
     generator = torch.Generator().manual_seed(seed)
     B, H, T, D = 3, 2, 17, 4
     qkv = torch.randn(B, T, 3 * H * D, generator=generator, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_causal_attention_options(seed: int) -> None:
 
 
 def test_dropout_keep_is_philox() -> None:
-    """The test vectors of Random123 for philox4x32-7, with counter and key of all ones or all zeros."""
+    """It gives Random123's test vectors for philox4x32-7, with counter and key of all ones or all zeros."""
     expected = {
         0: (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
         -1: (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
@@ -110,7 +110,7 @@ def test_the_oracle_is_pytorchs(seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", [*ops.ACTIVATIONS, "residual"])
 def test_linear(seed: int, dtype: torch.dtype, activation: str) -> None:
-    """A bias, every activation and a residual, against float64."""
+    """A bias, every activation and a residual are within the budget."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((32, 40), (32,)))
     x, residual = (torch.randn(9, n, generator=generator).to(dtype) for n in (40, 32))
@@ -239,7 +239,7 @@ x = torch.randn(1, 4, 96, device={triton_device!r})
 f = torch.compile(lambda x: ops.causal_attention_packed(x, 2, backend="triton"), fullgraph=True, backend="aot_eager")
 print(torch.equal(f(x), ops.causal_attention_packed(x, 2, backend="triton")))"""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
-    # In the new process Triton's interpreter multiplies with NumPy, which dies of another processor's instructions.
+    # NumPy multiplies in the new process. With this variable it might use instructions that this processor lacks.
     environment.pop("OPENBLAS_CORETYPE", None)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout == "True\n", done.stderr

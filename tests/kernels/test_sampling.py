@@ -29,7 +29,7 @@ def some_logits(kind: str, R: int, V: int) -> Tensor:
     if kind == "holes":
         logits[torch.rand(R, V) < 0.7] = -math.inf
         logits[:, -1] = 0.5
-    if kind == "lanes":  # the largest logits are a block apart
+    if kind == "lanes":  # so that the largest logits are a block apart
         logits[:, 5::2048] = 20.0 + torch.rand(logits[:, 5::2048].shape)
     if kind == "signs":
         logits = logits.round(decimals=2)  # zeros of both signs
@@ -48,7 +48,7 @@ def random_case(rng: random.Random) -> dict:
         "top_k": rng.choice([None, None, 0, 1, 2, 50, 300, 3000, V, V + 7]),
         "top_p": rng.choice([None, None, 1e-3, 0.5, 0.9, 0.95, 1.0]),
         "min_p": rng.choice([None, None, 0.0, 0.05, 0.5, 1.0]),
-        # No ratios of small integers: 13 / 1.3 is 10 in float32 and 10.0000004 in float64, so a tie in one of them.
+        # Ratios of small integers would tie in one dtype only: 13 / 1.3 is 10 in float32, but 10.0000004 in float64.
         "penalty": rng.choice([None, None, 0.7236068, 1.324718]),
         "slots": rng.random() < 0.5,
         "mark_seen": rng.random() < 0.5,
@@ -140,7 +140,10 @@ def exact_logprobs(logits: Tensor) -> Tensor:
 
 
 def hold_choice(chosen: Tensor, logits: Tensor, tensors: dict, seen: Tensor, case: dict) -> int:
-    """The choice is float64's, or in float64 the two differ only by rounding: of scores, or of a filter's border."""
+    """Assert that float64 chooses the same token, or differs only by rounding: of scores, or of a filter's border.
+
+    Returns the number of rows that rounding decides.
+    """
     exact = reference.sampling_scores(logits.double(), seen=seen, **tensors)
     expected = exact.argmax(-1)
     differing = (chosen != expected).nonzero()[:, 0].tolist()
@@ -166,7 +169,7 @@ def hold_choice(chosen: Tensor, logits: Tensor, tensors: dict, seen: Tensor, cas
 
 @pytest.mark.parametrize("part", parts(4))
 def test_random_cases(triton_device, seed, part):
-    """4 x 50 random cases; float64 chooses the same token in all rows but a few, which rounding decides."""
+    """In 4 x 50 random cases, float64 chooses the same token, except in a few rows that rounding decides."""
     from fastgpt2_kernels.triton import sampling as kernel
 
     torch.manual_seed(seed)
@@ -191,7 +194,7 @@ NOISE: list[Tensor] = []
 
 
 def test_gumbel_of_every_kind_of_word(triton_device, seed):
-    """Both tails up to the last word, against float64. The upper one, 2^-24 and beyond, has full float32 resolution."""
+    """Both tails agree with float64, up to the last word. The upper one, from 2^-24 on, has full float32 resolution."""
     from tests.kernels.sampling_noise import of_words
 
     edges = torch.tensor([0, 1, 2, 3, 255, 256, 2**31 - 1, 2**31, WORD - 257, WORD - 2, WORD - 1])
@@ -284,7 +287,7 @@ def test_the_filters_are_what_a_sort_says(name):
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_a_hundred_thousand_draws_of_the_kernels_noise(triton_device, seed, name):
-    """2^17 positions of one key, with the noise function of the kernel, and the filters and argmax of the reference."""
+    """The reference's filters and argmax, with the kernel's noise, draw 2^17 tokens from the exact distribution."""
     torch.manual_seed(seed)
     settings = settings_of(name, 1)
     y = LOGITS
@@ -298,7 +301,7 @@ def test_a_hundred_thousand_draws_of_the_kernels_noise(triton_device, seed, name
 
 
 def test_the_noise_is_gumbels(triton_device, seed):
-    """1.7 million draws of the kernel's function: the Kolmogorov-Smirnov test, and the number of very large draws."""
+    """1.7 million draws pass the Kolmogorov-Smirnov test, and have the right number of very large values."""
     torch.manual_seed(seed)
     noise = many_draws(triton_device).flatten().double()
     n = len(noise)
@@ -313,7 +316,7 @@ def test_the_noise_is_gumbels(triton_device, seed):
 @pytest.mark.parametrize("name", ["temperature", "top-k", "top-p", "min-p", "all"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_distribution(triton_device, seed, name, backend):
-    """The whole operator against exact probabilities, with 1e5 rows; under the interpreter with fewer, for seconds."""
+    """The whole operator draws 1e5 rows with the exact probabilities. The interpreter, which is slow, draws fewer."""
     N = 60 if backend == "triton" and triton_device == "cpu" else 100_000
     settings = settings_of(name, N)
     settings["repetition_penalty"] = settings.pop("penalty", 1.0)
@@ -389,9 +392,9 @@ def test_greedy_is_argmax(triton_device, seed):
 
 
 def test_interpreted_traffic(monkeypatch, interpreter, seed):
-    """Passes over a row: 1 for greedy, temperature, top-k with or without top-p; 2 for top-p if its first try stands.
+    """A row is read once for greedy, temperature, min-p and top-k; for top-p alone twice, if its first try succeeds.
 
-    One logit, the chosen one, is read again each time.
+    The chosen logit is read once more.
     """
     torch.manual_seed(seed)
     logits = torch.randn(1, 4 * 2048 + 77)

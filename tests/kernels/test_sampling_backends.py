@@ -42,7 +42,7 @@ def kernel(backend: str) -> SimpleNamespace:
 @pytest.mark.parametrize("gathered", [0, 20, 2048])
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_random_cases(monkeypatch, seed, backend, gathered):
-    """The cases of the Triton kernel, by the same rule, with the few tokens of top-k gathered or not."""
+    """The cases of the Triton kernel pass by the same rule, whether or not the few tokens of top-k are gathered."""
     need(backend)
     if backend == "torch":
         monkeypatch.setattr(torch_sampling, "_MOST_GATHERED", gathered)
@@ -54,7 +54,7 @@ def test_random_cases(monkeypatch, seed, backend, gathered):
 
 
 def test_noise_is_the_references(seed):
-    """The words of all tokens and of some; and the rough noise never drops a token that may win."""
+    """The random words agree, for all tokens and for some. The rough noise never drops a token that may win."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randint(2**32, (3, 2), generator=generator)
     positions = torch.randint(2**31, (3,), generator=generator, dtype=torch.int32)
@@ -74,7 +74,7 @@ def test_noise_is_the_references(seed):
 
 
 def test_the_same_tokens_on_every_backend(triton_device, seed):
-    """Random combinations of settings. Rounding may decide in a few rows."""
+    """This holds for random combinations of settings, except in a few rows that rounding may decide."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     differing = rows = 0
@@ -173,7 +173,7 @@ STRANGE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_strange_settings_have_one_result(triton_device, seed, name):
-    """Every backend gives the same tokens with finite log-probabilities; and generation takes the same settings."""
+    """Every backend gives the same tokens, with finite log-probabilities. Generation accepts the same settings."""
     torch.manual_seed(seed)
     logits = torch.randn(6, 70)
     logits[0] = -logits[0].abs() - 1  # all logits below 0

@@ -97,7 +97,7 @@ def model_on_meta(training: bool = False) -> GPT2:
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_prefill_and_steps(penalty: float) -> None:
-    """With rows that come and go and a cache that grows. Numbers go to the device through pinned memory."""
+    """Rows come and go, and the cache grows. Numbers go to the device through pinned memory."""
     model = model_on_meta()
     cache = KVCache(model.config, 5, 8, device="meta")
     sampling = SamplingConfig(temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=penalty)
@@ -117,7 +117,7 @@ def test_prefill_and_steps(penalty: float) -> None:
 
 
 def test_cached_attention_of_all_kinds_of_rows() -> None:
-    """Rows without cached tokens that are not neighbours, and rows with one, a few and many new tokens."""
+    """The plan has separated rows without cached tokens, and rows with one, a few and many new tokens."""
     model = model_on_meta()
     cache = KVCache(model.config, 5, 64, device="meta")
     with noted_waits() as waits:
@@ -143,7 +143,7 @@ def test_a_training_step(kind: str) -> None:
 
 
 def test_scores_wait_once_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where their numbers are read."""
+    """The host waits only where it reads the scores."""
     read: list[int] = []
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self.numel()) or [0.0] * self.numel())
     batch = [scoring.Score(i, (1, 2, 3, 4), 2, []) for i in range(3)]

@@ -78,7 +78,7 @@ def build(
 
 
 def run_tests(extension: Path | None, arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run pytest in a separate process, with another extension, or with the package's for None."""
+    """Run pytest in a separate process with this extension. With None, use the package's own."""
     start = ["-m", "pytest"] if extension is None else ["-c", LOADER, str(extension)]
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     return subprocess.run(

@@ -11,12 +11,12 @@ from fastgpt2_kernels import native
 
 @pytest.fixture(params=[1, 2])
 def threads(request, monkeypatch):
-    """Run each test with one thread and with two. PyTorch keeps its own number: two would only slow the reference."""
+    """Run the native backend with one thread and with two. PyTorch keeps its own number, for a fast reference."""
     monkeypatch.setattr(native, "num_threads", lambda: request.param)
     return request.param
 
 
-# Every compiled instruction set that this processor has, or the one that the variable names.
+# Every compiled instruction set that this processor has, or the one that the environment variable names.
 ISAS = [name for name, is_usable in native.isas().items() if is_usable]
 if os.environ.get(native.ISA_VARIABLE) or not ISAS:
     ISAS = [os.environ.get(native.ISA_VARIABLE, "")]
@@ -24,7 +24,7 @@ if os.environ.get(native.ISA_VARIABLE) or not ISAS:
 
 @pytest.fixture(params=ISAS)
 def needs_native(request, monkeypatch):
-    """Run each test on every instruction set, in one process: a new process would mostly import PyTorch."""
+    """Run each test on every instruction set, in one process, because a new one would mostly import PyTorch."""
     if (reason := native.why_not_native()) is not None:
         pytest.skip(f"native backend: {reason}")
     monkeypatch.setattr(native, "_choice", lambda: (request.param, None))

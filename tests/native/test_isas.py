@@ -1,4 +1,4 @@
-"""Every instruction set is tested if this processor has it, and compiled if the compiler can; and how one is chosen."""
+"""Every instruction set is compiled if the compiler can, and tested if this processor has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole step and prefill against the model in float64: tokens, state, ends of rows, any mixture of rows."""
+"""The whole step and the prefill against the model in float64: tokens, state, ends of rows, and ragged batches."""
 
 from __future__ import annotations
 
@@ -203,7 +203,9 @@ def test_prefill_in_pieces_and_in_company(seed, threads, kind):
     assert first.isfinite().all()
     for past in (11, 18, 5):
         assert torch.equal(step.prefill(prompts[2][past:], [3], [20 - past], [past])[0], together[2])
-    piece = step.prefill(prompts[2][19:], [3], [1], [19])  # a single token: sums in another order, as in a step
+    piece = step.prefill(
+        prompts[2][19:], [3], [1], [19]
+    )  # a single token is summed in another order, like a decoding step
     error = (piece[0] - together[2]).abs().max() / together[2].abs().max()
     assert error < (1e-5 if kind == "float32" else 0.05)
 
@@ -236,7 +238,7 @@ def check_rows_that_end(seed: int) -> None:
         begin(step, range(4), prompts)
         step.slots.limits[1] = 4
         ends = [[tokens[row] for tokens in chosen] for row in range(4)]
-        # The last token needs no place in the context.
+        # The last token needs no room in the context.
         ends[1], ends[2] = ends[1][:4], ends[2][: TINY.context_length - 20 + 1]
         for stop in stops:
             ends = [made[: made.index(stop) + 1] if stop in made else made for made in ends]

@@ -1,7 +1,7 @@
-"""Damage files at random and read them: each is read, or refused in one sentence.
+"""A fuzzer for file readers: every damaged file must be read, or refused with an error of one sentence.
 
 `python -m tests.reliability.fuzz tokenizer --seconds 600` runs one target for ten minutes and prints what it found.
-Every case is a function of (target, seed, number), so a finding can be repeated:
+A case depends only on the target, the seed and its number, so this repeats one:
 `python -m tests.reliability.fuzz tokenizer --seed 5 --only 1234`.
 """
 
@@ -33,7 +33,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-MEMORY_BYTES = 8 << 30  # of address space: what asks for more gets a MemoryError and does not take the machine along
+MEMORY_BYTES = 8 << 30  # of address space; a reader that asks for more gets a MemoryError before the machine runs out
 CASE_SECONDS = 20.0
 
 
@@ -41,12 +41,12 @@ CASE_SECONDS = 20.0
 class Target:
     """Files to damage, and the function that reads them."""
 
-    make: Callable[[Path], None]  # writes good files into a folder
+    make: Callable[[Path], None]  # writes undamaged files into a folder
     read: Callable[[Path], object]
-    files: tuple[str, ...]  # which of them are damaged, one at a time
+    files: tuple[str, ...]  # the files to damage; a case damages one of them
 
 
-# -- good files, and their readers ----------------------------------------------------------------------------------
+# -- undamaged files, and their readers ------------------------------------------------------------------------------
 
 
 def _model() -> Any:
@@ -86,7 +86,7 @@ def _save_nanogpt(folder: Path) -> None:
     from fastgpt2.checkpoint import save_nanogpt
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its exact GELU
+        warnings.simplefilter("ignore")  # saving warns that nanoGPT has the exact GELU
         save_nanogpt(_model(), folder)
 
 
@@ -138,10 +138,10 @@ def _resume_samples(folder: Path) -> None:
             RecordFile(path, sample_format(path), _SETTINGS, resume=True, wanted=lambda key: key[0] < 6).close()
         except (ValueError, OSError):
             if path.read_bytes() != before:
-                raise AssertionError(f"{path.name} was refused and changed") from None
+                raise AssertionError(f"{path.name} was refused, but also changed") from None
             raise
         if not before.startswith(path.read_bytes()):
-            raise AssertionError(f"{path.name} holds what it did not hold before")
+            raise AssertionError(f"{path.name} holds bytes that it did not hold before")
 
 
 def _save_shards(folder: Path) -> None:
@@ -192,7 +192,7 @@ def _save_training(folder: Path) -> None:
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         status = _train(folder, "1")
     if status:
-        raise AssertionError("the run that is to be resumed did not come to its end")
+        raise AssertionError("the run to resume did not finish")
 
 
 def _train(folder: Path, steps: str) -> int:
@@ -201,7 +201,7 @@ def _train(folder: Path, steps: str) -> int:
     sizes = ["--layers", "1", "--heads", "2", "--hidden-size", "8", "--context", "16", "--vocab-size", "280"]
     arguments = ["train", "--data", "text.txt", "--out", "run", "--steps", steps, "--batch-size", "2", "--resume"]
     before = os.getcwd()
-    os.chdir(folder)  # a run is resumed with the data that it began with, and that includes their path
+    os.chdir(folder)  # relative, because a resumed run must name its data by the same path
     try:
         return main([*arguments, *sizes])
     finally:
@@ -209,7 +209,7 @@ def _train(folder: Path, steps: str) -> int:
 
 
 def _resume_training(folder: Path) -> None:
-    """Resume by the command line: its exit status 2 with its one line is a refusal."""
+    """Resume from the command line. A refusal is exit status 2 and one line; it is raised as a ValueError."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         status = _train(folder, "2")
@@ -267,7 +267,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 
 
 def _json_span(data: bytes) -> tuple[int, int, Any] | None:
-    """The JSON in a file: all of it, one of its lines chosen by nobody (the first), or a safetensors header."""
+    """Find JSON in a file: a safetensors header, else the whole file, else its first line. None if there is none."""
     if len(data) > 8 and data[8:9] == b"{" and (size := int.from_bytes(data[:8], "little")) <= len(data) - 8:
         candidates = [(8, 8 + size)]
     else:
@@ -285,12 +285,12 @@ def _dump(value: Any, before: bytes) -> bytes:
         text = json.dumps(value).encode("utf-8", "surrogatepass")
     except (ValueError, RecursionError):
         return before
-    # A header of the old length is still one: pad it with blanks, which JSON allows.
+    # A safetensors header states its length, so shorter JSON is padded with blanks to keep the header valid.
     return text.ljust(len(before)) if len(text) <= len(before) else text
 
 
 def _change(value: Any, rng: random.Random) -> Any:
-    """The JSON value with one place changed."""
+    """Change the JSON value in one random place."""
     places: list[tuple[Any, Any]] = []
 
     def collect(node: Any) -> None:
@@ -303,7 +303,7 @@ def _change(value: Any, rng: random.Random) -> Any:
     collect(value)
     if not places or rng.random() < 0.02:
         return rng.choice(_ODD_VALUES)
-    # Rather near the root, where the few settings are, than among thousands of merges.
+    # Prefer places near the root. There are the few settings; deeper down are thousands of merges.
     node, key = places[min(int(rng.expovariate(1 / 20)), len(places) - 1)] if rng.random() < 0.6 else rng.choice(places)
     kind = rng.random()
     if kind < 0.15:
@@ -324,7 +324,7 @@ def _change(value: Any, rng: random.Random) -> Any:
 
 
 def _change_bytes(data: bytes, rng: random.Random) -> bytes:
-    # The beginning of a file, where its header is, is as likely as all the rest.
+    # Half of the changes are within the first 512 bytes, where headers are.
     limit = len(data) if rng.random() < 0.5 else min(len(data), 512)
     at = rng.randrange(limit + 1)
     count = min(int(rng.expovariate(1 / 8)) + 1, 64)
@@ -354,14 +354,16 @@ def _change_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def _check_sentence(error: BaseException, name: str = "") -> None:
-    """AssertionError for an error that is more than a sentence, or that does not name the file."""
+    """Raise AssertionError unless the error is one sentence, and names the folder of the damaged file if given."""
     text = str(error)
     if not text or "\n" in text or len(text) > 800 or name not in text:
-        raise AssertionError(f"the error is no sentence about {name}: {type(error).__name__} {text[:700]!r}")
+        raise AssertionError(
+            f"the error must be one sentence that names {name!r}; got {type(error).__name__} {text[:700]!r}"
+        )
 
 
 def run_case(target: Target, good: Path, folder: Path, rng: random.Random) -> str:
-    """Damage one file of a fresh copy, and `read` it."""
+    """Damage one file in a fresh copy of the folder, and read the folder."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder)
     path = folder / rng.choice(target.files)
@@ -370,7 +372,7 @@ def run_case(target: Target, good: Path, folder: Path, rng: random.Random) -> st
 
 
 def read(target: Target, folder: Path) -> str:
-    """ "read", or the class of the error that refused the files; other errors, and bad sentences, are raised."""
+    """Return "read", or the class of the error that refused the files. Other errors and bad sentences are raised."""
     try:
         target.read(folder)
     except (ValueError, OSError) as error:
@@ -384,12 +386,12 @@ def read(target: Target, folder: Path) -> str:
 
 
 def _serve(name: str, seed: int, first: int, last: int, good: Path, work: Path, connection: Connection) -> None:
-    """Run cases in this process, and send (number, "begin" | result | "FAULT ...") about each."""
+    """Run cases in this process. For each, send (number, "begin"), then (number, its result); "FAULT ..." is a bug."""
     import torch
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    faulthandler.disable()  # it would print into the tests' own output
+    faulthandler.disable()  # it would print into the output of the tests
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     errors = os.open(work / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(errors, 2)
@@ -401,20 +403,20 @@ def _serve(name: str, seed: int, first: int, last: int, good: Path, work: Path, 
                 shutil.rmtree(work / "case", ignore_errors=True)
                 shutil.copytree(good, work / "case")
                 if read(TARGETS[name], work / "case") != "read":
-                    raise AssertionError("the undamaged files are refused")
+                    raise AssertionError("the undamaged files were refused")
             result = run_case(TARGETS[name], good, work / "case", random.Random(f"{name} {seed} {number}"))
         except BaseException as error:
             result = f"FAULT {type(error).__name__}: {str(error)[:400]}"
         if os.fstat(2).st_size:
-            result = f"FAULT prints {(work / 'stderr').read_text(errors='replace')[:400]!r} ({result})"
+            result = f"FAULT printed {(work / 'stderr').read_text(errors='replace')[:400]!r} ({result})"
         connection.send((number, result))
     connection.close()
 
 
 def run(name: str, seed: int, *, cases: int, seconds: float = float("inf"), first: int = 0) -> dict[str, int]:
-    """How often each result came out of `cases` cases, or of those that `seconds` allow; "FAULT ..." is a bug."""
+    """Count the results of up to `cases` cases, as many as `seconds` allow. A result "FAULT ..." is a bug."""
     results: collections.Counter[str] = collections.Counter()
-    found: dict[str, int] = {}  # the first case of each result
+    found: dict[str, int] = {}  # the first case with each result
     context = multiprocessing.get_context("fork")
     stop = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
@@ -431,13 +433,13 @@ def run(name: str, seed: int, *, cases: int, seconds: float = float("inf"), firs
             problem = ""
             while not problem and number < last and time.monotonic() < stop:
                 if not ours.poll(CASE_SECONDS):
-                    problem = f"FAULT takes longer than {CASE_SECONDS} s"
+                    problem = f"FAULT took longer than {CASE_SECONDS} s"
                     break
                 try:
                     number, result = ours.recv()
                 except EOFError:
                     process.join()
-                    problem = f"FAULT ends the process with {process.exitcode}"
+                    problem = f"FAULT ended the process with exit code {process.exitcode}"
                     break
                 if result == "begin":
                     continue
@@ -456,9 +458,9 @@ def run(name: str, seed: int, *, cases: int, seconds: float = float("inf"), firs
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=[*TARGETS, "all"])
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each target")
+    parser.add_argument("--seconds", type=float, default=60.0, help="the time for each target")
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--only", type=int, default=None, metavar="NUMBER", help="one case, in this process")
+    parser.add_argument("--only", type=int, default=None, metavar="NUMBER", help="run only this case, in this process")
     args = parser.parse_args()
     seed = random.randrange(2**31) if args.seed is None else args.seed
     status = 0

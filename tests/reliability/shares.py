@@ -1,9 +1,9 @@
-"""Many processes generate one output, are killed at random moments, and others go on: nothing is lost, nothing double.
+"""Processes that share one output and are killed at random moments: no record may be lost or written twice.
 
-`python -m tests.reliability.shares --prompts 10000 --kills 20` generates with 1, 2 and 4 processes, which must give
-equal bytes. Then it kills random ranks of runs that are resumed by another number of processes each
-time: no whole record may disappear, and the output must be those bytes again. With `--folder DIR` a check that was cut
-off goes on with the next one.
+`python -m tests.reliability.shares --prompts 10000 --kills 20` generates with 1, 2 and 4 processes, which must write
+the same bytes. Then it kills the processes of a run at random moments, and resumes the run with another number of
+processes, again and again. No complete record may disappear, and the final output must have the same bytes once more.
+With `--folder DIR` an interrupted check continues after the kills that it has already done.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WORDS = ["def", "class", "return", "import", "for", "if", "while", "with", "self
 
 
 def write_prompts(path: Path, count: int, rng: random.Random) -> None:
-    """Prompts of many lengths, some of which begin alike."""
+    """Write prompts of many lengths. Some of them begin with the same words."""
     stems = [" ".join(rng.choices(WORDS, k=rng.randint(1, 20))) for _ in range(1 + count // 8)]
     rows = (
         {"prompt": f"{rng.choice(stems)} {' '.join(rng.choices(WORDS, k=rng.randint(0, 4)))}"} for _ in range(count)
@@ -36,13 +36,13 @@ def write_prompts(path: Path, count: int, rng: random.Random) -> None:
 
 
 class Run:
-    """The processes of one run, each with its share."""
+    """The processes of one run. Each generates its own share."""
 
     def __init__(self, arguments: list[str], out: Path, count: int) -> None:
         command = [sys.executable, "-m", "fastgpt2", "generate", *arguments, "--out", str(out), "--resume"]
         paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-        self.errors = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 (closed with the processes)
+        self.errors = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 (`close` closes them)
         self.processes = [
             subprocess.Popen([*command, "--shard", f"{index}/{count}"], env=environment, stderr=error)
             for index, error in enumerate(self.errors)
@@ -53,7 +53,7 @@ class Run:
         return any(process.poll() is None for process in self.processes)
 
     def kill(self, index: int) -> bool:
-        """Kill a rank; whether it was still at work."""
+        """Kill a process. Return whether it was still running."""
         process = self.processes[index]
         was_running = process.poll() is None
         process.kill()
@@ -65,7 +65,7 @@ class Run:
             status = process.wait()
             error.seek(0)
             if status != 0:
-                raise AssertionError(f"a rank ended with status {status}: {error.read()}")
+                raise AssertionError(f"a process ended with status {status}: {error.read()}")
 
     def close(self) -> None:
         for index, error in enumerate(self.errors):
@@ -82,7 +82,7 @@ def written(out: Path) -> int:
     for path in files(out):
         try:
             size += path.stat().st_size
-        except FileNotFoundError:  # merged meanwhile
+        except FileNotFoundError:  # another process has merged it into the output
             continue
     return size
 
@@ -92,7 +92,7 @@ def whole_records(out: Path) -> Counter[bytes]:
 
 
 def check(folder: Path, arguments: list[str], num_records: int, kills: int, rng: random.Random) -> None:
-    """AssertionError where processes make other bytes than one alone, or a kill loses or doubles a record."""
+    """Raise AssertionError if several processes write other bytes than one, or if a kill loses or repeats a record."""
     outputs = {}
     for count in (1, 2, 4):
         out = folder / f"{count}.jsonl"
@@ -102,10 +102,10 @@ def check(folder: Path, arguments: list[str], num_records: int, kills: int, rng:
         finally:
             run.close()
         outputs[count] = without_rounding(out.read_bytes())
-        assert files(out) == [out], "parts are left"
+        assert files(out) == [out], "parts of the output are left over"
         lines = len(outputs[count].splitlines())
         assert lines == num_records, f"{lines} records of {num_records}"
-        assert outputs[count] == outputs[1], f"{count} processes made other bytes than one"
+        assert outputs[count] == outputs[1], f"{count} processes wrote other bytes than one"
         print(f"{count} processes: {lines} equal records, {time.monotonic() - started:.0f} s", flush=True)
 
     out, size = folder / "killed.jsonl", (folder / "1.jsonl").stat().st_size
@@ -117,7 +117,7 @@ def check(folder: Path, arguments: list[str], num_records: int, kills: int, rng:
         count = rng.choice(counts)
         run = Run(arguments, out, count)
         try:
-            # On the average as far as leaves as much for each of the other kills.
+            # A random point in this kill's equal part of what is left to write, so that every kill finds work to stop.
             target = written(out) + (size - written(out)) * rng.random() / max(1, kills - done)
             while run.is_running and written(out) < target:
                 time.sleep(0.005)
@@ -127,11 +127,13 @@ def check(folder: Path, arguments: list[str], num_records: int, kills: int, rng:
         finally:
             run.close()
         now = whole_records(out)
-        assert kept <= now, f"{(kept - now).total()} whole records were lost"
-        assert max(now.values(), default=1) == 1, "a record is there twice"
+        assert kept <= now, f"{(kept - now).total()} complete records were lost"
+        assert max(now.values(), default=1) == 1, "a record was written twice"
         kept = now
-        print(f"{done} kills, {count} processes at last: {kept.total()} records", flush=True)
-        if kept.total() == num_records and files(out) == [out]:  # all ended before they were killed
+        print(f"{done} kills, the last among {count} processes: {kept.total()} records", flush=True)
+        if kept.total() == num_records and files(out) == [
+            out
+        ]:  # the run has finished, so the next kill needs a new one
             out.unlink()
             kept = Counter()
         state.write_text(str(done))
@@ -140,8 +142,8 @@ def check(folder: Path, arguments: list[str], num_records: int, kills: int, rng:
         run.finish()
     finally:
         run.close()
-    assert without_rounding(out.read_bytes()) == outputs[1], "what was resumed differs"
-    assert files(out) == [out], "parts are left"
+    assert without_rounding(out.read_bytes()) == outputs[1], "the resumed output differs"
+    assert files(out) == [out], "parts of the output are left over"
 
 
 def main() -> None:
@@ -151,9 +153,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
-    parser.add_argument(
-        "--folder", type=Path, help="where the outputs stay; a check with the same --seed goes on there"
-    )
+    parser.add_argument("--folder", type=Path, help="keep the outputs here; a check with the same --seed continues")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     rng = random.Random(args.seed)
@@ -165,7 +165,7 @@ def main() -> None:
         arguments = ["--prompts", str(prompts), "--num-samples", str(args.samples), "--device", "cpu"]
         arguments += ["--max-new-tokens", str(args.new_tokens)]
         check(Path(name), arguments, args.prompts * args.samples, args.kills, rng)
-    print("equal bytes; nothing lost, nothing double")
+    print("the same bytes; no record lost or repeated")
 
 
 if __name__ == "__main__":

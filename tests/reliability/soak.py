@@ -1,7 +1,7 @@
-"""A long process of calls with random shapes: its memory, open files and threads have to stop growing.
+"""A long process that makes calls with random shapes. Its memory, open files and threads must stop growing.
 
-`python -m tests.reliability.soak --calls 4000` makes random calls of the library and of the command line. After a third
-of them everything that is kept should be there; from then on nothing may grow.
+`python -m tests.reliability.soak --calls 4000` makes random calls to the library and the command line. The first third
+is a warm-up that fills all caches. After that, nothing may grow.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from fastgpt2.scoring import score
 from fastgpt2.tokenizer import Tokenizer
 
 WINDOWS = 6  # of equal length; the first two are the warm-up
-# What memory may grow by from the third window to the last: fragments of the heap come and go.
+# Memory may grow by this much from the third window to the last, because the heap fragments.
 ROOM_MB = 16.0
 
 
 @dataclass(frozen=True)
 class State:
-    """What a process holds at one moment."""
+    """The resources that a process holds at one moment."""
 
     memory_mb: float
     files: int
@@ -53,7 +53,10 @@ def measure() -> State:
 
 
 def growth(windows: Sequence[Sequence[State]]) -> list[str]:
-    """What grew from the first window to the last, a line each. The least of a window counts: a peak is no leak."""
+    """Describe what grew from the first window to the last, one line each.
+
+    Windows are compared by their minimum, because a peak is not a leak.
+    """
 
     def least(name: str) -> list[float]:
         return [min(getattr(state, name) for state in window) for window in windows]
@@ -67,7 +70,7 @@ def growth(windows: Sequence[Sequence[State]]) -> list[str]:
 
 
 class Calls:
-    """Random calls of everything that a long process uses."""
+    """Random calls to everything that a long process uses."""
 
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self.folder, self.rng, self.count = folder, rng, 0
@@ -75,7 +78,7 @@ class Calls:
         self.tiny = GPT2(vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_heads=2, context_length=128)
         self.tiny.tokenizer = tokenizer
         self.tiny.save_pretrained(folder / "tiny")
-        # Wide and odd enough for the loss to take oneDNN's product.
+        # So wide, and with such an odd vocabulary, that oneDNN computes the loss's products.
         self.wide = GPT2(vocab_size=4501, hidden_size=256, num_layers=1, num_heads=4, context_length=192)
         self.optimizer = torch.optim.AdamW(self.wide.parameters(), lr=1e-4)
         self.kinds: dict[str, Callable[[], Any]] = {
@@ -104,7 +107,7 @@ class Calls:
 
     def stop_early(self) -> None:
         events = stream(self.tiny, [self.ids(self.tiny, 100)], **self.options())
-        next(events)  # the rest is never asked for
+        next(events)  # the other tokens are never requested
 
     def score(self) -> None:
         model = self.rng.choice((self.tiny, self.wide)).eval()
@@ -134,7 +137,7 @@ class Calls:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             status = command_line([*arguments, "--out", str(out), mode])
         if status:
-            raise AssertionError(f"generate {mode} ended with {status}")
+            raise AssertionError(f"generate {mode} ended with status {status}")
 
 
 _LEFT: list[Any] = []
@@ -144,7 +147,7 @@ def _leave_thread() -> None:
     threading.Thread(target=threading.Event().wait, daemon=True).start()
 
 
-# Mistakes made on purpose, one a call.
+# Deliberate leaks. Each call leaks once.
 LEAKS: dict[str, Callable[[], object]] = {
     "memory": lambda: _LEFT.append(torch.ones(250_000)),
     "files": lambda: _LEFT.append(os.open(os.devnull, os.O_RDONLY)),
@@ -153,7 +156,7 @@ LEAKS: dict[str, Callable[[], object]] = {
 
 
 def run(num_calls: int, rng: random.Random, leak: str | None = None, every: int = 10) -> list[str]:
-    """What grew in this process while it made random calls; a leak is made every `every` calls."""
+    """Make random calls, and describe what grew. With `leak`, every `every`-th call also leaks."""
     windows: list[list[State]] = [[] for _ in range(WINDOWS)]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
-    parser.add_argument("--leak", choices=LEAKS, help="make this mistake on purpose")
+    parser.add_argument("--leak", choices=LEAKS, help="leak this deliberately")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Damaged files are read or refused in one sentence that names them; they end no process and print nothing."""
+"""Damaged files are read, or refused in one sentence that names them. The process neither ends nor prints anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and 
 def test_damaged_files_are_read_or_refused(name: str, seed: int) -> None:
     results = fuzz.run(name, seed, cases=30 if name == "training" else 100)
     assert not [result for result in results if result.startswith("FAULT")], results
-    assert name == "prompts" or set(results) != {"read"}, "every damaged file was read: were they damaged?"
+    assert name == "prompts" or set(results) != {"read"}, "every damaged file was read, so perhaps none was damaged"
 
 
 @pytest.mark.slow
@@ -57,11 +57,11 @@ def _hang(folder: Path) -> None:
     ("reader", "what"),
     [
         (_raise, "KeyError"),
-        (_long, "no sentence"),
-        (_nameless, "no sentence"),
-        (_print, "prints"),
-        (_abort, "ends the process"),
-        (_hang, "takes longer"),
+        (_long, "must be one sentence"),
+        (_nameless, "must be one sentence"),
+        (_print, "printed"),
+        (_abort, "ended the process"),
+        (_hang, "took longer"),
     ],
 )
 def test_the_fuzzer_sees_a_reader_with_that_mistake(reader, what: str, seed: int, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C from the moment that the command line is entered to the end of its process: status 130, no traceback."""
+"""Ctrl-C at any moment after the command line is entered gives exit status 130, and no traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Says on stdout when Ctrl-C is in the command's hands. Before that it is Python's own start that is interrupted.
+# Writes a dot to stdout when the command sets its handler of Ctrl-C. Earlier signals would interrupt Python's startup.
 _TELLS = """
 import os, signal, sys
 def tell(number, handler, set_handler=signal.signal):
@@ -23,7 +23,7 @@ def tell(number, handler, set_handler=signal.signal):
     signal.signal = set_handler
     os.write(1, b".")
     return before
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background test run inherits an ignored SIGINT
 signal.signal = tell
 sys.argv[0] = "fastgpt2"
 """
@@ -39,7 +39,7 @@ COMMANDS = {
 
 
 def start(entry: str, command: str) -> subprocess.Popen[bytes]:
-    """A process whose command line has just been entered."""
+    """Start a process, and wait until its command line has set its handler."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     process = subprocess.Popen(
         [sys.executable, "-c", _TELLS + ENTRIES[entry], *COMMANDS[command]],
@@ -52,7 +52,7 @@ def start(entry: str, command: str) -> subprocess.Popen[bytes]:
 
 
 def check(entry: str, command: str, share: float, duration_s: float) -> int:
-    """Interrupt a run after this share of its usual duration; returns its exit status."""
+    """Interrupt a run after this share of its usual duration. Return its exit status."""
     process = start(entry, command)
     time.sleep(share * duration_s)
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A file of a run's folder is cut to half, emptied or lost: the run goes on to the same end, or says what is wrong."""
+"""A file in a run's folder is halved, emptied or removed. The run resumes to the same result, or names the file."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import torch
 from fastgpt2.cli import main
 
 STEPS = 10
-# metrics.jsonl holds times; the text is read only once, and the data's copy of the tokenizer only by a run that begins.
+# metrics.jsonl holds times. The text is read only once, and the tokenizer in data/ only by a new run.
 _NOT_COMPARED = {"run/metrics.jsonl", "text.txt", "run/data/tokenizer.json", "run/data/tokenizer_config.json"}
 _NOT_COMPARED |= {"run/data/meta.json"}
 
 
 def train(folder: Path, *more: str) -> tuple[int, str]:
-    """(exit status, what the run says on stderr) of a run that is begun or resumed in `folder`."""
+    """Begin or resume a run in `folder`. Return its exit status and its stderr."""
     arguments = ["train", "--data", "text.txt", "--out", "run", "--steps", str(STEPS), "--batch-size", "2", "--resume"]
     arguments += ["--layers", "1", "--heads", "2", "--hidden-size", "8", "--context", "16", "--vocab-size", "280"]
     arguments += ["--eval-interval", "2", "--checkpoint-interval", "2", "--lr", "0.05", *more]
     said = io.StringIO()
     before = os.getcwd()
-    os.chdir(folder)  # a run is resumed with the data that it began with, and that includes their path
+    os.chdir(folder)  # relative, because a resumed run must name its data by the same path
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             return main(arguments), said.getvalue()
@@ -36,10 +36,10 @@ def train(folder: Path, *more: str) -> tuple[int, str]:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """What the files of a run hold, by name."""
+    """The contents of a run's files, by name."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {
-        # How a pickle spells equal values depends on which of them are one object.
+        # Pickles of equal values can differ in their bytes: they also record which values are the same object.
         name: _plain(torch.load(path)) if path.suffix == ".pt" else path.read_bytes()
         for name, path in files.items()
         if name not in _NOT_COMPARED
@@ -54,7 +54,7 @@ def _plain(value: object) -> object:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> tuple[Path, dict[str, object]]:
-    """(a run that a signal has stopped at step 6, the files of the run that went through)."""
+    """The folder of a run that stopped at step 6, and the files of the same run without a stop."""
     from fastgpt2.train import Trainer
 
     folder = tmp_path_factory.mktemp("runs")
@@ -81,7 +81,7 @@ HOWS = ("half", "empty", "missing")
 
 
 def test_a_run_that_lost_a_file_goes_on_or_says_so(stopped, tmp_path: Path, seed: int) -> None:
-    """Each file once, in one of the three ways."""
+    """Every file is damaged once, in one of three ways."""
     _check(stopped[0], stopped[1], tmp_path, lambda rng: [rng.choice(HOWS)], random.Random(seed))
 
 
@@ -103,7 +103,7 @@ def _check(half: Path, whole: dict[str, object], tmp_path: Path, hows, rng: rand
             if status == 0:
                 got = contents(case)
                 wrong = [n for n in whole if got.get(n) != whole[n]]
-                assert not wrong, f"{name} {how}: ended with other {wrong}"
+                assert not wrong, f"{name} {how}: these files differ at the end: {wrong}"
             else:
                 assert status == 2, f"{name} {how}: {said}"
                 sentence = said.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""A file that `generate` or `score` wrote is cut to half, emptied or lost: the run goes on to the same end, or is
+"""A file that `generate` or `score` wrote is halved, emptied or removed. The run resumes to the same output, or is
 refused in one sentence. No record is lost or written twice."""
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.reliability.test_lost_files import HOWS, spoil
 SHARES = 3
 COMMANDS = {
     "generate": "generate --prompts {texts} --num-samples 2 --max-new-tokens 6",
-    # More than one group of sequences for each share; most of them are scored in an instant.
+    # Enough sequences that each share has more than one group. They are short, so scoring takes an instant.
     "score": "score {texts}",
 }
 COUNTS = {"generate": 6, "score": 520}
-# The output, and what else the command is told. The last one writes a file of all records and a selection of them.
+# Output files, with further options. The last one makes the command write all records, and a selection of them.
 OUTPUTS = {"out.jsonl": "", "out.fasta": "", "out.txt": "", "chosen.fasta": "--max-length 9999"}
 
 
@@ -39,14 +39,14 @@ class Run:
     output: str
 
     def start(self, *more: str) -> tuple[int, str]:
-        """(exit status, what is said on stderr)."""
+        """Begin or resume the run. Return its exit status and its stderr."""
         said = io.StringIO()
         arguments = [*self.arguments, "--out", str(self.folder / self.output), "--resume", *more]
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             return main(arguments), said.getvalue()
 
     def start_shares(self) -> tuple[int, str]:
-        """The same, of all processes, one after the other, until one fails."""
+        """Run the shares' processes one after the other, until one fails. Return the last one's status and stderr."""
         for share in range(SHARES):
             status, said = self.start("--shard", f"{share}/{SHARES}")
             if status:
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def records(self) -> list[Path]:
-        """The files of records that there are."""
+        """The files that hold records."""
         return sorted(path for path in self.folder.iterdir() if path.suffix != ".json" and "chosen.f" not in path.name)
 
     def whole_lines(self) -> Counter[bytes]:
@@ -66,7 +66,7 @@ class Run:
 
 
 def stop_early(run: Run, shares: bool, rng: random.Random) -> None:
-    """Leave what a process leaves that is killed while it writes."""
+    """Leave the files as a process does that is killed while it writes."""
     if shares:
         for share in rng.sample(range(SHARES), SHARES - 1):
             assert run.start("--shard", f"{share}/{SHARES}")[0] == 0
@@ -80,7 +80,7 @@ def stop_early(run: Run, shares: bool, rng: random.Random) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_that_lost_a_file_goes_on_or_says_so(command: str, tiny_checkpoint: Path, tmp_path: Path, seed) -> None:
-    """Each file of one kind of output once, in one of the three ways."""
+    """Every file of one kind of output is damaged once, in one of three ways."""
     rng = random.Random(seed)
     _check(command, [rng.choice(list(OUTPUTS))], tiny_checkpoint, tmp_path, lambda: [rng.choice(HOWS)], rng)
 
@@ -122,7 +122,7 @@ def _check(
 
 
 def _check_file(run: Run, name: str, how: str, shares: bool, whole: dict[str, bytes]) -> None:
-    """Spoil a file of a copy of the run's folder, and resume."""
+    """Damage a file in a copy of the run's folder, resume, and check what comes out."""
     case = Run(run.arguments, run.folder.with_name("case"), run.output)
     shutil.rmtree(case.folder, ignore_errors=True)
     shutil.copytree(run.folder, case.folder)
@@ -134,24 +134,24 @@ def _check_file(run: Run, name: str, how: str, shares: bool, whole: dict[str, by
     if status == 0:
         assert after.keys() == whole.keys(), what
         wrong = [n for n in whole if without_rounding(after[n]) != without_rounding(whole[n])]
-        assert not wrong, f"{what} ended with other {wrong}"
+        assert not wrong, f"{what}: these files differ at the end: {wrong}"
     else:
         assert status == 2, what
         sentence = said.splitlines()[-1]
         assert sentence.startswith("fastgpt2: "), what
         assert name in sentence, what
-        assert lines <= case.whole_lines(), f"{what}: lost"
+        assert lines <= case.whole_lines(), f"{what}: records were lost"
         assert {n: after.get(n) for n in before if n.endswith(".json")} == {
             n: data for n, data in before.items() if n.endswith(".json")
-        }, f"{what}: other settings"
-    assert not [n for n in after if n.startswith(".")], f"{what}: left over"
+        }, f"{what}: settings were changed"
+    assert not [n for n in after if n.startswith(".")], f"{what}: temporary files are left over"
 
 
 @pytest.mark.parametrize("shares", [False, True])
 def test_records_without_their_settings_are_not_mixed_with_those_of_another_run(
     shares: bool, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Without the settings nothing tells that the records are of another seed."""
+    """Without its settings, nothing shows that the records have another seed."""
     texts = tmp_path / "texts.txt"
     texts.write_text("def\nclass\nimport\n", encoding="utf-8")
     run = Run(["generate", "--prompts", str(texts), "--model", str(tiny_checkpoint)], tmp_path / "run", "out.jsonl")

@@ -1,4 +1,4 @@
-"""Processes that share the work and are killed; `tests/reliability/shares.py` runs it at any size."""
+"""Processes that share a run and are killed. `python -m tests.reliability.shares` runs the same check at any size."""
 
 from __future__ import annotations
 

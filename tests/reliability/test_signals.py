@@ -1,4 +1,4 @@
-"""SIGKILL, SIGTERM, SIGINT or SIGHUP at a random moment: no traceback, and a rerun of the command ends normally."""
+"""A command gets SIGKILL, SIGTERM, SIGINT or SIGHUP at a random moment. It prints no traceback, and can be rerun."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ TRAIN += " --checkpoint-interval 3 --eval-interval 5 --eval-tokens 64 --resume"
 
 
 def command_line(arguments: list[str], said: str) -> None:
-    """What the console script does, in a process of its own; stderr goes to the file `said`."""
+    """Do what the console script does, in a process of its own. Its stderr goes to the file `said`."""
     import torch
 
     from fastgpt2.cli.main import main
 
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    errors = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # signals are sent from here on
+    errors = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # the test sends signals once this file exists
     os.dup2(errors, 2)
     try:
         status = main(arguments)
-    except KeyboardInterrupt:  # it came before or after what `main` does
+    except KeyboardInterrupt:  # it came before or after `main` handles it
         os.write(2, b"fastgpt2: interrupted\n")
         status = 130
     sys.stderr.flush()
@@ -45,13 +45,13 @@ def command_line(arguments: list[str], said: str) -> None:
 
 
 class Command:
-    """A command that writes to a given place, and how to read what it wrote there."""
+    """A command that writes to a given path, and a way to read what it wrote."""
 
     def __init__(self, name: str, folder: Path, checkpoint: Path, server: BaseContext) -> None:
         self.name, self.folder, self.server = name, folder, server
         text = folder / "text.txt"
         text.write_text("".join(f"x{i} = {i * i}\n" for i in range(300)), encoding="utf-8")
-        # More than one group of sequences, and few tokens a batch: records are written all along the run.
+        # Several groups of sequences and few tokens per batch, so that records are written throughout the run.
         sequences = folder / "sequences.txt"
         sequences.write_text("".join(f"y{i} = {i}\n" for i in range(400)), encoding="utf-8")
         prompts = folder / "prompts.jsonl"
@@ -77,7 +77,7 @@ class Command:
         return out.with_suffix(".stderr")
 
     def outcome(self, out: Path) -> object:
-        assert not list(self.folder.rglob(".*")), "left over"
+        assert not list(self.folder.rglob(".*")), "temporary files are left over"
         if self.target(out) != out:
             return without_rounding(self.target(out).read_bytes())
         return (out / ("model.safetensors" if self.name == "train" else "ckpt.pt")).read_bytes()
@@ -103,7 +103,7 @@ def test_signals_at_random_moments(command: Command, signal_name: str, seed: int
 
 def check(command: Command, number: int, times: int, rng: random.Random) -> None:
     whole = command.folder / "whole"
-    for _ in range(2 if times > 1 else 1):  # the first one warms the caches of the file system
+    for _ in range(2 if times > 1 else 1):  # the first run only warms the file system's caches
         begun = time.perf_counter()
         process = command.start(whole)
         process.join()
@@ -121,7 +121,7 @@ def check(command: Command, number: int, times: int, rng: random.Random) -> None
         if process.exitcode is None:
             os.kill(process.pid, number)
             sent += 1
-        process.join(600)  # long on a busy machine; what a signal does not end would never end
+        process.join(600)  # long enough for a busy machine; a process that hangs would never end
         said = command.said(out).read_text(encoding="utf-8")
         assert process.exitcode in (0, -number, 128 + number), said
         assert "Traceback" not in said

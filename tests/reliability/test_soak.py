@@ -1,4 +1,4 @@
-"""A process of thousands of calls stops growing; `tests/reliability/soak.py` runs it at any length."""
+"""A process that makes thousands of calls stops growing. `python -m tests.reliability.soak` runs it at any length."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tests.train.helpers import VOCAB
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Toy sizes are fastest, and exact across processes, on one thread."""
+    """Use one thread. With it toy sizes are fastest, and give the same bits in every process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

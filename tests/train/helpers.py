@@ -1,4 +1,4 @@
-"""Toy models, settings and runs of training."""
+"""Toy models, settings and training runs."""
 
 from __future__ import annotations
 

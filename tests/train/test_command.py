@@ -46,7 +46,7 @@ def test_the_command_trains_a_model_that_loads_and_resumes_to_the_bit(text: Path
     assert model.config.eos_token_id == model.tokenizer.eos_token_id == 0
     assert run_command(tmp_path / "parts", *options, "--steps", 9) == 0
     for path in checkpoint_paths(tmp_path / "parts")[1:]:
-        path.unlink()  # back to an earlier one
+        path.unlink()  # so that the run resumes from an earlier one
     assert run_command(tmp_path / "parts", "--resume") == 0
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert_same(weights(GPT2.from_pretrained(tmp_path / "parts")), weights(model))
@@ -115,12 +115,12 @@ def test_bad_commands(
     args = parser.parse_args([*TINY, "--out", str(tmp_path / "out"), *filled])
     with pytest.raises(error, match=message):
         command.run(args)
-    assert not (tmp_path / "out").exists(), "made before the arguments were known to be good"
+    assert not (tmp_path / "out").exists(), "the folder was made before the arguments were checked"
 
 
 def test_one_run_at_a_time_writes_to_a_folder(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with locked_folder(out):  # as another process does
+    with locked_folder(out):  # as another process would
         for resume in ([], ["--resume"]):
             with pytest.raises(BlockingIOError, match="out: another process is writing to it; wait for it or name"):
                 run_command(out, "--data", text, "--vocab-size", 270, "--steps", 1, *resume)

@@ -1,4 +1,4 @@
-"""Ways to watch a run: TensorBoard, Weights & Biases, plots."""
+"""Watching a run: TensorBoard, Weights & Biases and plots."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reported(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def stopped_and_resumed(data: TokenData, out: Path, **fields: Any) -> None:
-    """A run that is killed after step 9, four steps after its last checkpoint, and resumed."""
+    """Kill a run after step 9, four steps after its last checkpoint, and resume it."""
     config = make_config(sample_interval=6, eval_interval=6, **fields)
     for report in Trainer(make_model(), data, config, out).run():
         if report.step == 9:
@@ -62,7 +62,7 @@ def test_tensorboard_shows_what_metrics_hold(data: TokenData, tmp_path: Path) ->
 
 
 def test_wandb_is_told_what_metrics_hold(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the library, because the real one writes files that only its own programs read."""
+    """Uses a stand-in for the library, because the real one writes files that only its own programs can read."""
     begun: list[dict[str, Any]] = []
     told: dict[tuple[str, int], Any] = {}
     finished: list[bool] = []
@@ -136,7 +136,7 @@ def test_plots_show_every_line_of_every_run(
         list(Trainer(make_model(), data, make_config(), run).run())
     held = [reported(run) for run in runs]
     with open(runs[2] / "metrics.jsonl", "a") as file:
-        file.write('{"step": 13, "lo')  # a run that is writing it
+        file.write('{"step": 13, "lo')  # as a run leaves it while it writes
     drawn: list[Any] = []
     savefig = figures.Figure.savefig
     monkeypatch.setattr(

@@ -92,7 +92,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path: Path) -> None:
     assert shard is not None
     assert tokenizer is not None
     targets = shard.tokens[1:].tolist()
-    num_bytes = len(tokenizer.decode(targets[:-1]).encode())  # the last one is <|endoftext|>
+    num_bytes = len(tokenizer.decode(targets[:-1]).encode())  # without <|endoftext|> at the end
     assert line["bits_per_byte"] == pytest.approx(line["val_loss"] * len(targets) / num_bytes / math.log(2), rel=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_torch_compile_trains_the_same_model(data: TokenData, tmp_path: Path, mo
         captured.append(graph)
         return graph
 
-    # A backend that runs the graph as PyTorch captured it: no C++ compiler is needed.
+    # This backend runs the graph as PyTorch captured it, so it needs no C++ compiler.
     monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=capture))
     results = []
     for compiled in (False, True):
@@ -141,7 +141,7 @@ def test_minutes_set_the_steps(data: TokenData, tmp_path: Path) -> None:
 
 
 def test_slow_steps_are_counted_sooner(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty-five of them would take longer than the minutes that were given."""
+    """Steps are so slow that the usual twenty-five timed ones would take longer than `minutes`."""
     now = [0.0]
     train_step = Trainer._train_step
 
@@ -158,9 +158,9 @@ def test_slow_steps_are_counted_sooner(data: TokenData, tmp_path: Path, monkeypa
     config = make_config(minutes=1.0, eval_interval=0, checkpoint_interval=2)
     trainer = Trainer(make_model(), data, config, tmp_path)
     for _ in trainer.run():
-        if trainer.step == 4:  # the steps are set, and a checkpoint has them
+        if trainer.step == 4:  # the number of steps is set, and a checkpoint holds it
             trainer.stop()
-    assert trainer.config.steps == 9  # 60 s / 7 s
+    assert trainer.config.steps == 9  # in 60 s, at 7 s per step
     resumed = Trainer.resume(tmp_path, data)
     list(resumed.run())
     assert resumed.step == resumed.config.steps == 9
@@ -185,8 +185,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
         trainer = Trainer(make_model(dropout=0.2), data, config, out)
         for report in trainer.run():
             if report.step >= stop_after:
-                break  # like a kill: nothing that was due after this report is done
-        torch.manual_seed(stop_after)  # nothing may depend on the generator's state
+                break  # like a kill, this skips everything that was due after the report
+        torch.manual_seed(stop_after)  # the resumed run must not depend on the generator's state
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 11, "loss": 0.0}\n{"step": 12, "lo')
         if checkpoint_paths(out):
@@ -199,7 +199,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 
 def test_recomputing_changes_no_bit_and_keeps_less(data: TokenData, tmp_path: Path) -> None:
-    """The same random numbers are drawn again, so dropout is the same too."""
+    """Recomputing draws the same random numbers again, so dropout is the same too."""
     results, kept = [], []
     for recompute in (False, True):
         trainer = Trainer(make_model(dropout=0.3), data, make_config(recompute=recompute), tmp_path / str(recompute))
@@ -210,7 +210,7 @@ def test_recomputing_changes_no_bit_and_keeps_less(data: TokenData, tmp_path: Pa
             calculate_loss(trainer.model.train(), *data.train.rows(0, 4, CONTEXT, 0))
         kept.append(sum(sizes))
     assert_same(*results)
-    # The embeddings' and the loss's are kept either way.
+    # What the embeddings and the loss store does not change.
     assert kept[1] < 0.5 * kept[0]
 
 
@@ -226,7 +226,7 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(data: TokenData, tmp_
         assert torch.equal(ends["adamw"][name], ends["muon"][name]) != is_hidden, name
         if is_hidden:
             step = (ends["muon"][name] - start).double()
-            # An orthogonal matrix up to the iteration's error, scaled to the size of AdamW's steps.
+            # Muon's step is an orthogonal matrix, up to the iteration's error, scaled to the size of AdamW's steps.
             values = torch.linalg.svdvals(step) / (1e-2 * 0.2 * math.sqrt(max(step.shape)))
             assert values.max() < 1.4, name
             assert values.median() > 0.5, name
@@ -317,7 +317,7 @@ def test_the_latest_checkpoints_and_the_best_are_kept(data: TokenData, tmp_path:
 def test_a_resumed_run_that_lost_its_best_checkpoint_says_so(
     how: str, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: (1 + self.step / 100, 10))  # the first one is the best
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: (1 + self.step / 100, 10))  # the first evaluation is the best
     trainer = Trainer(make_model(), data, make_config(steps=30, eval_interval=5, checkpoint_interval=5), tmp_path)
     for report in trainer.run():
         if report.step == 15:
@@ -335,7 +335,7 @@ def test_a_resumed_run_that_lost_its_best_checkpoint_says_so(
 
 
 def test_the_best_checkpoint_is_found_whether_it_is_a_file_or_a_folder(tmp_path: Path) -> None:
-    """A run that is resumed with or without sharding has both files and folders as checkpoints."""
+    """A run that is resumed once with and once without sharding has both kinds of checkpoints."""
     folder, alone = RunFolder(tmp_path), Processes(0, 1, torch.device("cpu"))
     folder.prepare(0, None)
     checkpoints = tmp_path / "checkpoints"
@@ -358,7 +358,7 @@ def test_the_best_checkpoint_is_found_whether_it_is_a_file_or_a_folder(tmp_path:
     assert names() == ["step-00000001", "step-00000003"]
     assert folder.best(3.0) == checkpoints / "step-00000001"
     assert folder.has_best(3.0)
-    assert folder.best(2.5) is None  # the best one was removed, and this is an earlier one
+    assert folder.best(2.5) is None  # no checkpoint has this loss; the one left is an earlier best
     save(4, "file", 2.0, True)
     assert names() == ["best.pt", "step-00000004.pt"]
     assert folder.best(2.0) == checkpoints / "best.pt"
@@ -383,7 +383,7 @@ def test_the_last_weights_can_be_the_finished_model(data: TokenData, tmp_path: P
     list(trainer.run())
     last = read_checkpoint(checkpoint_paths(tmp_path)[-1])
     assert torch.equal(GPT2.from_pretrained(tmp_path).lm_head.weight, last["model"]["lm_head.weight"])
-    # Continuing a finished run only writes the model again.
+    # Resuming a finished run only writes the model again.
     (tmp_path / "model.safetensors").unlink()
     assert list(Trainer.resume(tmp_path, data).run()) == []
     assert (tmp_path / "model.safetensors").exists()
@@ -463,7 +463,7 @@ def test_another_tokenizer_is_refused(data: TokenData, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(data: TokenData, tmp_path: Path) -> None:
-    """A checkpoint from before other optimizers, sharding, adapters and early stopping existed."""
+    """The checkpoint was written before other optimizers, sharding, adapters and early stopping existed."""
     list(Trainer(make_model(), data, make_config(), tmp_path / "whole").run())
     trainer = Trainer(make_model(), data, make_config(), tmp_path / "parts")
     for report in trainer.run():

@@ -14,15 +14,15 @@ transformers = pytest.importorskip("transformers")
 
 
 def config(**changes: Any) -> Any:
-    """A tiny configuration without dropout; ids of special tokens lie within its vocabulary."""
+    """A tiny configuration without dropout, whose special tokens are within its vocabulary."""
     fields = {**TINY.to_hf(), "n_layer": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes}
     return transformers.GPT2Config(**fields)
 
 
 def pair(seed: int, name: str = "GPT2LMHeadModel", attention: str = "eager", **changes: Any) -> tuple[Any, Any]:
-    """transformers' class of that name and ours in float64, in eval mode, with the same random weights.
+    """transformers' model of that class name and ours, in float64 and eval mode, with the same random weights.
 
-    attention: of transformers' model.
+    attention: the attention implementation of transformers' model.
     """
     import fastgpt2.transformers
 
@@ -35,7 +35,7 @@ def pair(seed: int, name: str = "GPT2LMHeadModel", attention: str = "eager", **c
 
 
 def masks(seed: int, rows: int, tokens: int) -> dict[str, Tensor]:
-    """Padding masks (rows, tokens) of every kind; each row keeps a token, and some row drops one."""
+    """Padding masks (rows, tokens) of every kind. Each row keeps at least one token, and some row drops one."""
     generator = torch.Generator().manual_seed(seed)
     kept = torch.randint(1, tokens, (rows, 1), generator=generator)
     right = (torch.arange(tokens) < kept).long()

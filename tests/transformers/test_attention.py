@@ -1,4 +1,4 @@
-"""`attn_implementation="fastgpt2"` by name: other causal models give what they give with their own attention."""
+"""Other causal models with `attn_implementation="fastgpt2"` give the same results as with their own attention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "GPTNeoX": {**SIZES, "num_attention_heads": 4},
     "Phi": {**SIZES, "num_attention_heads": 4},
     "Gemma": {**SIZES, **GROUPED, "head_dim": 16},
-    # With windows, of which the third is shorter than the input and the second is not.
+    # Without a sliding window, with one that is longer than the input, and with a shorter one.
     "Mistral": {**SIZES, **GROUPED, "sliding_window": None},
     "Mistral wide": {**SIZES, **GROUPED, "sliding_window": 30},
     "Mistral narrow": {**SIZES, **GROUPED, "sliding_window": 4},
@@ -41,7 +41,7 @@ def model_of(name: str, seed: int, attention: str) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_causal_models(seed: int, name: str) -> None:
-    # Not "eager", whose softmax rounds to float32.
+    # "eager" would round its softmax to float32.
     exact, ours = model_of(name, seed, "sdpa"), model_of(name, seed, "fastgpt2")
     assert ours.config._attn_implementation == "fastgpt2"
     ids = random_ids(seed, 3, 11)
@@ -62,7 +62,7 @@ def test_causal_models(seed: int, name: str) -> None:
 
 
 def gpt2_of(seed: int, attention: str) -> Any:
-    """A GPT-2 of transformers' class, or with "fastgpt2" of ours."""
+    """A GPT-2 of our class with the attention "fastgpt2", otherwise of transformers'."""
     settings = transformers.GPT2Config(
         vocab_size=61, bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2, n_head=4, n_positions=40,
         attn_implementation=attention, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
@@ -75,7 +75,10 @@ def gpt2_of(seed: int, attention: str) -> Any:
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral narrow", "GPT2"])
 def test_packed_sequences_stay_apart(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Position ids that restart: ours attends where attention is causal within each; a narrow window is PyTorch's."""
+    """Position ids that restart begin a new sequence, which attends only to itself.
+
+    Our operator computes this. Only with a narrow sliding window does PyTorch's.
+    """
     make = gpt2_of if name == "GPT2" else functools.partial(model_of, name)
     exact, ours = make(seed, "sdpa"), make(seed, "fastgpt2")
     calls: list[str] = []

@@ -1,9 +1,9 @@
 """The checks of transformers' own tests of GPT-2 and of generation, rewritten for our classes.
 
-Deterministic results are compared with transformers' class, in float64. What its tests check elsewhere in this folder:
-gradients, heads, hooks, checkpointing, resized embeddings, continued caches (test_classes.py), training
-(test_training.py). Not checked: head pruning and head masks, gone from transformers; flash attention, quantized
-caches and tensor parallelism, which need a GPU or other packages.
+Deterministic results are compared with transformers' class, in float64. Other files of this folder check gradients,
+heads, hooks, checkpointing, resized embeddings and continued caches (test_classes.py), and training
+(test_training.py). Not checked are head pruning and head masks, which transformers has removed, and flash attention,
+quantized caches and tensor parallelism, which need a GPU or other packages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS, LENGTH, NEW = 3, 6, 7
 
 @pytest.fixture
 def models(seed: int) -> tuple[Any, Any]:
-    """transformers' model and ours. Random weights never end a row of themselves; a pad token is there to be used."""
+    """transformers' model and ours, with random weights and a pad token."""
     return pair(seed, attention="sdpa")
 
 
@@ -46,7 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("padding", ["none", "left"])  # test_generation.py: a right-padded row is as it is alone
+@pytest.mark.parametrize("padding", ["none", "left"])  # test_generation.py checks right padding
 def test_generation(seed: int, models: tuple[Any, Any], way: str, padding: str) -> None:
     rows = 1 if "lookup" in way else ROWS
     ids, mask = random_ids(seed, rows, LENGTH).clamp_min(3), masks(seed, rows, LENGTH)[padding]
@@ -197,7 +197,7 @@ def _graphs(model: Any, inputs: list[dict[str, Tensor]]) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler itself
 @pytest.mark.parametrize("kind", ["ids", "mask", "labels", "training"])
 def test_compiles_in_no_more_graphs_than_transformers(seed: int, models: tuple[Any, Any], kind: str) -> None:
     inputs = []

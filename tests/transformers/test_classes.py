@@ -1,4 +1,4 @@
-"""Our GPT-2 classes beside transformers' own: the same results and gradients, in float64 to 1e-9."""
+"""Our GPT-2 classes give the same results and gradients as transformers' own, in float64 to 1e-9."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_loss_without_logits(seed: int) -> None:
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("skips", [False, True])
 def test_loss_of_padded_batches(seed: int, side: str, counted: bool, skips: bool) -> None:
-    """If labels at padding count, the hidden states there matter, and they are those of transformers."""
+    """The loss is that of transformers even if labels at padding count, so that the hidden states there matter."""
     theirs, ours = pair(seed, attention="sdpa")
     ids, mask = random_ids(seed, 3, 9), masks(seed, 3, 9)[side]
     labels = ids if counted else ids.masked_fill(mask == 0, -100)
@@ -196,7 +196,7 @@ def test_when_logits_are_there(seed: int) -> None:
 
 
 def test_what_is_not_plain_is_left_to_transformers(seed: int) -> None:
-    """A loss of the user's own, a head with a hook, a replaced head: the logits are there, and go through them."""
+    """With a user's own loss, a hook on the head or a replaced head, logits are computed and go through it."""
     theirs, ours = pair(seed)
     ids = random_ids(seed, 2, 7)
     expected = theirs(ids, labels=ids).loss
@@ -296,7 +296,9 @@ def test_classes_are_transformers_own(seed: int) -> None:
             k: v.shape for k, v in plain.state_dict().items()
         }
         names = [type(module).__name__ for module in model.modules()]
-        assert names == [type(module).__name__ for module in plain.modules()]  # as FSDP and device maps look for them
+        assert names == [
+            type(module).__name__ for module in plain.modules()
+        ]  # FSDP and device maps look for these names
         parameters = set(inspect.signature(theirs.forward).parameters)
         assert set(inspect.signature(ours.forward).parameters) - parameters <= {"skip_logits"}
     assert model.config._attn_implementation == "fastgpt2"
@@ -386,7 +388,7 @@ def test_dropout_in_training(seed: int) -> None:
 
 
 def test_continue_from_a_cache(seed: int) -> None:
-    """Token by token and in pieces, also past left padding; beams move the cache's rows."""
+    """A cache can be continued token by token and in pieces, also after left padding. Beams reorder its rows."""
     theirs, ours = pair(seed)
     ids, mask = random_ids(seed, 3, 12), masks(seed, 3, 12)["left"]
     positions = (mask.cumsum(1) - 1).clamp_min(0)

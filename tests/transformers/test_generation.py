@@ -1,4 +1,4 @@
-"""`generate` of the Hugging Face classes: beside transformers' own, over its arguments, on ragged batches."""
+"""`generate` of the Hugging Face classes gives what transformers' own gives, for its arguments and ragged batches."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ CONFIG = {
     "vocab_size": V, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.4,
     "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD, "of_ours": "unknown there",
 }  # fmt: skip
-# Choices between logits closer than this could go either way by rounding: such models and prompts are not used.
+# Rounding could decide between logits closer than this. Models and prompts with such a choice are not used.
 MARGIN = 1e-3
 
 
 class Longer(StoppingCriteria):
-    """Ends a row that holds a token above `limit` among its last three."""
+    """Ends a row when one of its last three tokens is above `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -51,14 +51,14 @@ class Longer(StoppingCriteria):
 
 
 class Shift(LogitsProcessor):
-    """Adds to every token's score what depends on the whole sequence."""
+    """Adds a number to each token's score that depends on the whole sequence."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores + (torch.arange(V) + input_ids.sum(1, keepdim=True)).remainder(5).to(scores)
 
 
 class Letters(PreTrainedTokenizerFast):
-    """A character for each token."""
+    """A tokenizer with one character per token."""
 
     def __init__(self) -> None:
         letters = ["<u>", *string.ascii_letters, *" .,;:!?-"]
@@ -71,7 +71,7 @@ class Letters(PreTrainedTokenizerFast):
 
 
 def pair(seed: int, name: str = "GPT2LMHeadModel") -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
-    """transformers' model and ours, of the same random weights."""
+    """transformers' model and ours, with the same random weights."""
     torch.manual_seed(seed)
     theirs = getattr(transformers, name)(GPT2Config(**CONFIG)).eval()
     with torch.no_grad():
@@ -98,14 +98,14 @@ def prompts_of(inputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 def greedy(model: GPT2LMHeadModel, inputs: dict[str, Tensor], **options: object) -> tuple[Tensor, bool]:
-    """The greedy ids, and whether every choice was clear."""
+    """Decode greedily. Return the ids, and whether every choice was clear."""
     out = model.generate(**inputs, output_scores=True, return_dict_in_generate=True, do_sample=False, **options)
     best = torch.stack(out.scores).topk(2, -1).values
     return out.sequences, bool(((best[..., 0] - best[..., 1]) > MARGIN).all())
 
 
 def clear_case(seed: int, name: str = "GPT2LMHeadModel", **options: object):
-    """A pair of models and a batch for which every greedy choice is clear, and transformers' ids."""
+    """Find two models and a batch for which every greedy choice is clear. Return them with transformers' ids."""
     for attempt in range(50):
         theirs, ours = pair(seed + attempt, name)
         inputs = batch(seed + attempt)
@@ -118,7 +118,7 @@ def clear_case(seed: int, name: str = "GPT2LMHeadModel", **options: object):
 
 @pytest.fixture
 def sessions(monkeypatch) -> list[object]:
-    """The sampling of every run on our step."""
+    """A list that gets the sampling settings of every run on our decoding step."""
     if (reason := ops.why_not_native("decode_step", torch.device("cpu"))) is not None:
         pytest.skip(reason)
     made = []
@@ -127,12 +127,12 @@ def sessions(monkeypatch) -> list[object]:
     return made
 
 
-# Older releases of transformers count a padded row's padding as tokens that were there: our step does not choose then.
+# Older releases of transformers penalize the padding of a row as if it were tokens. Our step then does not choose.
 PENALTY_BY_ROW = "Tensor" in str(inspect.signature(RepetitionPenaltyLogitsProcessor))
 
 # -- greedy, over the arguments ---------------------------------------------------------------------------------------
 
-# Objects with a state of their own are made anew for every call.
+# Arguments whose objects hold state are created again for every call.
 FRESH = {"logits_processor", "stopping_criteria"}
 FUSED = [
     {},
@@ -183,7 +183,7 @@ def test_greedy_ids_are_transformers_on_ragged_left_padded_batches(seed, session
     got = ours.generate(**inputs, do_sample=False, **made)
     assert torch.equal(got, expected)
     assert got.dtype == inputs["input_ids"].dtype
-    assert len(sessions) == 1, "the run did not take place on our step"
+    assert len(sessions) == 1, "the run did not use our decoding step"
     penalty = options.get("repetition_penalty", 1.0) if fused and PENALTY_BY_ROW else 1.0
     assert sessions[0].repetition_penalty == penalty
     with_scores, _ = greedy(ours, inputs, **{n: v() if n in FRESH else v for n, v in options.items()})
@@ -206,7 +206,7 @@ def test_the_models_own_generation_config_counts_where_no_argument_does(seed, se
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 3}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_right_padded_rows_are_continued_as_they_are_alone(seed, options, dtype):
-    """On our step; in transformers' loop in float64, which no step serves; and with a hole in the mask."""
+    """This holds with our step, in transformers' loop (which float64 needs), and with a hole in the mask."""
     options = {"max_new_tokens": 8, "eos_token_id": None, **options}
     for attempt in range(50):
         theirs, ours = (model.to(dtype) for model in pair(seed + attempt))
@@ -223,7 +223,7 @@ def test_right_padded_rows_are_continued_as_they_are_alone(seed, options, dtype)
     for new, (expected, _) in zip(got[:, T:], alone, strict=True):
         assert torch.equal(new, expected[0, -8:])
     if "no_repeat_ngram_size" not in options and (PENALTY_BY_ROW or not options.get("repetition_penalty")):
-        # In the fused step.
+        # Without suppressed tokens, the fused step chooses.
         assert torch.equal(
             ours.generate(**inputs, do_sample=False, **options)[:, T:],
             torch.cat([greedy(theirs, {"input_ids": p[None]}, **options)[0][:, -8:] for p in prompts_of(inputs)]),
@@ -236,7 +236,7 @@ def test_equal_prompts_without_a_mask_and_the_double_heads_model(seed, sessions)
     assert torch.equal(
         ours.generate(ids, max_new_tokens=8, do_sample=False), theirs.generate(ids, max_new_tokens=8, do_sample=False)
     )
-    assert torch.equal(  # nothing given: the token that begins a text
+    assert torch.equal(  # without a prompt, it begins with the bos token
         ours.generate(max_new_tokens=4, do_sample=False), theirs.generate(max_new_tokens=4, do_sample=False)
     )
     assert len(sessions) == 2
@@ -328,7 +328,7 @@ WARPERS = [
 
 @pytest.mark.parametrize("options", [*WARPERS, {"typical_p": 0.9}, {"top_k": 7, "no_repeat_ngram_size": 2}])
 def test_samples_are_drawn_from_transformers_scores(seed, sessions, options):
-    """The scores are what transformers' processors make of the logits; a sample is their maximum with Gumbel noise."""
+    """Scores are what transformers' processors make of logits. Tokens have the largest score with Gumbel noise."""
     theirs, ours = pair(seed)
     inputs = batch(seed)
     config = {"do_sample": True, "max_new_tokens": 6, "eos_token_id": None, **options}
@@ -338,7 +338,9 @@ def test_samples_are_drawn_from_transformers_scores(seed, sessions, options):
     assert torch.equal(ours.generate(**inputs, **config), out.sequences)
     fused = "typical_p" not in options and "no_repeat_ngram_size" not in options
     fused = fused and (PENALTY_BY_ROW or "repetition_penalty" not in options)
-    assert sessions[1].is_greedy != fused, "the fused step was to choose these tokens, and no others"
+    assert sessions[1].is_greedy != fused, (
+        "the fused step chose tokens that it should not choose, or did not choose those that it should"
+    )
     torch.manual_seed(seed)
     keys = ops.row_keys(int(torch.randint(2**63 - 1, ())), range(B), [0] * B)
     for step, scores in enumerate(out.scores):
@@ -352,7 +354,9 @@ def test_samples_are_drawn_from_transformers_scores(seed, sessions, options):
         best = noisy.topk(2, -1)
         clear = best.values[:, 0] - best.values[:, 1] > MARGIN
         assert torch.equal(out.sequences[clear, T + step], best.indices[clear, 0])
-        if not ({"repetition_penalty", "no_repeat_ngram_size"} & set(options)):  # these depend on the prompt's length
+        if not (
+            {"repetition_penalty", "no_repeat_ngram_size"} & set(options)
+        ):  # these two depend on the prompt's length
             assert torch.equal(again.scores[0].isinf(), scores.isinf())
 
 
@@ -387,7 +391,7 @@ def test_sampling_from_one_token_is_greedy(seed, sessions, options):
     assert torch.equal(ours.generate(**inputs, max_new_tokens=12, do_sample=True, **options), expected)
 
 
-# -- streaming and the whole of transformers around it ----------------------------------------------------------------
+# -- streaming and pipelines -------------------------------------------------------------------------------------------
 
 
 class Collect(BaseStreamer):
@@ -471,7 +475,7 @@ def test_embeddings_as_a_prompt_run_in_transformers_loop(seed, sessions):
 
 
 def test_a_changed_model_is_not_taken_for_a_plain_one(seed, sessions):
-    """Hooks, an overridden forward pass, dropout in training mode and autocast are all heeded."""
+    """Hooks, an overridden forward pass, dropout in training mode and autocast all have their effect."""
     theirs, ours = pair(seed)
     inputs = batch(seed)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -540,7 +544,7 @@ def assert_same_weights(mine: GPT2, hf_model: GPT2LMHeadModel) -> None:
 
 
 def test_special_tokens_past_the_vocabulary_are_no_obstacle(seed, sessions):
-    """As for a small model with the default configuration, whose end-of-text token is 50256."""
+    """A small model with the default configuration has the end-of-text token 50256."""
     _, ours = pair(seed)
     ours.config.eos_token_id = ours.config.bos_token_id = 50256
     ours.generate(**batch(seed), max_new_tokens=2, eos_token_id=50256, pad_token_id=50256)
@@ -577,7 +581,7 @@ def test_errors_are_one_sentence(seed, sessions):
 
 
 def test_steps_ahead_of_the_host_change_nothing(seed, sessions, monkeypatch):
-    """On a GPU a step is started before the last one's tokens are read: rows that end in it are left out of it."""
+    """On a GPU, a step starts before the tokens of the last one are read. Rows that ended there are left out."""
     options = {"max_new_tokens": 39 + 12, "eos_token_id": [*range(30, 61, 3)]}
     inputs = batch(seed)
     inputs = {name: tensor[1:] for name, tensor in inputs.items()}
@@ -585,6 +589,6 @@ def test_steps_ahead_of_the_host_change_nothing(seed, sessions, monkeypatch):
     plain = ours.generate(**inputs, do_sample=False, **{**options, "max_new_tokens": 30})
     monkeypatch.setattr(generation.DecodeSession, "is_asynchronous", True)
     assert torch.equal(ours.generate(**inputs, do_sample=False, **{**options, "max_new_tokens": 30}), plain)
-    full = batch(seed)  # the other rows have room for more
+    full = batch(seed)  # with its first row, which has less room than the others
     with pytest.raises(ValueError, match="row 0 has 9 tokens and 40 new ones"):
         ours.generate(**full, max_new_tokens=45, eos_token_id=None)

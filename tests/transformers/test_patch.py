@@ -22,7 +22,7 @@ OURS, THEIRS = "fastgpt2.transformers.modeling", "transformers.models.gpt2.model
 
 
 def modules_of(model: nn.Module) -> set[str]:
-    """The packages that the classes of a GPT-2's own modules come from."""
+    """The packages that define the classes of a GPT-2's modules."""
     modules = [m for m in model.modules() if type(m).__name__ != "GPT2SequenceSummary"]
     return {type(m).__module__ for m in modules if type(m).__name__.startswith(("GPT2", "LayerNorm"))}
 
@@ -72,7 +72,7 @@ def test_an_optimizer_made_before_keeps_working(seed: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
     for (name, got), exact in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert_close(got.detach(), exact.detach(), name, tolerance=1e-7)  # Adam divides by what may be tiny
+        assert_close(got.detach(), exact.detach(), name, tolerance=1e-7)  # Adam divides by numbers that may be tiny
 
 
 def test_attention_weights_that_were_asked_for_stay(seed: int) -> None:
@@ -112,7 +112,7 @@ def test_classes_of_the_users_own(seed: int) -> None:
     assert modules_of(wrapper) == {OURS}
 
 
-@pytest.mark.filterwarnings("ignore")  # peft's: of tied heads, of what transformers deprecates
+@pytest.mark.filterwarnings("ignore")  # peft warns of tied heads and of deprecated parts of transformers
 def test_inside_peft(seed: int) -> None:
     peft = pytest.importorskip("peft")
     theirs, _ = pair(seed)
@@ -124,7 +124,7 @@ def test_inside_peft(seed: int) -> None:
     model = copy.deepcopy(plain)
     assert fastgpt2.accelerate(model) is model
     assert type(model.get_base_model()) is fast.GPT2LMHeadModel
-    ids = random_ids(seed, 3, 7).clamp_min(3)  # 0 is padding to `generate`
+    ids = random_ids(seed, 3, 7).clamp_min(3)  # `generate` takes 0 as padding
     for m in (plain, model):
         logits = m(input_ids=ids, labels=ids, skip_logits=False).logits if m is model else m(input_ids=ids).logits
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -150,7 +150,7 @@ def test_models_to_come(seed: int, tmp_path: Path, patched: None) -> None:
     fastgpt2.unaccelerate()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert modules_of(plain) == {THEIRS, "torch.nn.modules.normalization"}
-    assert modules_of(model) == {OURS}  # what is there stays
+    assert modules_of(model) == {OURS}  # existing models keep their classes
     ids = random_ids(seed, 2, 5)
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -173,7 +173,7 @@ def test_other_models_are_refused() -> None:
 
 
 def test_without_transformers() -> None:
-    """`import fastgpt2` works, and what needs transformers says which extra to install."""
+    """`import fastgpt2` works, and functions that need transformers name the extra to install."""
     code = """
 import sys
 sys.modules["transformers"] = None

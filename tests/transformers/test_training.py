@@ -1,4 +1,4 @@
-"""Training with our classes in transformers' Trainer and in plain loops, beside transformers' own classes."""
+"""Training with our classes is like training with transformers' own, in its Trainer and in plain loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers import random_ids
 from tests.transformers.helpers import config, pair, transformers
 
 pytest.importorskip("accelerate")
-# accelerate and the Trainer warn of what they do themselves: pinned memory without a GPU, deprecated settings.
+# accelerate and the Trainer warn about their own doings: pinned memory without a GPU, and deprecated settings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -67,7 +67,7 @@ def losses(run: Any) -> list[float]:
     ids=lambda changes: ",".join(changes) or "plain",
 )
 def test_trainer(seed: int, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """The losses of all steps and of the evaluation are those of transformers' class, to what the dtype allows."""
+    """Training and evaluation losses are those of transformers' class, as closely as the dtype allows."""
     tolerance = 0.02 if "bf16" in changes else 1e-4
     runs = [trainer(model.float().train(), tmp_path, seed, **changes) for model in pair(seed)]
     for run in runs:

@@ -1,4 +1,4 @@
-"""Our classes in TRL's SFTTrainer, beside transformers' own: padded, padding-free and packed batches."""
+"""Our classes train like transformers' own in TRL's SFTTrainer, with padded, padding-free and packed batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokenizer() -> Any:
 
 
 def train(library: Any, folder: Path, seed: int, changes: dict[str, Any]) -> tuple[list[dict[str, float]], Any]:
-    """Train; returns what is logged at each step, and the model."""
+    """Train, and return what is logged at each step, and the model."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
