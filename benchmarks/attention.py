@@ -83,7 +83,7 @@ def tunables(settings: Settings) -> Iterator[Tunable]:
 
 def _case(settings: Settings, T: int, width: int, heads: int, dtype: str, backward: bool) -> Case:
     B = max(1, 16384 // T) if settings.on_gpu and settings.scale != "toy" else 1
-    products = B * T * T * width  # FLOPs of one matrix product under the causal triangle
+    products = B * T * T * width  # FLOPs of one matrix product, half of which is masked
     element = getattr(torch, dtype).itemsize
     return Case(
         name=f"attention {'backward' if backward else 'forward'}",

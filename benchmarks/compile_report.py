@@ -47,7 +47,7 @@ class Target(NamedTuple):
     name: str
     lane_registers: int
     shared: int
-    shared_overhead: int  # of each program
+    shared_overhead: int  # bytes that every program takes besides its own
     max_warps: int
     max_programs: int
 

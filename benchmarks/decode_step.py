@@ -401,7 +401,7 @@ def _session_step(settings: Settings, inputs: StepInputs, use_graphs: bool = Tru
     R, T = len(rows), len(inputs.prompts[0])
 
     def call() -> list[int]:
-        session.slots.lengths[:R] = T  # the same step again
+        session.slots.lengths[:R] = T  # repeats the same step
         session.slots.status[:R] = ops.FRESH
         session.slots.tokens[:R] = last
         return session.step(list(rows)).read()[0][:R]

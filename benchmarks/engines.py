@@ -173,7 +173,7 @@ def _onnx_session(library: Any, path: str, threads: int) -> Any:
 
 def _quantize_onnx(path: Path, folder: Path) -> None:
     quantization, onnx = need("onnxruntime.quantization"), need("onnx")
-    logging.disable(logging.WARNING)  # it recommends an optimizer that knows no GroupQueryAttention
+    logging.disable(logging.WARNING)  # it recommends an optimizer that does not know GroupQueryAttention
     try:
         quantization.quantize_dynamic(
             str(path), str(folder / "model.onnx"), per_channel=True, use_external_data_format=True,

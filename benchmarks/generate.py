@@ -54,7 +54,8 @@ def _case(
     prompt_tokens, R = sum(lengths), len(lengths)
     steps = new - 1  # the prompt's forward pass gives the first token
     flops = forward_flops_per_token(config, max(lengths) + new) * (prompt_tokens + R * steps)
-    flops -= 2.0 * config.vocab_size * config.hidden_size * (prompt_tokens - R)  # the head skips the others
+    # The head runs only on a prompt's last token.
+    flops -= 2.0 * config.vocab_size * config.hidden_size * (prompt_tokens - R)
     cached = sum(R * i + prompt_tokens for i in range(1, new))
 
     def least_bytes(dtype: str) -> float:

@@ -34,7 +34,7 @@ COMPRESSIONS = (".gz", ".zst")
 HUB = "hf://"
 
 _MOST_LINE_BYTES = 1 << 28
-_BATCH_BYTES = 64 << 20  # of Parquet rows held at once, about
+_BATCH_BYTES = 64 << 20  # about how many bytes of Parquet rows are in memory at a time
 _HASH_BYTES = 1 << 20
 
 Content = str | tuple[int, ...]
@@ -357,7 +357,7 @@ def _read_parquet(source: Source, columns: Columns, with_fields: bool) -> Iterat
             about = metadata.row_group(group)
             num_bytes = [about.column(i).total_uncompressed_size for i in range(about.num_columns)]
             batch_size = _rows_at_once(sum(num_bytes) // max(1, about.num_rows))
-            # A few bytes can name a long text a million times. In a dictionary it stays one text until rows are read.
+            # A few bytes can repeat a long text a million times. Read as a dictionary, a column holds each text once.
             texts = [name for name in wanted if pyarrow.types.is_string(schema.field(name).type)]
             texts = texts if sum(num_bytes) < _BATCH_BYTES else []
             with pyarrow.parquet.ParquetFile(source.name, metadata=metadata, read_dictionary=texts) as file:
@@ -380,7 +380,7 @@ def _rows_at_once(bytes_per_row: int) -> int:
 
 
 def _parquet_rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch. In a dictionary each text is held once, so only some rows are expanded at a time."""
+    """Yield the rows of a batch. A dictionary holds each text once, so its rows are expanded a few at a time."""
     import pyarrow
     import pyarrow.compute
 

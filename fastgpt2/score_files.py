@@ -77,7 +77,7 @@ class ScoreLines(_Scores, Lines[ScoreRecord]):
         row |= {name: value for name, value in record.fields.items() if name not in row}
         row |= {"num_tokens": len(score.logprobs), "logprob": score.logprob, "mean_logprob": score.mean_logprob}
         row |= {"perplexity": score.perplexity, "scored": record.scored}
-        for name in ("token_ids", "logprobs"):  # those of the input may belong to other tokens
+        for name in ("token_ids", "logprobs"):  # the input's own may be those of other tokens
             row.pop(name, None)
         if self.token_ids:
             row["token_ids"] = score.token_ids[score.start :]

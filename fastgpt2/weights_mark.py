@@ -41,7 +41,7 @@ class ChangeCounts:
 
 
 def _identity(model: nn.Module) -> list[tuple[object, ...]]:
-    # Inference tensors have no count: what changes them is noticed by the samples alone.
+    # Inference tensors have no count of changes. Only the samples show that they changed.
     return [
         (p.data_ptr(), p.dtype, p.shape, p.stride(), 0 if p.is_inference() else p._version) for p in model.parameters()
     ]
