@@ -104,7 +104,7 @@ def run_own(name: str, is_toy: bool) -> int:
 
 
 def run_parts(parts: dict[str, Part], out: Path, again: bool = False) -> int:
-    """Run the parts that have no result from this machine and version yet; returns 0 if none is wrong or failed."""
+    """Run the parts that have no result from this machine and version yet. Returns 0 if all are ok or skipped."""
     out.mkdir(parents=True, exist_ok=True)
     key = describe_run()
     try:

@@ -35,7 +35,7 @@ PROMPT, NEW = 64, 128  # tokens, as in the benchmark of generation
 
 @dataclass
 class _Times:
-    """What was measured of the native step."""
+    """The times of the native step."""
 
     phases: torch.Tensor  # seconds of each of PHASES
     calls: list[tuple[float, float, int]]  # begin, end and number of steps
