@@ -168,7 +168,7 @@ def find_documents(
     """List the documents of a corpus and split them into training and validation.
 
     A text file is one document. In .jsonl, .csv, .parquet and .fasta files every row is one; `input_files` says how
-    they may be compressed. A file that is named itself must be readable. In a directory, files that are binary, empty
+    they may be compressed. A file that is named directly must be readable. In a directory, files that are binary, empty
     or not UTF-8, and tables without the column, are skipped and counted.
 
     Validation documents are chosen by a hash of the seed, the name and the row, so the choice does not depend on where

@@ -164,8 +164,8 @@ def check_archive(path: str | PathLike[str]) -> None:
                     with archive.open(record) as file:
                         while file.read(1 << 20):
                             pass
-    # All that zipfile raises where bytes are damaged: a flag that says "encrypted" is a RuntimeError, a version or a
-    # method that it does not know a NotImplementedError, a name that is no UTF-8 a UnicodeDecodeError.
+    # Damaged bytes make zipfile raise any of these. A flag that says "encrypted" gives a RuntimeError, an unknown
+    # version or method a NotImplementedError, and a name that is not UTF-8 a UnicodeDecodeError.
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the archive
@@ -173,13 +173,13 @@ def check_archive(path: str | PathLike[str]) -> None:
 
 
 def load_torch_file(path: str | PathLike[str], *, mmap: bool, what: str, advice: str) -> Any:
-    """What `torch.save` wrote to a file, on the CPU. No code of the file is run.
+    """Load what `torch.save` wrote to a file, onto the CPU, without running code from the file.
 
     Args:
         path: The file.
         mmap: Map the tensors into memory where the format allows it.
-        what: What the file should be, for the error.
-        advice: What to do about a file that is not, for the error.
+        what: What the error says that the file should be.
+        advice: What the error advises if it is something else.
 
     Raises:
         ValueError: The file is damaged or holds something else.
@@ -191,7 +191,7 @@ def load_torch_file(path: str | PathLike[str], *, mmap: bool, what: str, advice:
     except Exception as error:  # damaged bytes can make the unpickler raise anything
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the file
-        # PyTorch's message is a page about how to read the file nonetheless, by running its code.
+        # PyTorch's own message is a page on how to load the file anyway, by running its code.
         is_unsafe = isinstance(error, pickle.UnpicklingError)
         why = "it holds more than tensors and plain values" if is_unsafe else first_line(error)
         raise ValueError(f"{path}: not a readable {what} ({why}); {advice}") from error
@@ -234,7 +234,7 @@ def _remove_abandoned_stages(folder: Path) -> None:
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """The mode of a file that is created there: the umask decides, and it cannot be read without being set."""
+    """The mode of new files in a folder. A probe file shows it, because the umask cannot be read without setting it."""
     probe = folder / "mode"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -255,7 +255,10 @@ def _temporary(path: Path) -> Path:
 
 
 def staging_path(path: Path) -> Path:
-    """Where a folder is made, or removed, that is to be whole or not there; `remove_leftovers` clears it away."""
+    """A path beside `path` to prepare or remove the folder at, so that `path` itself is always whole or absent.
+
+    `remove_leftovers` removes what a killed process left there.
+    """
     return path.with_name(f"{_STAGE_PREFIX}{path.name}")
 
 

@@ -34,6 +34,7 @@ COMPRESSIONS = (".gz", ".zst")
 HUB = "hf://"
 
 _MOST_LINE_BYTES = 1 << 28
+_BATCH_BYTES = 64 << 20  # of Parquet rows held at once, about
 _HASH_BYTES = 1 << 20
 
 Content = str | tuple[int, ...]
@@ -56,7 +57,7 @@ class Columns:
     prefix_ids: str | None = None
 
     def named(self, text: str | None, prefix: str | None = None) -> Columns:
-        """These columns, with those replaced that the user names."""
+        """These columns, with the user's names in place of the defaults."""
         columns = self if text is None else Columns(text, None, self.prefix, self.prefix_ids)
         return columns if prefix is None else Columns(columns.text, columns.ids, prefix, None)
 
@@ -223,9 +224,9 @@ def read_entries(
 
 # -- formats ------------------------------------------------------------------------------------------------------
 
-# (where it is, the row as a mapping or the error that says why it is bad, about how many bytes it has); None instead of
-# a row: there are so many bytes without one. A small compressed file may hold gigabytes of blank lines, or one row of
-# gigabytes: what a row may hold is limited, and what all may hold is `most_bytes`.
+# (where the row is, the row as a mapping or the error that says why it is bad, about how many bytes it has). None takes
+# the place of a row where bytes hold none, such as a blank line. These bytes count too, because a small compressed file
+# may hold gigabytes of blank lines, or one row of gigabytes: `_MOST_LINE_BYTES` limits a row, `most_bytes` all of them.
 _Row = tuple[str, "Mapping[str, Any] | ValueError | None", int]
 
 
@@ -323,7 +324,7 @@ def _read_csv(source: Source, columns: Columns, with_fields: bool) -> Iterator[_
 
 
 class _CsvText:
-    """The lines of a CSV file. `size` is what has been read since it was last set to 0; it may not pass a limit."""
+    """The lines of a CSV file. `size` counts the characters of a row, and is limited. `_read_csv` sets it back to 0."""
 
     def __init__(self, name: str, file: BinaryIO) -> None:
         self._name, self._number, self.size = name, 0, 0
@@ -348,17 +349,50 @@ def _read_parquet(source: Source, columns: Columns, with_fields: bool) -> Iterat
         raise _needs_extra(source.name, ".parquet needs pyarrow") from None
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(source.name) as file:
-            names = file.schema_arrow.names
-            _check_columns(source.name, names, columns)
-            wanted = None if with_fields else [name for name in columns.all if name in names]
-            for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                each = batch.nbytes // max(1, batch.num_rows)
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{source.name} row {number}", row, each
+        metadata = pyarrow.parquet.read_metadata(source.name)
+        schema = metadata.schema.to_arrow_schema()
+        _check_columns(source.name, schema.names, columns)
+        wanted = schema.names if with_fields else [name for name in columns.all if name in schema.names]
+        for group in range(metadata.num_row_groups):
+            about = metadata.row_group(group)
+            num_bytes = [about.column(i).total_uncompressed_size for i in range(about.num_columns)]
+            batch_size = _rows_at_once(sum(num_bytes) // max(1, about.num_rows))
+            # A few bytes can name a long text a million times. In a dictionary it stays one text until rows are read.
+            texts = [name for name in wanted if pyarrow.types.is_string(schema.field(name).type)]
+            texts = texts if sum(num_bytes) < _BATCH_BYTES else []
+            with pyarrow.parquet.ParquetFile(source.name, metadata=metadata, read_dictionary=texts) as file:
+                for batch in file.iter_batches(batch_size, row_groups=[group], columns=wanted):
+                    for row in _parquet_rows(batch):
+                        number += 1
+                        size = sum(len(x) for x in row.values() if isinstance(x, (str, bytes, list)))
+                        if size > _MOST_LINE_BYTES:
+                            raise ValueError(
+                                f"{source.name} row {number}: must have at most {_MOST_LINE_BYTES:,} characters"
+                            )
+                        yield f"{source.name} row {number}", row, size
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{source.name}: must be a whole Parquet file; it is not ({first_line(error)})") from None
+
+
+def _rows_at_once(bytes_per_row: int) -> int:
+    """How many rows to hold in memory: a small compressed file may have rows of many megabytes."""
+    return max(1, min(1024, _BATCH_BYTES // max(1, bytes_per_row)))
+
+
+def _parquet_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch. In a dictionary each text is held once, so only some rows are expanded at a time."""
+    import pyarrow
+    import pyarrow.compute
+
+    values = [column.dictionary for column in batch.columns if isinstance(column, pyarrow.DictionaryArray)]
+    lengths = [pyarrow.compute.binary_length(x) for x in values if pyarrow.types.is_string(x.type)]
+    step = _rows_at_once(sum(pyarrow.compute.max(length).as_py() or 0 for length in lengths))
+    for start in range(0, batch.num_rows, step):
+        columns = [
+            column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
+            for column in batch.slice(start, step).columns
+        ]
+        yield from pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
 
 
 def _read_dataset(source: Source, columns: Columns, with_fields: bool) -> Iterator[_Row]:

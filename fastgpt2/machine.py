@@ -55,7 +55,7 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a process may still take on the device, as far as can be known; None if that is nowhere said."""
+    """The bytes of memory that a process can still allocate on the device; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
     found = []
@@ -85,7 +85,7 @@ def processor() -> str:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver, or "unknown" if nvidia-smi does not tell."""
+    """The version of NVIDIA's driver, or "unknown" if nvidia-smi does not report it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "unknown"

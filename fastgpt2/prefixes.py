@@ -37,8 +37,8 @@ class Holder:
 class PrefixIndex:
     """Finds, for each prompt, the earlier prompt with the longest common prefix.
 
-    In sorted order that prompt is a neighbour. What is computed therefore equals the contents of a prefix tree, except
-    that branches shorter than `MIN_SHARED` are computed again.
+    In sorted order that prompt is a neighbour of the new one. The tokens that are computed are therefore those of a
+    prefix tree, except that prefixes shorter than `MIN_SHARED` are computed again.
     """
 
     def __init__(self, held: dict[int, tuple[int, ...]]) -> None:

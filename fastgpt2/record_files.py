@@ -257,7 +257,8 @@ class RecordFile(Generic[R]):
         """
         with contextlib.ExitStack() as held:
             if self._own != self.path:
-                # The output is replaced before the parts are removed: its lock alone would let another one in between.
+                # Merging replaces the output, and so its lock, before it removes the parts. The lock of the settings
+                # keeps other processes from merging in between.
                 held.enter_context(_locked(self._settings_path))
                 held.enter_context(_locked(self.path))
             files = [file for file in (self.path, *_parts(self.path)) if file.exists()]
@@ -355,7 +356,7 @@ def settings_path(path: Path) -> Path:
 
 
 def check_writable(path: Path, *, resume: bool, overwrite: bool, shard: Shard = Shard()) -> None:
-    """Raise, before any work is done, if the output cannot be opened or would be overwritten without being asked."""
+    """Raise, before any work is done, if the output cannot be opened or would be overwritten without `overwrite`."""
     if resume and overwrite:
         raise ValueError("--resume keeps what the output holds and --overwrite drops it; give one of them")
     if overwrite and shard.count > 1:
@@ -390,7 +391,7 @@ def _encoded(settings: Mapping[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lock the output, waiting for other processes; it is created if it is missing."""
+    """Lock a file while the block runs, after waiting for other processes. The file is created if it is missing."""
     while True:
         with open(path, "ab") as file:
             lock(file.fileno(), path, wait=True)

@@ -112,7 +112,7 @@ class JsonLines(_Samples, Lines[SampleRecord]):
 
 
 class Text(_Samples, Lines[SampleRecord]):
-    r"""`prompt index <TAB> sample index <TAB> text`, a sample a line; escapes are \\ \n \r \t and \u with 4 digits."""
+    r"""One line per sample: `prompt index <TAB> sample index <TAB> escaped text`."""
 
     def encode(self, record: SampleRecord) -> str:
         return f"{record.prompt.index}\t{record.sample.sample_index}\t{escape(record.text or '')}\n"

@@ -135,7 +135,7 @@ def score_iter(
 def unscored(
     model: GPT2Base, index: int, sequence: Sequence_, prefix: Sequence_, name: str, *, after_prefix: bool
 ) -> Score:
-    """Tokenize and check a sequence. Returns a score that has no log-probabilities yet; errors use `name`."""
+    """Tokenize and check a sequence, which errors call `name`. Returns a score that has no log-probabilities yet."""
     first = token_ids(model, prefix, name)
     ids = first + token_ids(model, sequence, name)
     start = max(1, len(first) if after_prefix else 1)
@@ -151,7 +151,7 @@ def unscored(
 
 
 def token_ids(model: GPT2Base, sequence: Sequence_, name: str) -> tuple[int, ...]:
-    """The token ids of a sequence, checked against the model's vocabulary; errors use `name`."""
+    """The token ids of a sequence, which errors call `name`. They are checked against the model's vocabulary."""
     if isinstance(sequence, str):
         if not sequence:
             return ()

@@ -19,7 +19,7 @@ from fastgpt2.messages import shown
 from fastgpt2.record_files import LINE_BREAKS, decimals, escape, fasta_entry, letters
 
 OUTPUT_SUFFIXES = (".jsonl", ".fasta", ".txt", ".csv", ".parquet")
-BY = {"perplexity": 1.0, "logprob": -1.0}  # a field, and the sign with which a smaller value is better
+BY = {"perplexity": 1.0, "logprob": -1.0}  # a field, and the sign that makes smaller values better
 _ROW_GROUP = 4096
 
 

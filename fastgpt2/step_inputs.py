@@ -1,4 +1,4 @@
-"""What a decoding step reads, made from a model: its weights, in the dtype asked for, and the settings of sampling."""
+"""What a decoding step reads: a model's weights, quantized on request, and the sampling settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgpt2_kernels import ops
 
 
 def step_weights(model: GPT2Base, weight_dtype: torch.dtype | None = None) -> ops.StepWeights:
-    """The model's weights as a step reads them: where they lie, or with torch.int8 the linear layers' in 8 bits."""
+    """The model's own weights as a step reads them. With torch.int8 the linear layers' are quantized copies."""
 
     def linear(layer: Linear) -> ops.LinearWeights:
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
@@ -51,7 +51,7 @@ def step_weights(model: GPT2Base, weight_dtype: torch.dtype | None = None) -> op
 
 @torch.no_grad()
 def dequantized(model: GPT2Base, weights: ops.StepWeights) -> GPT2Base:
-    """A copy of the model whose linear layers hold what the 8-bit weights of its step say."""
+    """A copy of the model whose linear layers have the values of the step's 8-bit weights."""
     twin = copy.deepcopy(model)
     pairs: list[tuple[Linear, ops.LinearWeights]] = [(twin.lm_head, weights.head)]
     for block, layer in zip(twin.transformer.h, weights.layers, strict=True):
@@ -61,14 +61,14 @@ def dequantized(model: GPT2Base, weights: ops.StepWeights) -> GPT2Base:
     for linear, held in pairs:
         if held.scale is not None:
             exact = held.weight.float() * held.scale[:, None]
-            linear.weight = nn.Parameter(exact.to(model.dtype), requires_grad=False)  # the head is tied no longer
+            linear.weight = nn.Parameter(exact.to(model.dtype), requires_grad=False)  # the head is no longer tied
     return twin
 
 
 def slot_sampling(
     config: SamplingConfig, num_slots: int, seen: Tensor | None, device: torch.device
 ) -> ops.SlotSampling:
-    """`config` for every slot. A filter that is off is None, so that the kernel has no code for it."""
+    """The sampling settings of every slot. A filter that is off is None, so that the kernel has no code for it."""
 
     def full(name: str, value: float) -> Tensor:
         dtype = torch.int32 if name == "top_k" else torch.float32

@@ -13,7 +13,7 @@ from fastgpt2.gpt2 import GPT2
 from fastgpt2.loss import calculate_loss
 from fastgpt2_kernels import ops
 
-# Kernels are compiled per class of row counts, and steps are captured for powers of two. These are one of each class.
+# Steps are captured for powers of two, and row counts of one class share compiled kernels. These are one of each class.
 ROWS = (1, 2, 8, 16, 32)
 SAMPLINGS = (SamplingConfig(temperature=0), SamplingConfig(temperature=0.8, top_k=50, top_p=0.95))
 

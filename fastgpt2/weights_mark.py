@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Numbers of a large tensor that are looked at; a smaller one is looked at whole.
+# How many numbers of a large tensor are compared. Of a smaller tensor all are.
 SAMPLES = 1024
 
 
@@ -55,7 +55,7 @@ def _samples(model: nn.Module) -> Tensor:
 def _bits(values: Tensor) -> Tensor:
     numel = values.numel()
     if numel > SAMPLES:
-        # An odd step meets every column of a matrix, whose width is even.
+        # An even step would skip whole columns of a matrix, because its width is even. An odd one spreads over them.
         step = numel // SAMPLES | 1
         flat = values.reshape(-1) if values.is_contiguous() else values.t().reshape(-1)
         values = flat[::step]

@@ -108,8 +108,8 @@ def test_writing_beside_results_and_inputs_is_seen() -> None:
 
     case = next(case for case in CASES if case.operator == "activation")
     for broken, message in (
-        (beside_results, "wrote beside its results"),
-        (beside_inputs, "wrote beside its inputs"),
+        (beside_results, "wrote outside its results"),
+        (beside_inputs, "wrote outside its inputs"),
         (unwritten, "result 0 is NaN"),
     ):
         assert run_case(case._replace(run=broken), "torch", CPU, torch.float32)[1] == message

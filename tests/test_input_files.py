@@ -245,3 +245,34 @@ def test_a_small_file_cannot_fill_the_memory(suffix, content, message, compressi
         path.write_bytes(gzip.compress(content) if compression else content)
     with pytest.raises(ValueError, match=re.escape(f"{path}{'' if message[0] == ':' else ' '}{message}")):
         list(read_entries(find_sources([str(path)]), PROMPTS, most_bytes=3000))
+
+
+def test_a_parquet_file_with_categories(tmp_path):
+    """Columns that pandas calls categorical, of texts and of numbers."""
+    path = tmp_path / "t.parquet"
+    texts, numbers = pyarrow.array(["a", None, "b", "a"]), pyarrow.array([7, 8, 7, None])
+    table = pyarrow.table({"prompt": texts.dictionary_encode(), "n": numbers.dictionary_encode()})
+    pyarrow.parquet.write_table(table.filter([True, False, True, True]), path)
+    entries = list(read_entries(find_sources([str(path)]), PROMPTS, with_fields=True))
+    assert [entry.content for entry in entries] == ["a", "b", "a"]
+    assert [entry.fields["n"] for entry in entries] == [7, 7, None]
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_a_small_parquet_file_cannot_fill_the_memory(repeated, tmp_path, monkeypatch):
+    """200 MB of long texts in a file of a few KB are read some 64 MiB at a time."""
+    path = tmp_path / "long.parquet"
+    texts = ["x" * 400_000 + ("" if repeated else str(i)) for i in range(500)]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts}), path, compression="zstd", write_batch_size=8)
+    assert path.stat().st_size < 100_000
+    sources, before = find_sources([str(path)]), pyarrow.total_allocated_bytes()
+    number, most = 0, 0
+    for entry in read_entries(sources, PROMPTS):
+        assert entry.content == texts[number]
+        number += 1
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert number == 500
+    assert most < 150e6
+    monkeypatch.setattr("fastgpt2.input_files._MOST_LINE_BYTES", 1000)
+    with pytest.raises(ValueError, match=re.escape(f"{path} row 1: must have at most 1,000 characters")):
+        next(read_entries(sources, PROMPTS))

@@ -14,13 +14,15 @@ _SIGNS = {"ok": "ok", "failed": "FAILED", "skipped": "-"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
-    parser.add_argument("--no-speed", action="store_true", help="only check, do not time")
+    parser.add_argument(
+        "--device", default="auto", help="the device to check: auto (a GPU if there is one), cpu, cuda, cuda:1 ..."
+    )
+    parser.add_argument("--no-speed", action="store_true", help="check the kernels, but do not time them")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for a bug report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns exit status 1 if a check failed."""
+    """Run the command. The exit status is 1 if a check failed."""
     shows = sys.stderr.isatty()
 
     def tell(found: Finding | Timing) -> None:
@@ -47,32 +49,36 @@ def _print(report: Report) -> None:
     )
     print(f"{on}{more}; fastgpt2 {report.versions['fastgpt2']}, torch {report.versions['torch']}", end="")
     print(f", triton {report.versions['triton']}\n")
-    table = [("what", "backend", "ok?", "error", "of")]
+    table = [("check", "backend", "ok?", "error", "details")]
     table += [
         (f.name, f.backend, _SIGNS[f.status], "" if f.share is None else f"{f.share:.0%}", f.detail)
         for f in report.findings
     ]
     _print_table(table)
-    print('\nerror: the largest, as a share of what the 2x rule allows; "-": left out\n')
+    print('\nerror: the largest error, as a share of its budget (twice the error of plain PyTorch). "-": skipped\n')
     if report.timings:
         limits = ", ".join(
             f"{value / 1e9:.0f} GB/s" if name == "bandwidth" else f"{value / 1e12:.2f} TFLOP/s in {name}"
             for name, value in report.limits.items()
         )
-        times = [("what", "backend", "size", "time", "TFLOP/s", "GB/s", "of limit", "speedup over")]
+        times = [("operator", "backend", "size", "time", "TFLOP/s", "GB/s", "of limit", "speedup over")]
         for t in report.timings:
             rate, moved = ("" if value is None else f"{value:.3g}" for value in (t.tflops, t.gbps))
             speedup = f"{t.peer_seconds / t.seconds:.2f}x {t.peer}"
             times.append((t.name, t.backend, t.size, _time(t.seconds), rate, moved, f"{t.limit_share:.0%}", speedup))
         _print_table(times)
-        print(f"\nlimit: what was measured here, {limits}; all in {report.timings[0].dtype}; over 100%: from a cache\n")
+        print(
+            f"\nAll times are in {report.timings[0].dtype}. limit: what this device was measured to do, {limits}. "
+            "More than 100% means that the data were in a cache.\n"
+        )
     failed = [finding for finding in report.findings if finding.status == "failed"]
     checked = sum(finding.status == "ok" for finding in report.findings) + len(failed)
     print(f"{checked} checks in {report.seconds:.0f} s, ", end="")
     if failed:
         print(f"{len(failed)} failed: {', '.join(f'{f.name} on {f.backend}' for f in failed)}")
         print(
-            "Please report it with the output of `fastgpt2 check --json`; backend='torch' computes without our kernels."
+            "Please report this with the output of `fastgpt2 check --json`. Until it is fixed, backend='torch' avoids "
+            "fastgpt2's own kernels."
         )
     else:
         print("none failed")

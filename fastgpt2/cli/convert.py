@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cut a padded vocabulary to N tokens, such as nanoGPT's 50304 to 50257",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
+    parser.add_argument("--force", action="store_true", help="write into the folder even if it is not empty")
 
 
 def run(args: argparse.Namespace) -> int:

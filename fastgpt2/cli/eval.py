@@ -15,13 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_arguments(parser, has_backend=False)
     what = parser.add_argument_group("tasks")
     what.add_argument(
-        "--tasks", nargs="+", required=True, metavar="NAME", help="such as lambada_openai, hellaswag, wikitext"
+        "--tasks", nargs="+", required=True, metavar="NAME", help="tasks such as lambada_openai, hellaswag, wikitext"
     )
     what.add_argument("--include-path", type=Path, metavar="FOLDER", help="a folder with more tasks (YAML files)")
-    what.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
-    what.add_argument("--limit", type=float, metavar="N", help="questions of each task: a number, or a share below 1")
     what.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="requests at a time (default: %(default)s)"
+        "--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)"
+    )
+    what.add_argument(
+        "--limit", type=float, metavar="N", help="ask only N questions of each task, or a share of them if N is below 1"
+    )
+    what.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="requests per forward pass (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results to this .json file")
 

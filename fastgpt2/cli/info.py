@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _operators(device: str) -> dict[str, dict[str, Any]]:
-    """For every operator: the backend that "auto" selects here, all its backends, and why others cannot run."""
+    """For every operator: the backend that "auto" selects here, all its backends, and why some of them cannot run."""
     operators: dict[str, dict[str, Any]] = {}
     for operator in ops.OPERATORS:
         backends = ops.backends_of(operator)
@@ -69,7 +69,7 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):  # an operator
         reasons = [reason for name, reason in value.items() if name.startswith("why_not_")]
         chosen = value["backend"] or "none"
-        return f"{chosen}, of {' and '.join(value['backends'])}" + (f" ({'; '.join(reasons)})" if reasons else "")
+        return f"{chosen} (backends: {', '.join(value['backends'])})" + "".join(f". {reason}" for reason in reasons)
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     return (

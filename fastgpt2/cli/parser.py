@@ -1,4 +1,8 @@
-"""The command line's parser. It loads only the module of the command that runs, because that loads PyTorch."""
+"""The command line's parser. It imports only the module of the command that runs, because most modules load PyTorch.
+
+Each command is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its docstring is the first
+paragraph of its help.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,6 @@ from typing import NoReturn
 
 import fastgpt2
 
-# Each command is a module of this package with `add_arguments(parser)` and `run(args) -> int`; its docstring is the
-# first paragraph of its help.
 COMMANDS = {
     "generate": "continue prompts with a model",
     "score": "log-probability and perplexity of given sequences",
@@ -27,7 +29,7 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, like the commands do; only `--help` shows the usage."""
+    """A parser that reports an error in one line, as the commands do. Only `--help` shows the usage."""
 
     def error(self, message: str) -> NoReturn:
         said = " ".join(message.split())
@@ -36,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line, by default this process's. `run` of the result runs the command."""
+    """Parse a command line, by default that of this process. The result's `run` runs the command."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(prog="fastgpt2", description="A Triton-accelerated GPT-2 for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastgpt2 {fastgpt2.__version__}")

@@ -16,12 +16,12 @@ _INTERVAL = 0.1
 
 
 def is_shown() -> bool:
-    """Whether stderr is a terminal that can show it."""
+    """Whether stderr is a terminal, which can show the line."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 class Progress:
-    """Shows records done and left, tokens per second, rows in flight and the time left. Silent without a terminal.
+    """Shows records done and left, tokens per second, rows in flight and the time left. It needs a terminal.
 
     Args:
         total: How many records there will be.
@@ -45,7 +45,7 @@ class Progress:
         self._rows.add(row)
         if ends:
             self._rows.discard(row)
-            self._bar.n += 1  # `update` could draw the line with the other numbers of before
+            self._bar.n += 1  # `update` could redraw the line while its other numbers are out of date
         now = time.perf_counter()
         if now - self._shown >= _INTERVAL:
             self._show(now)

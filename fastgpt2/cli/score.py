@@ -32,8 +32,9 @@ from fastgpt2.sample_files import CONTINUATION, WHOLE
 from fastgpt2.score_files import ScoreLines, ScoreRecord, score_format
 from fastgpt2.scoring import BATCH_TOKENS, Score, score_all, unscored
 
-# Sequences are always packed within groups of this size. Neighbours in a batch may change the last bit of a result, and
-# a resumed run, or a run of several processes, must write the same results as an uninterrupted one.
+# Sequences are batched in groups of this size, and a group is always scored as a whole. The other sequences of a batch
+# may change the last bit of a score, but a resumed run, or a run of several processes, must write the same scores as an
+# uninterrupted one.
 GROUP = 256
 _MOST_STDIN_BYTES = 1 << 30
 
@@ -44,10 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help=".txt (one per line), .jsonl, .csv, .parquet or .fasta, patterns, hf://NAME; - is .txt on stdin",
+        help=".txt (one sequence per line), .jsonl, .csv, .parquet or .fasta files; patterns; hf://NAME; "
+        "- reads .txt from stdin",
     )
     what.add_argument(
-        "--column", metavar="NAME", help='the column of texts or token ids (default: "text", "token_ids")'
+        "--column", metavar="NAME", help='the column of texts or token ids (default: "text" or "token_ids")'
     )
     what.add_argument("--prompt-column", metavar="NAME", help='the column of prompts, if any (default: "prompt")')
     what.add_argument("--prompt", metavar="TEXT", help="text to put before every sequence")
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=BATCH_TOKENS,
         metavar="N",
-        help="tokens per forward pass (default: %(default)s)",
+        help="the most tokens per forward pass (default: %(default)s)",
     )
     output.add_argument(
         "--token-ids", action="store_true", help="write the ids of the scored tokens (not in .fasta or .txt)"
@@ -277,7 +279,7 @@ def _scored(
 
 
 def _taken(items: dict[int, _Item], is_done: Callable[[int], bool], progress: Progress | None) -> Iterator[Score]:
-    """The items that are to be scored, as they are taken into a batch."""
+    """Yield the sequences to score. The progress line counts one as in flight once it is taken into a batch."""
     for index, item in items.items():
         if progress is not None and not is_done(index):
             progress.add((index, 0), 0)
@@ -289,7 +291,7 @@ def _write(
 ) -> None:
     if output.done:
         print(f"fastgpt2: {output.path} already holds {len(output.done):,} scores", file=sys.stderr)
-    # A line that nobody sees is not worth another look at all sequences.
+    # Only the progress line needs the number of sequences, and counting them reads the whole input once more.
     indices = [index for index in reader.indices() if shard.has(index // GROUP)] if is_shown() else []
     there = sum((index, 0) in output.done for index in indices)
     tally = _Tally()

@@ -20,15 +20,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint's folder, file or name on the hub (default: %(default)s)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--target", help="sm_90, gfx942 ... (default: this machine's GPU)")
+    parser.add_argument("--target", help="GPU to compile for: sm_90, gfx942 ... (default: this machine's)")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="dtype of the weights (default: %(default)s)",
     )
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=ROWS, help="rows decoded together (default: %(default)s)"
+        "--rows",
+        type=int,
+        nargs="+",
+        default=ROWS,
+        metavar="N",
+        help=f"numbers of rows that will be decoded together (default: {' '.join(map(str, ROWS))})",
     )
     parser.add_argument("--train", action="store_true", help="also compile the kernels of a training step")
-    parser.add_argument("--jobs", type=int, help="kernels to compile at a time (default: one per processor)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="kernels to compile at a time (default: one per processor)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -149,7 +149,7 @@ def _decoding(device: torch.device, dtype: torch.dtype, backend: str) -> Finding
     """Check that decoding gives the same log-probabilities as one forward pass over the same tokens."""
     model = _model(device, dtype, backend)
     prompts, steps = _work(model)
-    title = f"{steps} steps beside one forward pass, {_name(dtype)}"
+    title = f"{steps} steps against one forward pass, {_name(dtype)}"
     got = _decode(model, [range(len(prompts))])
     plain, exact = _model(device, dtype, "torch"), _exact(device, dtype)
 
@@ -182,7 +182,7 @@ def _alone(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
     model = _model(device, dtype, backend)
     rows = range(len(_work(model).prompts))
     together, alone = _decode(model, [rows]), _decode(model, [[row] for row in rows])
-    return _equal("row alone = in batch", backend, f"to the bit, {_name(dtype)}", together, alone)
+    return _equal("row alone = in batch", backend, f"bit for bit, {_name(dtype)}", together, alone)
 
 
 @torch.no_grad()
@@ -195,11 +195,11 @@ def _graphs(device: torch.device) -> Iterator[Finding]:
     model = _model(device, torch.bfloat16, "triton")
     rows = range(len(_work(model).prompts))
     launched = _decode(model, [rows], use_graphs=False)
-    yield _equal(names[0], "triton", "to the bit, bfloat16", launched, _decode(model, [rows]))
+    yield _equal(names[0], "triton", "bit for bit, bfloat16", launched, _decode(model, [rows]))
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
         yield Finding(names[1], "triton", "skipped", None, "needs compute capability 9.0")
         return
-    yield _equal(names[1], "triton", "to the bit, bfloat16", launched, _decode(model, [rows], use_pdl=True))
+    yield _equal(names[1], "triton", "bit for bit, bfloat16", launched, _decode(model, [rows], use_pdl=True))
 
 
 # -- transformers ---------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def _auto(device: torch.device) -> str:
 
 
 def _clear_seed(prompt: Sequence[int], steps: int) -> int:
-    """A seed of a model whose greedy tokens rounding cannot change: in float64 each one leads the next by far."""
+    """A seed whose model's greedy tokens do not depend on rounding: in float64 each leads by more than 0.01."""
     for seed in itertools.count(1):
         model, ids = _exact(torch.device("cpu"), torch.float32, seed), list(prompt)
         gaps = []

@@ -82,9 +82,9 @@ def run_case(
     with nan_memory(), canaries() as poison:
         got = [result.detach().clone() for result in case.run(inputs, backend)]
         if not poison.is_intact():
-            return math.inf, "wrote beside its results"
+            return math.inf, "wrote outside its results"
     if not inputs.are_untouched():
-        return math.inf, "wrote beside its inputs"
+        return math.inf, "wrote outside its inputs"
     plain = [case.run(Inputs(seed, device, dtype), way) for way in ((PLAIN, FUSED) if case.has_fused else (PLAIN,))]
     exact = case.run(Inputs(seed, device, torch.float64, rounded=dtype), PLAIN)
     return compare(got, plain, exact, dtype)

@@ -17,7 +17,8 @@ class Finding:
         name: What was checked.
         backend: The backend that computed it.
         status: "ok", "failed" or "skipped".
-        share: The largest error as a share of its budget; None if there is none, for example if results must be equal.
+        share: The largest error as a share of its budget. None if nothing was compared with a budget, for example
+            because the results must be equal.
         detail: What was compared, what went wrong, or why the check was skipped.
     """
 
@@ -35,13 +36,14 @@ class Timing:
     Attributes:
         name: The operator.
         backend: The backend that was timed.
-        size: The size, in words.
-        dtype: The dtype.
+        size: The sizes as text, such as "N=8192 C=768 with backward".
+        dtype: The dtype of the tensors.
         seconds: Seconds per call.
         tflops: TFLOP/s, counting the least arithmetic that is needed; None if there are no matrix products.
         gbps: GB/s, counting the least memory traffic that is needed.
-        limit_share: The speed as a share of the device's measured limit, bandwidth or matrix products, whichever binds.
-        peer: What PyTorch's version is called.
+        limit_share: The least time that the device's measured bandwidth and matrix products allow, as a share of
+            `seconds`.
+        peer: The name of PyTorch's version of the operator.
         peer_seconds: Seconds per call of PyTorch's version.
     """
 

@@ -32,7 +32,7 @@ Call = Callable[[], Any]
 
 
 class Shapes(NamedTuple):
-    """The sizes to time: batch and tokens of training, rows and cached tokens of decoding, and the model."""
+    """The sizes to time: batch size and tokens in training, rows and cached tokens in decoding, and the model."""
 
     batch: int
     tokens: int
@@ -48,7 +48,7 @@ class Shapes(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """One operator to time: our call by backend, PyTorch's call, and the least FLOPs and bytes that are needed."""
+    """One operator to time. `ours` maps a backend to our call; `flops` and `bytes` are the least that are needed."""
 
     operator: str
     size: str

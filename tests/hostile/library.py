@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fastgpt2 import GPT2, GPT2Config, KVCache, SamplingConfig, calculate_loss, train_step
+from fastgpt2 import GPT2, GPT2Config, KVCache, SamplingConfig, calculate_loss, score, train_step
 from fastgpt2.config import TrainConfig
 from fastgpt2.kernels import (
     TargetCheck,
@@ -30,6 +30,8 @@ X = torch.zeros(4, 8)
 W = torch.zeros(11, 8)
 T = torch.zeros(4, dtype=torch.int64)
 Q = torch.zeros(1, 2, 3, 4)
+SPOILT = GPT2(vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, context_length=6).eval()
+SPOILT.transformer.wte.weight.data.fill_(float("nan"))
 
 
 def hf(**changes: object) -> GPT2Config:
@@ -297,6 +299,17 @@ GENERATION: Cases = {
         TypeError,
         "unknown argument beams; there are attention_mask",
     ),
+    "logits are all NaN": (
+        lambda: SPOILT.generate([[1]], max_new_tokens=2),
+        RuntimeError,
+        "logits for prompt 0 after 0 tokens are NaN, infinite or all banned; check the weights",
+    ),
+    "logits are all -inf": (
+        lambda: MODEL.generate([[1]], max_new_tokens=2, logits_processor=lambda ids, logits: logits - torch.inf),
+        RuntimeError,
+        "logits for prompt 0 after 0 tokens are NaN, infinite or all banned; check the weights",
+    ),
+    "scores of NaN logits": (lambda: score(SPOILT, [[1, 2]]), RuntimeError, "sequence 0 are NaN or infinite"),
     "stop without a tokenizer": (
         lambda: MODEL.generate([[1]], stop_strings=["x"]),
         ValueError,

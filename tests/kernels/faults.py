@@ -16,7 +16,8 @@ def load(path: Path, folder: Path, right: str = "", wrong: str = "") -> ModuleTy
         source = source.replace(right, wrong)
     copy = folder / f"mutant_{folder.name}.py".replace("-", "_")
     # An operator's name can be registered only once.
-    copy.write_text(source.replace("fastgpt2::", f"{copy.stem}::"), encoding="utf-8")
+    source = source.replace("fastgpt2::", f"{copy.stem}::").replace("torch.ops.fastgpt2.", f"torch.ops.{copy.stem}.")
+    copy.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(copy.stem, copy)
     assert spec is not None
     assert spec.loader is not None

@@ -173,6 +173,14 @@ def test_opcheck(triton_device: str) -> None:
         torch.library.opcheck(kernel.bias_activation_backward_op, arguments)
 
 
+def test_second_derivatives_are_refused(triton_device: str) -> None:
+    x = torch.randn(5, 24, device=triton_device, requires_grad=True)
+    y = ops.bias_activation(x, torch.randn(24, device=triton_device), "gelu_new", backend="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"bias_activation: .* no second derivatives; use backend='torch'"):
+        grad.sum().backward()
+
+
 def test_compiles_whole(triton_device: str, seed: int) -> None:
     """torch.compile(fullgraph=True) captures it, and `linear`, without a graph break. The result is eager mode's."""
     torch.manual_seed(seed)

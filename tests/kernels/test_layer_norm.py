@@ -301,6 +301,15 @@ def test_opcheck(triton_device: str) -> None:
         torch.library.opcheck(kernel.layer_norm_backward_op, arguments)
 
 
+def test_second_derivatives_are_refused(triton_device: str) -> None:
+    inputs = draw(24, 2, 3, device=triton_device)
+    x, weight, bias, residual = (t.requires_grad_() for t in inputs.values())
+    y, _ = ops.layer_norm(x, weight, bias, 1e-5, residual=residual, backend="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"layer_norm: .* no second derivatives; use backend='torch'"):
+        grad.sum().backward()
+
+
 def test_compiles_whole(triton_device: str, seed: int) -> None:
     """torch.compile(fullgraph=True) captures it without a graph break, with the same result as eager mode."""
     torch.manual_seed(seed)

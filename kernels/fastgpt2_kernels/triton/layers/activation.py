@@ -321,25 +321,33 @@ def bias_activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
 # -- PyTorch operators --------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastgpt2::bias_activation", mutates_args=())
-def bias_activation_op(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+# Defined by schema, as in `triton/attention.py`: a training step calls these 24 times.
+torch.library.define("fastgpt2::bias_activation", "(Tensor x, Tensor? bias, str name) -> Tensor")
+torch.library.define(
+    "fastgpt2::bias_activation_backward",
+    "(Tensor dy, Tensor x, Tensor? bias, str name, bool needs_dx, bool needs_dbias) -> (Tensor dx, Tensor dbias)",
+)
+bias_activation_op = torch.ops.fastgpt2.bias_activation.default
+bias_activation_backward_op = torch.ops.fastgpt2.bias_activation_backward.default
+
+
+@torch.library.impl("fastgpt2::bias_activation", "default")
+def _bias_activation(x, bias, name):
     return bias_activation_forward(x, bias, name)
 
 
-@bias_activation_op.register_fake
+@torch.library.register_fake("fastgpt2::bias_activation")
 def _(x, bias, name):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fastgpt2::bias_activation_backward", mutates_args=())
-def bias_activation_backward_op(
-    dy: Tensor, x: Tensor, bias: Tensor | None, name: str, needs_dx: bool, needs_dbias: bool
-) -> tuple[Tensor, Tensor]:
+@torch.library.impl("fastgpt2::bias_activation_backward", "default")
+def _bias_activation_backward(dy, x, bias, name, needs_dx, needs_dbias):
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     return bias_activation_backward(dy, x, bias, name, needs_dx=needs_dx, needs_dbias=needs_dbias)
 
 
-@bias_activation_backward_op.register_fake
+@torch.library.register_fake("fastgpt2::bias_activation_backward")
 def _(dy, x, bias, name, needs_dx, needs_dbias):
     return _empty_gradients(x, bias, needs_dx, needs_dbias)
 
@@ -369,4 +377,11 @@ def _plain_gradients(ctx, error, dy):
     return gradients(operator, ctx.fallback_size, error, activate, ctx.saved_tensors, ctx.needs_input_grad[:2], dy)
 
 
-bias_activation_op.register_autograd(_backward, setup_context=_save)
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "bias_activation: the Triton backend has no second derivatives; use backend='torch' for a double backward"
+    )
+
+
+torch.library.register_autograd("fastgpt2::bias_activation", _backward, setup_context=_save)
+torch.library.register_autograd("fastgpt2::bias_activation_backward", _no_second_derivative)

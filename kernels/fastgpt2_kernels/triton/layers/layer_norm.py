@@ -397,36 +397,38 @@ def _as_3d(x: Tensor) -> Tensor:
 # -- PyTorch operators --------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastgpt2::layer_norm", mutates_args=())
-def layer_norm_op(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, s, mean, left, rstd), as in `Outputs`. Only y and s have gradients."""
-    return layer_norm_forward(x, weight, bias, residual, eps)
+# Defined by schema, as in `triton/attention.py`: a training step calls these 50 times.
+torch.library.define(
+    "fastgpt2::layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps) -> "
+    "(Tensor y, Tensor s, Tensor mean, Tensor left, Tensor rstd)",
+)
+torch.library.define(
+    "fastgpt2::layer_norm_backward",
+    "(Tensor dy, Tensor? ds_after, Tensor s, Tensor weight, Tensor mean, Tensor left, Tensor rstd, "
+    "ScalarType bias_dtype, bool needs_ds, bool needs_dweight, bool needs_dbias) -> "
+    "(Tensor ds, Tensor dweight, Tensor dbias)",
+)
+# (y, s, mean, left, rstd), as in `Outputs`. Only y and s have gradients.
+layer_norm_op = torch.ops.fastgpt2.layer_norm.default
+layer_norm_backward_op = torch.ops.fastgpt2.layer_norm_backward.default
 
 
-@layer_norm_op.register_fake
+@torch.library.impl("fastgpt2::layer_norm", "default")
+def _layer_norm(x, weight, bias, residual, eps):
+    return tuple(layer_norm_forward(x, weight, bias, residual, eps))
+
+
+@torch.library.register_fake("fastgpt2::layer_norm")
 def _(x, weight, bias, residual, eps):
     return tuple(_empty_outputs(x, residual))
 
 
-@torch.library.custom_op("fastgpt2::layer_norm_backward", mutates_args=())
-def layer_norm_backward_op(
-    dy: Tensor,
-    ds_after: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    left: Tensor,
-    rstd: Tensor,
-    bias_dtype: torch.dtype,
-    needs_ds: bool,
-    needs_dweight: bool,
-    needs_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.impl("fastgpt2::layer_norm_backward", "default")
+def _layer_norm_backward(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, needs_ds, needs_dweight, needs_dbias):
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     ds_after = ds_after if ds_after is None or ds_after.stride(-1) == 1 else ds_after.contiguous()
-    return layer_norm_backward(
+    gradients = layer_norm_backward(
         dy,
         ds_after,
         s,
@@ -439,9 +441,10 @@ def layer_norm_backward_op(
         needs_dweight=needs_dweight,
         needs_dbias=needs_dbias,
     )
+    return tuple(gradients)
 
 
-@layer_norm_backward_op.register_fake
+@torch.library.register_fake("fastgpt2::layer_norm_backward")
 def _(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, needs_ds, needs_dweight, needs_dbias):
     return tuple(_empty_gradients(s, weight, bias_dtype, needs_ds, needs_dweight, needs_dbias))
 
@@ -486,4 +489,11 @@ def _plain_gradients(ctx, error, dy, ds_after, needs):
     return [ds if ds is None or ds_after is None else ds + ds_after, *rest]
 
 
-layer_norm_op.register_autograd(_backward, setup_context=_save)
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "layer_norm: the Triton backend has no second derivatives; use backend='torch' for a double backward"
+    )
+
+
+torch.library.register_autograd("fastgpt2::layer_norm", _backward, setup_context=_save)
+torch.library.register_autograd("fastgpt2::layer_norm_backward", _no_second_derivative)
