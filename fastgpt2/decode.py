@@ -1,9 +1,9 @@
-"""Decoding on a GPU or a CPU. A session holds the state of all rows, so that a step finds there all that it needs.
+"""Decoding on a GPU or a CPU. A session holds the state of all rows, which is everything that a step needs.
 
 On a GPU a step is 5 L + 3 kernel launches in a CUDA graph, and the host never waits for the step it has just started.
 On a CPU one call of the native backend makes one step, or several until a row ends. Rows end inside the step (stop
 tokens, limits, a full context). The host learns of it when it reads that step's tokens. On a GPU the next step is
-running by then.
+already running then.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DTYPES = {
 
 
 def decode_backend(model: GPT2Base) -> str:
-    """The backend whose step decodes `model`: "triton" or "native"; `why_not_decode` says whether it can."""
+    """The backend whose step would decode `model`: "triton" or "native". `why_not_decode` says whether it can."""
     if model.backend in ("triton", "native"):
         return model.backend
     return "native" if model.device.type == "cpu" else "triton"
@@ -87,8 +87,8 @@ class NewRow(NamedTuple):
     Attributes:
         key: The two words that its random numbers depend on (`ops.row_keys`).
         limit: The most new tokens.
-        produced: How many new tokens it already has, if the row continues from its last tokens, which are then its
-            prompt.
+        produced: The number of new tokens that it already has. A row that continues from its last tokens has some, and
+            `prompt_ids` are then those last tokens.
     """
 
     slot: int
@@ -99,7 +99,7 @@ class NewRow(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Tokens and natural-log probabilities of some steps, by step and slot. They are still being copied to the host."""
+    """Tokens and natural-log probabilities of some steps, by step and slot. They may not have reached the host yet."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -136,7 +136,8 @@ class DecodeSession:
         packed: For the native backend, what `pack_step_weights` made from the model's weights; None packs them here.
 
     Raises:
-        ValueError: A session cannot decode the model; `why_not_decode` says why.
+        ValueError: A session cannot decode the model (`why_not_decode` says why), or `weight_dtype` or the cache does
+            not fit it.
     """
 
     def __init__(
@@ -168,14 +169,14 @@ class DecodeSession:
         self._vocab_size = model.config.vocab_size
         self.num_slots = cache.num_slots
         self._is_asynchronous = model.device.type == "cuda" and _HAS_GPU_RUNTIME
-        # Where graphs, events and streams have to be made and used; torch.cuda.device takes -1 for no device.
+        # The device on which graphs, events and streams are made and used. torch.cuda.device takes -1 for no device.
         self._gpu: torch.device | int = model.device if self._is_asynchronous else -1
         self.use_graphs = use_graphs and self._is_asynchronous
-        self.use_table = self.use_graphs  # a graph knows no other way to find a cache that has grown
+        self.use_table = self.use_graphs  # only through it can a graph find a cache that has grown
         self.use_pdl = use_pdl if use_pdl is not None or self._may_have_pdl() else False
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._max_rows = self._bucket(self.num_slots)
-        # A bucket is filled up with rows on idle slots, one slot each, so that no two programs share one.
+        # Each spare row of a bucket gets an idle slot of its own, so that no two programs share one.
         total = self.num_slots if self._is_native else self.num_slots + self._max_rows
         device = model.device
         self.slots = ops.SlotState.idle(total, device)
@@ -183,7 +184,7 @@ class DecodeSession:
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(total, model.config.vocab_size, dtype=torch.bool, device=device)
         self._step = ops.decode_step(
-            # The linear layers of packed weights are not read again.
+            # With packed weights the model's linear layers are not read, so they need no other dtype.
             step_weights(model, weight_dtype if packed is None else None),
             self.slots,
             slot_sampling(sampling, total, self.seen, device),
@@ -194,10 +195,10 @@ class DecodeSession:
             backend=decode_backend(model),
         )
         self._stop_ids = self._step.stop_ids
-        self._proven: set[int] = set()  # the numbers of rows that the step's kernels have been launched for
-        self._is_plain = False  # its kernels have failed, and the model is "auto"
-        self._plain_model: GPT2Base | None = None  # that then computes, where it is not the session's own
-        self._plain_logits: Tensor | None = None  # of the last step that was made without them
+        self._proven: set[int] = set()  # the numbers of rows with which the step's kernels have already run
+        self._is_plain = False  # whether PyTorch replaces the kernels, because they failed and the model is "auto"
+        self._plain_model: GPT2Base | None = None  # the model that then computes; None is the session's own
+        self._plain_logits: Tensor | None = None  # the logits of the last step without kernels
         self._rows: dict[int, tuple[list[int], Tensor]] = {}
         self._cached: tuple[int, int] | None = None
         self.fits: tuple[object, ...] = ()
@@ -211,7 +212,7 @@ class DecodeSession:
         return rows if self._is_native else 1 << max(rows - 1, 0).bit_length()
 
     def _may_have_pdl(self) -> bool:
-        """Whether there is a device to try it on."""
+        """Whether the device may have programmatic dependent launch."""
         return self.use_graphs and not torch.version.hip and torch.cuda.get_device_capability(self._gpu)[0] >= 9
 
     def configure(self, sampling: SamplingConfig) -> None:
@@ -262,8 +263,8 @@ class DecodeSession:
     def begin(self, rows: Sequence[NewRow], logits: Tensor) -> Results:
         """Put rows into their slots and choose their next tokens from logits (rows, V) float32.
 
-        What the slots held is forgotten, but for the tokens that a row which goes on has seen. ValueError for a slot or
-        a prompt that does not fit.
+        The former state of the slots is dropped. Only a row that continues (`produced` above 0) keeps the tokens that
+        it has seen. ValueError for a slot or a prompt that does not fit.
         """
         for row in rows:
             if not 0 <= row.slot < self.num_slots:
@@ -295,9 +296,9 @@ class DecodeSession:
         return self._results()
 
     def step(self, slots: Sequence[int], most: int = 1) -> Results:
-        """Start a step that makes a token for each of `slots`. Rows that have ended are left as they are.
+        """Start a step that makes a token for each of `slots`. Rows that have ended do not change.
 
-        most: on a CPU up to so many steps follow each other without the host, until a row has ended.
+        most: The most steps that a CPU makes in this call. It makes fewer if a row ends.
         """
         if not 0 < len(slots) <= self.num_slots or len(set(slots)) != len(slots):
             raise ValueError(
@@ -318,7 +319,7 @@ class DecodeSession:
     def step_logits(self, num_rows: int) -> Tensor:
         """The logits (R, V) float32 of the last step, in the order of its slots; the next step overwrites them.
 
-        They are those of its slots only if all of them went on.
+        They match the slots only if no row of the step has ended.
         """
         if isinstance(self._step, ops.NativeStep):
             return self._step.step_logits(num_rows)
@@ -329,7 +330,7 @@ class DecodeSession:
     def replace_tokens(self, slots: Sequence[int], tokens: Tensor) -> None:
         """Put other tokens (R,) in place of those that `begin` or the last step chose for the slots.
 
-        ValueError for a session with a repetition penalty, which has marked its own choice already.
+        ValueError for a session with a repetition penalty, because it has already marked its own choices as seen.
         """
         if self.seen is not None:
             raise ValueError(
@@ -353,7 +354,9 @@ class DecodeSession:
                 return
             except ops.KernelFailedError as error:
                 self._fall_back(error)
-                for to, of in zip(self.slots, held, strict=bool(held)):  # as before the launches that went well
+                for to, of in zip(
+                    self.slots, held, strict=bool(held)
+                ):  # undo what the launches before the failed one did
                     to.copy_(of)
         self._run_plain(rows)
 
@@ -369,7 +372,7 @@ class DecodeSession:
 
     @torch.no_grad()
     def _run_plain(self, rows: Tensor) -> None:
-        """A step on the operators of the model's own backend. Unlike the kernels' step it waits for the device."""
+        """Make a step with the operators of the model's own backend. Unlike the kernels, it waits for the device."""
         state, model, at = self.slots, self._plain_model or self._model(), rows.long()
         if model is None:
             raise RuntimeError("DecodeSession: its model no longer exists; keep a reference to the model")
@@ -456,7 +459,7 @@ class DecodeSession:
     def _capture(self, bucket: int, rows: Tensor) -> None:
         """Capture the step of `bucket` rows. If that fails, the session warns and continues without graphs."""
         held = rows.clone()
-        # All rows are idle meanwhile, so the launches can compile and the self-test can run without advancing any row.
+        # Meanwhile all rows are idle ones, so that compiling launches and the self-test advance no row.
         torch.arange(self.num_slots, self.num_slots + bucket, out=rows)
         try:
             if self.use_pdl is None:
@@ -474,13 +477,13 @@ class DecodeSession:
         self._kernels.run(rows, use_table=True, use_pdl=use_pdl)
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # PyTorch's own stream for captures is on the device that captured first. "thread_local": other threads
-            # may allocate memory meanwhile.
+            # PyTorch's own stream for captures is on the device that captured first. "thread_local" lets other threads
+            # allocate memory meanwhile.
             stream = torch.cuda.Stream(self._gpu)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._kernels.run(rows, use_table=True, use_pdl=use_pdl)
         finally:
-            torch.cuda.set_stream(before)  # a capture that fails at its end leaves its own
+            torch.cuda.set_stream(before)  # a capture that fails at its end leaves its stream current
         return graph
 
     def _pdl_is_better(self, rows: Tensor) -> bool:
@@ -509,7 +512,7 @@ _KEPT: weakref.WeakKeyDictionary[GPT2Base, DecodeSession] = weakref.WeakKeyDicti
 
 
 class _Packed(NamedTuple):
-    """Packed weights, and a mark of the model's weights that they were made from."""
+    """Packed weights, and a mark of the model's weights from which they were packed."""
 
     mark: WeightsMark
     weight_dtype: torch.dtype | None
@@ -526,7 +529,7 @@ def acquire_session(
     stop_ids: Sequence[int],
     weight_dtype: torch.dtype | None = None,
 ) -> DecodeSession:
-    """A session with an empty cache: the last one that was released, with its graphs, if it fits, or else a new one."""
+    """A session with an empty cache: the last released one, with its graphs, if it fits. Otherwise a new one."""
     kept = _KEPT.pop(model, None)
     packed = _packed_weights(model, weight_dtype) if decode_backend(model) == "native" else None
     fits = _fits(model, num_slots, sampling, stop_ids, weight_dtype, packed)
@@ -539,7 +542,7 @@ def acquire_session(
                 kept.cache.keys, kept.cache.values = kept.cache.keys.clone(), kept.cache.values.clone()
             return kept
         del kept
-        # A cache of half the bytes is read in half the time, and rounds less than 8-bit weights do.
+        # A bfloat16 cache is read in half the time, and rounds less than 8-bit weights do.
         dtype = torch.bfloat16 if weight_dtype == torch.int8 and model.device.type == "cpu" else model.dtype
         cache = KVCache(model.config, num_slots, 1, dtype=dtype, device=model.device)
         session = DecodeSession(model, cache, sampling, stop_ids, weight_dtype=weight_dtype, packed=packed)
@@ -582,7 +585,7 @@ def _fits(
     weight_dtype: torch.dtype | None,
     packed: PackedWeights | None,
 ) -> tuple[object, ...]:
-    """What is fixed in a session: the weights, the kernels' flags and precision, the stop tokens."""
+    """What cannot change in a session: slots, weights, the kernels' flags and precision, and stop tokens."""
     filters = [t is None for t in slot_sampling(sampling, 0, None, torch.device("cpu"))]
     weights = [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
     flags = (*filters, sampling.repetition_penalty == 1.0, ops.is_float32_exact(), model.backend)

@@ -225,7 +225,10 @@ def _without_padding(model: GPT2Base, prompts: Prompts, mask: Tensor | None) -> 
 
 
 def _seems_padded(model: GPT2Base, is_pad: Tensor) -> bool:
-    """Whether rows (B, T) begin or end with padding. One pad token in every row may just begin or end a text."""
+    """Whether rows (B, T) seem to begin or end with padding.
+
+    If the pad token also begins or ends texts, a single one in every row is no padding.
+    """
     config = model.config
     marks_ends = config.pad_token_id in (config.bos_token_id, *config.eos_token_ids)
     for side in (is_pad, is_pad.flip(1)):
@@ -259,7 +262,7 @@ def _read_prompts(
 
 
 def kept_prompt_tokens(model: GPT2Base, truncate: str, max_new_tokens: int) -> int | None:
-    """How many of its last tokens a prompt keeps at most; None keeps all of them."""
+    """The most tokens that a prompt keeps, from its end. None keeps all of them."""
     if truncate not in ("error", "left"):
         raise ValueError(f"generate: truncate must be 'error' or 'left'; got {shown(truncate)}")
     context = model.config.context_length

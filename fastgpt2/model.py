@@ -50,11 +50,11 @@ class GPT2Base(nn.Module):
         ops.check_backend(backend)
         self.config = config
         self.backend = backend
-        self.tokenizer: Tokenizer | None = None  # used by generation and scoring, not here
+        self.tokenizer: Tokenizer | None = None  # for generation and scoring; the network does not use it
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        # On the meta device a checkpoint is about to be loaded: initializing is useless, and imports half of PyTorch.
+        # On the meta device a checkpoint follows. Initializing would be useless, and would import half of PyTorch.
         if self.device.type != "meta":
             self.init_weights()
 

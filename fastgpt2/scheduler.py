@@ -41,7 +41,7 @@ from fastgpt2_kernels import ops
 
 # Prompt tokens per prefill: enough for efficient matrix products, few enough that their activations fit in memory.
 PREFILL_TOKENS = 4096
-# Steps that a CPU takes in one call, if no row ends meanwhile.
+# The most steps that a CPU makes in one call. It makes fewer if a row ends.
 MOST_STEPS = 16
 # The fixed cost of a prefill, in steps of a full batch. `python -m benchmarks.refill` measures it.
 PREFILL_STEPS = {"triton": 8.0, "native": 0.5, "torch": 1.0}
@@ -119,17 +119,17 @@ class _Row:
     sample: Sample
     text: TextStream | None
     window: tuple[int, ...]  # the tokens at its last prefill: the prompt, or after a context shift the last tokens
-    before: int = 0  # how many of the sample's tokens there were then
+    before: int = 0  # the number of tokens that the sample had at that prefill
     asked: int = 0  # tokens that were requested from the device, whether or not they have arrived
 
     @property
     def is_prefilled(self) -> bool:
-        """Whether it has chosen no token since its prefill."""
+        """Whether no token has been chosen for it since its last prefill."""
         return len(self.sample.token_ids) == self.before
 
     @property
     def num_tokens(self) -> int:
-        """Its tokens that are in the cache, and the latest one, which is not."""
+        """The number of its tokens: those in the cache, and the latest one, which is not there yet."""
         return len(self.window) + len(self.sample.token_ids) - self.before
 
 
@@ -168,7 +168,7 @@ class _Waiting:
 
 
 def half_context(context_length: int) -> int:
-    """How many of its last tokens a row keeps when it has filled the context, and a prompt at least."""
+    """How many last tokens a row keeps when it has filled the context. A truncated prompt keeps at least as many."""
     return -(-context_length // 2)
 
 
@@ -233,7 +233,7 @@ class Scheduler:
         try:
             while True:
                 if not self.rows or self.waiting.is_over:
-                    # Prompts whose samples all end on their first token free their slots at once, so fill until full.
+                    # Samples that end with their first token free their slots at once, so repeat until no row starts.
                     while started := self._start_rows():
                         yield from self._choose(started, [row.prompt.logits for row in started])
                     self.waiting.begin()
@@ -257,7 +257,7 @@ class Scheduler:
                     release_session(self.model, self.session)
 
     def _step_ahead(self, session: DecodeSession) -> Generator[TokenEvent, None, bool]:
-        """Start a step, and read the one before it while this one runs on a GPU. Returns whether there is more."""
+        """Start a step. On a GPU, read the step before it while it runs. Returns whether the run goes on."""
         rows = [row for row in self.rows if row.asked < self._limit(row)]
         asked = None
         if rows:
@@ -281,7 +281,7 @@ class Scheduler:
         return ready is not None or asked is not None
 
     def _limit(self, row: _Row) -> int:
-        """The most new tokens that the row can have in its window: the last one needs no room in the context."""
+        """The most new tokens that the row can have before its context is full. The last one needs no room in it."""
         room = self.model.config.context_length - len(row.window) + 1
         return min(self.sampling.max_new_tokens, row.before + room)
 
@@ -292,7 +292,7 @@ class Scheduler:
     # -- rows ---------------------------------------------------------------------------------------------------
 
     def _start_rows(self) -> list[_Row]:
-        """Prefill prompts into the free slots and give their samples rows; the rows that still need a first token."""
+        """Prefill prompts into the free slots, and make rows for their samples. Returns the rows, which lack tokens."""
         started: list[_Row] = []
         fresh: list[tuple[Holder, Request]] = []
         index: PrefixIndex | None = None
@@ -322,7 +322,7 @@ class Scheduler:
         return self.again.popleft() if self.again else next(self.source, None)
 
     def _assign_slots(self, prompts: list[Holder]) -> None:
-        """Give each a free slot: the one where its prefix lies, if that is free."""
+        """Give each prompt a free slot: the one that holds its prefix, if that is free."""
         for prompt in prompts:
             if prompt.source is not None and prompt.source.slot in self.free:
                 prompt.slot = prompt.source.slot
@@ -340,9 +340,9 @@ class Scheduler:
         return _Row(slot, prompt, Sample(prompt.index, prompt.pending.popleft(), prompt.ids), text, prompt.ids)
 
     def _leave(self, row: _Row) -> _Row | None:
-        """Give the slot of a row that has ended to its prompt's next sample, which is returned, or free it."""
+        """Pass an ended row's slot to the next sample of its prompt, and return that row. If there is none, free it."""
         prompt = row.prompt
-        if row.before and prompt.pending:  # the slot no longer begins with the prompt, which is prefilled anew
+        if row.before and prompt.pending:  # the slot no longer begins with the prompt, so prefill it again
             self.again.append(Request(prompt.index, prompt.identity, prompt.ids, deque(prompt.pending)))
             prompt.pending.clear()
             self.waiting.is_needless = False
@@ -354,7 +354,7 @@ class Scheduler:
         return self._new_row(row.slot, row.prompt)
 
     def _shift(self, rows: list[_Row]) -> Iterator[TokenEvent]:
-        """Prefill the last tokens of rows that have filled the context, half of it, and choose their next tokens."""
+        """Continue rows that have filled the context: prefill their last half context, and choose their next tokens."""
         self._check_weights()
         keep = half_context(self.model.config.context_length)
         for row in rows:
@@ -370,14 +370,14 @@ class Scheduler:
     # -- the model ----------------------------------------------------------------------------------------------
 
     def _prefill(self, prompts: list[Holder]) -> list[Tensor]:
-        """Put the prompts into their slots; the logits (V,) of the first new token of each."""
+        """Put the prompts into their slots. Returns the logits (V,) of each one's first new token."""
         self._check_weights()
-        # Room for the longest row to its end: growing step by step would copy the cache each time.
+        # Make room for the longest row with all its new tokens. Growing step by step would copy the cache each time.
         longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
         self.cache.reserve(min(longest, self.model.config.context_length))
         logits: dict[int, Tensor] = {}
         for wave in range(1 + max(prompt.wave for prompt in prompts)):
-            # What slots held before is copied before the first pass, which overwrites it.
+            # Prefixes that slots already held are copied before the first pass, because it may overwrite them.
             for prompt in prompts:
                 if (source := prompt.source) is not None and source.wave == wave - 1 and source.slot != prompt.slot:
                     self.cache.fork(source.slot, [prompt.slot], prompt.shared)
@@ -485,7 +485,7 @@ class Scheduler:
         )
         if self.seen is not None:
             self.seen[slots, ids] = True
-        if changed is not logits:  # log-probabilities are the model's own; NaN if no token was left to choose
+        if changed is not logits:  # log-probabilities are those of the model itself, or NaN if all tokens are banned
             own = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
             logprobs = own.where(logprobs.isfinite(), math.nan)
         if self.session is not None:
@@ -528,7 +528,7 @@ class Scheduler:
     def _finish_text(self, row: _Row, is_stop: bool) -> None:
         if row.text is not None:
             row.text.finish()
-            if row.text.stopped:  # in text that was held back until now
+            if row.text.stopped:  # a stop string was in the text that was held back
                 row.sample.finish_reason = "stop"
             row.sample.text = row.text.text
         elif self.model.tokenizer is not None:

@@ -100,7 +100,7 @@ class Tokenizer:
                 left, _, right = line.partition(" ")
                 if left not in vocab or right not in vocab or left + right not in vocab:
                     raise ValueError(
-                        f"{merges_path}: every line must be two tokens of {vocab_path.name} whose join is one too; "
+                        f"{merges_path}: every line must be two tokens of {vocab_path.name} that join to a third; "
                         f"got {line!r}"
                     )
                 merges.append((left, right))
@@ -201,7 +201,7 @@ def as_token_id(token: Any, caller: str, name: str) -> int:
     Args:
         token: The value.
         caller: The name that an error begins with.
-        name: What an error says holds the value.
+        name: What holds the value, as an error calls it.
 
     Raises:
         TypeError: `token` is not an integer.

@@ -350,7 +350,7 @@ def test_every_row_of_a_table_is_a_document(suffix: str, tmp_path: Path, seed: i
     assert len(parts) == 2
     assert Counter(documents) == Counter(text for text in TEXTS if text)
     assert find_documents([path], column="code", val_fraction=0.4, seed=seed) == corpus
-    # A pattern, beside a text file, in a folder.
+    # Tables are found by a pattern, together with a text file, and in a folder.
     (tmp_path / "one.txt").write_text("a text\n", encoding="utf-8")
     several = find_documents(
         [str(tmp_path / "rows.*"), tmp_path / "one.txt"], column="code", val_fraction=0.4, seed=seed

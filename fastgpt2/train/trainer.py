@@ -42,11 +42,11 @@ from fastgpt2.train.reports import CheckpointReport, EvalReport, Report, SampleR
 from fastgpt2.train.run_folder import RunFolder, checkpoint_paths, read_checkpoint, read_progress
 from fastgpt2_kernels import ops
 
-# With `minutes`, these steps are timed to set the number of steps. The ones before them are warm-up. Where steps are
-# slow, the ones that fit this share of the time have to do.
+# With `minutes`, these steps are timed to set the number of steps. Those before them are warm-up. If steps are slow,
+# fewer are timed: those that fit in this share of the time.
 _CALIBRATION = range(5, 25)
 _CALIBRATION_SHARE = 0.25
-# What a resumed run may change: it does not affect the results, or only those of the steps to come.
+# The settings that a resumed run may change. They affect no results, or only those of the steps to come.
 _MAY_CHANGE = {
     "steps", "batch_size", "accumulate", "compile", "deterministic", "log_interval", "eval_interval", "eval_tokens",
     "sample_interval", "sample_prompt", "checkpoint_interval", "keep_checkpoints", "export", "parallel", "recompute",
@@ -107,7 +107,7 @@ class Trainer:
         self.context = model.config.context_length
         self._fingerprint = data.train.fingerprint()
         self._val_fingerprint = data.val.fingerprint() if data.val is not None else None
-        # First of all: an error that only one process finds would leave the others waiting for it.
+        # This comes first, because an error that only one process finds would leave the others waiting for it.
         self.processes.check_same(self._settings(model.config))
         data.train.windows_per_epoch(self.context)  # raises when the text is too short
         if data.meta is not None and data.meta.vocab_size > model.config.vocab_size:
@@ -145,7 +145,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.dtype == "fp16")
         self.step = 0
         self.best_loss = math.inf
-        self.stale_evaluations = 0  # in a row, without a new lowest loss
+        self.stale_evaluations = 0  # consecutive evaluations without a new lowest loss
         self.loss_sum = torch.zeros((), device=self.device)
         self.num_losses = 0
         self.max_norm = torch.zeros((), device=self.device)
@@ -155,7 +155,7 @@ class Trainer:
         self._val_bytes: int | None = None
 
     def _settings(self, model_config: GPT2Config) -> dict[str, object]:
-        """What has to be the same in every process."""
+        """The settings that must be the same in every process."""
         return {
             **asdict(self.config),
             **{f"the model's {name}": value for name, value in asdict(model_config).items()},
@@ -606,7 +606,7 @@ class Trainer:
         self.step = operator.index(state["step"])
         self.best_loss = float(state["best_loss"])
         self.stale_evaluations = int(state.get("stale_evaluations", 0))  # older checkpoints have none
-        # Older checkpoints do not say it; their runs were calibrated at one step.
+        # Older checkpoints do not say so. Their runs were always calibrated at the same step.
         known = bool(state.get("calibrated", self.step >= _CALIBRATION.stop))
         self.is_calibrated = self.config.minutes is None or known
         self.num_losses = operator.index(state["num_losses"])

@@ -25,7 +25,7 @@ from tests.kernels.layer_rows import layer_cases
 from tests.kernels.linear_rows import linear_cases
 from tests.kernels.sampling_rows import sampling_cases
 
-# The row that represents each kernel and dtype where not every row is compiled: the sizes of GPT-2 124M, used most.
+# With `--representative`, this row represents each kernel and dtype: the sizes of GPT-2 124M, which are used most.
 REPRESENTATIVE = re.compile(
     "|".join(
         (

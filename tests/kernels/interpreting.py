@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-# So many products are summed in pairs before the sum is added to the accumulator: a tensor core takes 16 of K at once.
+# This many products are summed pairwise, and then added to the accumulator: a tensor core takes 16 of K at once.
 DOT_STEP = 16
 
 

@@ -226,7 +226,7 @@ def test_neighbours_do_not_matter(device, others):
 
 
 def check_rows_that_end(device: str) -> None:
-    """Rows end at a stop token, a limit or a full context. Then they do not change, and the other rows go on."""
+    """Rows end at a stop token, a limit or a full context. Then they do not change, and the other rows continue."""
     ours, plain = pair(device, 7)
     prompts, limits = [[1, 2, 3], [4] * 23, [5, 6], [7, 8]], [9, 9, 9, 3]
     want = [s.token_ids for s in plain.generate(prompts, max_new_tokens=6, temperature=0, stop_token_ids=())]

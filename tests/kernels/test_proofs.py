@@ -51,7 +51,7 @@ KERNELS = kernels()
 
 
 class Inputs:
-    """Random tensors. They are the same whatever dtype is asked for."""
+    """Random tensors. Their values are the same in every requested dtype."""
 
     def __init__(self, seed: int, device: str) -> None:
         self.seed, self.device = seed, device

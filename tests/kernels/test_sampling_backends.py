@@ -152,7 +152,7 @@ def test_filters_draw_what_transformers_draws(top_k, top_p, min_p, seed):
         chi_square(torch.tensor(groups[0]), shares / shares.sum())
 
 
-# -- whatever comes ----------------------------------------------------------------------------------------------------
+# -- odd settings and logits ----------------------------------------------------------------------------------------
 
 STRANGE: dict[str, dict[str, Any]] = {
     "top_p that float32 holds as 0": {"top_p": 1e-300},

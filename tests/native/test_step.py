@@ -126,7 +126,7 @@ def check_several_steps_in_a_call(seed: int) -> None:
             assert single.run(rows) == 1
             assert several.tokens[i, slots].tolist() == single.slots.tokens[slots].tolist()
             assert several.logprobs[i, slots].tolist() == single.slots.logprobs[slots].tolist()
-    # The other rows go on. The one that has ended is asked for once more, and does not change.
+    # The other rows continue. The one that has ended is requested once more, and does not change.
     assert several.run(rows, 5) == single.run(rows) == 1
     assert all(torch.equal(a, b) for a, b in zip(several.slots, single.slots, strict=True))
     assert several.slots.status[slots].tolist() == [ops.RUNNING, ops.RUNNING, ops.IDLE]
@@ -175,7 +175,7 @@ def test_an_interrupt_ends_the_steps_of_a_call(seed):
         signal.signal(signal.SIGUSR1, before)
     done = int(args.steps_done)
     assert 0 < done < MAX_STEPS
-    # The interrupted steps can go on.
+    # The interrupted steps can be continued.
     assert step.run(row, MAX_STEPS) == MAX_STEPS
     assert step.slots.lengths.tolist() == [2 + done + MAX_STEPS - 1]
 
