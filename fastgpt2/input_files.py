@@ -355,11 +355,11 @@ def _read_parquet(source: Source, columns: Columns, with_fields: bool) -> Iterat
         wanted = schema.names if with_fields else [name for name in columns.all if name in schema.names]
         for group in range(metadata.num_row_groups):
             about = metadata.row_group(group)
-            num_bytes = [about.column(i).total_uncompressed_size for i in range(about.num_columns)]
-            batch_size = _rows_at_once(sum(num_bytes) // max(1, about.num_rows))
+            # Not the sizes of its columns: where their statistics are damaged, pyarrow ends the process.
+            batch_size = _rows_at_once(about.total_byte_size // max(1, about.num_rows))
             # A few bytes can repeat a long text a million times. Read as a dictionary, a column holds each text once.
             texts = [name for name in wanted if pyarrow.types.is_string(schema.field(name).type)]
-            texts = texts if sum(num_bytes) < _BATCH_BYTES else []
+            texts = texts if about.total_byte_size < _BATCH_BYTES else []
             with pyarrow.parquet.ParquetFile(source.name, metadata=metadata, read_dictionary=texts) as file:
                 for batch in file.iter_batches(batch_size, row_groups=[group], columns=wanted):
                     for row in _parquet_rows(batch):
@@ -475,9 +475,8 @@ def _token_ids(ids: object, name: str) -> tuple[int, ...]:
 
 def _check_columns(name: str, there: Sequence[str], columns: Columns) -> None:
     if columns.text not in there and (columns.ids is None or columns.ids not in there):
-        raise ValueError(
-            f'{name}: must have a column "{columns.text}"; it has {listed(list(there))}: name one with --column'
-        )
+        names = listed([" ".join(column.split())[:60] for column in there])
+        raise ValueError(f'{name}: must have a column "{columns.text}"; it has {names}: name one with --column')
     if columns.prefix is not None and columns.prefix_ids is None and columns.prefix not in there:
         raise ValueError(f'{name}: must have a column "{columns.prefix}", which --prompt-column names')
 

@@ -73,3 +73,5 @@ def test_info(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert f"{model.num_parameters():,}" in text
     assert all(operator in text for operator in ops.OPERATORS)
+    reasons = {why for chosen in info["operators"].values() for name, why in chosen.items() if "why_not" in name}
+    assert all(text.count(f" is not used: {reason}\n") == 1 for reason in reasons)

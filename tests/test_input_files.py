@@ -159,6 +159,7 @@ def test_patterns_count_on(tmp_path):
     ("name", "content", "message"),
     [
         ("t.csv", b"a,b\n1,2\n", 't.csv: must have a column "prompt"; it has a, b: name one with --column'),
+        ("t.csv", b'"a\nb",c\n1,2\n', 't.csv: must have a column "prompt"; it has a b, c: name one with --column'),
         ("t.csv", b"prompt,prompt\n1,2\n", "t.csv: its columns must have different names; got prompt, prompt"),
         ("t.csv", b'prompt\n"a\n', "t.csv line 2: must be CSV (unexpected end of data"),
         ("t.csv", b"prompt\n\xff\n", "t.csv: must be UTF-8 text; it is not after line "),

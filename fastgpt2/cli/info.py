@@ -42,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
         width = max(map(len, section))
         for name, value in section.items():
             print(f"  {name:<{width}}  {_text(value)}")
+        if title == "operators":
+            for name, reason in _reasons(section):
+                print(f"  {name} is not used: {reason}")
     return 0
 
 
@@ -59,6 +62,13 @@ def _operators(device: str) -> dict[str, dict[str, Any]]:
     return operators
 
 
+def _reasons(operators: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """(backend, why it is not used), each pair once: most operators have the same ones."""
+    pairs = [(name, reason) for operator in operators.values() for name, reason in operator.items()]
+    start = "why_not_"
+    return list(dict.fromkeys((name.removeprefix(start), reason) for name, reason in pairs if name.startswith(start)))
+
+
 def _model(config: GPT2Config) -> dict[str, Any]:
     with torch.device("meta"):
         parameters = GPT2(config).num_parameters()
@@ -67,9 +77,7 @@ def _model(config: GPT2Config) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):  # an operator
-        reasons = [reason for name, reason in value.items() if name.startswith("why_not_")]
-        chosen = value["backend"] or "none"
-        return f"{chosen} (backends: {', '.join(value['backends'])})" + "".join(f". {reason}" for reason in reasons)
+        return f"{value['backend'] or 'none'} (backends: {', '.join(value['backends'])})"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     return (

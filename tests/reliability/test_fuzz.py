@@ -20,6 +20,13 @@ def test_damaged_files_are_read_or_refused(name: str, seed: int) -> None:
     assert name == "prompts" or set(results) != {"read"}, "every damaged file was read, so perhaps none was damaged"
 
 
+@pytest.mark.parametrize("number", [75, 110])
+def test_damaged_tables_that_were_mishandled_once(number: int) -> None:
+    """Case 75: statistics of a Parquet file that ended the process. Case 110: a CSV header with a line break."""
+    results = fuzz.run("prompts", 5, first=number, cases=1)
+    assert not [result for result in results if result.startswith("FAULT")], results
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_many_damaged_files_are_read_or_refused(name: str, seed: int) -> None:
