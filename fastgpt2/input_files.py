@@ -370,6 +370,8 @@ def _read_parquet(source: Source, columns: Columns, with_fields: bool) -> Iterat
                                 f"{source.name} row {number}: must have at most {_MOST_LINE_BYTES:,} characters"
                             )
                         yield f"{source.name} row {number}", row, size
+    except UnicodeDecodeError:
+        raise ValueError(f"{source.name}: must be UTF-8 text; it is not after row {number:,}") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{source.name}: must be a whole Parquet file; it is not ({first_line(error)})") from None
 

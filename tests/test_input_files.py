@@ -248,6 +248,15 @@ def test_a_small_file_cannot_fill_the_memory(suffix, content, message, compressi
         list(read_entries(find_sources([str(path)]), PROMPTS, most_bytes=3000))
 
 
+def test_a_parquet_file_whose_texts_are_not_utf8(tmp_path):
+    path = tmp_path / "t.parquet"
+    texts = pyarrow.array([b"a", b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts}), path)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: must be UTF-8 text; it is not after row 0")) as caught:
+        list(read_entries(find_sources([str(path)]), PROMPTS))
+    assert type(caught.value) is ValueError
+
+
 def test_a_parquet_file_with_categories(tmp_path):
     """Columns that pandas calls categorical, of texts and of numbers."""
     path = tmp_path / "t.parquet"
