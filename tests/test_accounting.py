@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,12 @@ def test_an_unknown_device_is_measured() -> None:
     speed = measured_matmul_flops("cpu", torch.float32, repeats=1)
     assert 1e8 < speed < 1e15
     assert 1e8 < peak_flops("cpu", torch.float32) < 1e15
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.01, 6), (0.3, 4), (2.0, 1)])
+def test_a_slow_device_is_measured_for_a_second(seconds: float, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, started = itertools.count(), []
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock) * seconds)
+    monkeypatch.setattr(torch, "mm", lambda a, b: started.append(a.dtype))
+    assert measured_matmul_flops("cpu", torch.bfloat16) == pytest.approx(2 * 1024**3 / seconds)
+    assert started == [torch.bfloat16] * runs
