@@ -369,7 +369,7 @@ def _read_parquet(source: Source, columns: Columns, with_fields: bool) -> Iterat
                             raise ValueError(
                                 f"{source.name} row {number}: must have at most {_MOST_LINE_BYTES:,} characters"
                             )
-                        yield f"{source.name} row {number}", row, size
+                        yield f"{source.name} row {number}", row, size + 1
     except UnicodeDecodeError:
         raise ValueError(f"{source.name}: must be UTF-8 text; it is not after row {number:,}") from None
     except (pyarrow.ArrowException, OSError) as error:
