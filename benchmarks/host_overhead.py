@@ -43,7 +43,7 @@ def count_launches(device: str) -> list[str]:
 
     for name, module in list(sys.modules.items()):
         if name.startswith("fastgpt2_kernels.") and getattr(module, "launch_kernel", None) is launch:
-            module.launch_kernel = counted  # type: ignore[attr-defined]
+            vars(module)["launch_kernel"] = counted
     return launched
 
 

@@ -164,9 +164,9 @@ def check_archive(path: str | PathLike[str]) -> None:
                     with archive.open(record) as file:
                         while file.read(1 << 20):
                             pass
-    # Damaged bytes make zipfile raise any of these. A flag that says "encrypted" gives a RuntimeError, an unknown
-    # version or method a NotImplementedError, and a name that is not UTF-8 a UnicodeDecodeError.
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, RuntimeError) as error:
+    # Damaged bytes make zipfile raise any of these: RuntimeError for a flag that says "encrypted" and for an unknown
+    # version or method, UnicodeDecodeError for a name that is not UTF-8.
+    except (OSError, zipfile.BadZipFile, EOFError, UnicodeDecodeError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; an OSError without a file name comes from a bad offset in the archive
         raise ValueError(f"{path}: is damaged ({first_line(error)}); download or save it again") from error

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -49,16 +50,13 @@ class Poison:
 @contextmanager
 def canaries() -> Iterator[Poison]:
     """While the context is open, `Tensor.new_empty` returns NaN between canaries."""
-    poison, new_empty = Poison(), torch.Tensor.new_empty
+    poison = Poison()
 
     def make(like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return poison.make(like, *args, **kwargs)
 
-    torch.Tensor.new_empty = make  # type: ignore[assignment, method-assign]
-    try:
+    with patch.object(torch.Tensor, "new_empty", make):
         yield poison
-    finally:
-        torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
 
 
 @contextmanager
