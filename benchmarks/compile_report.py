@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import version
 from fastgpt2_kernels.triton import launch
 
 ROOT = Path(__file__).parents[1]
@@ -79,9 +78,12 @@ def programs(row: dict[str, Any]) -> int:
 
 
 def compile_rows(targets: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Compile all rows in a separate process, because nothing compiles while Triton's interpreter is on."""
+    """Compile all rows in a separate process, because nothing compiles while Triton's interpreter is on.
+
+    That process has the `sys.path` of this one, so that it imports the same Triton.
+    """
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
         environment |= {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"}
         done = subprocess.run(
             [sys.executable, "-m", "tests.kernels.compile_rows", *targets],
@@ -97,11 +99,17 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["case"], *(str(row[f]) for f in figures), str(programs(row)), *(str(row[i]) for i in instructions))
 
 
+def triton_version(rows: Sequence[dict[str, Any]]) -> str:
+    """The version of the Triton that compiled the rows."""
+    (version,) = {row["triton"] for row in rows}
+    return version
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Lines of the report. Seconds are compile times on one core of the machine that wrote it."""
     yield "# Compile report"
     yield ""
-    yield f"Every launch row as Triton {version('triton')} compiles it, without a GPU:"
+    yield f"Every launch row as Triton {triton_version(rows)} compiles it, without a GPU:"
     yield "`python -m benchmarks compile-report --write`. Instructions are counted in the code, not while it runs."
     yield "Programs: how many fit on a multiprocessor at once. Seconds: compile time on the machine that wrote this."
     for name, target in TARGETS.items():
@@ -128,10 +136,10 @@ def committed() -> tuple[str, dict[tuple[str, str], tuple[str, ...]]]:
     return text.split("as Triton ")[1].split()[0], found
 
 
-def summary(rows: Sequence[dict[str, Any]], triton: str) -> Iterator[str]:
+def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Lines of one version's part of COMPILE_SUMMARY.md: a table of kernels and targets, and every spill in a loop."""
     names = [name for name in TARGETS if any(row["target"] == name for row in rows)]
-    yield f"## Triton {triton}"
+    yield f"## Triton {triton_version(rows)}"
     yield ""
     yield "| kernel | " + " | ".join(f"{name} ({LIMITS[name] // 1024} KB)" for name in names) + " |"
     yield f"|-|{'-|' * len(names)}"
@@ -156,11 +164,11 @@ def _summed(rows: Sequence[dict[str, Any]]) -> str:
     return f"{len(rows)}; {max(row['shared'] for row in rows) / 1024:.0f} KB; {spills}; {cores}"
 
 
-def write_summary(rows: Sequence[dict[str, Any]], triton: str) -> None:
+def write_summary(rows: Sequence[dict[str, Any]]) -> None:
     """Rewrite this version's part of COMPILE_SUMMARY.md, and keep those of other versions."""
     old = SUMMARY.read_text(encoding="utf-8").split("\n## Triton ")[1:] if SUMMARY.exists() else []
     parts = {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip("\n") for part in old}
-    parts[triton] = "\n".join(summary(rows, triton)).split("\n", 1)[1].strip("\n")
+    parts[triton_version(rows)] = "\n".join(summary(rows)).split("\n", 1)[1].strip("\n")
     ordered = sorted(parts, key=lambda v: [int(n) for n in v.split(".")[:3]], reverse=True)
     text = SUMMARY_HEAD + "".join(f"\n## Triton {name}\n\n{parts[name]}\n" for name in ordered)
     SUMMARY.write_text(text, encoding="utf-8")
@@ -172,7 +180,7 @@ def main(write: bool, summarise: bool = False) -> int:
         REPORT.write_text("\n".join(markdown(rows)) + "\n", encoding="utf-8")
         print(f"wrote {REPORT}")
     if write or summarise:
-        write_summary(rows, version("triton"))
+        write_summary(rows)
         print(f"wrote {SUMMARY}")
     else:
         print("\n".join(markdown(rows)))

@@ -17,6 +17,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import triton
+
 from tests.kernels.attention_rows import attention_cases
 from tests.kernels.compiling import TARGETS, Case, compile_case, members
 from tests.kernels.cross_entropy_rows import cross_entropy_cases
@@ -70,7 +72,8 @@ def cases(target: str) -> list[Case]:
 def described(target: str, case: Case) -> dict[str, Any]:
     pointers = (kind for _, _, kind in members(case.signature) if kind is not None)
     floats = {kind.removeprefix("*") for kind in pointers if re.fullmatch(r"\*(bf|fp)\d+", kind)}
-    return {"target": target, "case": case.name, "kernel": case.kernel.__name__, "dtypes": sorted(floats)}
+    names = {"target": target, "case": case.name, "kernel": case.kernel.__name__}
+    return {**names, "dtypes": sorted(floats), "triton": triton.__version__}
 
 
 def compiled(job: tuple[str, int]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ By default one row is compiled for each kernel and dtype, and fewer for targets 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -28,12 +27,9 @@ ROOT = Path(__file__).parents[2]
 def table(pytestconfig: pytest.Config) -> list[dict]:
     """Every row, with the results of those that were compiled."""
     pytest.importorskip("triton")
-    # Triton compiles nothing in a process whose interpreter is on.
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }
+    # Triton compiles nothing in a process whose interpreter is on. The other process imports the same Triton.
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     options = [] if pytestconfig.getoption("--all-rows") else ["--representative"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compile_rows", *options],
@@ -176,7 +172,7 @@ def test_the_compile_report_is_current(table, rows):
     names = {(row["target"], row["case"]) for row in table}
     assert len(names) == len(table), "two rows have the same name"
     assert written.keys() == names, renew
-    if version == importlib.metadata.version("triton"):
+    if version == compile_report.triton_version(table):
         compiled = {(row["target"], row["case"]): compile_report.cells(row) for row in rows}
         assert {key: written[key] for key in compiled} == compiled, renew
 
@@ -199,17 +195,33 @@ def test_the_summary_names_every_version_and_row(table):
                 assert float(cell.split("; ")[1].split()[0]) <= compile_report.LIMITS[target] / 1024, version
 
 
+def test_rows_are_compiled_by_the_triton_that_is_imported_here(monkeypatch):
+    """PYTHONPATH names the Triton to report on, so the process that compiles must have it too."""
+    given = {}
+
+    def run(command, env, **rest):
+        given.update(env)
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    monkeypatch.setattr(compile_report.subprocess, "run", run)
+    monkeypatch.syspath_prepend("/another/triton")
+    compile_report.compile_rows()
+    assert "/another/triton" in given["PYTHONPATH"].split(os.pathsep)
+
+
 def test_a_version_renews_its_part_of_the_summary(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_report, "SUMMARY", tmp_path / "summary.md")
     row = {"target": "sm_90", "kernel": "_a_kernel", "case": "a", "shared": 2048, "loop_spills": 0, "tensor_core": 3}
-    compile_report.write_summary([row], "3.9.0")
-    compile_report.write_summary([{**row, "loop_spills": 2}], "3.10.0")
+    row |= {"triton": "3.9.0"}
+    compile_report.write_summary([row])
+    row |= {"triton": "3.10.0"}
+    compile_report.write_summary([{**row, "loop_spills": 2}])
     first = (tmp_path / "summary.md").read_text()
     assert first.index("## Triton 3.10.0") < first.index("## Triton 3.9.0")
     assert "| a | 1; 2 KB; 2; 1 |" in first
     assert "- a: sm_90 (2 operations)" in first
-    compile_report.write_summary([row], "3.10.0")
+    compile_report.write_summary([row])
     again = (tmp_path / "summary.md").read_text()
     assert again.count("| a | 1; 2 KB; 0; 1 |") == 2
-    compile_report.write_summary([row], "3.10.0")
+    compile_report.write_summary([row])
     assert (tmp_path / "summary.md").read_text() == again
