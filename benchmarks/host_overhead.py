@@ -28,7 +28,7 @@ from fastgpt2.loss import calculate_loss  # noqa: E402
 from fastgpt2_kernels import ops  # noqa: E402
 from fastgpt2_kernels.triton import devices  # noqa: E402
 
-HEADS, C = 12, 192
+HEADS, C = 3, 48
 
 
 def count_launches(device: str) -> list[str]:

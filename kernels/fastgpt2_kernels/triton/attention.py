@@ -43,6 +43,7 @@ from fastgpt2_kernels.triton import launch
 from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.devices import float32_precision, launch_kernel
 from fastgpt2_kernels.triton.fallback import gradients
+from fastgpt2_kernels.triton.operators import define_operator
 from fastgpt2_kernels.types import AttentionOptions, Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -578,7 +579,7 @@ def attention_forward(
     launch_kernel(
         q.data.device,
         _attention_fwd_kernel,
-        (triton.cdiv(T, row.block_t) * B * H,),
+        (launch.ceil_div(T, row.block_t) * B * H,),
         q=q.argument(),
         k=k.descriptor(row.block_s, block_d) if use_tma else k.argument(),
         v=v.descriptor(row.block_s, block_d) if use_tma else v.argument(),
@@ -616,7 +617,7 @@ def attention_backward(
         launch_kernel(
             q.data.device,
             _attention_bwd_dq_kernel,
-            (triton.cdiv(T, row.block_t) * B * H,),
+            (launch.ceil_div(T, row.block_t) * B * H,),
             inputs=inputs,
             o=out.argument(),
             do=dout.argument(),
@@ -632,7 +633,7 @@ def attention_backward(
         launch_kernel(
             q.data.device,
             _attention_bwd_dkdv_kernel,
-            (triton.cdiv(S, row.block_s) * B * H,),
+            (launch.ceil_div(S, row.block_s) * B * H,),
             inputs=inputs,
             do=dout.argument(),
             dk=dk.argument(),
@@ -645,7 +646,7 @@ def attention_backward(
 
 
 def _block_d(head_size: int) -> int:
-    return max(16, triton.next_power_of_2(head_size))
+    return max(16, launch.next_power_of_2(head_size))
 
 
 def _precision(x: Tensor) -> str:
@@ -690,7 +691,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The output (B, H, T, D) and, with `return_lse`, the log-sum-exp (B, H, T)."""
     seed, dropout_p = _dropout(options, q.device)
-    out, *stats = torch.ops.fastgpt2.attention(q, k, v, lengths, None, None, seed, dropout_p, options.scale)
+    out, *stats = attention_op(q, k, v, lengths, None, None, seed, dropout_p, options.scale)
     return out, _lse(*stats) if return_lse else None
 
 
@@ -707,9 +708,7 @@ def attention_packed(
     starts, ends = None, None
     if documents is not None:
         lengths, starts, ends = documents.cu_seqlens[-1:], documents.starts, documents.ends
-    out, *stats = torch.ops.fastgpt2.attention_packed(
-        qkv, num_heads, lengths, starts, ends, seed, dropout_p, options.scale
-    )
+    out, *stats = attention_packed_op(qkv, num_heads, lengths, starts, ends, seed, dropout_p, options.scale)
     return out, _lse(*stats) if return_lse else None
 
 
@@ -731,26 +730,6 @@ def _lse(row_max: Tensor, row_sum: Tensor) -> Tensor:
 
 # -- PyTorch operators --------------------------------------------------------------------------------------------
 # Outputs and gradients of (B, H, T, D) inputs are stored as (B, T, H, D), so that heads can be merged without a copy.
-
-_MASKING = "Tensor? lengths, Tensor? doc_start, Tensor? doc_end, Tensor? seed, float dropout_p"
-torch.library.define(
-    "fastgpt2::attention",
-    f"(Tensor q, Tensor k, Tensor v, {_MASKING}, float scale) -> (Tensor out, Tensor row_max, Tensor row_sum)",
-)
-torch.library.define(
-    "fastgpt2::attention_backward",
-    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor row_max, Tensor row_sum, {_MASKING}, float scale, "
-    "bool need_dq, bool need_dkdv) -> (Tensor dq, Tensor dk, Tensor dv)",
-)
-torch.library.define(
-    "fastgpt2::attention_packed",
-    f"(Tensor qkv, int num_heads, {_MASKING}, float scale) -> (Tensor out, Tensor row_max, Tensor row_sum)",
-)
-torch.library.define(
-    "fastgpt2::attention_packed_backward",
-    f"(Tensor dout, Tensor qkv, Tensor out, Tensor row_max, Tensor row_sum, int num_heads, {_MASKING}, "
-    "float scale) -> Tensor dqkv",
-)
 
 
 def _new_heads(x: Tensor) -> Tensor:
@@ -778,7 +757,6 @@ def _new_packed_output(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Ten
     return qkv.new_empty((B, T, width // 3)), *_new_stats(qkv, (B, num_heads, T))
 
 
-@torch.library.impl("fastgpt2::attention", "default")
 def _attention(q, k, v, lengths, doc_start, doc_end, seed, dropout_p, scale):
     out, row_max, row_sum = _new_output(q)
     masking = Masking(lengths, doc_start, doc_end, seed, dropout_p)
@@ -786,7 +764,6 @@ def _attention(q, k, v, lengths, doc_start, doc_end, seed, dropout_p, scale):
     return out, row_max, row_sum
 
 
-@torch.library.impl("fastgpt2::attention_backward", "default")
 def _attention_backward(
     dout, q, k, v, out, row_max, row_sum, lengths, doc_start, doc_end, seed, dropout_p, scale, need_dq, need_dkdv
 ):
@@ -808,7 +785,6 @@ def _attention_backward(
     return dq, dk, dv
 
 
-@torch.library.impl("fastgpt2::attention_packed", "default")
 def _attention_packed(qkv, num_heads, lengths, doc_start, doc_end, seed, dropout_p, scale):
     out, row_max, row_sum = _new_packed_output(qkv, num_heads)
     masking = Masking(lengths, doc_start, doc_end, seed, dropout_p)
@@ -816,7 +792,6 @@ def _attention_packed(qkv, num_heads, lengths, doc_start, doc_end, seed, dropout
     return out, row_max, row_sum
 
 
-@torch.library.impl("fastgpt2::attention_packed_backward", "default")
 def _attention_packed_backward(
     dout, qkv, out, row_max, row_sum, num_heads, lengths, doc_start, doc_end, seed, dropout_p, scale
 ):
@@ -837,23 +812,19 @@ def _attention_packed_backward(
     return dqkv
 
 
-@torch.library.register_fake("fastgpt2::attention")
-def _(q, *rest):
+def _fake_attention(q, *rest):
     return _new_output(q)
 
 
-@torch.library.register_fake("fastgpt2::attention_backward")
-def _(dout, q, k, v, *rest):
+def _fake_attention_backward(dout, q, k, v, *rest):
     return _new_gradients(q, k, *rest[-2:])
 
 
-@torch.library.register_fake("fastgpt2::attention_packed")
-def _(qkv, num_heads, *rest):
+def _fake_attention_packed(qkv, num_heads, *rest):
     return _new_packed_output(qkv, num_heads)
 
 
-@torch.library.register_fake("fastgpt2::attention_packed_backward")
-def _(dout, qkv, *rest):
+def _fake_attention_packed_backward(dout, qkv, *rest):
     return qkv.new_empty(qkv.shape)
 
 
@@ -870,7 +841,7 @@ def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 9
     try:
-        grads = torch.ops.fastgpt2.attention_backward(dout, *ctx.saved_tensors, *ctx.options, need_q, any(need_kv))
+        grads = attention_backward_op(dout, *ctx.saved_tensors, *ctx.options, need_q, any(need_kv))
     except KernelFailedError as error:
         grads = _plain_gradients(ctx, error, dout)
     needed = zip(grads, ctx.needs_input_grad, strict=False)
@@ -901,9 +872,7 @@ def _packed_backward(ctx, dout, *_):
         return (None,) * 8
     qkv, out, row_max, row_sum, *masks = ctx.saved_tensors
     try:
-        dqkv = torch.ops.fastgpt2.attention_packed_backward(
-            dout, qkv, out, row_max, row_sum, ctx.num_heads, *masks, *ctx.options
-        )
+        dqkv = attention_packed_backward_op(dout, qkv, out, row_max, row_sum, ctx.num_heads, *masks, *ctx.options)
     except KernelFailedError as error:
         dqkv = _plain_packed_gradient(ctx, error, dout)
     return dqkv, *(None,) * 7
@@ -929,7 +898,36 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-torch.library.register_autograd("fastgpt2::attention", _backward, setup_context=_save)
-torch.library.register_autograd("fastgpt2::attention_packed", _packed_backward, setup_context=_save_packed)
-torch.library.register_autograd("fastgpt2::attention_backward", _no_second_derivative)
-torch.library.register_autograd("fastgpt2::attention_packed_backward", _no_second_derivative)
+_MASKING = "Tensor? lengths, Tensor? doc_start, Tensor? doc_end, Tensor? seed, float dropout_p"
+attention_op = define_operator(
+    "fastgpt2::attention",
+    f"(Tensor q, Tensor k, Tensor v, {_MASKING}, float scale) -> (Tensor out, Tensor row_max, Tensor row_sum)",
+    _attention,
+    _fake_attention,
+    _backward,
+    _save,
+)
+attention_backward_op = define_operator(
+    "fastgpt2::attention_backward",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor row_max, Tensor row_sum, {_MASKING}, float scale, "
+    "bool need_dq, bool need_dkdv) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _attention_backward,
+    _fake_attention_backward,
+    _no_second_derivative,
+)
+attention_packed_op = define_operator(
+    "fastgpt2::attention_packed",
+    f"(Tensor qkv, int num_heads, {_MASKING}, float scale) -> (Tensor out, Tensor row_max, Tensor row_sum)",
+    _attention_packed,
+    _fake_attention_packed,
+    _packed_backward,
+    _save_packed,
+)
+attention_packed_backward_op = define_operator(
+    "fastgpt2::attention_packed_backward",
+    f"(Tensor dout, Tensor qkv, Tensor out, Tensor row_max, Tensor row_sum, int num_heads, {_MASKING}, "
+    "float scale) -> Tensor dqkv",
+    _attention_packed_backward,
+    _fake_attention_packed_backward,
+    _no_second_derivative,
+)

@@ -12,6 +12,16 @@ import torch
 OPTIONS: dict[str, bool | int] = {"enable_fp_fusion": True}
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv`, which kernels can call too, takes ten times as long on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n >= 1. `triton.next_power_of_2` takes ten times as long."""
+    return 1 << (n - 1).bit_length()
+
+
 # -- GPUs ---------------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +308,7 @@ class LinearDecodeRow(NamedTuple):
 
 def linear_decode_share(num_inputs: int) -> int:
     """The number of inputs in a share, a multiple of 16 even where K is not."""
-    return max(1, -(-num_inputs // (16 * SPLIT_K))) * 16
+    return max(1, ceil_div(num_inputs, 16 * SPLIT_K)) * 16
 
 
 def linear_decode_row(
@@ -377,7 +387,7 @@ def layer_norm_row(kernel: str, width: int, arch: str) -> LayerNormRow:
     would only wait, and in the backward each would write another partial row. In the backward, longer rows have blocks
     of 4096, because 8192 spill registers (Ampere).
     """
-    block = max(256, 1 << (width - 1).bit_length())
+    block = max(256, next_power_of_2(width))
     lanes = 64 if is_amd(arch) else 32
     held, widest = (16, 16384) if kernel == "forward" else (8, 8192)
     num_warps = min(16, max(1, block // (held * lanes)))
@@ -429,5 +439,5 @@ def partial_sums_row(width: int) -> PartialSumsRow:
     A program takes 16 columns (64 bytes), so that even a few hundred columns fill many programs, or more columns where
     that would make over 128 programs.
     """
-    block_c = max(16, (1 << (width - 1).bit_length()) // 128)
+    block_c = max(16, next_power_of_2(width) // 128)
     return PartialSumsRow(max(1, 2048 // block_c), block_c, 4)

@@ -381,7 +381,7 @@ class Cache(NamedTuple):
 
 def num_splits(capacity: int, cache: Tensor, head_size: int) -> int:
     """The number of splits for `capacity` positions in a cache of this dtype."""
-    return triton.cdiv(capacity, launch.decode_row(cache.element_size(), _block_d(head_size)).split_s)
+    return launch.ceil_div(capacity, launch.decode_row(cache.element_size(), _block_d(head_size)).split_s)
 
 
 def decode_splits(qkv: Tensor, cache: Cache, rows: Rows, parts: Parts, scale: float) -> None:
@@ -422,7 +422,7 @@ def combine_splits(parts: Parts, cache: Cache, rows: Rows, out: Tensor) -> None:
     launch_kernel(
         out.device,
         _combine_kernel,
-        (rows.num_rows, triton.cdiv(H * D, row.block_c), rows.max_new),
+        (rows.num_rows, launch.ceil_div(H * D, row.block_c), rows.max_new),
         out=Matrix.of(out),
         parts=_Parts(*parts),
         H=H,
@@ -445,7 +445,7 @@ def decode_attention(qkv: Tensor, cache: Cache, rows: Rows, out: Tensor, scale: 
 
 
 def _block_d(head_size: int) -> int:
-    return max(16, triton.next_power_of_2(head_size))
+    return max(16, launch.next_power_of_2(head_size))
 
 
 def _row_arguments(num_tokens: int, cache: Cache, rows: Rows) -> dict[str, Any]:

@@ -286,13 +286,13 @@ def linear_decode_out(
         BLOCK_N=row.block_n,
         BLOCK_K=row.block_k,
         SHARES=launch.SPLIT_K,
-        STEPS=triton.cdiv(launch.linear_decode_share(K), row.block_k),
+        STEPS=launch.ceil_div(launch.linear_decode_share(K), row.block_k),
     )
     options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
     launch_kernel(
         weight.device,
         _linear_decode_kernel,
-        (triton.cdiv(R, row.block_r), triton.cdiv(N, row.block_n)),
+        (launch.ceil_div(R, row.block_r), launch.ceil_div(N, row.block_n)),
         x=None if isinstance(x, Attended) else Matrix.of(x),
         weight=Matrix.of(weight),
         out=Matrix.of(out),

@@ -166,7 +166,7 @@ class DecodeStep:
         x, qkv, hidden, logits, counts, starts = (t[:R] for t in self.buffers[:6])
         parts = Parts(*(t[:R] for t in self.buffers.parts))
         rows = Rows(R, self.slots.lengths, slots, starts, counts)
-        block_d = max(16, triton.next_power_of_2(self.keys.shape[4]))
+        block_d = max(16, launch.next_power_of_2(self.keys.shape[4]))
         row = launch.decode_row(self.keys.element_size(), block_d)
         attended = Attended(parts, rows, row.split_s)
         for i, layer in enumerate(weights.layers):
@@ -223,8 +223,8 @@ class DecodeStep:
             context=weights.wpe.shape[0],
             num_stops=self.stop_ids.shape[0],
             META=_BeginMeta(
-                BLOCK_C=min(1024, triton.next_power_of_2(C)),
-                BLOCK_STOPS=triton.next_power_of_2(max(1, self.stop_ids.shape[0])),
+                BLOCK_C=min(1024, launch.next_power_of_2(C)),
+                BLOCK_STOPS=launch.next_power_of_2(max(1, self.stop_ids.shape[0])),
             ),
             num_warps=4,
             **launch.OPTIONS,

@@ -16,7 +16,6 @@ Dimension key: N rows, C width.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from fastgpt2_kernels.triton.arguments import Matrix
 from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.triton.fallback import gradients
 from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
+from fastgpt2_kernels.triton.operators import define_operator
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -245,15 +245,16 @@ def _bias_activation_bwd_kernel(dy, x, bias_ptr, dx_ptr, partials_ptr, N, META: 
 
 
 def bias_activation_forward(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
-    """activation(x + bias) for x (N, C), whose last stride is 1, and contiguous bias (C,) -> (N, C)."""
-    N, C = x.shape
-    y = x.new_empty((N, C))
+    """activation(x + bias) for x (..., C) and contiguous bias (C,) -> (..., C)."""
+    y = x.new_empty(x.shape)
     if x.numel():
+        x = _as_rows(x)
+        N, C = x.shape
         row = launch.ACTIVATION
         launch_kernel(
             x.device,
             _bias_activation_fwd_kernel,
-            (triton.cdiv(N, row.block_n) * triton.cdiv(C, row.block_c),),
+            (launch.ceil_div(N, row.block_n) * launch.ceil_div(C, row.block_c),),
             x=Matrix.of(x),
             bias_ptr=bias,
             y_ptr=y,
@@ -268,15 +269,16 @@ def bias_activation_forward(x: Tensor, bias: Tensor | None, name: str) -> Tensor
 def bias_activation_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, name: str, *, needs_dx: bool, needs_dbias: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (N, C) and dbias (C,) from dy and x (N, C), whose last stride is 1. What is not needed is empty."""
-    N, C = x.shape
+    """dx (..., C) and dbias (C,) from dy and x (..., C). What is not needed is empty."""
     dx, dbias = _empty_gradients(x, bias, needs_dx, needs_dbias)
     if x.numel() == 0:
         return dx, dbias.zero_()
+    dy, x = _as_rows(dy), _as_rows(x)
+    N, C = x.shape
     row = launch.ACTIVATION
-    column_blocks = triton.cdiv(C, row.block_c)
-    programs = triton.cdiv(row.programs * launch.multiprocessors(x.device), column_blocks)
-    programs = min(programs, triton.cdiv(N, row.bwd_block_n))
+    column_blocks = launch.ceil_div(C, row.block_c)
+    programs = launch.ceil_div(row.programs * launch.multiprocessors(x.device), column_blocks)
+    programs = min(programs, launch.ceil_div(N, row.bwd_block_n))
     partials = empty_unless(needs_dbias, x, (programs, 1, C), torch.float32)
     launch_kernel(
         x.device,
@@ -306,49 +308,38 @@ def bias_activation_backward(
 
 
 def _empty_gradients(x: Tensor, bias: Tensor | None, needs_dx: bool, needs_dbias: bool) -> tuple[Tensor, Tensor]:
-    dbias = empty_unless(needs_dbias, x, x.shape[1:], x.dtype if bias is None else bias.dtype)
+    dbias = empty_unless(needs_dbias, x, x.shape[-1:], x.dtype if bias is None else bias.dtype)
     return empty_unless(needs_dx, x, x.shape, x.dtype), dbias
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     """activation(x + bias) for x (..., C) and bias (C,). `name` is a key of `launch.ACTIVATIONS`."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return bias_activation_op(rows, bias, launch.ACTIVATIONS[name]).view(x.shape)
+    return bias_activation_op(x, bias, launch.ACTIVATIONS[name])
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """x (..., C) as (N, C) with last stride 1, as a view where possible."""
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # -- PyTorch operators --------------------------------------------------------------------------------------------
 
 
-# Defined by schema, as in `triton/attention.py`: a training step calls these 24 times.
-torch.library.define("fastgpt2::bias_activation", "(Tensor x, Tensor? bias, str name) -> Tensor")
-torch.library.define(
-    "fastgpt2::bias_activation_backward",
-    "(Tensor dy, Tensor x, Tensor? bias, str name, bool needs_dx, bool needs_dbias) -> (Tensor dx, Tensor dbias)",
-)
-bias_activation_op = torch.ops.fastgpt2.bias_activation.default
-bias_activation_backward_op = torch.ops.fastgpt2.bias_activation_backward.default
-
-
-@torch.library.impl("fastgpt2::bias_activation", "default")
 def _bias_activation(x, bias, name):
     return bias_activation_forward(x, bias, name)
 
 
-@torch.library.register_fake("fastgpt2::bias_activation")
-def _(x, bias, name):
+def _fake_bias_activation(x, bias, name):
     return x.new_empty(x.shape)
 
 
-@torch.library.impl("fastgpt2::bias_activation_backward", "default")
 def _bias_activation_backward(dy, x, bias, name, needs_dx, needs_dbias):
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     return bias_activation_backward(dy, x, bias, name, needs_dx=needs_dx, needs_dbias=needs_dbias)
 
 
-@torch.library.register_fake("fastgpt2::bias_activation_backward")
-def _(dy, x, bias, name, needs_dx, needs_dbias):
+def _fake_bias_activation_backward(dy, x, bias, name, needs_dx, needs_dbias):
     return _empty_gradients(x, bias, needs_dx, needs_dbias)
 
 
@@ -383,5 +374,18 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-torch.library.register_autograd("fastgpt2::bias_activation", _backward, setup_context=_save)
-torch.library.register_autograd("fastgpt2::bias_activation_backward", _no_second_derivative)
+bias_activation_op = define_operator(
+    "fastgpt2::bias_activation",
+    "(Tensor x, Tensor? bias, str name) -> Tensor",
+    _bias_activation,
+    _fake_bias_activation,
+    _backward,
+    _save,
+)
+bias_activation_backward_op = define_operator(
+    "fastgpt2::bias_activation_backward",
+    "(Tensor dy, Tensor x, Tensor? bias, str name, bool needs_dx, bool needs_dbias) -> (Tensor dx, Tensor dbias)",
+    _bias_activation_backward,
+    _fake_bias_activation_backward,
+    _no_second_derivative,
+)

@@ -37,6 +37,7 @@ from fastgpt2_kernels.triton.arguments import Batch
 from fastgpt2_kernels.triton.devices import launch_kernel
 from fastgpt2_kernels.triton.fallback import gradients
 from fastgpt2_kernels.triton.layers.partial_sums import empty_unless, row_alignment, sum_partials
+from fastgpt2_kernels.triton.operators import define_operator
 
 
 class _Statistics(NamedTuple):
@@ -384,7 +385,9 @@ def layer_norm(
     """The LayerNorm y of x (..., C); with `residual` the pair (y, s), where y is the LayerNorm of s = x + residual."""
     flat = None if residual is None else _as_3d(residual)
     y, s, *_ = layer_norm_op(_as_3d(x), weight.contiguous(), bias.contiguous(), flat, eps)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
+    if x.dim() != 3:
+        y, s = y.view(x.shape), s if residual is None else s.view(x.shape)
+    return y if residual is None else (y, s)
 
 
 def _as_3d(x: Tensor) -> Tensor:
@@ -397,34 +400,14 @@ def _as_3d(x: Tensor) -> Tensor:
 # -- PyTorch operators --------------------------------------------------------------------------------------------
 
 
-# Defined by schema, as in `triton/attention.py`: a training step calls these 50 times.
-torch.library.define(
-    "fastgpt2::layer_norm",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps) -> "
-    "(Tensor y, Tensor s, Tensor mean, Tensor left, Tensor rstd)",
-)
-torch.library.define(
-    "fastgpt2::layer_norm_backward",
-    "(Tensor dy, Tensor? ds_after, Tensor s, Tensor weight, Tensor mean, Tensor left, Tensor rstd, "
-    "ScalarType bias_dtype, bool needs_ds, bool needs_dweight, bool needs_dbias) -> "
-    "(Tensor ds, Tensor dweight, Tensor dbias)",
-)
-# (y, s, mean, left, rstd), as in `Outputs`. Only y and s have gradients.
-layer_norm_op = torch.ops.fastgpt2.layer_norm.default
-layer_norm_backward_op = torch.ops.fastgpt2.layer_norm_backward.default
-
-
-@torch.library.impl("fastgpt2::layer_norm", "default")
 def _layer_norm(x, weight, bias, residual, eps):
     return tuple(layer_norm_forward(x, weight, bias, residual, eps))
 
 
-@torch.library.register_fake("fastgpt2::layer_norm")
-def _(x, weight, bias, residual, eps):
+def _fake_layer_norm(x, weight, bias, residual, eps):
     return tuple(_empty_outputs(x, residual))
 
 
-@torch.library.impl("fastgpt2::layer_norm_backward", "default")
 def _layer_norm_backward(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, needs_ds, needs_dweight, needs_dbias):
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     ds_after = ds_after if ds_after is None or ds_after.stride(-1) == 1 else ds_after.contiguous()
@@ -444,8 +427,9 @@ def _layer_norm_backward(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, 
     return tuple(gradients)
 
 
-@torch.library.register_fake("fastgpt2::layer_norm_backward")
-def _(dy, ds_after, s, weight, mean, left, rstd, bias_dtype, needs_ds, needs_dweight, needs_dbias):
+def _fake_layer_norm_backward(
+    dy, ds_after, s, weight, mean, left, rstd, bias_dtype, needs_ds, needs_dweight, needs_dbias
+):
     return tuple(_empty_gradients(s, weight, bias_dtype, needs_ds, needs_dweight, needs_dbias))
 
 
@@ -495,5 +479,22 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-torch.library.register_autograd("fastgpt2::layer_norm", _backward, setup_context=_save)
-torch.library.register_autograd("fastgpt2::layer_norm_backward", _no_second_derivative)
+# (y, s, mean, left, rstd), as in `Outputs`. Only y and s have gradients.
+layer_norm_op = define_operator(
+    "fastgpt2::layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps) -> "
+    "(Tensor y, Tensor s, Tensor mean, Tensor left, Tensor rstd)",
+    _layer_norm,
+    _fake_layer_norm,
+    _backward,
+    _save,
+)
+layer_norm_backward_op = define_operator(
+    "fastgpt2::layer_norm_backward",
+    "(Tensor dy, Tensor? ds_after, Tensor s, Tensor weight, Tensor mean, Tensor left, Tensor rstd, "
+    "ScalarType bias_dtype, bool needs_ds, bool needs_dweight, bool needs_dbias) -> "
+    "(Tensor ds, Tensor dweight, Tensor dbias)",
+    _layer_norm_backward,
+    _fake_layer_norm_backward,
+    _no_second_derivative,
+)

@@ -47,7 +47,7 @@ def sum_partials(partials: Tensor, out: Sequence[Tensor]) -> None:
     launch_kernel(
         partials.device,
         _sum_partials_kernel,
-        (triton.cdiv(C, row.block_c), K),
+        (launch.ceil_div(C, row.block_c), K),
         partials_ptr=partials,
         first_ptr=out[0],
         second_ptr=out[-1],
