@@ -47,7 +47,7 @@ class Constraints:
         always[list(config.suppress_tokens)] = -math.inf
         self._always = always.to(device) if always.any() else None
         self._after = [(ids[:-1], ids[-1], bias) for ids, bias in biases if len(ids) > 1]
-        self._stops = torch.tensor([i for i in stop_ids if i < vocab_size], dtype=torch.int64, device=device)
+        self._stops = ops.to_device([i for i in stop_ids if i < vocab_size], device, torch.int64)
 
     @property
     def is_empty(self) -> bool:

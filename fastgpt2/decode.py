@@ -188,7 +188,7 @@ class DecodeSession:
             step_weights(model, weight_dtype if packed is None else None),
             self.slots,
             slot_sampling(sampling, total, self.seen, device),
-            torch.tensor(list(stop_ids), dtype=torch.int32, device=device),
+            ops.to_device(list(stop_ids), device, torch.int32),
             self._max_rows,
             cache.keys.dtype,
             packed=packed,

@@ -311,8 +311,6 @@ def _linear_cross_entropy(
     num_items_in_batch: int | Tensor | None,
 ) -> Tensor:
     """transformers' `ForCausalLMLoss` of the head's logits, from hidden states (..., C) and targets (...)."""
-    if num_items_in_batch is not None:
-        num_items_in_batch = torch.as_tensor(num_items_in_batch, device=hidden.device)
     return ops.linear_cross_entropy(
         hidden.flatten(0, -2),
         head.weight,

@@ -21,7 +21,7 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
 from fastgpt2.decode import DecodeSession, NewRow
 from fastgpt2.loss import calculate_loss, train_step
-from fastgpt2_kernels import ops
+from fastgpt2_kernels import host, ops
 from tests.kernels.test_proofs import KERNELS
 
 aten = torch.ops.aten
@@ -57,6 +57,8 @@ class _Operators(_Notes, TorchDispatchMode):
             is_blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True))
             if {torch.device(to).type, of.device.type} == {"cpu", "meta"} and is_blocking:
                 self.waits.append(f"{func} from {of.device} to {to}")
+            if func.overloadpacket is aten._to_copy and of.device.type == "meta" and torch.device(to).type == "cpu":
+                return torch.zeros_like(of, device="cpu")  # there is nothing to copy
         return func(*args, **kwargs)
 
 
@@ -101,8 +103,8 @@ def test_prefill_and_steps(penalty: float) -> None:
     model = model_on_meta()
     cache = KVCache(model.config, 5, 8, device="meta")
     sampling = SamplingConfig(temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=penalty)
-    session = DecodeSession(model, cache, sampling, stop_ids=[3])
     with noted_waits() as waits:
+        session = DecodeSession(model, cache, sampling, stop_ids=[3])
         for slots in ([0, 2], [1], [3, 4, 0]):
             prompts = [[5, 6, 7], [8] * 11, [9]][: len(slots)]
             logits = session.prefill(slots, prompts)
@@ -126,7 +128,7 @@ def test_cached_attention_of_all_kinds_of_rows() -> None:
     assert waits == []
 
 
-@pytest.mark.parametrize("kind", ["loss", "step", "documents"])
+@pytest.mark.parametrize("kind", ["loss", "step", "accumulated", "documents"])
 def test_a_training_step(kind: str) -> None:
     model = model_on_meta(training=True)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
@@ -137,8 +139,11 @@ def test_a_training_step(kind: str) -> None:
             model.hidden_states(tokens[:1, :-1], cu_seqlens=ends).sum().backward()
         elif kind == "loss":
             calculate_loss(model, tokens[:, :-1], tokens[:, 1:], label_smoothing=0.1, z_loss=1e-3).backward()
-        else:
+        elif kind == "step":
             train_step(model, tokens, optimizer, max_grad_norm=1.0, pad_token_id=0)
+        else:
+            for num_items in (40, torch.tensor(40)):
+                train_step(model, tokens, optimizer, pad_token_id=0, num_items_in_batch=num_items)
     assert waits == []
 
 
@@ -150,6 +155,36 @@ def test_scores_wait_once_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     with noted_waits() as waits:
         scoring._score_batch(model_on_meta(), batch)
     assert (waits, len(read)) == ([], 1)
+
+
+def test_numbers_go_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from pageable memory makes the host wait, even with `non_blocking`."""
+    copied = []
+    monkeypatch.setattr(host, "_HAS_PINNED_MEMORY", True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.as_subclass(Pinned))
+    monkeypatch.setattr(Pinned, "to", lambda self, *args, **kwargs: copied.append((args, kwargs)))
+    ops.to_device([1, 2], "cuda:1", torch.int32)
+    ops.to_device(torch.ones(3), "cuda:1")
+    assert copied == [((torch.device("cuda:1"),), {"non_blocking": True})] * 2
+
+
+class Pinned(torch.Tensor):
+    """Stands in for a tensor in pinned memory."""
+
+
+def test_results_of_a_step_are_copied_without_waiting() -> None:
+    """They become valid with the event that is recorded after the copies."""
+    model = model_on_meta()
+    session = DecodeSession(model, KVCache(model.config, 2, 8, device="meta"), SamplingConfig(temperature=0))
+    session._is_asynchronous = True
+    with pytest.MonkeyPatch.context() as patch, noted_waits() as waits:
+        recorded = []
+        event = type("Event", (), {"record": lambda self: recorded.append(1)})
+        patch.setattr(torch.cuda, "Event", event)
+        results = session._results()
+    assert waits == []
+    assert recorded == [1]
+    assert (results.tokens.device.type, results.logprobs.device.type) == ("cpu", "cpu")
 
 
 def test_waits_are_noticed() -> None:

@@ -559,6 +559,14 @@ def test_the_weights_are_not_copied_but_for_the_packed_ones(seed):
     assert _update_engine(ours) is mine
 
 
+def test_off_the_cpu_every_weight_is_contiguous(seed):
+    """The kernels of a step read no transposed weights, as transformers' Conv1D would give them."""
+    _, theirs = pair(seed)
+    mine = _update_engine(theirs.to("meta"))
+    assert mine.device.type == "meta"
+    assert all(p.is_contiguous() for p in mine.parameters())
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 

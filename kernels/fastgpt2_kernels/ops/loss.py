@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgpt2_kernels import linear_cross_entropy as linear
 from fastgpt2_kernels import reference
 from fastgpt2_kernels.backends import call_allowing_fallback, choose_backend, run_operator
+from fastgpt2_kernels.host import to_device
 from fastgpt2_kernels.ops.checks import check_same, describe, only_float32
 from fastgpt2_kernels.types import CrossEntropyOptions, LossOptions
 
@@ -304,8 +305,10 @@ def linear_cross_entropy(
     )
     fallback_size = size if backend == "auto" else None
     divisor = None
-    if num_items_in_batch is not None:
-        divisor = torch.as_tensor(num_items_in_batch, device=x.device).reshape(()).float()
+    if isinstance(num_items_in_batch, Tensor):
+        divisor = to_device(num_items_in_batch, x.device, torch.float32).reshape(())
+    elif num_items_in_batch is not None:
+        divisor = torch.full((), num_items_in_batch, dtype=torch.float32, device=x.device)  # no copy, so no wait
     elif reduction == "mean":
         counted = flat_targets != ignore_index
         divisor = _counted_weight(flat_targets, counted, class_weight, False, empty)
