@@ -88,7 +88,10 @@ def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
     result["reductions"] = _reductions(compiled.asm["ttgir"])
     if target.backend == "hip":
         return result | _read_amd(compiled.asm)
-    pairs = unordered(compiled.asm["ptx"], compiled.asm["ttgir"], case.kernel.__name__) if case.num_warps > 1 else []
+    pointers = [name for name, _, kind in found if kind is not None and kind.startswith(("*", "tensordesc"))]
+    pairs = []
+    if case.num_warps > 1:
+        pairs = unordered(compiled.asm["ptx"], compiled.asm["ttgir"], case.kernel.__name__, pointers)
     return result | _read_nvidia(compiled.asm) | {"races": pairs}
 
 

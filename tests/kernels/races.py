@@ -92,9 +92,13 @@ class _Statement(NamedTuple):
         return [r for r in _REGISTER.findall(",".join(self.operand_list[1:])) if not r.startswith("%p")]
 
 
-def unordered(ptx: str, ttgir: str, kernel: str) -> list[Pair]:
-    """Every pair of a load and a store of the same memory that has no barrier on some path between them."""
-    arguments = _arguments(ttgir)
+def unordered(ptx: str, ttgir: str, kernel: str, pointers: Sequence[str]) -> list[Pair]:
+    """Every pair of a load and a store of the same memory that has no barrier on some path between them.
+
+    `pointers` names the kernel's addresses and descriptors, in order. Before 3.8 Triton's code does not name the
+    members of a tuple.
+    """
+    arguments = _arguments(ttgir, pointers)
     statements, branches = _parse(ptx)
     bases, threads = _trace(statements, arguments)
     groups = ALIASES.get(kernel, ())
@@ -123,13 +127,16 @@ def _own_bases(statement: _Statement, bases: dict[str, set[str]]) -> set[str]:
     return set().union(*(bases[register] for register in statement.address if register in bases))
 
 
-def _arguments(ttgir: str) -> list[str | None]:
+def _arguments(ttgir: str, pointers: Sequence[str]) -> list[str | None]:
     """The names of the compiled function's arguments, in order; None for those that are not addresses."""
     header = re.search(r"tt\.func public @\w+\((.*?)\) attributes", ttgir, re.DOTALL)
     if header is None:
         raise ValueError("the code has no public function")
-    found = re.findall(r"%([\w.]+): (!tt\.ptr|!tt\.tensordesc)?", header[1])
-    return [name if kind else None for name, kind in found]
+    found = re.findall(r"%[\w.]+: (!tt\.ptr|!tt\.tensordesc)?", header[1])
+    if len(pointers) != sum(map(bool, found)):
+        raise ValueError(f"the code has other addresses than {', '.join(pointers)}: {header[1]}")
+    names = iter(pointers)
+    return [next(names) if kind else None for kind in found]
 
 
 def _parse(ptx: str) -> tuple[list[_Statement], dict[int, int]]:

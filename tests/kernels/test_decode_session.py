@@ -378,6 +378,16 @@ def test_a_session_serves_in_and_outside_of_inference_mode(device):
     assert decode._KEPT[ours] is kept
 
 
+def test_other_slots_can_be_stepped_outside_of_inference_mode(device):
+    """The tensor that names a step's rows is made in inference mode here, and is then written to outside of it."""
+    ours, _ = pair(device, **TINIEST)
+    session = DecodeSession(ours, KVCache(ours.config, 2, 8, device=device), SamplingConfig(temperature=0))
+    for slot in (0, 1):
+        with torch.inference_mode(slot == 0), torch.no_grad():
+            session.begin([NewRow(slot, [1, 2], (0, slot), 4)], session.prefill([slot], [[1, 2]]))
+            session.step([slot]).read()
+
+
 def test_either_precision_switch(device):
     """If only PyTorch's newer switch is set, reading the older one raises."""
     ours, _ = pair(device, **TINIEST)

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from fastgpt2 import GPT2, GPT2Config, decode
 from fastgpt2.cache import KVCache
 from fastgpt2.config import SamplingConfig
 from fastgpt2.decode import DecodeSession
+from fastgpt2.loss import calculate_loss
 from fastgpt2_kernels import backends, ops
-from fastgpt2_kernels.triton import devices, launch
+from fastgpt2_kernels.triton import cross_entropy, devices, launch
 from tests.kernels.test_decode_session import pair
 from tests.kernels.test_proofs import CASES, KERNELS, KERNELS_ROOT, Inputs, decode_step
 
@@ -34,6 +37,7 @@ def fake_gpu(
 ) -> None:
     """Simulate an NVIDIA GPU of this capability, with this much shared memory per program, or this AMD GPU."""
     backends._why_not_gpu.cache_clear()
+    launch.architecture.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.version, "hip", "7.0" if amd else None)
@@ -280,6 +284,65 @@ def test_a_gpu_takes_the_rows_of_the_nearest_one(
     fake_gpu(monkeypatch, capability, shared=shared)
     assert launch.architecture(torch.device("cuda:0")) == arch
     assert launch.ARCHITECTURES[arch].shared <= shared
+
+
+def test_two_kinds_of_gpus_each_take_their_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of a device is asked of the tensors' device, not of the current one or the first."""
+    fake_gpu(monkeypatch, (8, 6), shared=101_376)
+    kinds = {0: ((8, 6), 101_376, 84), 1: ((9, 0), 232_448, 132)}
+    current = 0
+
+    def kind(device: Any) -> tuple[tuple[int, int], int, int]:
+        index = getattr(device, "index", device)
+        return kinds[current if index is None else index]
+
+    def properties(device: Any = None) -> Any:
+        _, shared, multiprocessors = kind(device)
+        named = {"shared_memory_per_block_optin": shared, "multi_processor_count": multiprocessors}
+        return type("Properties", (), named)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: kind(device)[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    launch.multiprocessors.cache_clear()
+    first, second = (torch.device("cuda", index) for index in kinds)
+    assert [launch.architecture(device) for device in (first, second)] == ["sm_86", "sm_90"]
+    assert [launch.multiprocessors(device) for device in (first, second)] == [84, 132]
+    tensors = [SimpleNamespace(device=device, is_cuda=True) for device in (first, second)]
+    assert [cross_entropy._capability(x) for x in tensors] == [(8, 6), (9, 0)]
+    sessions: list[Any] = [SimpleNamespace(use_graphs=True, _gpu=device) for device in (first, second)]
+    assert [DecodeSession._may_have_pdl(session) for session in sessions] == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_an_older_gpu_generates_and_trains_on_pytorchs_operators(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Every operator asks as if its tensors were on a GPU of capability 7.5."""
+    fake_gpu(monkeypatch, (7, 5), shared=65_536)
+    gpu, choose, why_not = torch.device("cuda:0"), backends.choose_backend, ops.why_not_triton
+    chosen: set[str] = set()
+
+    def choose_there(operator: str, device: torch.device, *rest: Any) -> str:
+        found = choose(operator, gpu, *rest)
+        chosen.add(found)
+        return found
+
+    for name in ("attention", "layers", "loss", "sampling", "decode"):
+        monkeypatch.setattr(importlib.import_module(f"fastgpt2_kernels.ops.{name}"), "choose_backend", choose_there)
+    monkeypatch.setattr(ops, "why_not_triton", lambda operator, device, *rest: why_not(operator, gpu, *rest))
+    monkeypatch.setattr(decode, "decode_backend", lambda model: "triton")
+    config = GPT2Config(vocab_size=31, hidden_size=32, num_layers=2, num_heads=2, context_length=16)
+    model = GPT2(config).to(dtype).eval()
+    reason = decode.why_not_decode(model)
+    assert reason is not None
+    assert "needs compute capability 8.0; this GPU has 7.5" in reason
+    samples = model.generate([[1, 2], [3]], max_new_tokens=4, temperature=0.8, top_k=5, repetition_penalty=1.2)
+    assert [len(sample.token_ids) for sample in samples] == [4, 4]
+    if dtype == torch.float32:  # float16 is trained under autocast
+        ids = torch.randint(31, (2, 9))
+        calculate_loss(model.train(), ids[:, :-1], ids[:, 1:]).backward()
+        assert all(p.grad is not None for p in model.parameters())
+    assert chosen == {"torch"}
 
 
 @pytest.mark.parametrize(("amd", "precision"), [("gfx90a", "ieee"), ("gfx942", "tf32"), ("gfx950", "ieee")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -225,6 +226,7 @@ def test_decoding_on_triton_by_name_raises(fail: Callable[..., None], interprete
         (PermissionError(13, "Permission denied", "cache"), "TRITON_CACHE_DIR"),
         (OSError(30, "Read-only file system", "cache"), "TRITON_CACHE_DIR"),
         (RuntimeError("Could not create or locate cache dir"), "TRITON_CACHE_DIR"),
+        (json.JSONDecodeError("Expecting value", "", 0), "a file in Triton's cache is damaged"),
         (AssertionError("libcuda.so cannot found!"), "update them"),
         (errors.PTXASError("Value 'sm_999' is not defined"), "update them"),
         (RuntimeError("PassManager::run failed"), "fastgpt2 check --json"),

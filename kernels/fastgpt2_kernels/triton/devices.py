@@ -5,6 +5,7 @@ Triton by itself launches on the current device of the process, wherever the ten
 
 from __future__ import annotations
 
+import json
 import subprocess
 from typing import Any
 
@@ -17,13 +18,14 @@ from fastgpt2_kernels.triton import launch
 
 # Errors of CUDA, and of Triton: too little shared memory, or a kernel that does not compile.
 LAUNCH_ERRORS: tuple[type[Exception], ...] = (RuntimeError, TritonError)
-# Also errors of what a first launch needs: the cache folder, ptxas, a C compiler, the driver's library.
+# Also errors of what a first launch needs: the cache folder and its files, ptxas, a C compiler, the driver's library.
 _FIRST_LAUNCH_ERRORS: tuple[type[Exception], ...] = (
     *LAUNCH_ERRORS,
     OSError,
     subprocess.SubprocessError,
     AssertionError,
     ImportError,
+    json.JSONDecodeError,
 )
 # Words in an error message, and what to do about the error. The first entry that matches counts.
 _ADVICE = (
@@ -33,6 +35,7 @@ _ADVICE = (
         ("cache dir", "permission denied", "read-only file system", "not a directory", "no space left"),
         "Triton needs a folder to write to: name one in TRITON_CACHE_DIR",
     ),
+    (("jsondecodeerror",), "a file in Triton's cache is damaged: delete the folder, by default ~/.triton/cache"),
     (("libcuda", "driver", "ptxas", "unsupported"), "the GPU, its driver and Triton are not compatible: update them"),
 )  # fmt: skip
 _OTHERWISE = "please report it with the output of `fastgpt2 check --json`"
@@ -55,7 +58,8 @@ def launch_kernel(device: torch.device, kernel: Any, grid: tuple[int, ...], /, *
 
 def _sentence(kernel: Any, error: Exception) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
-    advice = next((advice for words, advice in _ADVICE if any(word in said.lower() for word in words)), _OTHERWISE)
+    text = f"{type(error).__name__} {said}".lower()
+    advice = next((advice for words, advice in _ADVICE if any(word in text for word in words)), _OTHERWISE)
     name = getattr(kernel, "__name__", type(kernel).__name__)
     return f"Triton cannot launch {name} ({type(error).__name__}: {said[:300].rstrip('. ')}); {advice}"
 
