@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 
 import fastgpt2
 import fastgpt2.decode
-from fastgpt2 import machine
+from fastgpt2 import GPT2, machine
 from fastgpt2.cli import main
-from fastgpt2.selfcheck import models, run, speed
+from fastgpt2.selfcheck import models, operators, run, speed
 from fastgpt2.selfcheck.models import check_models
 from fastgpt2.selfcheck.operators import check_operators, run_case
 from fastgpt2.selfcheck.report import Finding, Report, Timing
@@ -61,6 +63,14 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
 
 def test_every_operator_has_a_case() -> None:
     assert {case.operator for case in CASES} == set(ops.OPERATORS)
+
+
+def test_every_dtype_of_a_gpu_is_checked() -> None:
+    cuda, three = torch.device("cuda"), (torch.float32, torch.bfloat16, torch.float16)
+    assert [operators.dtypes_of(backend, cuda) for backend in ("triton", "torch")] == [three, three]
+    assert operators.dtypes_of("triton", CPU) == (torch.float32, torch.float16)
+    assert operators.dtypes_of("native", CPU) == (torch.float32, torch.bfloat16)
+    assert models.decoded_dtypes("triton", cuda) == (torch.float32, torch.bfloat16)
 
 
 def test_what_is_right_passes() -> None:
@@ -112,7 +122,26 @@ def test_writing_beside_results_and_inputs_is_seen() -> None:
         (beside_inputs, "wrote outside its inputs"),
         (unwritten, "result 0 is NaN"),
     ):
-        assert run_case(case._replace(run=broken), "torch", CPU, torch.float32)[1] == message
+        assert run_case(case._replace(run=broken), "torch", CPU, torch.float32) == (None, message)
+
+
+def test_a_share_is_a_number_or_none() -> None:
+    """JSON has neither NaN nor infinity."""
+    exact = [torch.ones(2, dtype=torch.float64)]
+    for value in (torch.nan, torch.inf):
+        share, wrong = operators.compare([torch.full((2,), value)], [[torch.ones(2)]], exact, torch.float32)
+        assert share is None
+        assert wrong is not None
+    nothing = torch.zeros(2, dtype=torch.float64)
+    share, wrong = operators.compare([torch.ones(2)], [[torch.zeros(2)]], [nothing], torch.float32)
+    assert (share, wrong) == (None, "result 0 is off by 1, the budget is 0")
+
+
+def test_a_kernel_that_failed_before_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_why_never_triton", lambda device: None)
+    monkeypatch.setitem(backends._FAILED, ("layer_norm", "cpu", None), {(96, torch.float32): "out of resource"})
+    assert ops.why_not_triton("layer_norm", CPU) == "out of resource"
+    assert operators.why_not("layer_norm", "triton", CPU) is None
 
 
 def test_poison() -> None:
@@ -177,10 +206,182 @@ def test_decoding_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (finding.name, finding.status) == ("row alone = in batch", "failed")
 
 
+class GraphSession:
+    """Stands in for a session on a GPU. `fault` is called in a step with a CUDA graph."""
+
+    fault: Callable[[Any], None]
+
+    def __init__(self, *_: Any, use_graphs: bool, use_pdl: bool) -> None:
+        self.use_graphs, self.use_pdl, self.logprob = use_graphs, use_pdl, 0.0
+
+    def prefill(self, *_: Any) -> None:
+        return None
+
+    def begin(self, *_: Any) -> GraphSession:
+        return self
+
+    def step(self, _: Any) -> GraphSession:
+        if self.use_graphs:
+            type(self).fault(self)
+        return self
+
+    def read(self) -> tuple[list[int], list[float]]:
+        return [0] * 4, [self.logprob] * 4
+
+
+def no_fault(session: GraphSession) -> None:
+    pass
+
+
+def no_capture(session: GraphSession) -> None:
+    session.use_graphs = False
+    warnings.warn("DecodeSession: a CUDA graph cannot be used (no memory); kernels are launched", stacklevel=1)
+
+
+def no_graph(session: GraphSession) -> None:
+    session.use_graphs = False
+
+
+def wrong_graph(session: GraphSession) -> None:
+    session.logprob = 1.0
+
+
+def wrong_pdl(session: GraphSession) -> None:
+    session.logprob = 1.0 if session.use_pdl else 0.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "with_graphs", "with_pdl", "why"),
+    [
+        (no_fault, "ok", "ok", ""),
+        (no_capture, "failed", "failed", "no memory"),
+        (no_graph, "failed", "failed", "stopped using CUDA graphs"),
+        (wrong_graph, "failed", "failed", "row 0 has other tokens or log-probabilities"),
+        (wrong_pdl, "ok", "failed", "row 0 has other tokens or log-probabilities"),
+    ],
+)
+def test_graphs_and_pdl(fault: Any, with_graphs: str, with_pdl: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that gives other results fails, and so does a session that goes on without graphs."""
+    model = models._model(CPU, torch.float32, "torch")
+    monkeypatch.setattr(models, "why_not", lambda operator, backend, device: None if backend == "triton" else "no")
+    monkeypatch.setattr(models, "_why_no_graphs", lambda device: None)
+    monkeypatch.setattr(models, "_why_no_pdl", lambda device: None)
+    monkeypatch.setattr(models, "_model", lambda *_: model)
+    monkeypatch.setattr(models, "DecodeSession", GraphSession)
+    monkeypatch.setattr(GraphSession, "fault", fault, raising=False)
+    found = [
+        models._run(check)
+        for check in models._checks(torch.device("cuda"))
+        if "graph" in check.name or "PDL" in check.name
+    ]
+    assert [(f.name, f.backend, f.status) for f in found] == [
+        ("CUDA graph = launches", "triton", with_graphs), ("PDL = no PDL", "triton", with_pdl)
+    ]  # fmt: skip
+    assert why in found[1].detail
+
+
+def test_other_tokens_than_transformers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = GPT2.generate
+
+    def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
+        (sample,) = generate(self, *args, **kwargs)
+        return [dataclasses.replace(sample, token_ids=[*sample.token_ids[:-1], sample.token_ids[-1] ^ 1])]
+
+    monkeypatch.setattr(GPT2, "generate", wrong)
+    finding = models._beside_transformers(CPU)
+    assert (finding.status, "transformers: [" in finding.detail) == ("failed", True)
+
+
+def test_transformers_are_compared_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels can run, the model asks for them by name, so that PyTorch cannot take their place."""
+    right, asked = models._model, []
+
+    def model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0) -> GPT2:
+        asked.append(backend)
+        return right(device, dtype, "torch", seed)
+
+    monkeypatch.setattr(models, "why_not", lambda *_: None)
+    monkeypatch.setattr(models, "_model", model)
+    finding = models._beside_transformers(CPU)
+    assert (finding.backend, finding.status, asked[-1]) == ("triton", "ok", "triton")
+
+
+def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, factor = models._model, 1.0
+
+    def model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0) -> GPT2:
+        made = right(device, dtype, "torch", seed)
+        if backend == "triton":
+            made.transformer.h[1].mlp.c_fc.weight.register_hook(lambda grad: grad * factor)
+        return made
+
+    monkeypatch.setattr(models, "_model", model)
+    assert models._training(CPU).status == "ok"
+    factor = 1.01
+    finding = models._training(CPU)
+    assert (finding.name, finding.backend, finding.status) == ("training", "triton", "failed")
+
+
+def test_a_lost_gpu_still_gives_a_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """After an invalid access to a GPU's memory every later call fails. Each is a finding, and the report comes out."""
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for module, name in ((operators, "run_case"), (models, "_model"), (run, "measured_limits")):
+        monkeypatch.setattr(module, name, lost)
+    assert main(["check", "--device", "cpu", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    failed = {f["name"] for f in report["findings"] if f["status"] == "failed"}
+    assert failed >= {name for name in ops.OPERATORS if "torch" in ops.backends_of(name)}
+    assert failed >= {"greedy = transformers", "limits"}
+    assert not [f for f in report["findings"] if f["status"] == "ok"]
+    assert main(["check", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "RuntimeError: CUDA error: an illegal memory access was encountered" in out
+
+
+def test_what_cannot_be_timed_is_a_finding(monkeypatch: pytest.MonkeyPatch, broken: Callable[[str, str], None]) -> None:
+    """A wrong result and an error fail, too little memory skips; what comes after them is timed."""
+    broken("layer_norm", "torch")
+
+    def fail(error: Exception) -> Callable[..., None]:
+        def raising(*_: Any, **__: Any) -> None:
+            raise error
+
+        return raising
+
+    monkeypatch.setattr("fastgpt2_kernels.torch.layers.bias_activation", fail(backends.KernelFailedError("no\n gcc")))
+    monkeypatch.setattr(
+        "fastgpt2_kernels.torch.cross_entropy.cross_entropy", fail(torch.OutOfMemoryError("CUDA out of memory"))
+    )
+    limits = {"bandwidth": 1e9, "float32": 1e9}
+    results = [*time_operators(CPU, limits, TINY, seconds=0.0)]
+    findings = [f for f in results if isinstance(f, Finding)]
+    by_name = {f.name: (f.status, f.detail) for f in findings}
+    # A step is compared with the model on PyTorch's operators, some of which are wrong here.
+    assert set(by_name) - {"decode_step"} == {"layer_norm", "bias_activation", "cross_entropy"}
+    assert by_name["layer_norm"][0] == "failed"
+    assert "residual with backward: result 0 is off by" in by_name["layer_norm"][1]
+    assert by_name["bias_activation"] == (
+        "failed", "not timed, N=8 C=128 with backward: KernelFailedError: no gcc"
+    )  # fmt: skip
+    assert by_name["cross_entropy"][0] == "skipped"
+    assert "CUDA out of memory" in by_name["cross_entropy"][1]
+    assert {"linear_cross_entropy", "sample"} <= {t.name for t in results if isinstance(t, Timing)}
+
+
 def test_every_operator_that_runs_here_is_timed() -> None:
     limits = {"bandwidth": 1e9, "float32": 1e9}
-    timings = [*time_operators(CPU, limits, TINY, seconds=0.0)]
-    expected = {"causal_attention_packed", "layer_norm", "bias_activation", "cross_entropy", "linear_cross_entropy"}
+    timings = [t for t in time_operators(CPU, limits, TINY, seconds=0.0) if isinstance(t, Timing)]
+    expected = {
+        "causal_attention",
+        "causal_attention_packed",
+        "layer_norm",
+        "bias_activation",
+        "cross_entropy",
+        "linear_cross_entropy",
+    }
     expected |= {"linear_decode", "decode_attention", "sample"}
     if ops.why_not_native("decode_step", CPU) is None:
         expected.add("decode_step")
@@ -190,6 +391,10 @@ def test_every_operator_that_runs_here_is_timed() -> None:
         assert t.peer_seconds > 0
         rates = [value for value in (t.tflops and t.tflops * 1e3, t.gbps) if value is not None]
         assert t.limit_share == pytest.approx(max(rates))
+    sizes = [f"{t.name} {t.size}" for t in timings]
+    for part in ("causal_attention_packed .* backward$", "layer_norm .* backward$", "layer_norm .* residual",
+                 "bias_activation .* backward$", "linear_decode .* 8-bit weights"):  # fmt: skip
+        assert [size for size in sizes if re.search(part, size)], part
 
 
 @pytest.fixture

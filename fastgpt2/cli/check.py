@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         if shows:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
     if args.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
         _print(report)
     return 0 if report.ok else 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +15,11 @@ from torch import Tensor
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import GPT2Config, SamplingConfig
-from fastgpt2.decode import DecodeSession, NewRow, why_not_decode
+from fastgpt2.decode import DecodeSession, NewRow
 from fastgpt2.formats.transformers import to_transformers
 from fastgpt2.gpt2 import GPT2
-from fastgpt2.selfcheck.operators import compare
-from fastgpt2.selfcheck.report import Finding
+from fastgpt2.selfcheck.operators import compare, why_not
+from fastgpt2.selfcheck.report import Finding, error_finding
 from fastgpt2_kernels import ops
 
 _CONFIG = GPT2Config(
@@ -49,25 +52,49 @@ def draw_parameters(model: torch.nn.Module, seed: int, std: float = 0.3) -> None
             parameter.copy_(noise * std + (1.0 if parameter.dim() == 1 else 0.0))
 
 
+class _Check(NamedTuple):
+    """A check before it is run."""
+
+    name: str
+    backend: str
+    run: Callable[[], Finding]
+
+
 def check_models(device: torch.device) -> Iterator[Finding]:
-    """Run every check of whole models, and yield a finding for each."""
-    backend = "triton" if ops.why_not_triton("decode_step", device) is None else "torch"
-    if backend == "triton":
-        yield _training(device)
+    """Run every check of whole models, and yield a finding for each. A check that raises an error has failed."""
+    yield from map(_run, _checks(device))
+
+
+def _run(check: _Check) -> Finding:
+    try:
+        return check.run()
+    except Exception as error:  # a kernel, a compiler or a driver can raise anything
+        return error_finding(check.name, check.backend, "", error)
+
+
+def _checks(device: torch.device) -> Iterator[_Check]:
+    """The checks for `device`. It puts nothing on the device, so no error of the device can end it."""
+    if why_not("decode_step", "triton", device) is None:
+        yield _Check("training", "triton", lambda: _training(device))
     for decoder in ("triton", "native"):
-        model = _model(device, torch.float32, decoder)
-        if (reason := why_not_decode(model)) is not None:
-            yield Finding("decoding", decoder, "skipped", None, reason)
+        if (reason := why_not("decode_step", decoder, device)) is not None:
+            skipped = Finding("decoding", decoder, "skipped", None, reason)
+            yield _Check(skipped.name, decoder, lambda skipped=skipped: skipped)  # type: ignore[misc]
             continue
-        dtypes = [torch.float32]
-        if device.type == "cuda" or decoder == "native":
-            dtypes.append(torch.bfloat16)
-        for dtype in dtypes:
-            yield _decoding(device, dtype, decoder)
-            yield _alone(device, dtype, decoder)
+        for dtype in decoded_dtypes(decoder, device):
+            for name, run in (("prefill = decode", _decoding), ("row alone = in batch", _alone)):
+                yield _Check(name, decoder, functools.partial(run, device, dtype, decoder))
         if decoder == "triton":
-            yield from _graphs(device)
-    yield _beside_transformers(device)
+            yield _Check("CUDA graph = launches", decoder, lambda: _graphs(device))
+            yield _Check("PDL = no PDL", decoder, lambda: _pdl(device))
+    yield _Check("greedy = transformers", _auto(device), lambda: _beside_transformers(device))
+
+
+def decoded_dtypes(decoder: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """The dtypes that decoding is checked in. Triton's interpreter computes wrong bfloat16 products."""
+    if device.type == "cuda" or decoder == "native":
+        return torch.float32, torch.bfloat16
+    return (torch.float32,)
 
 
 def _model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0) -> GPT2:
@@ -98,9 +125,7 @@ def _training(device: torch.device) -> Finding:
 
     def results(model: GPT2) -> list[Tensor]:
         hidden = model.hidden_states(tokens[:, :-1])
-        loss = ops.linear_cross_entropy(
-            hidden, model.lm_head.weight, tokens[:, 1:], backend="auto" if model.backend == "torch" else model.backend
-        )
+        loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:], backend=model.backend)
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
     got, plain = (results(_model(device, torch.float32, backend)) for backend in ("triton", "torch"))
@@ -132,10 +157,22 @@ def _decode(
     for row in rows:  # one prefill per row, so that it cannot depend on the groups
         logits = session.prefill([row], [work.prompts[row]])
         _note(out, [row], session.begin([NewRow(row, work.prompts[row], (row, 1), 1000)], logits).read())
-    for _ in range(work.steps):
-        for group in groups:
-            _note(out, group, session.step(group).read())
+    with graphs_required(session):
+        for _ in range(work.steps):
+            for group in groups:
+                _note(out, group, session.step(group).read())
     return out
+
+
+@contextmanager
+def graphs_required(session: DecodeSession) -> Iterator[None]:
+    """Raise an error where a session that uses CUDA graphs warns that it continues without them."""
+    wanted = session.use_graphs
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="DecodeSession: a CUDA graph cannot be used")
+        yield
+    if wanted and not session.use_graphs:
+        raise RuntimeError("the session stopped using CUDA graphs")
 
 
 def _note(out: _Decoded, rows: Sequence[int], results: tuple[list[int], list[float]]) -> None:
@@ -185,21 +222,36 @@ def _alone(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
     return _equal("row alone = in batch", backend, f"bit for bit, {_name(dtype)}", together, alone)
 
 
+def _why_no_graphs(device: torch.device) -> str | None:
+    return None if device.type == "cuda" and (torch.version.cuda or torch.version.hip) else "needs a GPU"
+
+
+def _why_no_pdl(device: torch.device) -> str | None:
+    if (reason := _why_no_graphs(device)) is not None:
+        return reason
+    is_old = torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9
+    return "needs compute capability 9.0" if is_old else None
+
+
 @torch.no_grad()
-def _graphs(device: torch.device) -> Iterator[Finding]:
-    """Check CUDA graphs and programmatic dependent launch against a step that is launched kernel by kernel."""
-    names = ("CUDA graph = launches", "PDL = no PDL")
-    if device.type != "cuda" or not (torch.version.cuda or torch.version.hip):
-        yield from (Finding(name, "triton", "skipped", None, "needs a GPU") for name in names)
-        return
+def _graphs(device: torch.device) -> Finding:
+    """Check CUDA graphs against a step that is launched kernel by kernel."""
+    return _beside_launches("CUDA graph = launches", device, _why_no_graphs(device), use_pdl=False)
+
+
+@torch.no_grad()
+def _pdl(device: torch.device) -> Finding:
+    """Check programmatic dependent launch in a CUDA graph against a step that is launched kernel by kernel."""
+    return _beside_launches("PDL = no PDL", device, _why_no_pdl(device), use_pdl=True)
+
+
+def _beside_launches(name: str, device: torch.device, reason: str | None, *, use_pdl: bool) -> Finding:
+    if reason is not None:
+        return Finding(name, "triton", "skipped", None, reason)
     model = _model(device, torch.bfloat16, "triton")
     rows = range(len(_work(model).prompts))
-    launched = _decode(model, [rows], use_graphs=False)
-    yield _equal(names[0], "triton", "bit for bit, bfloat16", launched, _decode(model, [rows]))
-    if torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
-        yield Finding(names[1], "triton", "skipped", None, "needs compute capability 9.0")
-        return
-    yield _equal(names[1], "triton", "bit for bit, bfloat16", launched, _decode(model, [rows], use_pdl=True))
+    launched, graph = _decode(model, [rows], use_graphs=False), _decode(model, [rows], use_pdl=use_pdl)
+    return _equal(name, "triton", "bit for bit, bfloat16", launched, graph)
 
 
 # -- transformers ---------------------------------------------------------------------------------------------------
@@ -207,12 +259,11 @@ def _graphs(device: torch.device) -> Iterator[Finding]:
 
 @torch.no_grad()
 def _beside_transformers(device: torch.device) -> Finding:
-    """Compare greedy tokens of `generate`, on the backend that "auto" selects here, with transformers'."""
-    name, backend = "greedy = transformers", "auto"
+    """Compare greedy tokens of `generate` with transformers'."""
+    name, backend = "greedy = transformers", _auto(device)
     if importlib.util.find_spec("transformers") is None:
         return Finding(name, backend, "skipped", None, "the package transformers is not installed")
-    backend = _auto(device)
-    prompt, steps = _WORK.prompts[0], 12 if backend == "auto" else _LITTLE.steps
+    prompt, steps = _WORK.prompts[0], _LITTLE.steps if device.type == "cpu" and backend == "triton" else 12
     seed = _clear_seed(prompt, steps)
     model = _model(device, torch.float32, backend, seed)
     ours = model.generate([prompt], max_new_tokens=steps, temperature=0, stop_token_ids=())[0].token_ids
@@ -228,9 +279,11 @@ def _beside_transformers(device: torch.device) -> Finding:
 
 
 def _auto(device: torch.device) -> str:
-    """ "auto", or "triton" on a CPU where Triton's interpreter is turned on."""
-    is_interpreted = device.type == "cpu" and ops.why_not_triton("decode_step", device) is None
-    return "triton" if is_interpreted else "auto"
+    """ "triton" where its kernels can run, else "auto".
+
+    With "auto" a kernel that fails would be replaced by PyTorch's operators, and the check would still pass.
+    """
+    return "triton" if why_not("decode_step", "triton", device) is None else "auto"
 
 
 def _clear_seed(prompt: Sequence[int], steps: int) -> int:

@@ -15,7 +15,7 @@ from fastgpt2.devices import find_device
 from fastgpt2.selfcheck.models import check_models
 from fastgpt2.selfcheck.operators import check_operators
 from fastgpt2.selfcheck.report import Finding, Report, Timing
-from fastgpt2.selfcheck.speed import measured_limits, time_operators
+from fastgpt2.selfcheck.speed import measured_limits, time_operators, untimed
 
 
 def check(
@@ -24,7 +24,8 @@ def check(
     """Check every operator, decoding and whole models on this machine, then time the kernels.
 
     Operators and their gradients are compared with float64, on every available backend. The cases are random but fixed,
-    and run in poisoned memory. Triton kernels run on a GPU, or on a CPU if TRITON_INTERPRET=1 is set.
+    and run in poisoned memory. Triton kernels run on a GPU, or on a CPU if TRITON_INTERPRET=1 is set. An error in a
+    check is a failed finding, and the next check runs.
 
     Args:
         device: The device to check; "auto" is a GPU if there is one.
@@ -51,13 +52,25 @@ def check(
             for finding in findings:
                 report.findings.append(finding)
                 tell(finding)
-    if speed:
-        report.limits = measured_limits(where)
-        for timing in time_operators(where, report.limits):
-            report.timings.append(timing)
-            tell(timing)
+        if speed:
+            for result in _timings(where, report):
+                if isinstance(result, Timing):
+                    report.timings.append(result)
+                else:
+                    report.findings.append(result)
+                tell(result)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _timings(device: torch.device, report: Report) -> Iterator[Timing | Finding]:
+    """Measure the limits of the device, then time the operators. What was not timed is a finding."""
+    try:
+        report.limits = measured_limits(device)
+    except Exception as error:  # after an invalid access to a GPU's memory, all that follows fails
+        yield untimed("limits", "torch", "", error)
+    else:
+        yield from time_operators(device, report.limits)
 
 
 @contextmanager
