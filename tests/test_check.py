@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastgpt2
 import fastgpt2.decode
@@ -144,14 +145,60 @@ def test_a_kernel_that_failed_before_is_not_skipped(monkeypatch: pytest.MonkeyPa
     assert operators.why_not("layer_norm", "triton", CPU) is None
 
 
-def test_poison() -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda like: like.new_empty((3, 2)),
+        lambda like: like.new_zeros(3, 2),
+        lambda like: torch.empty(3, 2, dtype=like.dtype),
+        lambda like: torch.empty((3, 2), dtype=like.dtype, device=like.device),
+        lambda like: torch.empty_like(like),
+        lambda like: torch.empty_strided((3, 2), (1, 3), dtype=like.dtype),
+        lambda like: torch.empty_strided((3, 2), (8, 1), dtype=like.dtype),
+        lambda like: torch.zeros(3, 2, dtype=like.dtype),
+        lambda like: torch.zeros_like(like),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.int8])
+def test_canaries(make: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> None:
+    """A write before or past the end of a new tensor is seen, and a tensor is what it would be without canaries."""
+    like = torch.ones(3, 2, dtype=dtype)
+    right = make(like)
     with canaries() as poison:
-        made = torch.zeros(1).new_empty((3, 2))
-        assert made.isnan().all()
+        for at in (-1, 0):
+            made = make(like)
+            assert (made.shape, made.stride(), made.dtype) == (right.shape, right.stride(), dtype)
+            assert (made.storage_offset() * made.element_size()) % 16 == 0
+            made.copy_(like)
+            assert poison.is_intact()
+            made = make(like)
+            edge = made.storage_offset() + (
+                -1 if at < 0 else 1 + sum((n - 1) * s for n, s in zip(made.shape, made.stride(), strict=True))
+            )
+            torch.as_strided(made, (1,), (1,), edge).fill_(5)
+            assert not poison.is_intact()
+
+
+def test_canaries_leave_the_rest_alone() -> None:
+    like, empty = torch.ones(3, 2), torch.empty
+    with canaries() as poison:
+        assert like.new_empty((3, 2)).isnan().all()
+        assert torch.empty(3, 2).isnan().all()
+        assert torch.zeros(3, 2).eq(0).all()
+        assert torch.zeros(3, dtype=torch.bool).eq(False).all()
+        assert torch.zeros(2, requires_grad=True).is_leaf
+        assert torch.empty(0).numel() == torch.empty(2, 0).numel() == 0
+        assert torch.empty(()).shape == ()
+        assert torch.empty(3, device="meta").device.type == "meta"
+        with FakeTensorMode():
+            assert isinstance(torch.empty(3), FakeTensor)
         assert poison.is_intact()
-        whole = torch.ones(1, dtype=torch.int32).new_empty((3,), dtype=torch.int32)
-        torch.as_strided(whole, (1,), (1,), whole.storage_offset() + 3).fill_(5)
-        assert not poison.is_intact()
+        double = torch.compile(lambda x: torch.empty_like(x).copy_(x) * 2, backend="eager", fullgraph=True)
+        assert double(like).eq(2).all()
+    assert torch.empty is empty
+
+
+def test_poison() -> None:
     with nan_memory():
         assert torch.empty(5).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
