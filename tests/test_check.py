@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastgpt2
 import fastgpt2.decode
-from fastgpt2 import GPT2, machine
+from fastgpt2 import GPT2, GPT2Config, machine, warmup
 from fastgpt2.cli import main
-from fastgpt2.selfcheck import models, operators, run, speed
+from fastgpt2.selfcheck import ahead, models, operators, run, speed
 from fastgpt2.selfcheck.models import check_models
 from fastgpt2.selfcheck.operators import check_operators, run_case
 from fastgpt2.selfcheck.report import Finding, Report, Timing
 from fastgpt2.selfcheck.speed import Shapes, time_operators
 from fastgpt2_kernels import backends, ops
 from fastgpt2_kernels.checking.budget import error_budget, largest_error
-from fastgpt2_kernels.checking.cases import CASES
+from fastgpt2_kernels.checking.cases import CASES, GPT2_CASES, cases_of
 from fastgpt2_kernels.checking.poison import MARGIN, canaries, is_untouched, nan_memory, within_poison
 from fastgpt2_kernels.torch import decode as torch_decode
 
@@ -71,7 +74,33 @@ def test_every_dtype_of_a_gpu_is_checked() -> None:
     assert [operators.dtypes_of(backend, cuda) for backend in ("triton", "torch")] == [three, three]
     assert operators.dtypes_of("triton", CPU) == (torch.float32, torch.float16)
     assert operators.dtypes_of("native", CPU) == (torch.float32, torch.bfloat16)
-    assert models.decoded_dtypes("triton", cuda) == (torch.float32, torch.bfloat16)
+    tiny, block = models._CONFIG, models._GPT2_BLOCK
+    assert set(models.decoded_models("triton", cuda)) == {
+        (tiny, torch.float32), (tiny, torch.bfloat16), (block, torch.bfloat16)
+    }  # fmt: skip
+    assert set(models.trained_models(cuda)) == {
+        (tiny, torch.float32), (block, torch.float32), (block, torch.bfloat16)
+    }  # fmt: skip
+    assert (block.hidden_size, block.num_heads, block.vocab_size) == (768, 12, 50257)
+
+
+def test_a_gpu_is_checked_at_the_sizes_of_gpt2() -> None:
+    cuda = torch.device("cuda")
+    titles = {(case.operator, case.title) for case in cases_of(cuda)} - {(c.operator, c.title) for c in cases_of(CPU)}
+    for rows in (1, 9, 32):
+        for size in ("K=768 N=2304", "K=1600 N=1600"):
+            assert ("linear_decode", f"{rows} rows {size}") in titles
+    with_vocabulary = {operator for operator, title in titles if "V=50257" in title}
+    assert with_vocabulary == {"cross_entropy", "linear_cross_entropy", "sample"}
+    with_heads = {operator for operator, title in titles if "D=64" in title}
+    assert with_heads == {"causal_attention", "causal_attention_packed", "cached_attention", "decode_attention"}
+    assert cases_of(CPU) == CASES
+
+
+@pytest.mark.parametrize("title", ["C=768", "9 rows K=768 N=2304", "mean, fused backward, V=50257", "H=12 D=64"])
+def test_the_cases_of_a_gpu_pass(title: str) -> None:
+    for case in (case for case in GPT2_CASES if case.title == title):
+        assert run_case(case, "torch", CPU, torch.bfloat16)[1] is None
 
 
 def test_what_is_right_passes() -> None:
@@ -321,9 +350,8 @@ def test_graphs_and_pdl(fault: Any, with_graphs: str, with_pdl: str, why: str, m
         for check in models._checks(torch.device("cuda"))
         if "graph" in check.name or "PDL" in check.name
     ]
-    assert [(f.name, f.backend, f.status) for f in found] == [
-        ("CUDA graph = launches", "triton", with_graphs), ("PDL = no PDL", "triton", with_pdl)
-    ]  # fmt: skip
+    both = [("CUDA graph = launches", "triton", with_graphs), ("PDL = no PDL", "triton", with_pdl)]
+    assert [(f.name, f.backend, f.status) for f in found] == both * 2  # of a tiny model and of GPT-2's sizes
     assert why in found[1].detail
 
 
@@ -343,9 +371,11 @@ def test_transformers_are_compared_with_the_kernels(monkeypatch: pytest.MonkeyPa
     """Where the kernels can run, the model asks for them by name, so that PyTorch cannot take their place."""
     right, asked = models._model, []
 
-    def model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0) -> GPT2:
+    def model(
+        device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0, config: Any = models._CONFIG
+    ) -> GPT2:
         asked.append(backend)
-        return right(device, dtype, "torch", seed)
+        return right(device, dtype, "torch", seed, config)
 
     monkeypatch.setattr(models, "why_not", lambda *_: None)
     monkeypatch.setattr(models, "_model", model)
@@ -356,8 +386,10 @@ def test_transformers_are_compared_with_the_kernels(monkeypatch: pytest.MonkeyPa
 def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     right, factor = models._model, 1.0
 
-    def model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0) -> GPT2:
-        made = right(device, dtype, "torch", seed)
+    def model(
+        device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0, config: Any = models._CONFIG
+    ) -> GPT2:
+        made = right(device, dtype, "torch", seed, config)
         if backend == "triton":
             made.transformer.h[1].mlp.c_fc.weight.register_hook(lambda grad: grad * factor)
         return made
@@ -442,6 +474,67 @@ def test_every_operator_that_runs_here_is_timed() -> None:
     for part in ("causal_attention_packed .* backward$", "layer_norm .* backward$", "layer_norm .* residual",
                  "bias_activation .* backward$", "linear_decode .* 8-bit weights"):  # fmt: skip
         assert [size for size in sizes if re.search(part, size)], part
+
+
+def test_kernels_are_compiled_before_the_checks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If that fails, the checks run all the same."""
+    targets: list[str] = []
+    reason: str | None = None
+
+    def compiling(target: str) -> str | None:
+        targets.append(target)
+        return reason
+
+    monkeypatch.setattr(run, "why_not", lambda *_: None)
+    monkeypatch.setattr(run, "compile_ahead", compiling)
+    monkeypatch.setattr(run.ops, "this_target", lambda: "sm_90")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    assert [*run._compiled_ahead(CPU)] == []
+    assert targets == []
+    assert [*run._compiled_ahead(torch.device("cuda"))] == []
+    assert targets == ["sm_90"]
+    reason = "no\n compiler"
+    (finding,) = run._compiled_ahead(torch.device("cuda"))
+    assert (finding.status, finding.detail) == ("skipped", "kernels are compiled one after the other: no compiler")
+    monkeypatch.setattr(run.ops, "this_target", lambda: 1 / 0)
+    (finding,) = run._compiled_ahead(torch.device("cuda"))
+    assert "ZeroDivisionError" in finding.detail
+
+
+def test_compiling_ahead_says_why_it_failed() -> None:
+    pytest.importorskip("triton")
+    assert "a target must be like sm_90" in str(ahead.compile_ahead("sm_1"))
+    assert "TimeoutExpired" in str(ahead.compile_ahead("sm_90", timeout=0.01))
+
+
+def variant(found: Any) -> tuple[str, ...]:
+    source = found.source
+    return found.kernel, *map(str, (source.signature, source.constants, source.attrs, found.options))
+
+
+@pytest.mark.slow
+def test_compiling_ahead_fills_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of an operator's checks are in the cache of another process, for a GPU that is not here."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ahead.compile_ahead("sm_90", ["cached_attention"]) is None
+    kernels = {path.name for path in tmp_path.glob("*/*.cubin")}
+    assert kernels >= {"_decode_attention_kernel.cubin", "_attention_fwd_kernel.cubin"}
+
+
+@pytest.mark.slow
+def test_the_checks_of_a_gpu_run_the_kernels_of_gpt2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding GPT-2 124M in bfloat16 compiles no variant of a decoding kernel that the checks have not run."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    decoding = functools.partial(models._decode_noted, CPU, torch.bfloat16, models._GPT2_BLOCK, True)
+    monkeypatch.setattr(ahead, "_launches", lambda *_: [decoding])
+    checked = set(map(variant, ahead.find_variants("sm_90")))
+    needed = warmup.find_variants(GPT2Config(), "sm_90", dtype=torch.bfloat16, rows=warmup.ROWS, trains=False)
+    missing = [found.kernel for found in needed if variant(found) not in checked]
+    assert set(missing) <= {"_attention_fwd_kernel"}, missing  # has a variant for the alignment of a prompt's ends
+    assert len(needed) > 30
 
 
 @pytest.fixture

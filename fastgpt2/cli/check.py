@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
         if shows:
             print(f"\r\033[K{found.name}, {found.backend} ...", end="", file=sys.stderr, flush=True)
 
+    if shows:
+        print("compiling kernels ...", end="", file=sys.stderr, flush=True)
     try:
         report = check(args.device, speed=not args.no_speed, progress=tell)
     finally:

@@ -28,18 +28,36 @@ _CONFIG = GPT2Config(
 )  # fmt: skip
 
 
+# A block of GPT-2 124M. A GPU's kernels have variants of their own for its sizes.
+_GPT2_BLOCK = GPT2Config(
+    num_layers=1, tie_word_embeddings=False, residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0
+)
+_SAMPLED = SamplingConfig(temperature=0.8, top_k=50, top_p=0.95)
+
+
 class _Work(NamedTuple):
-    """The prompts that are decoded together, and the number of decode steps."""
+    """The prompts that are decoded together, the number of decode steps, and smaller groups of the rows.
+
+    The kernels have variants for different numbers of rows. The groups are of such numbers.
+    """
 
     prompts: Sequence[Sequence[int]]
     steps: int
+    groups: Sequence[Sequence[int]]
 
 
-_WORK = _Work(([5, 6, 7], [9] * 11, [2], [40, 41, 42, 43, 44]), 6)
-_LITTLE = _Work(_WORK.prompts[:2], 2)  # for Triton's interpreter
+_WORK = _Work(([5, 6, 7], [9] * 11, [2], [40, 41, 42, 43, 44]), 6, [[0], [1], [2], [3]])
+_LITTLE = _Work(_WORK.prompts[:2], 2, [[0], [1]])  # for Triton's interpreter
+_MANY = _Work(
+    [[7 * row + 3, *range(row, 2 * row)] for row in range(32)],
+    3,
+    [[0], [1, 2], range(3, 8), range(8, 16), range(16, 32)],
+)
 
 
 def _work(model: GPT2) -> _Work:
+    if model.config.hidden_size == _GPT2_BLOCK.hidden_size:
+        return _MANY
     return _LITTLE if model.device.type == "cpu" and model.backend == "triton" else _WORK
 
 
@@ -75,32 +93,70 @@ def _run(check: _Check) -> Finding:
 def _checks(device: torch.device) -> Iterator[_Check]:
     """The checks for `device`. It puts nothing on the device, so no error of the device can end it."""
     if why_not("decode_step", "triton", device) is None:
-        yield _Check("training", "triton", lambda: _training(device))
+        for trained, dtype in trained_models(device):
+            yield _Check("training", "triton", functools.partial(_training, device, dtype, trained))
     for decoder in ("triton", "native"):
         if (reason := why_not("decode_step", decoder, device)) is not None:
             skipped = Finding("decoding", decoder, "skipped", None, reason)
             yield _Check(skipped.name, decoder, lambda skipped=skipped: skipped)  # type: ignore[misc]
             continue
-        for dtype in decoded_dtypes(decoder, device):
+        for config, dtype in decoded_models(decoder, device):
             for name, run in (("prefill = decode", _decoding), ("row alone = in batch", _alone)):
-                yield _Check(name, decoder, functools.partial(run, device, dtype, decoder))
+                yield _Check(name, decoder, functools.partial(run, device, dtype, decoder, config))
         if decoder == "triton":
-            yield _Check("CUDA graph = launches", decoder, lambda: _graphs(device))
-            yield _Check("PDL = no PDL", decoder, lambda: _pdl(device))
+            for config in (_CONFIG, _GPT2_BLOCK) if device.type == "cuda" else (_CONFIG,):
+                yield _Check("CUDA graph = launches", decoder, functools.partial(_graphs, device, config))
+                yield _Check("PDL = no PDL", decoder, functools.partial(_pdl, device, config))
     yield _Check("greedy = transformers", _auto(device), lambda: _beside_transformers(device))
 
 
-def decoded_dtypes(decoder: str, device: torch.device) -> tuple[torch.dtype, ...]:
-    """The dtypes that decoding is checked in. Triton's interpreter computes wrong bfloat16 products."""
-    if device.type == "cuda" or decoder == "native":
-        return torch.float32, torch.bfloat16
-    return (torch.float32,)
+def launches(gpu: torch.device, device: torch.device, *, with_pdl: bool) -> Iterator[Callable[[], object]]:
+    """What launches the kernels of the checks of `gpu` on `device`, where the kernels only note their launches."""
+    for config, dtype in trained_models(gpu):
+        yield functools.partial(_loss_and_gradients, device, dtype, "triton", config)
+    for config, dtype in decoded_models("triton", gpu):
+        yield functools.partial(_decode_noted, device, dtype, config, with_pdl)
 
 
-def _model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0) -> GPT2:
-    """A tiny random model, whose greedy tokens change from step to step."""
-    model = GPT2(_CONFIG, backend=backend).eval()
-    draw_parameters(model, seed)
+@torch.no_grad()
+def _decode_noted(device: torch.device, dtype: torch.dtype, config: GPT2Config, with_pdl: bool) -> None:
+    """Take the steps of the checks, with and without programmatic dependent launch, as in a CUDA graph."""
+    model = GPT2(config, backend="triton").to(device, dtype).eval()
+    work = _work(model)
+    for sampling in (_GREEDY, _SAMPLED) if config == _GPT2_BLOCK else (_GREEDY,):
+        cache = KVCache(config, len(work.prompts), dtype=dtype, device=device)
+        session = DecodeSession(model, cache, sampling, _stop_ids(sampling), use_pdl=False)
+        for use_table in (False, True):
+            session.use_table = use_table
+            for use_pdl in (False, True) if with_pdl and use_table else (False,):
+                session.use_pdl = use_pdl
+                logits = session.prefill([0], [work.prompts[0]])
+                session.begin([NewRow(0, work.prompts[0], (0, 1), 1000)], logits)
+                for group in (range(len(work.prompts)), *work.groups):
+                    session.step(group)
+
+
+def trained_models(device: torch.device) -> list[tuple[GPT2Config, torch.dtype]]:
+    """The models whose training is checked, with their dtypes."""
+    if device.type == "cuda":
+        return [(_CONFIG, torch.float32), (_GPT2_BLOCK, torch.float32), (_GPT2_BLOCK, torch.bfloat16)]
+    return [(_CONFIG, torch.float32)]
+
+
+def decoded_models(decoder: str, device: torch.device) -> list[tuple[GPT2Config, torch.dtype]]:
+    """The models whose decoding is checked, with their dtypes."""
+    if device.type == "cuda":
+        return [(_CONFIG, torch.float32), (_CONFIG, torch.bfloat16), (_GPT2_BLOCK, torch.bfloat16)]
+    if decoder == "native":
+        return [(_CONFIG, torch.float32), (_CONFIG, torch.bfloat16)]
+    return [(_CONFIG, torch.float32)]  # Triton's interpreter computes wrong bfloat16 products
+
+
+def _model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0, config: GPT2Config = _CONFIG) -> GPT2:
+    """A random model, whose greedy tokens change from step to step."""
+    model = GPT2(config, backend=backend).eval()
+    # At every width the sums of a linear layer are about as large.
+    draw_parameters(model, seed, 0.3 * (_CONFIG.hidden_size / config.hidden_size) ** 0.5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -110,28 +166,33 @@ def _model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0
     return model.to(device, dtype)
 
 
-def _exact(device: torch.device, rounded: torch.dtype, seed: int = 0) -> GPT2:
-    return _model(device, rounded, "torch", seed).double()
+def _exact(device: torch.device, rounded: torch.dtype, seed: int = 0, config: GPT2Config = _CONFIG) -> GPT2:
+    return _model(device, rounded, "torch", seed, config).double()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _describe(dtype: torch.dtype, config: GPT2Config) -> str:
+    size = f", C={config.hidden_size} V={config.vocab_size}" if config == _GPT2_BLOCK else ""
+    return str(dtype).removeprefix("torch.") + size
 
 
-def _training(device: torch.device) -> Finding:
+def _training(device: torch.device, dtype: torch.dtype = torch.float32, config: GPT2Config = _CONFIG) -> Finding:
     """Check the loss and every gradient of a training step."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(_CONFIG.vocab_size, (2, 17), generator=generator).to(device)
-
-    def results(model: GPT2) -> list[Tensor]:
-        hidden = model.hidden_states(tokens[:, :-1])
-        loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:], backend=model.backend)
-        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-
-    got, plain = (results(_model(device, torch.float32, backend)) for backend in ("triton", "torch"))
-    share, wrong = compare(got, [plain], results(_exact(device, torch.float32)), torch.float32, is_rms=True)
-    title = "loss and gradients of a model, float32"
+    got, plain = (_loss_and_gradients(device, dtype, backend, config) for backend in ("triton", "torch"))
+    exact = _loss_and_gradients(device, dtype, "float64", config)
+    share, wrong = compare(got, [plain], exact, dtype, is_rms=True)
+    title = f"loss and gradients of a model, {_describe(dtype, config)}"
     return Finding("training", "triton", "failed" if wrong else "ok", share, f"{title}: {wrong}" if wrong else title)
+
+
+def _loss_and_gradients(device: torch.device, dtype: torch.dtype, backend: str, config: GPT2Config) -> list[Tensor]:
+    """The loss of a model, and the gradients of its parameters. `backend` may also be "float64"."""
+    is_exact = backend == "float64"
+    model = _exact(device, dtype, 0, config) if is_exact else _model(device, dtype, backend, 0, config)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocab_size, (2, 17), generator=generator).to(device)
+    hidden = model.hidden_states(tokens[:, :-1])
+    loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:], backend=model.backend)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
 # -- decoding -------------------------------------------------------------------------------------------------------
@@ -144,15 +205,27 @@ class _Decoded(NamedTuple):
     logprobs: list[list[float]]
 
 
+_GREEDY = SamplingConfig(temperature=0)
+
+
+def _stop_ids(sampling: SamplingConfig) -> Sequence[int]:
+    """Only greedy rows go on in any case: their tokens are compared with a forward pass."""
+    return () if sampling == _GREEDY else (0,)
+
+
 def _decode(
-    model: GPT2, groups: Sequence[Sequence[int]], *, use_graphs: bool = True, use_pdl: bool | None = False
+    model: GPT2,
+    groups: Sequence[Sequence[int]],
+    sampling: SamplingConfig = _GREEDY,
+    *,
+    use_graphs: bool = True,
+    use_pdl: bool | None = False,
 ) -> _Decoded:
-    """Decode the prompts greedily. Each of `groups` holds the rows that are decoded in one batch."""
+    """Decode the prompts. Each of `groups` holds the rows that are decoded in one batch."""
     rows, work = [row for group in groups for row in group], _work(model)
     dtype = model.dtype if model.device.type == "cuda" else torch.float32
     cache = KVCache(model.config, len(work.prompts), dtype=dtype, device=model.device)
-    greedy = SamplingConfig(temperature=0)
-    session = DecodeSession(model, cache, greedy, use_graphs=use_graphs, use_pdl=use_pdl)
+    session = DecodeSession(model, cache, sampling, _stop_ids(sampling), use_graphs=use_graphs, use_pdl=use_pdl)
     out = _Decoded([[] for _ in work.prompts], [[] for _ in work.prompts])
     for row in rows:  # one prefill per row, so that it cannot depend on the groups
         logits = session.prefill([row], [work.prompts[row]])
@@ -182,13 +255,13 @@ def _note(out: _Decoded, rows: Sequence[int], results: tuple[list[int], list[flo
 
 
 @torch.no_grad()
-def _decoding(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
+def _decoding(device: torch.device, dtype: torch.dtype, backend: str, config: GPT2Config = _CONFIG) -> Finding:
     """Check that decoding gives the same log-probabilities as one forward pass over the same tokens."""
-    model = _model(device, dtype, backend)
-    prompts, steps = _work(model)
-    title = f"{steps} steps against one forward pass, {_name(dtype)}"
+    model = _model(device, dtype, backend, 0, config)
+    prompts, steps, _ = _work(model)
+    title = f"{steps} steps against one forward pass, {_describe(dtype, config)}"
     got = _decode(model, [range(len(prompts))])
-    plain, exact = _model(device, dtype, "torch"), _exact(device, dtype)
+    plain, exact = _model(device, dtype, "torch", 0, config), _exact(device, dtype, 0, config)
 
     def forward(model: GPT2, row: int) -> Tensor:
         ids = torch.tensor([[*prompts[row], *got.tokens[row]]], device=device)
@@ -215,11 +288,16 @@ def _equal(name: str, backend: str, title: str, a: _Decoded, b: _Decoded) -> Fin
 
 
 @torch.no_grad()
-def _alone(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
-    model = _model(device, dtype, backend)
-    rows = range(len(_work(model).prompts))
-    together, alone = _decode(model, [rows]), _decode(model, [[row] for row in rows])
-    return _equal("row alone = in batch", backend, f"bit for bit, {_name(dtype)}", together, alone)
+def _alone(device: torch.device, dtype: torch.dtype, backend: str, config: GPT2Config = _CONFIG) -> Finding:
+    name, title = "row alone = in batch", f"bit for bit, {_describe(dtype, config)}"
+    model = _model(device, dtype, backend, 0, config)
+    rows, groups = range(len(_work(model).prompts)), _work(model).groups
+    finding = _equal(name, backend, title, _decode(model, [rows]), _decode(model, groups))
+    if finding.status == "ok" and config == _GPT2_BLOCK:
+        title += ", greedy and sampled"
+        together, alone = (_decode(model, of, _SAMPLED) for of in ([rows], groups))
+        finding = _equal(name, backend, title, together, alone)
+    return finding
 
 
 def _why_no_graphs(device: torch.device) -> str | None:
@@ -234,24 +312,26 @@ def _why_no_pdl(device: torch.device) -> str | None:
 
 
 @torch.no_grad()
-def _graphs(device: torch.device) -> Finding:
+def _graphs(device: torch.device, config: GPT2Config = _CONFIG) -> Finding:
     """Check CUDA graphs against a step that is launched kernel by kernel."""
-    return _beside_launches("CUDA graph = launches", device, _why_no_graphs(device), use_pdl=False)
+    return _beside_launches("CUDA graph = launches", device, config, _why_no_graphs(device), use_pdl=False)
 
 
 @torch.no_grad()
-def _pdl(device: torch.device) -> Finding:
+def _pdl(device: torch.device, config: GPT2Config = _CONFIG) -> Finding:
     """Check programmatic dependent launch in a CUDA graph against a step that is launched kernel by kernel."""
-    return _beside_launches("PDL = no PDL", device, _why_no_pdl(device), use_pdl=True)
+    return _beside_launches("PDL = no PDL", device, config, _why_no_pdl(device), use_pdl=True)
 
 
-def _beside_launches(name: str, device: torch.device, reason: str | None, *, use_pdl: bool) -> Finding:
+def _beside_launches(
+    name: str, device: torch.device, config: GPT2Config, reason: str | None, *, use_pdl: bool
+) -> Finding:
     if reason is not None:
         return Finding(name, "triton", "skipped", None, reason)
-    model = _model(device, torch.bfloat16, "triton")
-    rows = range(len(_work(model).prompts))
-    launched, graph = _decode(model, [rows], use_graphs=False), _decode(model, [rows], use_pdl=use_pdl)
-    return _equal(name, "triton", "bit for bit, bfloat16", launched, graph)
+    model = _model(device, torch.bfloat16, "triton", 0, config)
+    groups = [range(len(_work(model).prompts)), *_work(model).groups]
+    launched, graph = _decode(model, groups, use_graphs=False), _decode(model, groups, use_pdl=use_pdl)
+    return _equal(name, "triton", f"bit for bit, {_describe(torch.bfloat16, config)}", launched, graph)
 
 
 # -- transformers ---------------------------------------------------------------------------------------------------

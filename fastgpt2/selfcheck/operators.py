@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt2.selfcheck.report import Finding, error_finding
 from fastgpt2_kernels import ops
 from fastgpt2_kernels.checking.budget import error_budget, largest_error, rms_error
-from fastgpt2_kernels.checking.cases import CASES, FUSED, PLAIN, Case, Inputs
+from fastgpt2_kernels.checking.cases import FUSED, PLAIN, Case, Inputs, cases_of
 from fastgpt2_kernels.checking.poison import canaries, nan_memory
 
 SEED = 20
@@ -49,7 +49,7 @@ def dtypes_of(backend: str, device: torch.device) -> tuple[torch.dtype, ...]:
 def _check(operator: str, backend: str, device: torch.device) -> Finding:
     """Run an operator's cases. The finding names the first that fails, or else the one closest to its error budget."""
     worst, where, count = 0.0, "", 0
-    for case in (case for case in CASES if case.operator == operator):
+    for case in (case for case in cases_of(device) if case.operator == operator):
         for dtype in case.dtypes or dtypes_of(backend, device):
             place = f"{case.title}, {str(dtype).removeprefix('torch.')}"
             try:

@@ -12,10 +12,12 @@ import torch
 
 from fastgpt2 import machine
 from fastgpt2.devices import find_device
+from fastgpt2.selfcheck.ahead import compile_ahead
 from fastgpt2.selfcheck.models import check_models
-from fastgpt2.selfcheck.operators import check_operators
+from fastgpt2.selfcheck.operators import check_operators, why_not
 from fastgpt2.selfcheck.report import Finding, Report, Timing
 from fastgpt2.selfcheck.speed import measured_limits, time_operators, untimed
+from fastgpt2_kernels import ops
 
 
 def check(
@@ -48,7 +50,7 @@ def check(
     report = Report(machine.versions(), machine.describe(where if where.type == "cuda" else None))
     tell = progress or (lambda _: None)
     with _interpreter_without_warnings():
-        for findings in (check_operators(where), check_models(where)):
+        for findings in (_compiled_ahead(where), check_operators(where), check_models(where)):
             for finding in findings:
                 report.findings.append(finding)
                 tell(finding)
@@ -61,6 +63,21 @@ def check(
                 tell(result)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _compiled_ahead(device: torch.device) -> Iterator[Finding]:
+    """Compile the kernels of a GPU side by side. The checks would compile them one after the other."""
+    if device.type != "cuda" or why_not("decode_step", "triton", device) is not None:
+        return
+    try:
+        with torch.cuda.device(device):
+            target = ops.this_target()
+        reason = compile_ahead(target)
+    except Exception as error:  # whatever it is, the checks can run
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        detail = f"kernels are compiled one after the other: {' '.join(reason.split())[:400]}"
+        yield Finding("compiling ahead", "triton", "skipped", None, detail)
 
 
 def _timings(device: torch.device, report: Report) -> Iterator[Timing | Finding]:
