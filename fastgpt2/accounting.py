@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -207,23 +208,54 @@ def wall_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 1
     return (time.perf_counter() - start) / repeats
 
 
+_MIN_HOLD, _MAX_HOLD = 100e-6, 50e-3  # seconds
+
+
 def gpu_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
     """GPU seconds per call with a cold cache, excluding the host's work.
 
-    Before each call a large buffer is zeroed. This flushes the cache, and gives the host time to queue the call before
-    the GPU is ready for it.
+    Before each call a large buffer is zeroed, which flushes the cache. Then the GPU waits for longer than the host
+    needs to queue the call, so that it never waits for the host while its time is taken. A call is measured again if
+    the host needed longer than that. Only a call that itself waits for the GPU still contains the host's work.
     """
-    total = 0.0
+    total, count = 0.0, min(repeats, 10)
     with torch.cuda.device(device):
-        for _ in range(min(repeats, 10)):
-            _flush_buffer(device).zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
+        synchronize(device)
+        queued = _host_seconds(call)
+        for _ in range(count):
+            for _ in range(3):
+                hold = min(max(2 * queued, _MIN_HOLD), _MAX_HOLD)
+                _flush_buffer(device).zero_()
+                torch.cuda._sleep(math.ceil(hold * _cycles_per_second(device)))
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                queued = _host_seconds(start.record, call, end.record)
+                end.synchronize()
+                if queued <= hold:
+                    break
             total += start.elapsed_time(end) * 1e-3
-    return total / min(repeats, 10)
+    return total / count
+
+
+def _host_seconds(*calls: Callable[[], Any]) -> float:
+    """The time until the calls return. The GPU may be at work for longer."""
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
+@functools.cache
+def _cycles_per_second(device: torch.device) -> float:
+    """The rate of the clock that `torch.cuda._sleep` counts."""
+    cycles, seconds = 2_000_000, 0.0
+    for _ in range(2):  # the first time also loads the kernel
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+        seconds = start.elapsed_time(end) * 1e-3
+    return cycles / seconds
 
 
 @functools.cache

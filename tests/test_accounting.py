@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt2 import GPT2, GPT2Config, KVCache
+from fastgpt2 import GPT2, GPT2Config, KVCache, accounting
 from fastgpt2.accounting import (
     cache_bytes_per_token,
     forward_flops_per_token,
@@ -94,3 +95,90 @@ def test_a_slow_device_is_measured_for_a_second(seconds: float, runs: int, monke
     monkeypatch.setattr(torch, "mm", lambda a, b: started.append(a.dtype))
     assert measured_matmul_flops("cpu", torch.bfloat16) == pytest.approx(2 * 1024**3 / seconds)
     assert started == [torch.bfloat16] * runs
+
+
+class Gpu:
+    """Stands in for a GPU with its own clock: it runs what was queued, in order, while the host's clock goes on."""
+
+    CYCLES = 1e9  # per second
+
+    def __init__(self, kernel: float, host: list[float]) -> None:
+        self.kernel, self.host = kernel, host  # seconds of the timed kernel, and of queueing it, call by call
+        self.now = self.free = 0.0  # the host's time, and the time at which the GPU has done all that is queued
+        self.calls = 0
+
+    def queue(self, seconds: float) -> None:
+        self.free = max(self.free, self.now) + seconds
+
+    def call(self) -> None:
+        self.now += self.host[min(self.calls, len(self.host) - 1)]
+        self.calls += 1
+        self.queue(self.kernel)
+
+    def wait(self) -> None:
+        self.now = max(self.now, self.free)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.now += 1e-6
+                gpu.queue(0.0)
+                self.at = gpu.free
+
+            def synchronize(self) -> None:
+                gpu.wait()
+
+            def elapsed_time(self, end: Any) -> float:
+                return (end.at - self.at) * 1e3
+
+        class Buffer:
+            def zero_(self) -> None:
+                gpu.queue(80e-6)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.queue(cycles / self.CYCLES))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: gpu.wait())
+        monkeypatch.setattr(accounting.time, "perf_counter", lambda: gpu.now)
+        monkeypatch.setattr(accounting, "_flush_buffer", lambda device: Buffer())
+        accounting._cycles_per_second.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        [1e-6],  # quicker than the GPU
+        [700e-6],  # forward and backward through autograd
+        [30e-6, 800e-6, 800e-6],  # slower than when it was measured first
+        [5.0, 200e-6],  # the first call compiles
+    ],
+)
+def test_gpu_seconds_are_without_the_host(host: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(50e-6, host)
+    gpu.install(monkeypatch)
+    try:
+        assert accounting.gpu_seconds(gpu.call, torch.device("cuda"), 3) == pytest.approx(50e-6)
+    finally:
+        accounting._cycles_per_second.cache_clear()
+    assert gpu.now < 5.3  # a long first call does not make every wait long
+
+
+def test_a_call_that_waits_for_the_gpu_is_still_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It then waits for the hold too, which is bounded."""
+    gpu = Gpu(50e-6, [1e-3])
+    gpu.install(monkeypatch)
+
+    def waits() -> None:
+        gpu.call()
+        gpu.wait()
+
+    try:
+        assert accounting.gpu_seconds(waits, torch.device("cuda"), 2) > 0
+    finally:
+        accounting._cycles_per_second.cache_clear()
+    assert gpu.now < 0.4

@@ -29,13 +29,15 @@ def run(args: argparse.Namespace) -> int:
         if shows:
             print(f"\r\033[K{found.name}, {found.backend} ...", end="", file=sys.stderr, flush=True)
 
+    if shows:
+        print("compiling kernels ...", end="", file=sys.stderr, flush=True)
     try:
         report = check(args.device, speed=not args.no_speed, progress=tell)
     finally:
         if shows:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
     if args.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
         _print(report)
     return 0 if report.ok else 1

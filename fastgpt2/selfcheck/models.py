@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +15,11 @@ from torch import Tensor
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import GPT2Config, SamplingConfig
-from fastgpt2.decode import DecodeSession, NewRow, why_not_decode
+from fastgpt2.decode import DecodeSession, NewRow
 from fastgpt2.formats.transformers import to_transformers
 from fastgpt2.gpt2 import GPT2
-from fastgpt2.selfcheck.operators import compare
-from fastgpt2.selfcheck.report import Finding
+from fastgpt2.selfcheck.operators import compare, why_not
+from fastgpt2.selfcheck.report import Finding, error_finding
 from fastgpt2_kernels import ops
 
 _CONFIG = GPT2Config(
@@ -25,18 +28,36 @@ _CONFIG = GPT2Config(
 )  # fmt: skip
 
 
+# A block of GPT-2 124M. A GPU's kernels have variants of their own for its sizes.
+_GPT2_BLOCK = GPT2Config(
+    num_layers=1, tie_word_embeddings=False, residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0
+)
+_SAMPLED = SamplingConfig(temperature=0.8, top_k=50, top_p=0.95)
+
+
 class _Work(NamedTuple):
-    """The prompts that are decoded together, and the number of decode steps."""
+    """The prompts that are decoded together, the number of decode steps, and smaller groups of the rows.
+
+    The kernels have variants for different numbers of rows. The groups are of such numbers.
+    """
 
     prompts: Sequence[Sequence[int]]
     steps: int
+    groups: Sequence[Sequence[int]]
 
 
-_WORK = _Work(([5, 6, 7], [9] * 11, [2], [40, 41, 42, 43, 44]), 6)
-_LITTLE = _Work(_WORK.prompts[:2], 2)  # for Triton's interpreter
+_WORK = _Work(([5, 6, 7], [9] * 11, [2], [40, 41, 42, 43, 44]), 6, [[0], [1], [2], [3]])
+_LITTLE = _Work(_WORK.prompts[:2], 2, [[0], [1]])  # for Triton's interpreter
+_MANY = _Work(
+    [[7 * row + 3, *range(row, 2 * row)] for row in range(32)],
+    3,
+    [[0], [1, 2], range(3, 8), range(8, 16), range(16, 32)],
+)
 
 
 def _work(model: GPT2) -> _Work:
+    if model.config.hidden_size == _GPT2_BLOCK.hidden_size:
+        return _MANY
     return _LITTLE if model.device.type == "cpu" and model.backend == "triton" else _WORK
 
 
@@ -49,31 +70,93 @@ def draw_parameters(model: torch.nn.Module, seed: int, std: float = 0.3) -> None
             parameter.copy_(noise * std + (1.0 if parameter.dim() == 1 else 0.0))
 
 
+class _Check(NamedTuple):
+    """A check before it is run."""
+
+    name: str
+    backend: str
+    run: Callable[[], Finding]
+
+
 def check_models(device: torch.device) -> Iterator[Finding]:
-    """Run every check of whole models, and yield a finding for each."""
-    backend = "triton" if ops.why_not_triton("decode_step", device) is None else "torch"
-    if backend == "triton":
-        yield _training(device)
+    """Run every check of whole models, and yield a finding for each. A check that raises an error has failed."""
+    yield from map(_run, _checks(device))
+
+
+def _run(check: _Check) -> Finding:
+    try:
+        return check.run()
+    except Exception as error:  # a kernel, a compiler or a driver can raise anything
+        return error_finding(check.name, check.backend, "", error)
+
+
+def _checks(device: torch.device) -> Iterator[_Check]:
+    """The checks for `device`. It puts nothing on the device, so no error of the device can end it."""
+    if why_not("decode_step", "triton", device) is None:
+        for trained, dtype in trained_models(device):
+            yield _Check("training", "triton", functools.partial(_training, device, dtype, trained))
     for decoder in ("triton", "native"):
-        model = _model(device, torch.float32, decoder)
-        if (reason := why_not_decode(model)) is not None:
-            yield Finding("decoding", decoder, "skipped", None, reason)
+        if (reason := why_not("decode_step", decoder, device)) is not None:
+            skipped = Finding("decoding", decoder, "skipped", None, reason)
+            yield _Check(skipped.name, decoder, lambda skipped=skipped: skipped)  # type: ignore[misc]
             continue
-        dtypes = [torch.float32]
-        if device.type == "cuda" or decoder == "native":
-            dtypes.append(torch.bfloat16)
-        for dtype in dtypes:
-            yield _decoding(device, dtype, decoder)
-            yield _alone(device, dtype, decoder)
+        for config, dtype in decoded_models(decoder, device):
+            for name, run in (("prefill = decode", _decoding), ("row alone = in batch", _alone)):
+                yield _Check(name, decoder, functools.partial(run, device, dtype, decoder, config))
         if decoder == "triton":
-            yield from _graphs(device)
-    yield _beside_transformers(device)
+            for config in (_CONFIG, _GPT2_BLOCK) if device.type == "cuda" else (_CONFIG,):
+                yield _Check("CUDA graph = launches", decoder, functools.partial(_graphs, device, config))
+                yield _Check("PDL = no PDL", decoder, functools.partial(_pdl, device, config))
+    yield _Check("greedy = transformers", _auto(device), lambda: _beside_transformers(device))
 
 
-def _model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0) -> GPT2:
-    """A tiny random model, whose greedy tokens change from step to step."""
-    model = GPT2(_CONFIG, backend=backend).eval()
-    draw_parameters(model, seed)
+def launches(gpu: torch.device, device: torch.device, *, with_pdl: bool) -> Iterator[Callable[[], object]]:
+    """What launches the kernels of the checks of `gpu` on `device`, where the kernels only note their launches."""
+    for config, dtype in trained_models(gpu):
+        yield functools.partial(_loss_and_gradients, device, dtype, "triton", config)
+    for config, dtype in decoded_models("triton", gpu):
+        yield functools.partial(_decode_noted, device, dtype, config, with_pdl)
+
+
+@torch.no_grad()
+def _decode_noted(device: torch.device, dtype: torch.dtype, config: GPT2Config, with_pdl: bool) -> None:
+    """Take the steps of the checks, with and without programmatic dependent launch, as in a CUDA graph."""
+    model = GPT2(config, backend="triton").to(device, dtype).eval()
+    work = _work(model)
+    for sampling in (_GREEDY, _SAMPLED) if config == _GPT2_BLOCK else (_GREEDY,):
+        cache = KVCache(config, len(work.prompts), dtype=dtype, device=device)
+        session = DecodeSession(model, cache, sampling, _stop_ids(sampling), use_pdl=False)
+        for use_table in (False, True):
+            session.use_table = use_table
+            for use_pdl in (False, True) if with_pdl and use_table else (False,):
+                session.use_pdl = use_pdl
+                logits = session.prefill([0], [work.prompts[0]])
+                session.begin([NewRow(0, work.prompts[0], (0, 1), 1000)], logits)
+                for group in (range(len(work.prompts)), *work.groups):
+                    session.step(group)
+
+
+def trained_models(device: torch.device) -> list[tuple[GPT2Config, torch.dtype]]:
+    """The models whose training is checked, with their dtypes."""
+    if device.type == "cuda":
+        return [(_CONFIG, torch.float32), (_GPT2_BLOCK, torch.float32), (_GPT2_BLOCK, torch.bfloat16)]
+    return [(_CONFIG, torch.float32)]
+
+
+def decoded_models(decoder: str, device: torch.device) -> list[tuple[GPT2Config, torch.dtype]]:
+    """The models whose decoding is checked, with their dtypes."""
+    if device.type == "cuda":
+        return [(_CONFIG, torch.float32), (_CONFIG, torch.bfloat16), (_GPT2_BLOCK, torch.bfloat16)]
+    if decoder == "native":
+        return [(_CONFIG, torch.float32), (_CONFIG, torch.bfloat16)]
+    return [(_CONFIG, torch.float32)]  # Triton's interpreter computes wrong bfloat16 products
+
+
+def _model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0, config: GPT2Config = _CONFIG) -> GPT2:
+    """A random model, whose greedy tokens change from step to step."""
+    model = GPT2(config, backend=backend).eval()
+    # At every width the sums of a linear layer are about as large.
+    draw_parameters(model, seed, 0.3 * (_CONFIG.hidden_size / config.hidden_size) ** 0.5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -83,30 +166,33 @@ def _model(device: torch.device, dtype: torch.dtype, backend: str, seed: int = 0
     return model.to(device, dtype)
 
 
-def _exact(device: torch.device, rounded: torch.dtype, seed: int = 0) -> GPT2:
-    return _model(device, rounded, "torch", seed).double()
+def _exact(device: torch.device, rounded: torch.dtype, seed: int = 0, config: GPT2Config = _CONFIG) -> GPT2:
+    return _model(device, rounded, "torch", seed, config).double()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _describe(dtype: torch.dtype, config: GPT2Config) -> str:
+    size = f", C={config.hidden_size} V={config.vocab_size}" if config == _GPT2_BLOCK else ""
+    return str(dtype).removeprefix("torch.") + size
 
 
-def _training(device: torch.device) -> Finding:
+def _training(device: torch.device, dtype: torch.dtype = torch.float32, config: GPT2Config = _CONFIG) -> Finding:
     """Check the loss and every gradient of a training step."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(_CONFIG.vocab_size, (2, 17), generator=generator).to(device)
-
-    def results(model: GPT2) -> list[Tensor]:
-        hidden = model.hidden_states(tokens[:, :-1])
-        loss = ops.linear_cross_entropy(
-            hidden, model.lm_head.weight, tokens[:, 1:], backend="auto" if model.backend == "torch" else model.backend
-        )
-        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-
-    got, plain = (results(_model(device, torch.float32, backend)) for backend in ("triton", "torch"))
-    share, wrong = compare(got, [plain], results(_exact(device, torch.float32)), torch.float32, is_rms=True)
-    title = "loss and gradients of a model, float32"
+    got, plain = (_loss_and_gradients(device, dtype, backend, config) for backend in ("triton", "torch"))
+    exact = _loss_and_gradients(device, dtype, "float64", config)
+    share, wrong = compare(got, [plain], exact, dtype, is_rms=True)
+    title = f"loss and gradients of a model, {_describe(dtype, config)}"
     return Finding("training", "triton", "failed" if wrong else "ok", share, f"{title}: {wrong}" if wrong else title)
+
+
+def _loss_and_gradients(device: torch.device, dtype: torch.dtype, backend: str, config: GPT2Config) -> list[Tensor]:
+    """The loss of a model, and the gradients of its parameters. `backend` may also be "float64"."""
+    is_exact = backend == "float64"
+    model = _exact(device, dtype, 0, config) if is_exact else _model(device, dtype, backend, 0, config)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocab_size, (2, 17), generator=generator).to(device)
+    hidden = model.hidden_states(tokens[:, :-1])
+    loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:], backend=model.backend)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
 # -- decoding -------------------------------------------------------------------------------------------------------
@@ -119,23 +205,47 @@ class _Decoded(NamedTuple):
     logprobs: list[list[float]]
 
 
+_GREEDY = SamplingConfig(temperature=0)
+
+
+def _stop_ids(sampling: SamplingConfig) -> Sequence[int]:
+    """Only greedy rows go on in any case: their tokens are compared with a forward pass."""
+    return () if sampling == _GREEDY else (0,)
+
+
 def _decode(
-    model: GPT2, groups: Sequence[Sequence[int]], *, use_graphs: bool = True, use_pdl: bool | None = False
+    model: GPT2,
+    groups: Sequence[Sequence[int]],
+    sampling: SamplingConfig = _GREEDY,
+    *,
+    use_graphs: bool = True,
+    use_pdl: bool | None = False,
 ) -> _Decoded:
-    """Decode the prompts greedily. Each of `groups` holds the rows that are decoded in one batch."""
+    """Decode the prompts. Each of `groups` holds the rows that are decoded in one batch."""
     rows, work = [row for group in groups for row in group], _work(model)
     dtype = model.dtype if model.device.type == "cuda" else torch.float32
     cache = KVCache(model.config, len(work.prompts), dtype=dtype, device=model.device)
-    greedy = SamplingConfig(temperature=0)
-    session = DecodeSession(model, cache, greedy, use_graphs=use_graphs, use_pdl=use_pdl)
+    session = DecodeSession(model, cache, sampling, _stop_ids(sampling), use_graphs=use_graphs, use_pdl=use_pdl)
     out = _Decoded([[] for _ in work.prompts], [[] for _ in work.prompts])
     for row in rows:  # one prefill per row, so that it cannot depend on the groups
         logits = session.prefill([row], [work.prompts[row]])
         _note(out, [row], session.begin([NewRow(row, work.prompts[row], (row, 1), 1000)], logits).read())
-    for _ in range(work.steps):
-        for group in groups:
-            _note(out, group, session.step(group).read())
+    with graphs_required(session):
+        for _ in range(work.steps):
+            for group in groups:
+                _note(out, group, session.step(group).read())
     return out
+
+
+@contextmanager
+def graphs_required(session: DecodeSession) -> Iterator[None]:
+    """Raise an error where a session that uses CUDA graphs warns that it continues without them."""
+    wanted = session.use_graphs
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="DecodeSession: a CUDA graph cannot be used")
+        yield
+    if wanted and not session.use_graphs:
+        raise RuntimeError("the session stopped using CUDA graphs")
 
 
 def _note(out: _Decoded, rows: Sequence[int], results: tuple[list[int], list[float]]) -> None:
@@ -145,13 +255,13 @@ def _note(out: _Decoded, rows: Sequence[int], results: tuple[list[int], list[flo
 
 
 @torch.no_grad()
-def _decoding(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
+def _decoding(device: torch.device, dtype: torch.dtype, backend: str, config: GPT2Config = _CONFIG) -> Finding:
     """Check that decoding gives the same log-probabilities as one forward pass over the same tokens."""
-    model = _model(device, dtype, backend)
-    prompts, steps = _work(model)
-    title = f"{steps} steps against one forward pass, {_name(dtype)}"
+    model = _model(device, dtype, backend, 0, config)
+    prompts, steps, _ = _work(model)
+    title = f"{steps} steps against one forward pass, {_describe(dtype, config)}"
     got = _decode(model, [range(len(prompts))])
-    plain, exact = _model(device, dtype, "torch"), _exact(device, dtype)
+    plain, exact = _model(device, dtype, "torch", 0, config), _exact(device, dtype, 0, config)
 
     def forward(model: GPT2, row: int) -> Tensor:
         ids = torch.tensor([[*prompts[row], *got.tokens[row]]], device=device)
@@ -178,28 +288,50 @@ def _equal(name: str, backend: str, title: str, a: _Decoded, b: _Decoded) -> Fin
 
 
 @torch.no_grad()
-def _alone(device: torch.device, dtype: torch.dtype, backend: str) -> Finding:
-    model = _model(device, dtype, backend)
-    rows = range(len(_work(model).prompts))
-    together, alone = _decode(model, [rows]), _decode(model, [[row] for row in rows])
-    return _equal("row alone = in batch", backend, f"bit for bit, {_name(dtype)}", together, alone)
+def _alone(device: torch.device, dtype: torch.dtype, backend: str, config: GPT2Config = _CONFIG) -> Finding:
+    name, title = "row alone = in batch", f"bit for bit, {_describe(dtype, config)}"
+    model = _model(device, dtype, backend, 0, config)
+    rows, groups = range(len(_work(model).prompts)), _work(model).groups
+    finding = _equal(name, backend, title, _decode(model, [rows]), _decode(model, groups))
+    if finding.status == "ok" and config == _GPT2_BLOCK:
+        title += ", greedy and sampled"
+        together, alone = (_decode(model, of, _SAMPLED) for of in ([rows], groups))
+        finding = _equal(name, backend, title, together, alone)
+    return finding
+
+
+def _why_no_graphs(device: torch.device) -> str | None:
+    return None if device.type == "cuda" and (torch.version.cuda or torch.version.hip) else "needs a GPU"
+
+
+def _why_no_pdl(device: torch.device) -> str | None:
+    if (reason := _why_no_graphs(device)) is not None:
+        return reason
+    is_old = torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9
+    return "needs compute capability 9.0" if is_old else None
 
 
 @torch.no_grad()
-def _graphs(device: torch.device) -> Iterator[Finding]:
-    """Check CUDA graphs and programmatic dependent launch against a step that is launched kernel by kernel."""
-    names = ("CUDA graph = launches", "PDL = no PDL")
-    if device.type != "cuda" or not (torch.version.cuda or torch.version.hip):
-        yield from (Finding(name, "triton", "skipped", None, "needs a GPU") for name in names)
-        return
-    model = _model(device, torch.bfloat16, "triton")
-    rows = range(len(_work(model).prompts))
-    launched = _decode(model, [rows], use_graphs=False)
-    yield _equal(names[0], "triton", "bit for bit, bfloat16", launched, _decode(model, [rows]))
-    if torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
-        yield Finding(names[1], "triton", "skipped", None, "needs compute capability 9.0")
-        return
-    yield _equal(names[1], "triton", "bit for bit, bfloat16", launched, _decode(model, [rows], use_pdl=True))
+def _graphs(device: torch.device, config: GPT2Config = _CONFIG) -> Finding:
+    """Check CUDA graphs against a step that is launched kernel by kernel."""
+    return _beside_launches("CUDA graph = launches", device, config, _why_no_graphs(device), use_pdl=False)
+
+
+@torch.no_grad()
+def _pdl(device: torch.device, config: GPT2Config = _CONFIG) -> Finding:
+    """Check programmatic dependent launch in a CUDA graph against a step that is launched kernel by kernel."""
+    return _beside_launches("PDL = no PDL", device, config, _why_no_pdl(device), use_pdl=True)
+
+
+def _beside_launches(
+    name: str, device: torch.device, config: GPT2Config, reason: str | None, *, use_pdl: bool
+) -> Finding:
+    if reason is not None:
+        return Finding(name, "triton", "skipped", None, reason)
+    model = _model(device, torch.bfloat16, "triton", 0, config)
+    groups = [range(len(_work(model).prompts)), *_work(model).groups]
+    launched, graph = _decode(model, groups, use_graphs=False), _decode(model, groups, use_pdl=use_pdl)
+    return _equal(name, "triton", f"bit for bit, {_describe(torch.bfloat16, config)}", launched, graph)
 
 
 # -- transformers ---------------------------------------------------------------------------------------------------
@@ -207,12 +339,11 @@ def _graphs(device: torch.device) -> Iterator[Finding]:
 
 @torch.no_grad()
 def _beside_transformers(device: torch.device) -> Finding:
-    """Compare greedy tokens of `generate`, on the backend that "auto" selects here, with transformers'."""
-    name, backend = "greedy = transformers", "auto"
+    """Compare greedy tokens of `generate` with transformers'."""
+    name, backend = "greedy = transformers", _auto(device)
     if importlib.util.find_spec("transformers") is None:
         return Finding(name, backend, "skipped", None, "the package transformers is not installed")
-    backend = _auto(device)
-    prompt, steps = _WORK.prompts[0], 12 if backend == "auto" else _LITTLE.steps
+    prompt, steps = _WORK.prompts[0], _LITTLE.steps if device.type == "cpu" and backend == "triton" else 12
     seed = _clear_seed(prompt, steps)
     model = _model(device, torch.float32, backend, seed)
     ours = model.generate([prompt], max_new_tokens=steps, temperature=0, stop_token_ids=())[0].token_ids
@@ -228,9 +359,11 @@ def _beside_transformers(device: torch.device) -> Finding:
 
 
 def _auto(device: torch.device) -> str:
-    """ "auto", or "triton" on a CPU where Triton's interpreter is turned on."""
-    is_interpreted = device.type == "cpu" and ops.why_not_triton("decode_step", device) is None
-    return "triton" if is_interpreted else "auto"
+    """ "triton" where its kernels can run, else "auto".
+
+    With "auto" a kernel that fails would be replaced by PyTorch's operators, and the check would still pass.
+    """
+    return "triton" if why_not("decode_step", "triton", device) is None else "auto"
 
 
 def _clear_seed(prompt: Sequence[int], steps: int) -> int:

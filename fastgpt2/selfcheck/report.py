@@ -18,7 +18,7 @@ class Finding:
         backend: The backend that computed it.
         status: "ok", "failed" or "skipped".
         share: The largest error as a share of its budget. None if nothing was compared with a budget, for example
-            because the results must be equal.
+            because the results must be equal, or if the error is not finite.
         detail: What was compared, what went wrong, or why the check was skipped.
     """
 
@@ -27,6 +27,12 @@ class Finding:
     status: Status
     share: float | None
     detail: str
+
+
+def error_finding(name: str, backend: str, place: str, error: Exception, status: Status = "failed") -> Finding:
+    """The finding of a check that an error ended."""
+    sentence = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return Finding(name, backend, status, None, f"{place}: {sentence}" if place else sentence)
 
 
 @dataclass(frozen=True)

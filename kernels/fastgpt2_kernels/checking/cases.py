@@ -86,8 +86,8 @@ def _causal_attention(inputs: Inputs, backend: str, T: int, S: int, D: int) -> R
     return _gradients(ops.causal_attention(q, k, v, backend=backend), inputs, q, k, v)
 
 
-def _causal_attention_packed(inputs: Inputs, backend: str, kind: str) -> Results:
-    H, D, T, C = 2, 16, 43, 32
+def _causal_attention_packed(inputs: Inputs, backend: str, kind: str, T: int = 43, H: int = 2, D: int = 16) -> Results:
+    C = H * D
     B = 1 if kind == "documents" else 2
     qkv = inputs(0, B, T, 3 * C)
     lengths = inputs.integers([T, 17]) if kind == "lengths" else None
@@ -114,8 +114,7 @@ def _causal_attention_packed(inputs: Inputs, backend: str, kind: str) -> Results
     return _gradients(out, inputs, qkv)
 
 
-def _decode_attention(inputs: Inputs, backend: str, several: bool) -> Results:
-    H, D, S = 2, 16, 200
+def _decode_attention(inputs: Inputs, backend: str, several: bool, H: int = 2, D: int = 16, S: int = 200) -> Results:
     held, counts = [0, 190, 130], [3, 8, 1] if several else [1, 1, 1]
     N = sum(counts)
     qkv, keys, values = (inputs(i, *s).detach() for i, s in enumerate([(N, 3 * H * D), *[(4, H, S, D)] * 2]))
@@ -132,9 +131,8 @@ def _decode_attention(inputs: Inputs, backend: str, several: bool) -> Results:
     return [out, keys, values]
 
 
-def _cached_attention(inputs: Inputs, backend: str) -> Results:
+def _cached_attention(inputs: Inputs, backend: str, H: int = 2, D: int = 16, S: int = 64) -> Results:
     """Four rows: one without cached tokens, and one each with one, a few and many new tokens after cached ones."""
-    H, D, S = 2, 16, 64
     slots, counts, held = [2, 0, 3, 1], [19, 1, 4, 13], [0, 40, 7, 21]
     qkv, keys, values = (inputs(i, *s).detach() for i, s in enumerate([(sum(counts), 3 * H * D), *[(4, H, S, D)] * 2]))
     if backend == PLAIN:
@@ -177,8 +175,8 @@ def _activation(inputs: Inputs, backend: str) -> Results:
     return [r for name in names for r in _gradients(ops.activation(x, name, backend=backend), inputs, x)]
 
 
-def _bias_activation(inputs: Inputs, backend: str, name: str) -> Results:
-    x, bias = inputs(0, 2, 7, 80, scale=2.0), inputs(1, 80)
+def _bias_activation(inputs: Inputs, backend: str, name: str, width: int = 80) -> Results:
+    x, bias = inputs(0, 2, 7, width, scale=2.0), inputs(1, width)
     if backend == PLAIN:
         return _gradients(reference.bias_activation(x, bias, name), inputs, x, bias)
     return _gradients(ops.bias_activation(x, bias, name, backend=backend), inputs, x, bias)
@@ -197,8 +195,7 @@ def _linear(inputs: Inputs, backend: str) -> Results:
     return _gradients(outs, inputs, x, weight, bias, residual)
 
 
-def _linear_decode(inputs: Inputs, backend: str, rows: int, int8: bool = False) -> Results:
-    K, N = 130, 50
+def _linear_decode(inputs: Inputs, backend: str, rows: int, int8: bool = False, K: int = 130, N: int = 50) -> Results:
     x, weight, bias, norm_weight, norm_bias, residual = (
         inputs(i, *s).detach() for i, s in enumerate([(rows, K), (N, K), (N,), (K,), (K,), (rows, N)])
     )
@@ -273,10 +270,10 @@ def _first_token_logits(weights: ops.StepWeights, token: int) -> Tensor:
     return linear(norm(x, weights.ln_f), weights.head)
 
 
-def _cross_entropy(inputs: Inputs, backend: str, fuse: bool) -> Results:
+def _cross_entropy(inputs: Inputs, backend: str, fuse: bool, V: int = 301) -> Results:
     loss: Any
-    logits = inputs(0, 5, 301, scale=3.0)
-    targets = inputs.integers([3, -100, 300, 0, 17], torch.int64)
+    logits = inputs(0, 5, V, scale=3.0)
+    targets = inputs.integers([3, -100, V - 1, 0, 17], torch.int64)
     if backend == PLAIN:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(wide, targets, reduction="mean" if fuse else "none", label_smoothing=0.1)
@@ -288,9 +285,9 @@ def _cross_entropy(inputs: Inputs, backend: str, fuse: bool) -> Results:
     return _gradients(loss, inputs, logits)
 
 
-def _linear_cross_entropy(inputs: Inputs, backend: str) -> Results:
-    x, weight, bias = inputs(0, 9, 40), inputs(1, 301, 40, scale=0.5), inputs(2, 301)
-    targets = inputs.integers([3, -100, 300, 0, 17, 17, 299, 1, 2], torch.int64)
+def _linear_cross_entropy(inputs: Inputs, backend: str, C: int = 40, V: int = 301, scale: float = 0.5) -> Results:
+    x, weight, bias = inputs(0, 9, C), inputs(1, V, C, scale=scale), inputs(2, V)
+    targets = inputs.integers([3, -100, V - 1, 0, 17, 17, V - 2, 1, 2], torch.int64)
     if backend == PLAIN:
         logits = F.linear(x, weight, bias)
         loss = F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), targets)
@@ -299,8 +296,8 @@ def _linear_cross_entropy(inputs: Inputs, backend: str) -> Results:
     return _gradients(loss, inputs, x, weight, bias)
 
 
-def _sample(inputs: Inputs, backend: str, **settings: Any) -> Results:
-    R, V = 3, 301
+def _sample(inputs: Inputs, backend: str, V: int = 301, **settings: Any) -> Results:
+    R = 3
     logits = inputs(0, R, V, scale=2.0).detach()
     keys = inputs.integers(ops.row_keys(7, range(R), [0] * R), torch.int64)
     positions = inputs.integers([0, 5, 9])
@@ -361,3 +358,53 @@ CASES = (
     Case("sample", "top_p, min_p, penalty",
          functools.partial(_sample, temperature=0.8, top_p=0.9, min_p=0.01, repetition_penalty=1.2), _FLOAT32),
 )  # fmt: skip
+_HALF = (torch.bfloat16, torch.float16)
+# The sizes of GPT-2, from 124M (C=768) to 1.5B (C=1600), for which a GPU's kernels have variants of their own. On a CPU
+# they would take minutes, and find little: what it runs does not depend on the size.
+GPT2_CASES = (
+    *(
+        Case("causal_attention", f"T={T} S={S} D=64", functools.partial(_causal_attention, T=T, S=S, D=64), _HALF, True)
+        for T, S in ((300, 300), (1, 1000))
+    ),
+    *(
+        Case(
+            "causal_attention_packed", f"{kind}, T=300 H=12 D=64",
+            functools.partial(_causal_attention_packed, kind=kind, T=300, H=12, D=64),
+            None if kind == "dropout" else _HALF, kind != "dropout",
+        )
+        for kind in ("plain rows", "lengths", "documents", "dropout")
+    ),
+    Case("cached_attention", "H=12 D=64", functools.partial(_cached_attention, H=12, D=64, S=256), _HALF),
+    *(
+        Case(
+            "decode_attention", f"{title}, H=12 D=64 S=1024",
+            functools.partial(_decode_attention, several=several, H=12, D=64, S=1024), _HALF,
+        )
+        for title, several in (("one token per row", False), ("several tokens per row", True))
+    ),
+    *(
+        Case("layer_norm", f"{title}C={width}", functools.partial(_layer_norm, width=width, of_sum=bool(title)))
+        for width in (768, 1600)
+        for title in ("", "residual, ")
+    ),
+    Case("bias_activation", "gelu_new, C=3072", functools.partial(_bias_activation, name="gelu_new", width=3072)),
+    *(
+        Case("linear_decode", f"{rows} rows K={K} N={N}", functools.partial(_linear_decode, rows=rows, K=K, N=N))
+        for K, N in ((768, 2304), (1600, 1600))
+        for rows in (1, 9, 32)
+    ),
+    Case("linear_decode", "8-bit weights, 9 rows K=768 N=2304",
+         functools.partial(_linear_decode, rows=9, int8=True, K=768, N=2304), (torch.float32, torch.bfloat16)),
+    Case("cross_entropy", "a loss per row, V=50257", functools.partial(_cross_entropy, fuse=False, V=50257)),
+    Case("cross_entropy", "mean, fused backward, V=50257", functools.partial(_cross_entropy, fuse=True, V=50257)),
+    Case("linear_cross_entropy", "C=768 V=50257", functools.partial(_linear_cross_entropy, C=768, V=50257, scale=0.02)),
+    Case("sample", "greedy, V=50257", functools.partial(_sample, temperature=0.0, V=50257), _FLOAT32),
+    Case("sample", "top_k=50, V=50257", functools.partial(_sample, top_k=50, V=50257), _FLOAT32),
+    Case("sample", "top_p, min_p, penalty, V=50257",
+         functools.partial(_sample, V=50257, temperature=0.8, top_p=0.9, min_p=0.01, repetition_penalty=1.2), _FLOAT32),
+)  # fmt: skip
+
+
+def cases_of(device: torch.device) -> tuple[Case, ...]:
+    """The cases to check on `device`."""
+    return (*CASES, *GPT2_CASES) if device.type == "cuda" else CASES

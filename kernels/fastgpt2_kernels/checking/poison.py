@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -16,47 +16,86 @@ MARGIN = 512  # elements on either side, so that one row too many still lies ins
 
 
 class Poison:
-    """Makes tensors of NaN between canaries, in place of `Tensor.new_empty`. `is_intact` checks the canaries.
+    """Makes tensors between canaries, in place of PyTorch's functions for new tensors. `is_intact` checks the canaries.
 
-    Integer tensors hold -1 between canaries of -7.
+    New memory holds NaN. Integers hold -1 between canaries of -7.
     """
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
-        self.new_empty = torch.Tensor.new_empty
+        self.originals: dict[str, Callable[..., Tensor]] = {}
 
-    def make(self, like: Tensor, shape: Sequence[int] | int, **options: Any) -> Tensor:
-        if isinstance(shape, int):  # a call by Triton's interpreter, for its own use
-            return self.new_empty(like, shape, **options)
-        numel = torch.Size(shape).numel()
-        is_float = options.get("dtype", like.dtype).is_floating_point
-        buffer = self.new_empty(like, (numel + 2 * MARGIN,), **options)
-        buffer.fill_(CANARY if is_float else int(CANARY))
-        buffer[MARGIN : MARGIN + numel] = torch.nan if is_float else -1
+    def make(self, name: str, *args: Any, **options: Any) -> Tensor:
+        """Call the function `name`, and put its tensor between canaries."""
+        made = self.originals[name](*args, **options)
+        is_interpreters = name == "new_empty" and isinstance(args[1], int)  # a call by Triton's interpreter
+        if is_interpreters or not self._can_surround(made):
+            return made
+        # The new tensor takes the place of `made`. The strides stay, so this many elements lie between its ends.
+        length = 1 + sum((size - 1) * stride for size, stride in zip(made.shape, made.stride(), strict=True))
+        canary = _canary(made.dtype)
+        buffer = torch.full((length + 2 * MARGIN,), canary, dtype=made.dtype, device=made.device)
+        inside = torch.as_strided(buffer, made.shape, made.stride(), MARGIN)
+        if "zeros" in name:
+            inside.zero_()
+        elif made.dtype != torch.bool:
+            buffer[MARGIN : MARGIN + length] = torch.nan if made.is_floating_point() else canary + 6
         self.buffers.append(buffer)
-        return buffer[MARGIN : MARGIN + numel].view(shape)
+        return inside
+
+    @staticmethod
+    def _can_surround(made: Tensor) -> bool:
+        """Not a tensor that torch.compile traces, one without memory, or one that the host and a GPU share."""
+        return (
+            type(made) is Tensor
+            and made.numel() > 0
+            and made.layout == torch.strided
+            and made.device.type in ("cpu", "cuda")
+            and not (made.requires_grad or made.dtype.is_complex or made.is_pinned())
+        )
 
     def is_intact(self) -> bool:
         """Whether nothing was written outside the tensors that were made since the last call."""
         buffers = self.buffers.copy()
         self.buffers.clear()
-        canaries = (CANARY if buffer.is_floating_point() else int(CANARY) for buffer in buffers)
         return all(
             bool((buffer[:MARGIN] == canary).all() and (buffer[-MARGIN:] == canary).all())
-            for buffer, canary in zip(buffers, canaries, strict=True)
+            for buffer, canary in ((buffer, _canary(buffer.dtype)) for buffer in buffers)
         )
+
+
+def _canary(dtype: torch.dtype) -> float | int | bool:
+    if dtype == torch.bool:
+        return True
+    if dtype.is_floating_point:
+        return CANARY
+    return int(CANARY) if dtype.is_signed else torch.iinfo(dtype).max + 1 + int(CANARY)
+
+
+# Each is replaced while `canaries` is open.
+_TORCH_FUNCTIONS = ("empty", "empty_like", "empty_strided", "zeros", "zeros_like")
+_TENSOR_METHODS = ("new_empty", "new_zeros")
 
 
 @contextmanager
 def canaries() -> Iterator[Poison]:
-    """While the context is open, `Tensor.new_empty` returns NaN between canaries."""
+    """While the context is open, PyTorch's functions for new and zeroed tensors put them between canaries."""
     poison = Poison()
-
-    def make(like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return poison.make(like, *args, **kwargs)
-
-    with patch.object(torch.Tensor, "new_empty", make):
+    with ExitStack() as stack:
+        for owner, names in ((torch, _TORCH_FUNCTIONS), (torch.Tensor, _TENSOR_METHODS)):
+            for name in names:
+                poison.originals[name] = getattr(owner, name)
+                stack.enter_context(patch.object(owner, name, _replacement(poison, name)))
         yield poison
+
+
+def _replacement(poison: Poison, name: str) -> Callable[..., Tensor]:
+    def make(*args: Any, **options: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return poison.originals[name](*args, **options)
+        return poison.make(name, *args, **options)
+
+    return make
 
 
 @contextmanager
