@@ -23,6 +23,7 @@ from benchmarks.gpu_parts import PARTS, Found, OwnPart, Place, WrongError
 from fastgpt2 import accounting
 from fastgpt2.decode import DecodeSession
 from fastgpt2.files import locked_folder
+from fastgpt2.train import Trainer
 from fastgpt2_kernels import backends, ops
 
 ROOT = Path(__file__).parents[2]
@@ -345,20 +346,35 @@ def test_only_two_gpus_of_one_kind_must_agree(monkeypatch: pytest.MonkeyPatch, i
     assert found["tokens"] == [[0], [1]]
 
 
-@pytest.mark.parametrize("name", ["attention", "medium", "xl"])
-def test_the_kernels_of_a_part_are_compiled_before_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(run: Callable[[], None]) -> set[tuple[str, str]]:
+    """What would be compiled for the kernels that `run` launches."""
+    return {(v.source.hash(), str(sorted(v.options.items(), key=str))) for v in ops.find_variants("sm_90", run)}
+
+
+@pytest.fixture(scope="module")
+def compiled_ahead() -> set[tuple[str, str]]:
     pytest.importorskip("triton")
     if backends.interpreter_is_on():
         pytest.skip("Triton's interpreter compiles nothing")
+    return set().union(*(kernels(run) for run in gpu_parts._launches(TOY, has_pdl=True).values()))
 
-    def kernels(run: Callable[[], None]) -> set[tuple[str, str]]:
-        return {(v.source.hash(), str(sorted(v.options.items(), key=str))) for v in ops.find_variants("sm_90", run)}
 
+@pytest.mark.parametrize(
+    "name", ["attention", "medium", "xl", "training", "precision", "inference_mode", "refill", "repeated"]
+)
+def test_the_kernels_of_a_part_are_compiled_before_it(
+    name: str, compiled_ahead: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # While launches are recorded, the part runs on the CPU with Triton's kernels, which do nothing.
     monkeypatch.setattr(gpu_parts, "_require", lambda holds, what: None)
-    needed = kernels(lambda: PARTS[name].run(TOY, {}))
+    monkeypatch.setattr(Trainer, "_mean_loss", lambda trainer: 0.0)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        needed = kernels(lambda: PARTS[name].run(TOY, {}))
+    finally:
+        torch.set_float32_matmul_precision(precision)
     assert needed
-    assert needed <= kernels(gpu_parts._launches(TOY, has_pdl=True)[name])
+    assert needed <= compiled_ahead
 
 
 def test_the_limits_are_what_the_documents_say() -> None:
