@@ -32,10 +32,12 @@ from fastgpt2.config import SamplingConfig, TrainConfig
 from fastgpt2.data import TokenData
 from fastgpt2.decode import DecodeSession, NewRow, decode_backend, why_not_decode
 from fastgpt2.loss import train_step
+from fastgpt2.selfcheck.operators import SEED, dtypes_of
 from fastgpt2.selfcheck.report import Finding, Timing
 from fastgpt2.train import Trainer
 from fastgpt2_kernels import ops, reference
 from fastgpt2_kernels.checking.budget import error_budget, largest_error
+from fastgpt2_kernels.checking.cases import CASES, Inputs
 
 Found = dict[str, Any]
 # How the warnings begin that something else runs in place of a kernel or a CUDA graph.
@@ -423,7 +425,7 @@ def check(place: Place, found: Found) -> None:
 
 
 def compile_ahead(place: Place, found: Found) -> None:
-    """Compile the kernels of the next parts, on all cores. The parts themselves would compile one after the other."""
+    """Compile the kernels of the next parts, on all cores. The parts would compile one kernel after the other."""
     if place.interprets:
         found["skipped"] = "Triton's interpreter compiles nothing"
         return
@@ -488,6 +490,12 @@ def _launches(place: Place, has_pdl: bool) -> dict[str, Callable[[], None]]:
                 loss = whole(tokens[:, :-1], targets=tokens[:, 1:])
             loss.backward()
 
+    def check_operators() -> None:
+        for case in place.pick(CASES, CASES[:3]):
+            if "triton" in ops.backends_of(case.operator):
+                for dtype in case.dtypes or dtypes_of("triton", torch.device("cuda")):
+                    case.run(Inputs(SEED, torch.device("cpu"), dtype), "triton")
+
     prompt = place.pick(STEPS_SIZE[0], 5)
     return {
         "attention": attend,
@@ -496,6 +504,7 @@ def _launches(place: Place, has_pdl: bool) -> dict[str, Callable[[], None]]:
         "training": train,
         "precision": each_precision,
         "generate": generate,
+        "check": check_operators,
     }
 
 
