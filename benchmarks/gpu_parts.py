@@ -94,7 +94,8 @@ def without_fallbacks() -> Iterator[None]:
 
 def _config(place: Place, name: str, **changes: Any) -> GPT2Config:
     if place.is_toy:
-        return GPT2Config(vocab_size=97, context_length=64, hidden_size=32, num_layers=2, num_heads=2, **changes)
+        sizes = {"vocab_size": 97, "context_length": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
+        return GPT2Config(**{**sizes, **changes})
     return GPT2Config.preset(name, **changes)
 
 
@@ -356,7 +357,7 @@ def _counted_synchronisations(device: torch.device) -> Iterator[list[str]]:
 def training(place: Place, found: Found) -> None:
     """20 steps of the trainer in bfloat16 and float16, with and without `--compile`; how often the host waits."""
     steps, B, lr = place.pick((20, 8, 3e-4), (3, 2, 1e-2))
-    T = _config(place, "gpt2").context_length
+    T = place.pick(1024, 16)
     compiles: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if place.is_toy:  # the compiler takes minutes on a CPU
         compiles = mock.patch.object(torch, "compile", lambda function: function)
@@ -372,7 +373,7 @@ def training(place: Place, found: Found) -> None:
 
 def _train(place: Place, found: Found, name: str, config: TrainConfig, folder: Path, steps: int) -> None:
     """Train as `fastgpt2 train` does, but without its reports, evaluations and checkpoints."""
-    model = _model(place, "gpt2", torch.float32)
+    model = _model(place, "gpt2", torch.float32, context_length=place.pick(1024, 16))
     trainer = Trainer(model, TokenData.open(folder), config, folder / "run")
 
     def step() -> None:

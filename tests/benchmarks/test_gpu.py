@@ -13,15 +13,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_parts
+from benchmarks import gpu, gpu_parts, refill
 from benchmarks.gpu import Part, run_own, run_parts
 from benchmarks.gpu_parts import PARTS, Found, OwnPart, Place, WrongError
-from fastgpt2 import accounting
-from fastgpt2.decode import DecodeSession
+from benchmarks.refill import prefill_and_step
+from fastgpt2 import accounting, scheduler
+from fastgpt2.decode import DecodeSession, Results
 from fastgpt2.files import locked_folder
 from fastgpt2.train import Trainer
 from fastgpt2_kernels import backends, ops
@@ -377,6 +379,61 @@ def test_the_kernels_of_a_part_are_compiled_before_it(
     assert needed <= compiled_ahead
 
 
+def test_a_model_is_made_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights of gpt2-xl take a CPU half a minute."""
+    devices, make = [], gpu_parts.GPT2
+
+    def spy(*args: object, **options: object) -> object:
+        devices.append(torch.get_default_device())
+        return make(*args, **options)
+
+    monkeypatch.setattr(gpu_parts, "GPT2", spy)
+    gpu_parts._model(TOY._replace(device=torch.device("meta")), "gpt2")
+    assert devices == [torch.device("meta")]
+
+
+def test_training_compiles_as_the_trainer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, train = [], gpu_parts._train
+    compiled: dict[str, list[str]] = {}
+
+    def spy(place: Place, found: Found, name: str, *args: Any) -> None:
+        def compile(function: Any) -> Any:
+            names.append(function.__name__)
+            return function
+
+        names.clear()
+        monkeypatch.setattr(torch, "compile", compile)
+        train(place, found, name, *args)
+        compiled[name] = [*names]
+
+    monkeypatch.setattr(gpu_parts, "_train", spy)
+    found: Found = {}
+    PARTS["training"].run(TOY, found)
+    both = ["hidden_states"]
+    assert compiled == {"bf16": [], "fp16": [], "bf16, compiled": both, "fp16, compiled": both}
+    assert all(found[f"{name}: waits in 3 steps"] == 0 for name in compiled)
+
+
+def test_the_fixed_cost_of_a_prefill_is_measured() -> None:
+    """It stands beside what the scheduler assumes."""
+    found: Found = {}
+    PARTS["refill"].run(TOY, found)
+    assert found["steps that the scheduler assumes"] == scheduler.PREFILL_STEPS["native"]
+    assert found["3 rows: fixed cost of a prefill, in steps"] >= 0
+    assert found["3 rows: speedup of waiting"] > 0
+
+
+def test_steps_are_timed_without_waiting_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    for kind, owner, name in (("step", DecodeSession, "step"), ("read", Results, "read")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, kind=kind, real=real, **options: events.append(kind) or real(*args, **options)
+        )
+    prefill_and_step(gpu_parts._model(TOY, "gpt2"), 3)
+    assert events[-refill.STEPS - 1 :] == ["step"] * refill.STEPS + ["read"]
+
+
 def test_the_limits_are_what_the_documents_say() -> None:
     seconds = [part.seconds for part in gpu.all_parts().values()]
     names = list(gpu.all_parts())
@@ -412,3 +469,7 @@ def test_the_other_commands_exist() -> None:
         if name not in PARTS:
             assert part.command[:2] == (sys.executable, "-m")
             assert part.command[2] in ("pytest", "benchmarks")
+    tune = gpu.all_parts()["tune"]
+    rows = 3
+    assert rows * float(tune.command[tune.command.index("--seconds") + 1]) < tune.seconds
+    assert {"-v", "--maxfail=20"} <= {*gpu.all_parts()["tests"].command}, "a test that fails is named at once"
