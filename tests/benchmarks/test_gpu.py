@@ -379,6 +379,25 @@ def test_the_kernels_of_a_part_are_compiled_before_it(
     assert needed <= compiled_ahead
 
 
+def test_kernels_that_do_not_compile_do_not_keep_others_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def compile_variants(variants: list[str]) -> None:
+        if variants == ["medium"]:
+            raise RuntimeError("ptxas")
+        compiled.extend(variants)
+
+    names = ("attention", "medium", "xl")
+    monkeypatch.setattr(gpu_parts, "_launches", lambda place, has_pdl: {name: name for name in names})
+    monkeypatch.setattr(ops, "find_variants", lambda target, run: [run])
+    monkeypatch.setattr(ops, "compile_variants", compile_variants)
+    found: Found = {}
+    with pytest.raises(WrongError, match="do not compile: medium"):
+        PARTS["compile"].run(TOY._replace(is_toy=False), found)
+    assert compiled == ["attention", "xl"]
+    assert found["medium: error"] == "RuntimeError: ptxas"
+
+
 def test_a_model_is_made_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights of gpt2-xl take a CPU half a minute."""
     devices, make = [], gpu_parts.GPT2
