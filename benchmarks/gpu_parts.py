@@ -320,7 +320,7 @@ def refill(place: Place, found: Found) -> None:
     found["steps that the scheduler assumes"] = scheduler.PREFILL_STEPS[decode_backend(model)]
     all_rows, new, turns = place.pick(((8, 32), 64, 3), ((3,), 4, 1))
     for rows in all_rows:
-        prefill, step = prefill_and_step(model, rows)
+        prefill, step = prefill_and_step(model, rows, place.pick(11, 1))
         found[f"{rows} rows: fixed ms of a prefill"] = 1e3 * prefill
         found[f"{rows} rows: ms of a step"] = 1e3 * step
         found[f"{rows} rows: fixed cost of a prefill, in steps"] = prefill / step

@@ -27,7 +27,7 @@ STEPS = 16  # steps that are timed together
 CAPACITY = 256  # tokens of the cache: enough for the steps of all turns
 
 
-def seconds(run: Callable[[], object], device: torch.device, turns: int = 7) -> float:
+def seconds(run: Callable[[], object], device: torch.device, turns: int) -> float:
     """The median time of several turns in seconds, including the device's work."""
 
     def once() -> float:
@@ -43,7 +43,7 @@ def seconds(run: Callable[[], object], device: torch.device, turns: int = 7) -> 
     return statistics.median(once() for _ in range(turns))
 
 
-def prefill_and_step(model: GPT2, rows: int) -> tuple[float, float]:
+def prefill_and_step(model: GPT2, rows: int, turns: int = 11) -> tuple[float, float]:
     """Seconds of a prefill without the cost of its tokens, and seconds of a step of a full batch.
 
     As in a run, a prefill ends when the first tokens of its rows are read. The steps of a run overlap on a GPU: the
@@ -63,8 +63,8 @@ def prefill_and_step(model: GPT2, rows: int) -> tuple[float, float]:
             results = session.step(range(rows))
         results.read()
 
-    one, all_rows = (seconds(functools.partial(prefill, count), model.device) for count in (1, rows))
-    step = seconds(decode, model.device, turns=11) / STEPS
+    one, all_rows = (seconds(functools.partial(prefill, count), model.device, turns) for count in (1, rows))
+    step = seconds(decode, model.device, turns) / STEPS
     return max(0.0, one - (all_rows - one) / (rows - 1)), step
 
 
