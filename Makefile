@@ -48,8 +48,8 @@ sanitize: $(VENV)/.dev
 sanitize-native: $(VENV)/.dev
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.native.sanitized
 
-# Checks and measurements for a GPU, in some ten minutes. out/gpu has the results after each part. `make gpu ARGS=attention`
-# runs one part.
+# Checks and measurements for a GPU, the most important ones within ten minutes, all within half an hour. out/gpu has
+# the results. `make gpu ARGS=attention` runs one part.
 gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu_parts import PARTS, Place
+from benchmarks.gpu_parts import PARTS, Place, without_fallbacks
 
 QUICK = ("attention",)
 
@@ -17,9 +17,11 @@ QUICK = ("attention",)
 def test_a_part(name: str, triton_device: str) -> None:
     device = torch.device(triton_device, 0) if triton_device == "cuda" else torch.device(triton_device)
     place = Place(device, is_toy=True)
-    assert place.backend == ("auto" if triton_device == "cuda" else "triton")
-    precision = torch.get_float32_matmul_precision()
+    assert place.backend == "triton"
+    precision, found = torch.get_float32_matmul_precision(), {}
     try:
-        assert PARTS[name][1](place)
+        with without_fallbacks():
+            PARTS[name].run(place, found)
     finally:
         torch.set_float32_matmul_precision(precision)
+    assert found
