@@ -21,18 +21,23 @@ def _blocks(block: int, width: int, flags: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def attention_cases(arch: str) -> Iterator[Case]:
-    """Every launch row; for head size 64 also with documents. Strides are multiples of 16, like most head sizes."""
+    """Every launch row; 16-bit heads of 64 and 128 also with documents, and float32 heads of 64 with dropout.
+
+    Strides are multiples of 16, as usual.
+    """
     for kernel, kind, width in launch.attention_rows():
-        if kind == "tf32" and not launch.has_tf32(arch):
+        if kind.startswith("tf32") and not launch.has_tf32(arch):
             continue
         if launch.attention_row(kernel, arch, kind.removesuffix(" dropout"), width).use_tma and kind == "half":
             yield _case(arch, kernel, kind, width, ("PACKED",))
-        if kind == "half dropout":
-            yield _case(arch, kernel, "half", width, ("HAS_DROPOUT",))
+        if kind.endswith(" dropout"):
+            yield _case(arch, kernel, kind.removesuffix(" dropout"), width, ("HAS_DROPOUT",))
         else:
             yield _case(arch, kernel, kind, width, ())
-        if (kind, width) == ("half", 64):
+        if kind == "half" and width <= 128:
             yield _case(arch, kernel, kind, width, _DOCUMENTS)
+        if (kind, width) == ("ieee", 64):
+            yield _case(arch, kernel, kind, width, ("HAS_DROPOUT",))
 
 
 def _case(arch: str, name: str, kind: str, width: int, flags: tuple[str, ...]) -> Case:

@@ -41,11 +41,16 @@ _STEP: list[tuple[str, str, int, int, int, dict[str, Any]]] = [
     ("none", "bf16", 64, 1600, 6400, {}),
     ("none", "fp32", 1, 768, 3072, {}),
 ]
+_TF32 = {"PRECISION": "tf32"}
+_TF32_STEP: list[tuple[str, str, int, int, int, dict[str, Any]]] = [
+    ("layer_norm", "fp32", 1, 2304, 768, _TF32),
+    ("none", "fp32", 16, 768, 3072, _TF32),
+]
 
 
 def linear_cases(arch: str) -> Iterator[Case]:
     yield _begin_case()
-    for prologue, product, R, N, K, changes in _STEP:
+    for prologue, product, R, N, K, changes in _STEP + (_TF32_STEP if launch.has_tf32(arch) else []):
         yield _case(arch, prologue, product, R, N, K, changes)
     if (launch.ARCHITECTURES[arch].capability or (0, 0)) >= (9, 0):
         yield _case(arch, "combine", "bf16", 1, 768, 768, {"USE_PDL": True})
@@ -78,7 +83,7 @@ def _case(arch: str, prologue: str, product: str, R: int, N: int, K: int, change
         ACTIVATION=changes.get("ACTIVATION", "linear"),
         USE_PDL=changes.get("USE_PDL", False),
         PRODUCT_TYPE=tl.float32 if product == "fp32" else tl.bfloat16,
-        PRECISION="ieee",
+        PRECISION=changes.get("PRECISION", "ieee"),
         D=64,
         GRAIN=math.gcd(16, 64),
         SPLIT_S=128,
@@ -102,7 +107,8 @@ def _case(arch: str, prologue: str, product: str, R: int, N: int, K: int, change
         "sizes": linear._Sizes(R="i32", N="i32", K="i32"),
         "META": "constexpr",
     }
-    kinds = [*(["int8"] if types["weight"] == "i8" else []), *(name for name in changes if name.isupper())]
+    kinds = ["int8"] if types["weight"] == "i8" else ["tf32"] if meta.PRECISION == "tf32" else []
+    kinds += [name for name in ("ACTIVATION", "USE_PDL") if name in changes]
     tile = f"{row.block_r}x{row.block_n}x{row.block_k}"
     label = " ".join([f"linear_decode {prologue} {product} {K} to {N}, {R} rows, {tile}", *kinds])
     # Weights as in nn.Linear, and the step's buffers. A head may have any number of outputs.

@@ -4,6 +4,8 @@ The warps of a program run at their own pace. If all of them load a number from 
 stores to it, the others may load it too late, unless there is a barrier between. Tests of values cannot find this,
 because the interpreter and the sanitizer run the warps of a program in step.
 
+Only NVIDIA's code is searched. AMD's is compiled from the same sources, with the same barriers.
+
 The search covers every path of the code from a load to a store of the same memory, or from a store to a load, without a
 barrier. Two addresses may be the same memory if they were computed from the same argument.
 """

@@ -50,9 +50,10 @@ def test_every_row_is_there(table, rows, pytestconfig):
     assert rows == table or not pytestconfig.getoption("--all-rows")
     kinds = Counter(row["case"].split()[0] for row in table)
     num_targets = len(launch.ARCHITECTURES)
-    num_tf32 = sum(kind == "tf32" for _, kind, _ in launch.attention_rows())
+    num_tf32 = sum(kind.startswith("tf32") for _, kind, _ in launch.attention_rows())
     num_without_tf32 = sum(not launch.has_tf32(arch) for arch in launch.ARCHITECTURES)
-    num_attention = num_targets * (len(list(launch.attention_rows())) + 3)
+    with_documents, exact_with_dropout = 6, 3
+    num_attention = num_targets * (len(list(launch.attention_rows())) + with_documents + exact_with_dropout)
     half = [key for key in launch.attention_rows() if key[1] == "half"]
     num_packed = sum(
         launch.attention_row(key[0], arch, *key[1:]).use_tma for arch in launch.ARCHITECTURES for key in half
@@ -65,7 +66,8 @@ def test_every_row_is_there(table, rows, pytestconfig):
     assert kinds["decode_attention"] == num_targets * 15
     assert kinds["decode_combine"] == num_targets * 2
     assert kinds["decode_begin"] == num_targets
-    assert kinds["linear_decode"] == num_targets * 17 + 3  # with programmatic dependent launch
+    num_pdl = 3  # targets with programmatic dependent launch
+    assert kinds["linear_decode"] == num_targets * 17 + num_pdl + 2 * (num_targets - num_without_tf32)
     assert kinds["layer_norm"] == num_targets * 22
     assert kinds["bias_activation"] == num_targets * 8
     assert kinds["partial_sums"] == num_targets
@@ -150,8 +152,8 @@ def test_linear_rows_add_up_in_one_order(rows):
     orders: dict[tuple[str, ...], set[str]] = {}
     for row in rows:
         if row["case"].startswith("linear_decode layer_norm"):
-            product, inputs = row["case"].split()[2:4]
-            orders.setdefault((row["target"], product, inputs), set()).add(str(row["reductions"]))
+            product, inputs, *_, last = row["case"].split()[2:]
+            orders.setdefault((row["target"], product, inputs, last == "tf32"), set()).add(str(row["reductions"]))
     assert len(orders) >= 4 * 2
     assert all(len(found) == 1 and found != {"[]"} for found in orders.values()), orders
 

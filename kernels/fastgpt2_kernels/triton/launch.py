@@ -185,7 +185,10 @@ _ATTENTION: dict[tuple[str, int], tuple[AttentionRow, AttentionRow, AttentionRow
     ("half", 128): (AttentionRow(128, 32, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(32, 64, 4, 2)),
     ("half", 256): (AttentionRow(64, 32, 4, 2, True), AttentionRow(32, 32, 4, 2), AttentionRow(32, 32, 8, 2)),
     ("half dropout", 64): (AttentionRow(128, 32, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(64, 64, 4, 2)),
+    ("half dropout", 128): (AttentionRow(128, 32, 4, 2, True), AttentionRow(64, 64, 4, 2), AttentionRow(32, 64, 4, 2)),
+    ("half dropout", 256): (AttentionRow(64, 32, 4, 2, True), AttentionRow(32, 32, 8, 2), AttentionRow(32, 32, 8, 2)),
     ("tf32", 64): (AttentionRow(64, 32, 4, 2), AttentionRow(64, 32, 4, 2), AttentionRow(32, 64, 4, 2)),
+    ("tf32 dropout", 64): (AttentionRow(64, 32, 4, 2), AttentionRow(64, 32, 4, 2), AttentionRow(16, 64, 4, 2)),
     ("tf32", 128): (AttentionRow(32, 32, 4, 1), AttentionRow(32, 32, 4, 1), AttentionRow(32, 32, 4, 1)),
     ("tf32", 256): (AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 8, 1), AttentionRow(32, 32, 8, 1)),
     ("ieee", 32): (AttentionRow(32, 32, 4, 1), AttentionRow(32, 32, 4, 1), AttentionRow(32, 32, 4, 1)),
@@ -199,6 +202,10 @@ _ATTENTION_ON: dict[tuple[str, str, int, str], AttentionRow] = {
     ("sm_80", "half", 128, "forward"): AttentionRow(128, 64, 8, 2),
     ("sm_80", "half", 256, "forward"): AttentionRow(64, 32, 8, 2),
     ("sm_80", "half dropout", 64, "dkdv"): AttentionRow(64, 32, 4, 2),
+    ("sm_80", "half dropout", 128, "forward"): AttentionRow(128, 32, 8, 2),
+    ("sm_80", "half dropout", 128, "dq"): AttentionRow(32, 64, 4, 2),
+    ("sm_80", "half dropout", 128, "dkdv"): AttentionRow(32, 64, 8, 2),
+    ("sm_80", "half dropout", 256, "forward"): AttentionRow(64, 32, 8, 2),
     ("sm_80", "ieee", 32, "dq"): AttentionRow(32, 32, 4, 2),
     ("sm_80", "ieee", 64, "dkdv"): AttentionRow(32, 32, 8, 1),
     ("sm_80", "ieee", 128, "dkdv"): AttentionRow(16, 16, 8, 1),
@@ -208,8 +215,13 @@ _ATTENTION_ON: dict[tuple[str, str, int, str], AttentionRow] = {
     ("sm_86", "tf32", 256, "dkdv"): AttentionRow(16, 16, 4, 1),
     ("sm_90", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 2),
     ("sm_90", "half", 128, "forward"): AttentionRow(64, 64, 4, 2, True),
+    ("sm_90", "half dropout", 128, "forward"): AttentionRow(64, 64, 4, 2, True),
+    ("sm_90", "half dropout", 128, "dq"): AttentionRow(64, 32, 4, 2),
+    ("sm_90", "half dropout", 128, "dkdv"): AttentionRow(32, 64, 8, 2),
     ("sm_100", "half", 64, "dq"): AttentionRow(64, 64, 4, 2),
     ("sm_100", "half", 128, "dq"): AttentionRow(64, 32, 4, 2),
+    ("sm_100", "half dropout", 128, "forward"): AttentionRow(64, 64, 4, 2, True),
+    ("sm_100", "half dropout", 128, "dq"): AttentionRow(64, 32, 4, 2),
     ("sm_100", "tf32", 64, "dkdv"): AttentionRow(16, 64, 4, 2),
     ("sm_100", "ieee", 32, "dq"): AttentionRow(32, 32, 4, 2),
     ("sm_100", "ieee", 32, "dkdv"): AttentionRow(32, 32, 4, 2),
@@ -218,6 +230,7 @@ _ATTENTION_ON: dict[tuple[str, str, int, str], AttentionRow] = {
     ("sm_120", "half dropout", 64, "forward"): AttentionRow(64, 32, 4, 2),
     ("sm_120", "half dropout", 64, "dq"): AttentionRow(64, 32, 4, 2),
     ("sm_120", "tf32", 64, "dkdv"): AttentionRow(16, 64, 4, 2),
+    ("sm_120", "tf32 dropout", 64, "dq"): AttentionRow(64, 32, 8, 2),
     ("sm_120", "ieee", 32, "forward"): AttentionRow(32, 32, 4, 2),
     ("gfx942", "half", 128, "dkdv"): AttentionRow(32, 64, 4, 1),
     ("gfx90a", "half", 256, "dq"): AttentionRow(32, 16, 4, 2),
@@ -225,6 +238,10 @@ _ATTENTION_ON: dict[tuple[str, str, int, str], AttentionRow] = {
     ("gfx942", "half", 64, "dkdv"): AttentionRow(64, 64, 4, 1),
     ("gfx942", "half", 256, "dkdv"): AttentionRow(16, 32, 4, 1),
     ("gfx942", "half dropout", 64, "dkdv"): AttentionRow(32, 64, 4, 1),
+    ("gfx942", "half dropout", 128, "dkdv"): AttentionRow(32, 64, 4, 1),
+    ("gfx942", "half dropout", 256, "dq"): AttentionRow(32, 16, 4, 2),
+    ("gfx942", "half dropout", 256, "dkdv"): AttentionRow(16, 32, 4, 1),
+    ("gfx950", "half", 128, "dq"): AttentionRow(64, 32, 4, 2),
     ("gfx942", "tf32", 256, "forward"): AttentionRow(16, 16, 4, 1),
     ("gfx942", "tf32", 256, "dq"): AttentionRow(16, 16, 4, 1),
     ("gfx942", "tf32", 256, "dkdv"): AttentionRow(16, 16, 4, 1),
@@ -240,12 +257,11 @@ def attention_row(
 
     `block_d` is the padded head size, a power of two from 16.
     """
-    # Documents take as many registers as dropout in the backward. On Blackwell, where scores are not computed in
-    # registers but moved there, they do in the forward too.
-    documents_as_dropout = has_documents and (kernel != "forward" or arch == "sm_100")
-    if kind == "half" and block_d <= 64 and (has_dropout or documents_as_dropout):
-        kind = "half dropout"
-    widest = next(width for known, width in _ATTENTION if known == kind and block_d <= width)
+    # Documents take as many registers as dropout in the backward of heads up to 64. On Blackwell, where scores are not
+    # computed in registers but moved there, they do in the forward of all heads.
+    documents_as_dropout = has_documents and (arch == "sm_100" if kernel == "forward" else block_d <= 64)
+    kinds = [f"{kind} dropout", kind] if has_dropout or (kind == "half" and documents_as_dropout) else [kind]
+    kind, widest = next(key for one in kinds for key in _ATTENTION if key[0] == one and block_d <= key[1])
     of: str | None = arch
     row = _ATTENTION[kind, widest][_KERNELS.index(kernel)]
     while of is not None:
