@@ -100,7 +100,7 @@ def test_a_gpu_is_checked_at_the_sizes_of_gpt2() -> None:
 @pytest.mark.parametrize("title", ["C=768", "9 rows K=768 N=2304", "mean, fused backward, V=50257", "H=12 D=64"])
 def test_the_cases_of_a_gpu_pass(title: str) -> None:
     for case in (case for case in GPT2_CASES if case.title == title):
-        assert run_case(case, "torch", CPU, torch.bfloat16)[1] is None
+        assert run_case(case, "torch", CPU, torch.float32)[1] is None
 
 
 def test_what_is_right_passes() -> None:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 TOY = Place(torch.device("cpu"), is_toy=True)
 GPU = Place(torch.device("cuda", 0), is_toy=False)
-SLOW = {"check": pytest.mark.slow}
+SLOW = {"check": pytest.mark.slow, "training": pytest.mark.slow}
 
 
 def python(code: str, seconds: int = 20) -> Part:
