@@ -45,6 +45,11 @@ def rows(table: list[dict]) -> list[dict]:
     return [row for row in table if "registers" in row]
 
 
+def is_older(rows: list[dict]) -> bool:
+    """Whether the rows were compiled by another Triton than the compile report's, which is the newest."""
+    return compile_report.triton_version(rows) != compile_report.committed()[0]
+
+
 def test_every_row_is_there(table, rows, pytestconfig):
     assert {row["target"] for row in rows} == set(launch.ARCHITECTURES)
     assert rows == table or not pytestconfig.getoption("--all-rows")
@@ -90,7 +95,8 @@ def test_a_row_stands_for_each_kernel_and_dtype(table, rows):
 def test_no_spills(rows):
     """There are no spills in loops. Outside loops attention may spill, except its forward on Hopper.
 
-    On sm_120, sampling kernels with every filter and a small vocabulary may spill 8 bytes.
+    On sm_120, sampling kernels with every filter and a small vocabulary may spill 8 bytes, and so may all kernels of an
+    older Triton.
     """
     for row in rows:
         assert row["loop_spills"] == 0, row
@@ -98,7 +104,7 @@ def test_no_spills(rows):
         is_small_sample = row["target"] == "sm_120" and row["case"].startswith(
             ("sample fp32 block 1024", "sample fp32 block 256")
         )
-        assert row["spills"] <= (8 if is_small_sample else 0) or may_spill, row
+        assert row["spills"] <= (8 if is_small_sample or is_older(rows) else 0) or may_spill, row
 
 
 def test_warps_do_not_race(rows):
@@ -159,12 +165,15 @@ def test_linear_rows_add_up_in_one_order(rows):
 
 
 def test_three_programs_or_more_fit_a_multiprocessor(rows):
-    """This holds for the largest plain blocks in bf16, with 8 warps and 65536 registers. Unless fused, 4 fit."""
+    """This holds for the largest plain blocks in bf16, with 8 warps and 65536 registers. Unless fused, 4 fit.
+
+    With an older Triton 3 fit.
+    """
     for row in rows:
         capability = launch.ARCHITECTURES[row["target"]].capability
         if row["case"].endswith("bf16 block 8192") and capability is not None:
             programs = 65536 // (8 * 32 * (row["registers"] + 7 & ~7))
-            assert programs >= (3 if "fused" in row["case"] else 4), row
+            assert programs >= (3 if "fused" in row["case"] or is_older(rows) else 4), row
 
 
 def test_the_compile_report_is_current(table, rows):
