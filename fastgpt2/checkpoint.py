@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastgpt2.formats.huggingface import hf_state_dict, load_hf_views, save_pretrained
-from fastgpt2.formats.load import EMBEDDED, read_config
+from fastgpt2.formats.load import EMBEDDED, read_config, read_dtype
 from fastgpt2.formats.nanogpt import save_nanogpt
 from fastgpt2.gpt2 import GPT2
 
@@ -15,6 +15,7 @@ __all__ = [
     "load_hf_views",
     "load_pretrained",
     "read_config",
+    "read_dtype",
     "save_nanogpt",
     "save_pretrained",
 ]

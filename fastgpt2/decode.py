@@ -543,7 +543,7 @@ def acquire_session(
             return kept
         del kept
         # A bfloat16 cache is read in half the time, and rounds less than 8-bit weights do.
-        dtype = torch.bfloat16 if weight_dtype == torch.int8 and model.device.type == "cpu" else model.dtype
+        dtype = torch.bfloat16 if weight_dtype == torch.int8 and decode_backend(model) == "native" else model.dtype
         cache = KVCache(model.config, num_slots, 1, dtype=dtype, device=model.device)
         session = DecodeSession(model, cache, sampling, stop_ids, weight_dtype=weight_dtype, packed=packed)
         session.fits = fits

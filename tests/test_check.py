@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import warnings
@@ -531,7 +532,13 @@ def test_the_checks_of_a_gpu_run_the_kernels_of_gpt2(monkeypatch: pytest.MonkeyP
     decoding = functools.partial(models._decode_noted, CPU, torch.bfloat16, models._GPT2_BLOCK, True)
     monkeypatch.setattr(ahead, "_launches", lambda *_: [decoding])
     checked = set(map(variant, ahead.find_variants("sm_90")))
-    needed = warmup.find_variants(GPT2Config(), "sm_90", dtype=torch.bfloat16, rows=warmup.ROWS, trains=False)
+    model = GPT2(GPT2Config(num_layers=1), backend="triton").bfloat16().eval()
+
+    def generate() -> None:
+        for rows, temperature in itertools.product(warmup.ROWS, (0.0, 0.8)):
+            model.generate([[0] * 4] * rows, max_new_tokens=2, temperature=temperature)
+
+    needed = warmup.launched_on("sm_90", generate)
     missing = [found.kernel for found in needed if variant(found) not in checked]
     assert set(missing) <= {"_attention_fwd_kernel"}, missing  # has a variant for the alignment of a prompt's ends
     assert len(needed) > 30

@@ -118,6 +118,26 @@ def read_config(name_or_path: str | PathLike[str], *, revision: str | None = Non
     return read_hf_config(folder) if (folder / "config.json").exists() else _find(folder, None).config
 
 
+def read_dtype(name_or_path: str | PathLike[str], *, revision: str | None = None) -> torch.dtype:
+    """Read the dtype that a model loaded from a checkpoint has by default. For a hub name, the weights are downloaded.
+
+    Args:
+        name_or_path: A folder, a file, a name on the hub, or "embedded".
+        revision: A branch, tag or commit on the hub.
+
+    Raises:
+        OSError: A file is missing or cannot be read.
+        ValueError: The files do not hold a supported GPT-2.
+        ImportError: A hub name was given without the extra, `pip install "fastgpt2[hub]"`.
+    """
+    source = _find(name_or_path, revision)
+    found = {canonical_name(name): tensor for path in source.files for name, tensor in open_tensors(path).items()}
+    embeddings = found.get(WTE, found.get(HEAD))  # a tied weight may be under either name
+    if embeddings is None:
+        raise ValueError(f"{source.name}: holds no token embeddings; name a dtype, or another checkpoint")
+    return checked_dtype(embeddings, source.name)
+
+
 # -- finding the files ----------------------------------------------------------------------------------------------
 
 
