@@ -33,9 +33,11 @@ REPEATED = ("running", "cut off", "out of time")  # a part with such a result ru
 # Every process of a part has this variable. It names the folder of results.
 MARK = "FASTGPT2_GPU_RESULTS"
 # Linux ends the process when its parent dies, even if the parent could not do anything about it. The setting stays when
-# the process becomes the part's command. If the parent has died before, nobody would end it.
+# the process becomes the part's command. If the parent has died before, nobody would end it. A job in the background
+# ignores SIGINT, and so would the command, which is to be interrupted when its time is over.
 WITH_PARENT = """
-import ctypes, os, sys
+import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 9)
     if os.getppid() != int(sys.argv[1]):
