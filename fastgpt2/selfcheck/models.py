@@ -97,8 +97,7 @@ def _checks(device: torch.device) -> Iterator[_Check]:
             yield _Check("training", "triton", functools.partial(_training, device, dtype, trained))
     for decoder in ("triton", "native"):
         if (reason := why_not("decode_step", decoder, device)) is not None:
-            skipped = Finding("decoding", decoder, "skipped", None, reason)
-            yield _Check(skipped.name, decoder, lambda skipped=skipped: skipped)  # type: ignore[misc]
+            yield _Check("decoding", decoder, functools.partial(Finding, "decoding", decoder, "skipped", None, reason))
             continue
         for config, dtype in decoded_models(decoder, device):
             for name, run in (("prefill = decode", _decoding), ("row alone = in batch", _alone)):

@@ -46,24 +46,30 @@ def define_operator(
     torch.library.register_autograd(name, backward, setup_context=save)
     namespace, short = name.split("::")
     operator = getattr(getattr(torch.ops, namespace), short).default
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = run(*inputs)
-        save(ctx, inputs, output)  # type: ignore[misc]
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    # PyTorch names the backward pass after the class.
-    function: Any = type(short, (torch.autograd.Function,), methods)
+    function = None if save is None else _autograd_function(short, run, backward, save)
 
     def call(*inputs: Any) -> Any:
         if not _is_eager(inputs):
             return operator(*inputs)
         if not torch.is_grad_enabled():
             return run(*inputs)
-        return operator(*inputs) if save is None else function.apply(*inputs)
+        return operator(*inputs) if function is None else function.apply(*inputs)
 
     return call
+
+
+def _autograd_function(
+    name: str, run: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., None]
+) -> Any:
+    """The subclass of torch.autograd.Function with this forward and backward pass, which PyTorch shows by `name`."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = run(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 def _is_eager(inputs: tuple[Any, ...]) -> bool:
