@@ -502,6 +502,7 @@ def test_kernels_are_compiled_before_the_checks_of_a_gpu(monkeypatch: pytest.Mon
     assert "ZeroDivisionError" in finding.detail
 
 
+@pytest.mark.slow
 def test_compiling_ahead_says_why_it_failed() -> None:
     pytest.importorskip("triton")
     assert "a target must be like sm_90" in str(ahead.compile_ahead("sm_1"))

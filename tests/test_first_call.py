@@ -170,7 +170,7 @@ def some_slow(cases: Iterable[tuple[str, str]], quick: Sequence[tuple[str, str]]
     ("target", "weights"),
     some_slow(
         itertools.product(["sm_90", "gfx942"], ["fp32", "bf16", "bf16 int8", "fp32 int8"]),
-        quick=[("sm_90", "fp32"), ("gfx942", "bf16 int8")],
+        quick=[("sm_90", "fp32")],
     ),
 )
 def test_generation_compiles_nothing_more(target: str, weights: str, seed: int) -> None:
@@ -188,7 +188,7 @@ def test_generation_compiles_nothing_more(target: str, weights: str, seed: int) 
     ("target", "dtype"),
     some_slow(
         itertools.product(["sm_90", "gfx942"], ["auto", "fp16", "fp32"]),
-        quick=[("sm_90", "auto"), ("gfx942", "fp32")],
+        quick=[("sm_90", "auto")],
     ),
 )
 def test_training_compiles_nothing_more(
@@ -214,7 +214,7 @@ def test_training_compiles_nothing_more(
     assert names(real - keys(ahead)) == {}
 
 
-@pytest.mark.parametrize("context", [1, 2, 17, 26, 33])
+@pytest.mark.parametrize("context", [1, 17])
 def test_short_contexts_are_compiled_ahead(context: int) -> None:
     config = SMALL.replace(context_length=context)
     ahead = keys(find_variants(config, "sm_90", dtype=torch.float32, train_dtype=torch.bfloat16))
@@ -269,6 +269,7 @@ def test_a_checkpoint_without_embeddings_has_no_dtype(
     assert asked == []
 
 
+@pytest.mark.slow
 def test_the_cache_has_what_a_run_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that compiles through Triton's own launcher adds no file to the cache."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

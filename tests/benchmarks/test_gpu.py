@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 TOY = Place(torch.device("cpu"), is_toy=True)
 GPU = Place(torch.device("cuda", 0), is_toy=False)
-SLOW = {"check": pytest.mark.slow, "training": pytest.mark.slow}
+SLOW = dict.fromkeys(("check", "compile", "training"), pytest.mark.slow)
 
 
 def python(code: str, seconds: int = 20) -> Part:
@@ -111,9 +111,8 @@ def test_results_of_another_version_are_made_anew(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     "number",
     [
-        signal.SIGKILL,
         signal.SIGTERM,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP)),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGKILL)),
     ],
     ids=str,
 )
@@ -363,7 +362,13 @@ def compiled_ahead() -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "medium", "xl", "training", "precision", "inference_mode", "refill", "repeated"]
+    "name",
+    [
+        "attention",
+        "medium",
+        "training",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("xl", "precision", "inference_mode", "refill", "repeated")),
+    ],
 )
 def test_the_kernels_of_a_part_are_compiled_before_it(
     name: str, compiled_ahead: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
