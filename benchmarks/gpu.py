@@ -135,7 +135,7 @@ def run_own(name: str, is_toy: bool, out: Path) -> int:
     except WrongError as wrong:
         traceback.print_exc()
         found["wrong"], found["status"] = str(wrong), "wrong"
-    except Exception as error:
+    except Exception as error:  # a kernel, a compiler or a driver can raise anything
         traceback.print_exc()
         found["error"], found["status"] = f"{type(error).__name__}: {error}"[:2000], "failed"
     return 0 if found["status"] in ("ok", "skipped") else 1

@@ -202,22 +202,22 @@ def run_with(
     return status, json.loads((out / "xl.figures").read_text())
 
 
-def test_a_part_that_is_wrong_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(place: Place, found: Found) -> None:
-        found["before"] = 1
-        raise WrongError("other tokens")
-
-    found = {"before": 1, "wrong": "other tokens", "status": "wrong"}
-    assert run_with(wrong, monkeypatch, tmp_path) == (1, found)
-
-
-def test_a_part_that_fails_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (WrongError("other tokens"), {"wrong": "other tokens", "status": "wrong"}),
+        (RuntimeError("out of memory"), {"error": "RuntimeError: out of memory", "status": "failed"}),
+    ],
+    ids=["wrong", "failed"],
+)
+def test_a_part_that_ends_in_an_error_keeps_what_it_found(
+    error: Exception, told: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(place: Place, found: Found) -> None:
         found["before"] = 1
-        raise RuntimeError("out of memory")
+        raise error
 
-    found = {"before": 1, "error": "RuntimeError: out of memory", "status": "failed"}
-    assert run_with(fails, monkeypatch, tmp_path) == (1, found)
+    assert run_with(fails, monkeypatch, tmp_path) == (1, {"before": 1, **told})
 
 
 def test_a_kernel_that_falls_back_makes_a_part_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,11 +237,11 @@ def test_a_capture_that_fails_makes_a_part_wrong(tmp_path: Path, monkeypatch: py
         raise RuntimeError("no capture")
 
     def captures(place: Place, found: Found) -> None:
-        session = SimpleNamespace(
+        session: Any = SimpleNamespace(
             num_slots=1, use_pdl=False, use_graphs=True, _graphs={}, _captured=refuse,
             _kernels=SimpleNamespace(errors=(RuntimeError,)),
         )  # fmt: skip
-        DecodeSession._capture(session, 1, torch.zeros(1, dtype=torch.int32))  # type: ignore[arg-type]
+        DecodeSession._capture(session, 1, torch.zeros(1, dtype=torch.int32))
 
     status, found = run_with(captures, monkeypatch, tmp_path)
     assert status == 1
@@ -249,10 +249,15 @@ def test_a_capture_that_fails_makes_a_part_wrong(tmp_path: Path, monkeypatch: py
 
 
 def test_a_graph_must_have_been_captured() -> None:
-    gpu_parts._require_graphs(SimpleNamespace(use_graphs=True, _graphs={1: object()}))  # type: ignore[arg-type]
-    for session in (SimpleNamespace(use_graphs=True, _graphs={}), SimpleNamespace(use_graphs=False, _graphs={1: 1})):
+    captured: Any = SimpleNamespace(use_graphs=True, _graphs={1: object()})
+    without: list[Any] = [
+        SimpleNamespace(use_graphs=True, _graphs={}),
+        SimpleNamespace(use_graphs=False, _graphs={1: 1}),
+    ]
+    gpu_parts._require_graphs(captured)
+    for session in without:
         with pytest.raises(WrongError, match="no CUDA graph"):
-            gpu_parts._require_graphs(session)  # type: ignore[arg-type]
+            gpu_parts._require_graphs(session)
 
 
 def test_models_on_a_gpu_ask_for_triton_by_name() -> None:
